@@ -1,0 +1,121 @@
+"""What a model is made of, and the presets. A config says nothing of where or how fast it runs."""
+
+import dataclasses
+import difflib
+from typing import Literal
+
+from core.errors import UserError
+
+MAX_VOCAB = 65_536  # token ids are stored as uint16
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder; the fields choose its parts. Every size is that of one layer or one token."""
+
+    vocab_size: int
+    """Number of token ids; the tokenizer sets it."""
+    context: int
+    """Longest sequence, in tokens."""
+    d_model: int
+    """Width of the residual stream."""
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    """Hidden width of the MLP."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary (half-split) or a learned table added to the embeddings."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """SwiGLU (gate, up, down) or GELU in its tanh form (up, down)."""
+    biases: bool = False
+    """Biases in attention and MLP; norms and the head never have one."""
+    tied: bool = True
+    """Whether the output head is the embedding table."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    """Probability that an element of the embeddings or of a branch's output is dropped, in training."""
+    init_std: float = 0.02
+    scaled_residual_init: bool = False
+    """Divides the init of the projections into the residual stream (o, down) by sqrt(2 n_layers)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.vocab_size > MAX_VOCAB:
+            raise UserError(
+                f"model.vocab_size is {self.vocab_size}, but token ids are stored in 16 bits: "
+                f"choose a tokenizer of at most {MAX_VOCAB} ids"
+            )
+        if self.d_model % self.n_heads:
+            raise UserError(
+                f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise UserError(f"rotary positions need an even head size, not {self.head_dim}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, embeddings included, in closed form (the tests count the leaves)."""
+        d, f, b = self.d_model, self.d_mlp, int(self.biases)
+        attention = 4 * (d * d + b * d)
+        mlp = 3 * d * f + b * (2 * f + d) if self.mlp == "swiglu" else 2 * d * f + b * (f + d)
+        layers = self.n_layers * (attention + mlp + 2 * d)
+        return layers + d + self.n_embedding_params
+
+    @property
+    def n_embedding_params(self) -> int:
+        """Parameters of the embedding table, the position table and an untied head."""
+        table = self.vocab_size * self.d_model
+        positions = self.context * self.d_model if self.positions == "learned" else 0
+        return table * (1 if self.tied else 2) + positions
+
+    def flops_per_token(self, sequence: int | None = None) -> int:
+        """Model FLOPs to train on one token: forward and backward, causal attention, no recomputation.
+
+        6 for every weight of a matrix product (the head counted, the embedding look-up not), and
+        attention's two products over the half of the scores that the causal mask leaves.
+        """
+        s = sequence or self.context
+        n_mlp = 3 if self.mlp == "swiglu" else 2
+        layer = 4 * self.d_model**2 + n_mlp * self.d_model * self.d_mlp
+        matrices = self.n_layers * layer + self.vocab_size * self.d_model
+        return 6 * matrices + 6 * self.n_layers * self.d_model * s
+
+
+MISTRAL_VOCAB = 32_000
+
+_MTLM1 = ModelConfig(
+    vocab_size=MISTRAL_VOCAB, context=1024, d_model=768, n_layers=12, n_heads=12, d_mlp=2176,
+)  # fmt: skip
+_MTLM2 = ModelConfig(
+    vocab_size=MISTRAL_VOCAB, context=1024, d_model=384, n_layers=11, n_heads=6, d_mlp=1024,
+    positions="learned", mlp="gelu", biases=True, tied=False,
+)  # fmt: skip
+_replace = dataclasses.replace
+
+PRESETS: dict[str, ModelConfig] = {
+    "mtlm1-88m": _MTLM1,
+    "mtlm1-200m": _replace(_MTLM1, n_layers=24),
+    "mtlm2-40m": _MTLM2,
+    # The same shapes in the small: minutes on a CPU. The byte tokenizer makes them smaller still.
+    "mtlm1-tiny": _replace(_MTLM1, context=256, d_model=128, n_layers=6, n_heads=4, d_mlp=384),
+    "mtlm2-tiny": _replace(_MTLM2, context=256, d_model=128, n_layers=6, n_heads=4, d_mlp=384),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset of that name; a `UserError` names the nearest one otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+    raise UserError(
+        f"there is no preset {name!r}; did you mean {near[0]!r}? The presets are {', '.join(PRESETS)}"
+    )
