@@ -1,0 +1,134 @@
+"""Causal self-attention: one function, a reference in plain XLA and the fast kernel of each accelerator.
+
+The reference runs everywhere and is what the others are tested against. `choose` decides once, at
+start-up, and gives the reason, so that nobody wonders which one a run used.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from core.errors import UserError
+from core.sharding import BATCH_AXES
+
+Implementation = Literal["xla", "cudnn", "splash"]
+
+SPLASH_BLOCK = 512  # queries and keys a tile; 128 is slower than plain XLA on a TPU, 512 to 1024 faster
+SPLASH_LANES = 128  # the smallest tile the kernel takes
+
+
+class Choice(NamedTuple):
+    """An implementation and, in words, why it is used."""
+
+    name: Implementation
+    why: str
+
+
+def choose(
+    requested: Literal["auto", "xla", "cudnn", "splash"],
+    *,
+    platform: str,
+    dtype: str,
+    head_dim: int,
+    context: int,
+) -> Choice:
+    """The implementation to use on `platform` ("cpu", "gpu" or "tpu") for these shapes.
+
+    Raises:
+        UserError: one was asked for by name that cannot run here.
+    """
+    obstacles = {
+        "xla": None,
+        "cudnn": _cudnn_obstacle(platform, dtype, head_dim),
+        "splash": _splash_obstacle(platform, context),
+    }
+    if requested != "auto":
+        if obstacles[requested]:
+            raise UserError(f"attention {requested!r} cannot be used: {obstacles[requested]}")
+        return Choice(requested, "as asked for")
+    fast: Implementation | None = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    if fast is None:
+        return Choice("xla", f"the reference; there is no faster one for a {platform.upper()}")
+    if obstacles[fast]:
+        return Choice("xla", f"the reference, since {fast} cannot be used: {obstacles[fast]}")
+    return Choice(fast, f"the fastest on a {platform.upper()}")
+
+
+def _cudnn_obstacle(platform: str, dtype: str, head_dim: int) -> str | None:
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16, not in {dtype}"
+    if head_dim % 8 or head_dim > 128:
+        return f"it needs a head size that is a multiple of 8 up to 128, not {head_dim}"
+    return None
+
+
+def _splash_obstacle(platform: str, context: int) -> str | None:
+    if platform != "tpu":
+        return f"it needs a TPU, and this is a {platform.upper()}"
+    if context % SPLASH_LANES:
+        return f"it needs a context that is a multiple of {SPLASH_LANES}, not {context}"
+    return None
+
+
+def causal_attention(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    implementation: Implementation,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B S H K"]:
+    """softmax(q k^T / sqrt(K)) v, each position seeing itself and those before it.
+
+    Args:
+        q, k, v: batch, sequence, heads, head size. The softmax is in float32 whatever their type.
+        implementation: see `choose`.
+        mesh: needed by splash, a custom kernel that XLA cannot split over devices by itself.
+    """
+    if implementation == "splash":
+        return _splash(q, k, v, mesh)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def cached_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    visible: Bool[Array, "B T S"],
+) -> Float[Array, "B T H K"]:
+    """Attention of T new positions over a cache of S; `visible` says which entries each may see."""
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="xla")
+
+
+def _splash(q, k, v, mesh: Mesh | None):
+    kernel = _splash_kernel(q.shape[2], q.shape[1])
+
+    def local(q, k, v):  # the kernel takes one sequence as [heads, sequence, head size], scaled by us
+        q, k, v = ((x.swapaxes(1, 2)) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+
+    if mesh is None or mesh.size == 1:
+        return local(q, k, v)
+    spec = P(BATCH_AXES)
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+@functools.lru_cache(maxsize=4)
+def _splash_kernel(n_heads: int, length: int):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = next(b for b in (SPLASH_BLOCK, SPLASH_BLOCK // 2, SPLASH_LANES) if length % b == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * n_heads)
+    with jax.ensure_compile_time_eval():  # the mask's tables are constants, also when built inside a trace
+        return kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)

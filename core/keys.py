@@ -1,0 +1,23 @@
+"""Random keys: every one is a function of (seed, purpose, index), so none is carried, split or saved."""
+
+import enum
+
+import jax
+from jaxtyping import Array, Int, Key
+
+
+class Purpose(enum.IntEnum):
+    """What a key is for. The numbers are part of the format: a resumed run must find the same ones."""
+
+    INIT = 0
+    DROPOUT = 1
+    """The index is that of the sequence in the stream of training sequences."""
+    SAMPLE = 2
+    """The index is that of the generated sequence."""
+
+
+def make_key(
+    seed: int | Int[Array, ""], purpose: Purpose, index: int | Int[Array, ""] = 0
+) -> Key[Array, ""]:
+    """The key of (seed, purpose, index). Works inside a compiled function, on traced seeds and indices."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), index)

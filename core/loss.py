@@ -1,0 +1,129 @@
+"""Cross-entropy of the output head without the logits of a whole batch.
+
+The plain formula stores float32 logits [B S, V]: 8 GiB for 64 x 1024 tokens and 32,000 ids, more than
+everything else together. Here the rows go through head and softmax in chunks, and a chunk's gradients
+are formed while its logits are at hand, so that the backward pass only scales what is there: three
+matrix products in all, one chunk's logits in memory.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from core.sharding import BATCH_AXES
+
+IGNORE = -1  # a target that does not count
+
+
+class LossSums(NamedTuple):
+    """Sums over the counted targets, in nats."""
+
+    total: Float[Array, ""]
+    """What is minimised: cross-entropy + z_loss * lse^2. The gradient is that of this sum alone."""
+    nll: Float[Array, ""]
+    """The cross-entropy part, to report."""
+
+
+def cross_entropy(
+    hidden: Float[Array, "B S D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B S"],
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 8192,
+    mesh: Mesh | None = None,
+) -> LossSums:
+    """Sum of -log softmax(hidden table^T)[target] over all targets but `IGNORE`.
+
+    Args:
+        hidden: final hidden states; their type is that of the matrix products.
+        table: the head, one row an id. Logits, softmax and the table's gradient are float32.
+        z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
+        chunk: rows whose logits are held at once on a device.
+        mesh: if of several devices, each works on its own rows and the table's gradient is summed
+            over them once.
+    """
+    return LossSums(*_sums(hidden, table, targets, z_loss, chunk, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _sums(hidden, table, targets, z_loss, chunk, mesh):
+    return _over_devices(False, hidden, table, targets, z_loss, chunk, mesh)
+
+
+def _sums_forward(hidden, table, targets, z_loss, chunk, mesh):
+    total, nll, d_hidden, d_table = _over_devices(True, hidden, table, targets, z_loss, chunk, mesh)
+    # Only the table's type is kept from the inputs, as an empty array: the gradients are ready.
+    return (total, nll), (d_hidden, d_table, table[:0])
+
+
+def _sums_backward(z_loss, chunk, mesh, residuals, cotangents):
+    d_hidden, d_table, like = residuals
+    scale, _ = cotangents  # of `total`; `nll` is for reports and passes no gradient
+    return (d_hidden * scale).astype(d_hidden.dtype), (d_table * scale).astype(like.dtype), None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
+    local = functools.partial(_chunked, with_gradients=with_gradients, z_loss=z_loss, chunk=chunk)
+    if mesh is None or mesh.size == 1:
+        return local(hidden, table, targets)
+
+    def summed(hidden, table, targets):
+        total, nll, *gradients = local(hidden, table, targets)
+        total, nll = jax.lax.psum((total, nll), BATCH_AXES)
+        if not with_gradients:
+            return total, nll
+        d_hidden, d_table = gradients
+        return total, nll, d_hidden, jax.lax.psum(d_table, BATCH_AXES)
+
+    rows = P(BATCH_AXES)
+    outputs = (P(), P(), rows, P()) if with_gradients else (P(), P())
+    shard = jax.shard_map(
+        summed, mesh=mesh, in_specs=(rows, P(), rows), out_specs=outputs, check_vma=False
+    )
+    return shard(hidden, table, targets)
+
+
+def _chunked(hidden, table, targets, *, with_gradients, z_loss, chunk):
+    """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows."""
+    shape = hidden.shape
+    n = shape[0] * shape[1]
+    chunk = min(chunk, n)
+    padding = -n % chunk
+    hidden = jnp.pad(hidden.reshape(n, -1), ((0, padding), (0, 0))).reshape(-1, chunk, shape[-1])
+    targets = jnp.pad(targets.reshape(n), (0, padding), constant_values=IGNORE).reshape(-1, chunk)
+    weights = table.astype(hidden.dtype)
+    zero = jnp.zeros((), jnp.float32)
+
+    def one(carry, rows):
+        total, nll, d_table = carry
+        h, target = rows
+        logits = jnp.dot(h, weights.T, preferred_element_type=jnp.float32)
+        counted = target != IGNORE
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
+        nll_rows = jnp.where(counted, lse - picked, 0)
+        nll += nll_rows.sum()
+        total += (nll_rows + jnp.where(counted, z_loss * lse**2, 0)).sum()
+        if not with_gradients:
+            return (total, nll, d_table), None
+        softmax_weight = jnp.where(counted, 1 + 2 * z_loss * lse, 0)[:, None]
+        is_target = target[:, None] == jnp.arange(logits.shape[-1])
+        d_logits = (softmax_weight * jnp.exp(logits - lse[:, None]) - is_target).astype(h.dtype)
+        d_h = jnp.dot(d_logits, weights, preferred_element_type=jnp.float32).astype(h.dtype)
+        d_table += jnp.dot(d_logits.T, h, preferred_element_type=jnp.float32)
+        return (total, nll, d_table), d_h
+
+    d_table = jnp.zeros(table.shape, jnp.float32) if with_gradients else None
+    (total, nll, d_table), d_hidden = jax.lax.scan(one, (zero, zero, d_table), (hidden, targets))
+    if not with_gradients:
+        return total, nll
+    return total, nll, d_hidden.reshape(n + padding, -1)[:n].reshape(shape), d_table

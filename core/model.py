@@ -1,0 +1,312 @@
+"""The one decoder. Its config says which parts it is made of; its parameters are a plain pytree.
+
+Modules are Flax NNX, used functionally: `init_params` gives nested dicts of arrays, `forward` takes
+them. Every leaf under `layers` has a leading axis [layers]: the layers run as one `lax.scan`, and
+growing a model in depth is indexing that axis.
+
+Shapes: B batch, S positions, D d_model, H heads, K head size, F d_mlp, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from core.attention import Implementation, cached_attention, causal_attention
+from core.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model is run; nothing here changes what its parameters are."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of the weights in products; parameters stay float32."""
+    attention: Implementation = "xla"
+    unroll: int = 1
+    """Layers a scan step holds. The number of layers unrolls the loop: faster, longer to compile."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
+    mesh: Mesh | None = None
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far, for every layer."""
+
+    k: Float[Array, "L B S H K"]
+    v: Float[Array, "L B S H K"]
+
+
+class Linear(nnx.Module):
+    """x W + b, the weights cast to the type of x."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (n_in, n_out)))
+        self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        return fused_linear(x, self)
+
+
+def fused_linear(x: Float[Array, "*batch I"], *linears: Linear) -> Float[Array, "*batch O"]:
+    """Several linear maps of the same input as one product; the outputs lie side by side."""
+    y = x @ jnp.concatenate([m.kernel[...] for m in linears], axis=1).astype(x.dtype)
+    if linears[0].bias is not None:
+        y += jnp.concatenate([m.bias[...] for m in linears]).astype(x.dtype)
+    return y
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, d: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(d))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention, with rotary positions where the config says so."""
+
+    def __init__(self, config: ModelConfig, residual_std: float, rngs: nnx.Rngs):
+        d = config.d_model
+        linear = functools.partial(Linear, d, d, bias=config.biases, rngs=rngs)
+        self.q = linear(std=config.init_std)
+        self.k = linear(std=config.init_std)
+        self.v = linear(std=config.init_std)
+        self.o = linear(std=residual_std)
+        self.n_heads = config.n_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotation: tuple[Array, Array] | None,
+        compute: Compute,
+        cache: KVCache | None,
+        positions: Int[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        b, s, d = x.shape
+        qkv = fused_linear(x, self.q, self.k, self.v).reshape(b, s, 3, self.n_heads, -1)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is None:
+            y = causal_attention(q, k, v, compute.attention, compute.mesh)
+        else:
+            rows = jnp.arange(b)[:, None]
+            cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+            visible = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
+            y = cached_attention(q, cache.k, cache.v, visible)
+        return self.o(y.reshape(b, s, d)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020); or GELU in its tanh form: down(gelu(up x))."""
+
+    def __init__(self, config: ModelConfig, residual_std: float, rngs: nnx.Rngs):
+        d, f = config.d_model, config.d_mlp
+        linear = functools.partial(Linear, bias=config.biases, rngs=rngs)
+        self.gate = linear(d, f, std=config.init_std) if config.mlp == "swiglu" else None
+        self.up = linear(d, f, std=config.init_std)
+        self.down = linear(f, d, std=residual_std)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        if self.gate is None:
+            return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        gate, up = jnp.split(fused_linear(x, self.gate, self.up), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        residual_std = config.init_std
+        if config.scaled_residual_init:
+            residual_std /= (2 * config.n_layers) ** 0.5
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, residual_std, rngs)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config, residual_std, rngs)
+        self.dropout = config.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotation: tuple[Array, Array] | None,
+        compute: Compute,
+        dropout_keys: Key[Array, " B"] | None = None,
+        cache: KVCache | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        y, cache = self.attn(self.attn_norm(x), rotation, compute, cache, positions)
+        x = x + drop(y, self.dropout, dropout_keys, site=0)
+        return x + drop(self.mlp(self.mlp_norm(x)), self.dropout, dropout_keys, site=1), cache
+
+
+class Table(nnx.Module):
+    """Rows to look up: token embeddings or learned positions."""
+
+    def __init__(self, n: int, d: int, std: float, rngs: nnx.Rngs):
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (n, d)))
+
+    def __call__(self, index: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.table[...][index]
+
+
+class Decoder(nnx.Module):
+    """Embedding, `n_layers` blocks, final norm; the head is `head_table`, applied by the loss."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        self.embed = Table(c.vocab_size, c.d_model, c.init_std, rngs)
+        learned = c.positions == "learned"
+        self.positions = Table(c.context, c.d_model, c.init_std, rngs) if learned else None
+        keys = jax.random.split(rngs.params(), c.n_layers)
+        self.layers = nnx.vmap(lambda key: Block(c, nnx.Rngs(params=key)))(keys)
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.head = (
+            None if c.tied else Linear(c.d_model, c.vocab_size, bias=False, std=c.init_std, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        config: ModelConfig,
+        compute: Compute,
+        dropout_keys: Key[Array, " B"] | None,
+        cache: KVCache | None,
+        positions: Int[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        # Rows are cast after the look-up, so that their gradients are summed in float32.
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x += self.positions(index)
+        x = drop(x.astype(compute.dtype), config.dropout, dropout_keys, site=0)
+        rotation = rotary_angles(index, config) if config.positions == "rope" else None
+
+        def layer(x, inputs):
+            block, number, cache = inputs
+            keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(
+                dropout_keys, number + 1
+            )  # fmt: skip
+            return block(x, rotation, compute, keys, cache, positions)
+
+        if compute.remat != "none":
+            policy = None
+            if compute.remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # Inside an unrolled loop common-subexpression elimination would undo the rematerialisation.
+            layer = jax.checkpoint(layer, prevent_cse=compute.unroll > 1, policy=policy)
+        inputs = (self.layers, jnp.arange(config.n_layers), cache)
+        x, cache = jax.lax.scan(layer, x, inputs, unroll=min(compute.unroll, config.n_layers))
+        return self.norm(x), cache
+
+
+def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Array, Array]:
+    """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = (positions.astype(jnp.float32)[..., None] * frequency)[:, :, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "B S H K"]:
+    """Rotary embedding in the half-split layout: element i turns with element i + K/2."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def drop(
+    x: Float[Array, "B S D"], rate: float, keys: Key[Array, " B"] | None, site: int
+) -> Float[Array, "B S D"]:
+    """Dropout with one key a sequence: the mask does not depend on how sequences are batched."""
+    if keys is None or rate == 0:
+        return x
+
+    def keep(key: Key[Array, ""]) -> Bool[Array, "S D"]:
+        return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), 0).astype(x.dtype)
+
+
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Fresh float32 parameters: normal(0, init_std) for matrices and tables, ones for norms, zero biases."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The tree of `init_params` as shapes and types, without the arrays."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=8)
+def _definition(config: ModelConfig) -> nnx.GraphDef:
+    """What the modules are apart from their parameters; building it allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
+
+
+def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None):
+    model = nnx.merge(_definition(config), params)
+    return model(tokens, config, compute, dropout_keys, cache, positions)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    compute: Compute = Compute(),
+    dropout_keys: Key[Array, " B"] | None = None,
+) -> Float[Array, "B S D"]:
+    """Hidden states after the final norm, of whole sequences.
+
+    Args:
+        tokens: ids below the vocabulary (larger ones would be clamped silently: check them before).
+        dropout_keys: one key a sequence; None means no dropout.
+    """
+    return _run(config, params, tokens, compute, dropout_keys)[0]
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> KVCache:
+    """A cache for `batch` sequences of up to `length` tokens."""
+    shape = (config.n_layers, batch, length, config.n_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def forward_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    cache: KVCache,
+    compute: Compute = Compute(),
+) -> tuple[Float[Array, "B S D"], KVCache]:
+    """Hidden states of new tokens at the given positions, which see the cache and are added to it.
+
+    Entries of the cache beyond a row's position are invisible to it, so prompts of several lengths
+    can be padded on the right and decoded on from their own ends.
+    """
+    return _run(config, params, tokens, compute, cache=cache, positions=positions)
+
+
+def head_table(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
+    """The output head as rows of the vocabulary."""
+    return params["embed"]["table"] if config.tied else params["head"]["kernel"].T
+
+
+def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """Float32 scores of every token; the weights are cast to the type of `hidden`."""
+    table = head_table(config, params).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

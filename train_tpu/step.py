@@ -1,0 +1,255 @@
+"""The training step: one pure, donated, compiled function of state, batch and controls.
+
+Loss, gradients, guard, update and metrics are one graph. Whatever may change while a run is on (the
+learning rate, the guard's limits) is an input or state, never a constant, so the graph is compiled
+once; it is compiled ahead of time, so that a second compilation is an error and not a silent wait.
+
+Shapes: A micro-batches, B rows of one, S positions, W the guard's window.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from core.config import ModelConfig
+from core.errors import UserError
+from core.keys import Purpose, make_key
+from core.loss import IGNORE, cross_entropy
+from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.sharding import batch_sharding, replicated, state_shardings
+from train_tpu.optimizer import OptimizerConfig, make_optimizer, path_names
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When an update is not applied. Only upward surprises count."""
+
+    window: int = 128
+    """Accepted steps whose losses and gradient norms are the measure of the next."""
+    sigma: float = 8.0
+    """Skip above mean + sigma standard deviations of a full window; 0 leaves only non-finite values."""
+    halt_after: int = 10
+    """Skipped steps in a row after which nothing is applied any more and the run ends."""
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UserError(f"window is {self.window}; a spread needs at least 2 steps")
+        if self.sigma < 0 or self.halt_after < 1:
+            raise UserError("sigma must not be negative and halt_after must be at least 1")
+
+
+class Guard(NamedTuple):
+    """What the guard remembers, part of the checkpoint."""
+
+    losses: Float[Array, " W"]
+    norms: Float[Array, " W"]
+    accepted: Int[Array, ""]
+    """Updates applied so far; the next goes to this index modulo W."""
+    streak: Int[Array, ""]
+    """Updates skipped since the last applied one."""
+    skipped: Int[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+    guard: Guard
+
+
+class Batch(NamedTuple):
+    """Input of a step. `tokens` holds one more position than the model sees: inputs and targets overlap."""
+
+    tokens: Integer[Array, "A B S1"]
+    ignored: Bool[Array, "A B"]
+    """Rows that do not count (a damaged record)."""
+    index: Integer[Array, "A B"]
+    """Each row's number in the stream of training sequences; dropout masks are drawn from it."""
+
+
+class Controls(NamedTuple):
+    """What may differ from step to step without a new compilation."""
+
+    lr: Float[Array, ""]
+    sigma: Float[Array, ""]
+    halt_after: Int[Array, ""]
+    seed: Integer[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """What a step reports."""
+
+    loss: Float[Array, ""]
+    """What was minimised, a counted token (with z-loss)."""
+    nll: Float[Array, ""]
+    """Cross-entropy in nats a token."""
+    grad_norm: Float[Array, ""]
+    """Global norm before clipping."""
+    applied: Bool[Array, ""]
+    streak: Int[Array, ""]
+    skipped: Int[Array, ""]
+    leaf_norms: dict[str, Float[Array, "..."]]
+    """Gradient norm of every leaf, of every layer where it has layers: who is to blame for a spike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """All that is compiled into the step."""
+
+    model: ModelConfig
+    optim: OptimizerConfig
+    guard: GuardConfig
+    compute: Compute
+    z_loss: float
+    loss_chunk: int
+
+
+def init_state(config: StepConfig, params: Params) -> TrainState:
+    """A state at the start of training: the given parameters, empty moments and window."""
+    window = jnp.zeros(config.guard.window, jnp.float32)
+    zero = jnp.zeros((), jnp.int32)
+    guard = Guard(window, jnp.copy(window), zero, jnp.copy(zero), jnp.copy(zero))
+    return TrainState(params, make_optimizer(config.optim).init(params), guard)
+
+
+def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, without its arrays: what restoring needs."""
+    state = jax.eval_shape(functools.partial(init_state, config), abstract_params(config.model))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, state),
+    )
+
+
+def fresh_state(config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
+    """A new state from a seed, made where it will lie."""
+
+    def make(seed: Array) -> TrainState:
+        return init_state(config, init_params(config.model, make_key(seed, Purpose.INIT)))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(make, out_shardings=shardings)(jnp.uint32(seed))
+
+
+def train_step(
+    config: StepConfig, state: TrainState, batch: Batch, controls: Controls
+) -> tuple[TrainState, Metrics]:
+    """One update, or none if the guard objects. Pure; `compile_step` makes it run."""
+    counted = jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
+
+    def micro_loss(params: Params, micro: Batch) -> tuple[Array, Array]:
+        inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)
+        targets = jnp.where(micro.ignored[:, None], IGNORE, targets)
+        keys = None
+        if config.model.dropout > 0:
+            draw = functools.partial(make_key, controls.seed, Purpose.DROPOUT)
+            keys = jax.vmap(draw)(micro.index)
+        hidden = forward(config.model, params, inputs, config.compute, keys)
+        sums = cross_entropy(
+            hidden,
+            head_table(config.model, params),
+            targets,
+            z_loss=config.z_loss,
+            chunk=config.loss_chunk,
+            mesh=config.compute.mesh,
+        )
+        # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
+        return sums.total / counted, sums.nll / counted
+
+    def add_micro(carry, micro):
+        (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(state.params, micro)
+        return jax.tree.map(jnp.add, carry, (loss, nll, gradients)), None
+
+    if batch.tokens.shape[0] == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(state.params, only)
+    else:
+        zero = jnp.zeros((), jnp.float32)
+        start = (zero, zero, jax.tree.map(jnp.zeros_like, state.params))
+        (loss, nll, gradients), _ = jax.lax.scan(add_micro, start, batch)
+
+    leaf_norms, norm = _norms(gradients)
+    ok = _acceptable(state.guard, loss, norm, controls)
+    if config.optim.clip > 0:
+        shrink = config.optim.clip / jnp.maximum(norm, config.optim.clip)
+        gradients = jax.tree.map(lambda g: g * shrink, gradients)
+    updates, opt_state = make_optimizer(config.optim).update(gradients, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p + controls.lr * u, state.params, updates)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    guard = _remember(state.guard, loss, norm, ok)
+    metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms)
+    return TrainState(*kept, guard), metrics
+
+
+def _norms(gradients: Params) -> tuple[dict[str, Array], Array]:
+    """The norm of every leaf (of every layer of it) and of all together, from the same sums of squares."""
+    squares = {}
+    for path, g in jax.tree_util.tree_leaves_with_path(gradients):
+        names = path_names(path)
+        axes = tuple(range(1, g.ndim)) if names[0] == "layers" else None
+        squares["/".join(names)] = jnp.sum(jnp.square(g), axis=axes)
+    total = sum(jnp.sum(s) for s in squares.values())
+    return {name: jnp.sqrt(s) for name, s in squares.items()}, jnp.sqrt(total)
+
+
+def _acceptable(guard: Guard, loss: Array, norm: Array, controls: Controls) -> Bool[Array, ""]:
+    """Finite, not far above a full window, and the run not halted."""
+
+    def surprising(value: Array, window: Array) -> Array:
+        return value > window.mean() + controls.sigma * window.std()
+
+    full = guard.accepted >= guard.losses.shape[0]
+    spike = surprising(loss, guard.losses) | surprising(norm, guard.norms)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    halted = guard.streak >= controls.halt_after
+    return finite & ~(full & (controls.sigma > 0) & spike) & ~halted
+
+
+def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:
+    place = guard.accepted % guard.losses.shape[0]
+    one = ok.astype(jnp.int32)
+    return Guard(
+        losses=guard.losses.at[place].set(jnp.where(ok, loss, guard.losses[place])),
+        norms=guard.norms.at[place].set(jnp.where(ok, norm, guard.norms[place])),
+        accepted=guard.accepted + one,
+        streak=jnp.where(ok, 0, guard.streak + 1),
+        skipped=guard.skipped + 1 - one,
+    )
+
+
+def abstract_batch(rows: int, accumulate: int, context: int, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of a step's batch of `rows` sequences in `accumulate` parts."""
+    sharding = batch_sharding(mesh)
+
+    def leaf(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((accumulate, rows // accumulate, *more), dtype, sharding=sharding)
+
+    return Batch(leaf(jnp.uint16, context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
+
+
+def compile_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles `train_step` for batches of `rows` sequences; the state is donated.
+
+    Returns:
+        A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
+    """
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(rows, accumulate, config.model.context, mesh)
+    types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
+    controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in types))
+    step = jax.jit(
+        functools.partial(train_step, config),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
+    )
+    return step.lower(state, batch, controls).compile()
