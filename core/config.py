@@ -49,9 +49,7 @@ class ModelConfig:
                 f"choose a tokenizer of at most {MAX_VOCAB} ids"
             )
         if self.d_model % self.n_heads:
-            raise UserError(
-                f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}"
-            )
+            raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head size, not {self.head_dim}")
         if not 0 <= self.dropout < 1:

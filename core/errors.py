@@ -1,5 +1,6 @@
 """The one error for users' mistakes, and how every command ends."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -12,13 +13,25 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs `main` as a process: exit code 0 or what it returns; 2 and one sentence for a `UserError`."""
+    """Runs `main` as a process: exit code 0 or what it returns; 2 and one sentence for a `UserError`.
+
+    A full disk is a user's matter wherever it is met; Ctrl-C ends with 130 and no traceback.
+    """
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:  # `| head` closed our output: nothing is left to say
         sys.stderr.close()
         code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" writing {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}: free some space and run the command again", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)

@@ -16,8 +16,6 @@ class Purpose(enum.IntEnum):
     """The index is that of the generated sequence."""
 
 
-def make_key(
-    seed: int | Int[Array, ""], purpose: Purpose, index: int | Int[Array, ""] = 0
-) -> Key[Array, ""]:
+def make_key(seed: int | Int[Array, ""], purpose: Purpose, index: int | Int[Array, ""] = 0) -> Key[Array, ""]:
     """The key of (seed, purpose, index). Works inside a compiled function, on traced seeds and indices."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), index)

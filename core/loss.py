@@ -86,9 +86,7 @@ def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
 
     rows = P(BATCH_AXES)
     outputs = (P(), P(), rows, P()) if with_gradients else (P(), P())
-    shard = jax.shard_map(
-        summed, mesh=mesh, in_specs=(rows, P(), rows), out_specs=outputs, check_vma=False
-    )
+    shard = jax.shard_map(summed, mesh=mesh, in_specs=(rows, P(), rows), out_specs=outputs, check_vma=False)
     return shard(hidden, table, targets)
 
 

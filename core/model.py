@@ -176,9 +176,7 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), c.n_layers)
         self.layers = nnx.vmap(lambda key: Block(c, nnx.Rngs(params=key)))(keys)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
-        self.head = (
-            None if c.tied else Linear(c.d_model, c.vocab_size, bias=False, std=c.init_std, rngs=rngs)
-        )
+        self.head = None if c.tied else Linear(c.d_model, c.vocab_size, bias=False, std=c.init_std, rngs=rngs)
 
     def __call__(
         self,

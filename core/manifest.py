@@ -1,0 +1,209 @@
+"""The readable half of a checkpoint: `manifest.json`, which says what the step folder holds and proves it.
+
+Orbax's files do not notice every flipped bit, and an array whose file is missing reads as zeros. So the
+manifest lists each file of its folder with size and sha256, and carries its own sha256 as well. Whoever
+opens a checkpoint checks these first.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from core.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LISTINGS = ("tree", "files")  # fields written with one line an entry
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint but the arrays. All values are JSON: a tuple comes back as a list.
+
+    The caller leaves `tree` and `files` empty; saving fills them.
+    """
+
+    kind: Literal["train", "params"]
+    """The whole training state, or parameters alone (what is imported or given away)."""
+    step: int
+    sequences: int
+    tokens: int
+    """Counted from the start of the run, like `step` and `sequences`."""
+    config: Json
+    """The full resolved configurations: `model`, `run`."""
+    tokenizer: Json
+    """Which tokenizer, with its content hash."""
+    data: Json | None = None
+    """`fingerprint` of the dataset and `cursor`, the next sequence to read; None: not trained here."""
+    lineage: list[Json] = dataclasses.field(default_factory=list)
+    """What these parameters were grown or imported from, oldest first."""
+    code: Json = dataclasses.field(default_factory=lambda: code_version())
+    """What wrote it: versions of this package, its commit, jax, flax and orbax."""
+    tree: dict[str, Json] = dataclasses.field(default_factory=dict)
+    """Leaf path -> `shape` and `dtype`."""
+    files: dict[str, Json] = dataclasses.field(default_factory=dict)
+    """Path under the step folder -> `size` in bytes and `sha256`."""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of manifest.json, its last field the sha256 of all others."""
+        fields = dataclasses.asdict(self)
+        fields = {"format_version": fields.pop("format_version"), **fields}
+        lines = []
+        for name, value in fields.items():
+            if name in LISTINGS and value:
+                entries = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value[key])}" for key in value)
+                text = f"{{\n{entries}\n }}"
+            else:
+                text = json.dumps(value, indent=1).replace("\n", "\n ")
+            lines.append(f' "{name}": {text},\n')
+        return f'{{\n{"".join(lines)} "sha256": "{_digest(fields)}"\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, where: Path | str = MANIFEST) -> "Manifest":
+        """Reads what `to_json` wrote; `where` is the file's name for the `UserError` if it did not."""
+        advice = "copy the checkpoint again from where it came, or resume from an older one with --fallback"
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where} is damaged ({error}): {advice}") from None
+        if not isinstance(fields, dict) or "format_version" not in fields:
+            raise UserError(f"{where} is not a checkpoint's manifest: it has no format_version")
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{where} has format version {version!r}, and this version of mtlm reads {FORMAT_VERSION}: "
+                "open the checkpoint with the version that wrote it (see `code` in the manifest)"
+            )
+        known = {field.name for field in dataclasses.fields(cls)} | {"sha256"}
+        for problem, names in (("lacks", known - fields.keys()), ("has the unknown", fields.keys() - known)):
+            if names:
+                raise UserError(f"{where} {problem} field {', '.join(sorted(names))}: {advice}")
+        if fields.pop("sha256") != _digest(fields):
+            raise UserError(f"{where} does not match its own sha256, so it was damaged or edited: {advice}")
+        return cls(**fields)
+
+
+def _digest(fields: Json) -> str:
+    """sha256 of the fields in one canonical spelling, so that layout does not matter and content does."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> Json:
+    """Versions of this package and of what reads and writes checkpoints; None for what is not known."""
+    versions: Json = {}
+    for name in ("mtlm", "jax", "flax", "orbax-checkpoint"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            versions[name] = None
+    return {**versions, "commit": _git_commit(Path(__file__).parent.parent)}
+
+
+def _git_commit(root: Path) -> str | None:
+    """The checkout's commit, with "-dirty" if tracked files differ from it; None outside a checkout."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or it does not trust the folder's owner
+        return None
+
+
+def seal(step_dir: Path, manifest: Manifest) -> None:
+    """Hashes every file of `step_dir` and writes its manifest; all of it is on the disk on return."""
+    names = _list_files(step_dir)
+    manifest = dataclasses.replace(manifest, files=_hash_files(step_dir, names, sync=True))
+    path = step_dir / MANIFEST
+    path.write_text(manifest.to_json(), encoding="utf-8")
+    sync_path(path)
+    for folder in {path.parent for path in (step_dir / name for name in names)} | {step_dir}:
+        sync_path(folder)
+
+
+def load_manifest(step_dir: Path) -> Manifest:
+    """The manifest of a step folder; UserError where it is missing, damaged or of an unknown version."""
+    path = step_dir / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{step_dir} has no {MANIFEST}, so it is no checkpoint of ours or a damaged one: "
+            "copy it again from where it came, or resume from an older one with --fallback"
+        ) from None
+    except UnicodeDecodeError:
+        text = ""  # not JSON either: reported as damaged
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return Manifest.from_json(text, path)
+
+
+def verify(step_dir: Path) -> None:
+    """Reads every file of a step folder and compares it with the manifest; UserError names the first
+    that is missing, unexpected, of another size or of other content."""
+    expected = load_manifest(step_dir).files
+    present = _list_files(step_dir)
+
+    def refuse(name: str, problem: str) -> None:
+        raise UserError(
+            f"{step_dir / name} {problem}, so this checkpoint cannot be trusted: "
+            "copy it again from where it came, or resume from an older one with --fallback"
+        )
+
+    # Names are compared before anything is opened, and only names found on the disk are: a manifest that
+    # says `../x` leads nowhere.
+    for name in sorted(expected.keys() - set(present)):
+        refuse(name, "is missing")
+    for name in sorted(set(present) - expected.keys()):
+        refuse(name, f"is not listed in {MANIFEST}")
+    for name in present:
+        size = (step_dir / name).stat().st_size
+        if size != expected[name]["size"]:
+            refuse(name, f"has {size} bytes where {MANIFEST} says {expected[name]['size']}")
+    try:
+        found = _hash_files(step_dir, present, sync=False)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for name in present:
+        if found[name] != expected[name]:
+            refuse(name, f"has other content than {MANIFEST} says (sha256)")
+
+
+def _list_files(step_dir: Path) -> list[str]:
+    """Paths of everything under `step_dir` that is not a folder, but for the manifest; sorted."""
+    paths = (path for path in step_dir.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in paths if (name := path.relative_to(step_dir).as_posix()) != MANIFEST)
+
+
+def _hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]:
+    """Size and sha256 of each file. hashlib releases the GIL, so threads use the cores there are."""
+
+    def hash_file(name: str) -> Json:
+        with (step_dir / name).open("rb") as file:
+            if sync:
+                os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": digest}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(hash_file, names), strict=True))
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file's content or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

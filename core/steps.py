@@ -1,0 +1,77 @@
+"""Which checkpoints a folder holds: the complete steps, the newest, the newest that is intact."""
+
+import re
+from pathlib import Path
+
+from core.errors import UserError
+from core.manifest import MANIFEST, sync_path, verify
+
+STEP_NAME = re.compile(r"\d{8,}")
+HIDDEN_NAME = re.compile(r"\.\d{8,}\.(partial|deleted)")  # being written, being deleted
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where a step lies in a folder of checkpoints, whether it is there or not."""
+    return folder / f"{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The complete steps in a folder of checkpoints, in order; empty when there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+
+
+def find_step(path: Path) -> Path:
+    """The checkpoint that `path` means: a step folder itself, or the newest one of a run folder or of its
+    `checkpoints`. It is not verified yet. UserError when there is none."""
+    if (path / MANIFEST).exists():
+        return path
+    folder = _steps_folder(path)
+    steps = list_steps(folder)
+    if steps:
+        return step_path(folder, steps[-1])
+    if folder == path and STEP_NAME.fullmatch(path.name) and path.is_dir():
+        return path  # a step that lost its manifest: opening it says so
+    if not folder.is_dir():
+        there = "is a file" if folder.exists() else "does not exist"
+    else:
+        names = sorted(entry.name for entry in folder.iterdir())
+        there = f"holds {', '.join(names[:5])}{' and more' * (len(names) > 5)}" if names else "is empty"
+    raise UserError(
+        f"no checkpoint in {path}: {folder} {there}; give a run folder in which a checkpoint was saved, "
+        f"or a folder that holds {MANIFEST}"
+    )
+
+
+def newest_intact(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The newest step of a run folder (or its `checkpoints`) that verifies, and the newer ones that do not
+    with their reasons, newest first. UserError when none does."""
+    find_step(path)  # raises when there is none at all
+    folder = _steps_folder(path)
+    skipped: list[tuple[Path, str]] = []
+    for step in reversed(list_steps(folder)):
+        step_dir = step_path(folder, step)
+        try:
+            verify(step_dir)
+        except UserError as error:
+            skipped.append((step_dir, str(error)))
+        else:
+            return step_dir, skipped
+    reasons = "; ".join(reason for _, reason in skipped)
+    raise UserError(f"none of the {len(skipped)} checkpoints in {folder} is intact: {reasons}")
+
+
+def set_aside(step_dir: Path) -> Path:
+    """Renames a damaged step to `damaged-00001200`, so that it is no longer the newest; returns the new
+    path. A run that falls back to an older step does this before it saves again."""
+    aside = step_dir.with_name(f"damaged-{step_dir.name}")
+    if aside.exists():
+        raise UserError(f"{aside} exists already: remove it, and then fall back from {step_dir} again")
+    step_dir.rename(aside)
+    sync_path(step_dir.parent)
+    return aside
+
+
+def _steps_folder(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path

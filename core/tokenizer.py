@@ -1,0 +1,263 @@
+"""Text to token ids and back: `mistral`, `bytes`, or the path of a tokenizer.json.
+
+A tokenizer is known by its content hash, not by its name: data, checkpoints and exports carry the
+record {name, sha256, vocab_size}, and `require_same` compares two of them.
+"""
+
+import abc
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from core.config import MAX_VOCAB
+from core.errors import UserError
+
+# Mistral-7B-v0.1's sentencepiece model, as the package mistral-common carries it.
+MISTRAL_FILE = "data/tokenizer.model.v1"
+MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+
+SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
+
+
+class Tokenizer(abc.ABC):
+    """What every tokenizer offers. Pickling one stores its name; the other process loads it anew."""
+
+    name: str
+    """What `load_tokenizer` takes to load it again."""
+    vocab_size: int
+    """Number of ids, `bos` and `eos` included; at most 65,536."""
+    bos: int
+    """Id of `<s>`, which opens every document."""
+    eos: int
+    """Id of `</s>`, which closes every document."""
+    sha256: str
+    """Hash of the content that defines the ids."""
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, uint16 [n], without `bos` and `eos`; `<s>` in the text is plain text.
+
+        A `UserError` where `text` holds a lone surrogate, which no UTF-8 text does.
+        """
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; `bos` and `eos` are skipped, bytes that are not UTF-8 become U+FFFD."""
+
+    def __reduce__(self):
+        return load_tokenizer, (self.name,)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer `mistral`, `bytes`, or that of a tokenizer.json file; `UserError` for anything else."""
+    if name == "mistral":
+        return MistralTokenizer()
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    if path.is_file():
+        return FileTokenizer(path)
+    raise UserError(
+        f"there is no tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json"
+    )
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> dict:
+    """What is stored beside data and weights: {"name", "sha256", "vocab_size"}."""
+    return {
+        "name": tokenizer.name,
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def require_same(record_a: dict, record_b: dict, what_a: str, what_b: str) -> None:
+    """A `UserError` naming both sides unless the two records are of one tokenizer, whatever its names."""
+    if (record_a["sha256"], record_a["vocab_size"]) == (record_b["sha256"], record_b["vocab_size"]):
+        return
+    a, b = (f"{r['name']!r} ({r['vocab_size']} ids, {r['sha256'][:12]})" for r in (record_a, record_b))
+    raise UserError(f"the tokenizers differ: {what_a} has {a}, {what_b} has {b}; use one tokenizer for both")
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are ids 0 to 255, `<s>` is 256 and `</s>` 257."""
+
+    name = "bytes"
+    vocab_size, bos, eos = 258, 256, 257
+    sha256 = hashlib.sha256(b"ids 0-255: bytes of UTF-8; 256: <s>; 257: </s>").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class MistralTokenizer(Tokenizer):
+    """Mistral-7B-v0.1's byte-pair encoding with byte fallback; the ids are exactly sentencepiece's.
+
+    Sentencepiece merges pairs over a whole document. In this vocabulary no piece has a space after
+    another character, and none holds a line feed, so no merge crosses such a border: a document falls
+    into units (spaces and the characters that follow them) that can be encoded one by one, and a unit
+    seen before need not be encoded again. That is several times faster than encoding whole documents.
+    """
+
+    name = "mistral"
+    sha256 = MISTRAL_SHA256
+
+    _UNITS = re.compile(f"[ {SPACE}]*[^ {SPACE}\n]+|[ {SPACE}]+|\n")
+
+    def __init__(self) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        resource = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE)
+        content = resource.read_bytes() if resource.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != MISTRAL_SHA256:
+            raise UserError(
+                f"{resource} is not Mistral-7B-v0.1's tokenizer (its sha256 is not {MISTRAL_SHA256[:12]}...): "
+                "reinstall the package mistral-common"
+            )
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        _assert_units_are_independent(model)
+        self.vocab_size = len(model.pieces)
+        self.bos, self.eos = model.trainer_spec.bos_id, model.trainer_spec.eos_id
+        self._whole = sentencepiece.SentencePieceProcessor(model_proto=content)
+        # The space that sentencepiece puts before a document is put there by `encode`, once, and not
+        # before every unit.
+        model.normalizer_spec.add_dummy_prefix = False
+        unit = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._unit_ids = _UnitCache(unit.encode)
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        if not text:
+            return np.empty(0, np.uint16)
+        units = self._UNITS.findall(SPACE + text)
+        return np.frombuffer(b"".join(map(self._unit_ids.__getitem__, units)), np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._whole.decode([int(i) for i in ids if i not in (self.bos, self.eos)])
+
+
+def _assert_units_are_independent(model) -> None:
+    """The facts of the model that make `MistralTokenizer.encode` exact; the file's hash implies them."""
+    normalizer = model.normalizer_spec
+    assert normalizer.name == "identity" and not normalizer.precompiled_charsmap
+    assert normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
+    assert not model.trainer_spec.treat_whitespace_as_suffix
+    for piece in model.pieces:
+        assert piece.type in (piece.NORMAL, piece.UNKNOWN, piece.CONTROL, piece.BYTE), piece
+        assert SPACE not in piece.piece.lstrip(SPACE) and "\n" not in piece.piece, piece
+
+
+class _UnitCache(dict):
+    """Unit of text -> its ids as uint16 bytes; what is missing is encoded on the way."""
+
+    # About 60 MB when full. Emptying it then costs little: the common units are back at once.
+    MAX_UNITS = 1 << 18
+    MAX_LENGTH = 64  # a longer unit hardly comes twice
+
+    def __init__(self, encode) -> None:
+        self._encode = encode
+
+    def __missing__(self, unit: str) -> bytes:
+        ids = np.array(self._encode(unit), np.uint16).tobytes()
+        if len(unit) <= self.MAX_LENGTH:
+            if len(self) >= self.MAX_UNITS:
+                self.clear()
+            self[unit] = ids
+        return ids
+
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library.
+
+    It must have the tokens `<s>` and `</s>`, or `<|endoftext|>`, which then serves as both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+        self.name = str(path.resolve())
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB:
+            raise UserError(
+                f"{path} has {self.vocab_size} ids, but token ids are stored in 16 bits: "
+                f"choose a tokenizer of at most {MAX_VOCAB}"
+            )
+        pair = ("<s>", "</s>") if {"<s>", "</s>"} <= ids.keys() else ("<|endoftext|>",) * 2
+        if not set(pair) <= ids.keys():
+            raise UserError(
+                f"{path} has neither the tokens <s> and </s> nor <|endoftext|>: add a pair of them"
+            )
+        self.bos, self.eos = (ids[token] for token in pair)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "<s>" in a document is text, not a token
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [int(i) for i in ids if i not in (self.bos, self.eos)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+class TextStream:
+    """Turns ids that come one by one into text that can be shown at once.
+
+    A character may take several tokens, and whether a leading space belongs to the text depends on the
+    tokens before it. So text is decoded together with the ids of the last piece shown, and what ends in
+    an incomplete character waits for the next id. The pieces joined are `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # of the last piece shown, then of what is not shown yet
+        self._n_shown = 0  # how many of them are shown
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly empty."""
+        if token in (self._tokenizer.bos, self._tokenizer.eos):
+            return ""
+        self._ids.append(int(token))
+        text = self._unseen()
+        if text.endswith("\ufffd"):
+            return ""
+        if text:
+            del self._ids[: self._n_shown]
+            self._n_shown = len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is left, an incomplete character as U+FFFD; the stream is then at its start again."""
+        text = self._unseen()
+        self._ids, self._n_shown = [], 0
+        return text
+
+    def _unseen(self) -> str:
+        shown = self._tokenizer.decode(self._ids[: self._n_shown])
+        return self._tokenizer.decode(self._ids)[len(shown) :]
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate at character {error.start}, so it is not Unicode: "
+            "replace or remove it"
+        ) from error

@@ -1,0 +1,178 @@
+"""The settings of a training run, as they stand on the command line and in a run folder's config.json."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from core.config import ModelConfig, preset
+from core.errors import UserError
+from train_tpu.optimizer import OptimizerConfig
+from train_tpu.step import GuardConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOverrides:
+    """Departures from the preset; what is not given is the preset's."""
+
+    context: int | None = None
+    d_model: int | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+    d_mlp: int | None = None
+    positions: Literal["rope", "learned"] | None = None
+    mlp: Literal["swiglu", "gelu"] | None = None
+    biases: bool | None = None
+    tied: bool | None = None
+    dropout: float | None = None
+    init_std: float | None = None
+    scaled_residual_init: bool | None = None
+    """Init of the projections into the residual stream divided by sqrt(2 layers)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Train a model from scratch, or go on with a run: the same command with the same --out resumes."""
+
+    preset: str = "mtlm1-tiny"
+    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
+    data: str = "builtin"
+    """A prepared folder, text files (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder or a glob),
+    tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
+    tokenizer: str | None = None
+    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
+    tiny presets and mistral for the others."""
+    out: Path | None = None
+    """The run folder. Default: runs/PRESET."""
+    seed: int = 0
+
+    steps: int | None = None
+    """Updates in all. Default: as many as --epochs asks for, else the preset's."""
+    epochs: float | None = None
+    """Passes over the training data, instead of --steps."""
+    batch: int = 32
+    """Sequences an update, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other: less memory, the same result."""
+    model: ModelOverrides = ModelOverrides()
+    optim: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """A damaged training record ends the run, or its sequence is left out of the loss."""
+    init_from: Path | None = None
+    """Start from the parameters of this run or checkpoint instead of random ones."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    unroll: int | None = None
+    """Layers a step of the layer loop holds. Default: all on a CPU or GPU, 1 on a TPU."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory."""
+    loss_chunk: int = 8192
+    """Tokens whose logits are held at once on a device."""
+    deterministic: bool = False
+    """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
+
+    eval_every: int | None = None
+    """Updates between evaluations, besides those before the first update and after the last.
+    Default: a tenth of the run."""
+    eval_windows: int = 512
+    """Windows of each held-out set that evaluations during the run read; the first and last read all."""
+    sample_every: int | None = None
+    """Updates between samples. Default: as --eval-every."""
+    prompts: tuple[str, ...] = ("The ", "This function returns ", "In the early years of ")
+    """What the samples go on from."""
+    save_every: int | None = None
+    """Updates between checkpoints. Default: a tenth of the run."""
+    save_minutes: float = 10.0
+    """Also save when this much time has passed since the last checkpoint."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    log_every: int = 10
+    """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
+
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""
+    fallback: bool = False
+    """If the newest checkpoint is damaged, resume from the newest intact one."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("give --steps or --epochs, not both")
+        for name in ("steps", "epochs", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows",
+                     "eval_every", "sample_every", "save_every", "keep_last", "keep_every", "log_every",
+                     "save_minutes"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}; it must lie in [0, 2^32)")
+
+
+# What a preset is trained with if nothing else is said; those of 40M and more are those of docs/RESULTS.md.
+_TINY = {"steps": 300, "batch": 32, "tokenizer": "bytes", "lr": 3e-3, "warmup": 30}
+_MTLM1 = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "lr": 1e-3, "warmup": 100}
+TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mtlm1-tiny": _TINY,
+    "mtlm2-tiny": _TINY,
+    "mtlm1-88m": _MTLM1,
+    "mtlm1-200m": _MTLM1,
+    "mtlm2-40m": _MTLM1 | {"epochs": 2.0, "lr": 1.5e-3},
+}
+
+
+def defaults(name: str) -> RunConfig:
+    """The settings of a run of preset `name` where the command line says nothing else."""
+    preset(name)  # refuses an unknown name
+    given = TRAINING_DEFAULTS[name]
+    optim = OptimizerConfig(lr=given["lr"], warmup=given["warmup"])
+    return RunConfig(preset=name, batch=given["batch"], optim=optim)
+
+
+# Settings that change how a run is watched, kept or carried out, but not its losses.
+FREE_SETTINGS = frozenset((
+    "out", "data", "eval_every", "eval_windows", "sample_every", "prompts", "save_every", "save_minutes",
+    "keep_last", "keep_every", "log_every", "init_from", "allow_change", "fallback",
+))  # fmt: skip
+
+
+def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The preset with the overrides and the tokenizer's vocabulary."""
+    overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    return dataclasses.replace(preset(config.preset), vocab_size=vocab_size, **overrides)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Settings by the names they have on the command line, as JSON values."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value))
+        else:
+            flat[field.name] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+def require_same(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], where: Path) -> None:
+    """Refuses to resume a run under settings that would make it another run.
+
+    Raises:
+        UserError: a setting differs and is not named in `allowed`; both values are given.
+    """
+    unknown = sorted(set(allowed) - set(new))
+    if unknown:
+        raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
+    for name in sorted(set(old) | set(new)):
+        if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
+            continue
+        flag = name.replace("_", "-")
+        raise UserError(
+            f"the run in {where} was started with --{flag} {old.get(name)}, not {new.get(name)}: give the "
+            f"same value, another --out, or --allow-change {name} if the change is meant"
+        )

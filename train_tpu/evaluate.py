@@ -1,0 +1,82 @@
+"""Held-out loss: nats a token, perplexity and bits a byte, by the code that training's loss uses."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Integer
+
+from core.config import ModelConfig
+from core.loss import IGNORE, cross_entropy
+from core.model import Compute, Params, forward, head_table
+from core.sharding import batch_sharding
+from train_tpu.data import Dataset, heldout_windows
+from train_tpu.metrics import bits_per_byte
+
+
+class Score(NamedTuple):
+    """The loss of a held-out set."""
+
+    nll: float
+    """Nats a predicted token."""
+    perplexity: float
+    bits_per_byte: float
+    """For part of a set: by the whole set's tokens a byte."""
+    tokens: int
+    """How many predictions were scored."""
+
+
+class Evaluator:
+    """Scores the held-out splits of a dataset. Reads parameters and nothing else of a run."""
+
+    def __init__(
+        self, config: ModelConfig, compute: Compute, dataset: Dataset, rows: int, chunk: int, mesh: Mesh
+    ):
+        """rows: windows scored at once, over all devices; chunk: see `core.loss`."""
+        self.dataset = dataset
+        self.rows = rows
+        self._sharding = batch_sharding(mesh)
+        self._sums = jax.jit(functools.partial(_sums, config, compute, chunk))
+
+    def score(
+        self,
+        params: Params,
+        split: str,
+        limit: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Score | None:
+        """The loss on `split`, or on `limit` windows spread over it; None if interrupted on the way."""
+        tokens, mask = heldout_windows(self.dataset, split, limit)
+        total, count = 0.0, 0
+        for start in range(0, len(tokens), self.rows):
+            if interrupted():
+                return None
+            part, counted = tokens[start : start + self.rows], mask[start : start + self.rows]
+            missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
+            arrays = (np.pad(part, missing)[None], np.pad(counted, missing)[None])
+            nll = self._sums(params, *jax.device_put(arrays, self._sharding))
+            total, count = total + float(nll), count + int(counted.sum())
+        nll = total / count
+        info = self.dataset.splits[split]
+        perplexity = math.exp(nll) if nll < 700 else math.inf
+        return Score(nll, perplexity, bits_per_byte(nll, info.tokens - 1, info.bytes), count)
+
+
+def _sums(
+    config: ModelConfig,
+    compute: Compute,
+    chunk: int,
+    params: Params,
+    tokens: Integer[Array, "1 B S1"],
+    mask: Bool[Array, "1 B S"],
+) -> Float[Array, ""]:
+    inputs, targets = tokens[0, :, :-1].astype(jnp.int32), tokens[0, :, 1:].astype(jnp.int32)
+    hidden = forward(config, params, inputs, compute)
+    targets = jnp.where(mask[0], targets, IGNORE)
+    table = head_table(config, params)
+    return cross_entropy(hidden, table, targets, chunk=chunk, mesh=compute.mesh).nll

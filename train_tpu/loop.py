@@ -1,0 +1,280 @@
+"""The training loop: evaluate, sample and save before a step, so that first and last are measured alike.
+
+The loop counts and schedules; every array operation is in the compiled step. Metrics are read one step
+late, so that the device never waits for the host.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from core.checkpoint import Checkpointer
+from core.generate import Generator, Sampling
+from core.manifest import Manifest
+from core.sharding import batch_sharding, replicated
+from core.tokenizer import Tokenizer
+from train_tpu.config import RunConfig
+from train_tpu.data import Batch as LoadedBatch
+from train_tpu.evaluate import Evaluator
+from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
+from train_tpu.metrics import RunLog, model_flops_utilization
+from train_tpu.optimizer import learning_rate
+from train_tpu.progress import Progress
+from train_tpu.step import Batch, Controls, Metrics, TrainState
+
+METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
+SAMPLE_TOKENS = 96
+
+
+class Cadence(NamedTuple):
+    """Updates between evaluations, samples and checkpoints."""
+
+    evaluate: int
+    sample: int
+    save: int
+
+
+class InFlight(NamedTuple):
+    """A dispatched step whose metrics have not been read."""
+
+    step: int
+    batch: LoadedBatch
+    lr: float
+    metrics: Metrics
+
+
+class Halted(Exception):
+    """The guard has refused `halt_after` updates in a row."""
+
+
+@dataclasses.dataclass
+class Loop:
+    """One run from `step` to `steps`. `state` is always the newest; the step donates the one before."""
+
+    config: RunConfig
+    state: TrainState
+    step: int
+    """Updates made so far, skipped ones included."""
+    steps: int
+    cursor: int
+    """Training sequences read so far: the index of the next batch's first."""
+    compiled_step: jax.stages.Compiled
+    batches: Iterator[LoadedBatch]
+    evaluator: Evaluator
+    generator: Generator
+    tokenizer: Tokenizer
+    checkpointer: Checkpointer
+    manifest: Manifest
+    """What every checkpoint's manifest says, but for the counters."""
+    log: RunLog
+    progress: Progress
+    interrupt: Interrupt
+    mesh: Mesh
+    cadence: Cadence
+    flops_per_token: int
+
+    def __post_init__(self) -> None:
+        self._context = self.manifest.config["model"]["context"]
+        self._first_step = self.step
+        self._saved_step = self.checkpointer.latest_committed
+        self._in_flight: collections.deque[InFlight] = collections.deque()
+        self._durations: collections.deque[float] = collections.deque(maxlen=20)
+        self._clock = self._last_save = time.monotonic()
+
+    def run(self) -> int:
+        """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
+        try:
+            while not self.interrupt.requested:
+                self._before_step()
+                if self.step == self.steps or self.interrupt.requested:
+                    break
+                self._dispatch()
+                self._read_metrics(leave=METRICS_LAG)
+            self._read_metrics(leave=0)
+        except Halted as halted:
+            self._save()
+            self.checkpointer.wait()
+            self.log.write(self.step, "event", what="halt", why=str(halted))
+            self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
+            return EXIT_HALTED
+        if self.step == self.steps:
+            self._save()
+            self.checkpointer.wait()
+            self.log.write(self.step, "event", what="end")
+            return EXIT_FINISHED
+        return self._stop_early()
+
+    def _stop_early(self) -> int:
+        started = self.step > self._first_step
+        if started:
+            self._save()
+        self.checkpointer.wait()
+        self.log.write(self.step, "event", what=f"interrupted by {self.interrupt.requested}")
+        newest = self.checkpointer.latest_committed
+        if started:
+            self.progress.say(f"saved step {self.step}: the same command goes on from there")
+            return EXIT_SAVED
+        kept = "nothing to keep yet" if newest is None else f"step {newest} is kept"
+        self.progress.say(f"no step was made since the start: {kept}; the same command goes on from there")
+        return EXIT_KEPT
+
+    def _before_step(self) -> None:
+        step, last = self.step, self.step == self.steps
+        evaluate = last or step % self.cadence.evaluate == 0
+        sample = last or step % self.cadence.sample == 0
+        late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
+        save = step > 0 and (step % self.cadence.save == 0 or late)
+        if not (evaluate or sample or save):
+            return
+        self._read_metrics(leave=0)
+        if evaluate:
+            self._evaluate(limit=None if step == 0 or last else self.config.eval_windows)
+        if sample and not self.interrupt.requested:
+            self._sample()
+        if save:
+            self._save()
+        self._clock = time.monotonic()
+
+    def _dispatch(self) -> None:
+        loaded = next(self.batches)
+        assert loaded.first == self.cursor, f"batch starts at {loaded.first}, the cursor is at {self.cursor}"
+        rate = learning_rate(self.config.optim, self.step, self.steps)
+        controls = Controls(
+            lr=np.float32(rate),
+            sigma=np.float32(self.config.guard.sigma),
+            halt_after=np.int32(self.config.guard.halt_after),
+            seed=np.uint32(self.config.seed),
+        )
+        batch = place_batch(loaded, self.config.accumulate, self.mesh)
+        controls = jax.device_put(controls, replicated(self.mesh))
+        self.state, metrics = self.compiled_step(self.state, batch, controls)
+        self._in_flight.append(InFlight(self.step, loaded, rate, metrics))
+        self.step += 1
+        self.cursor += self.config.batch
+
+    def _read_metrics(self, leave: int) -> None:
+        while len(self._in_flight) > leave:
+            done = self._in_flight.popleft()
+            metrics: Metrics = jax.device_get(done.metrics)
+            now = time.monotonic()
+            self._durations.append(now - self._clock)
+            self._clock = now
+            self._report(done, metrics)
+            if metrics.streak >= self.config.guard.halt_after:
+                self._in_flight.clear()  # they changed nothing: the graph stops applying by itself
+                raise Halted(
+                    f"{metrics.streak} updates in a row were not applied, the last at step {done.step} "
+                    f"with loss {metrics.loss:.4g} and gradient norm {metrics.grad_norm:.4g}"
+                )
+
+    def _report(self, done: InFlight, metrics: Metrics) -> None:
+        seconds = sum(self._durations) / len(self._durations)
+        rate = self.config.batch * self._context / seconds
+        self.log.write(
+            done.step,
+            "train",
+            tokens=done.batch.first * self._context,
+            loss=float(metrics.loss),
+            nll=float(metrics.nll),
+            grad_norm=float(metrics.grad_norm),
+            lr=done.lr,
+            tokens_per_second=round(rate),
+        )
+        if not metrics.applied:
+            self._report_skip(done, metrics)
+        bad = done.batch.records[done.batch.bad]
+        if len(bad):
+            self.log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
+            self.progress.say(f"step {done.step}: left out damaged training records {bad.tolist()}")
+        mfu = model_flops_utilization(rate, self.flops_per_token, jax.devices()[0], self.mesh.size)
+        self.progress.step(done.step, float(metrics.nll), done.lr, rate, mfu, seconds)
+
+    def _report_skip(self, done: InFlight, metrics: Metrics) -> None:
+        first, blame = done.batch.first, blame_leaves(metrics.leaf_norms)
+        self.log.write(
+            done.step,
+            "skip",
+            loss=float(metrics.loss),
+            grad_norm=float(metrics.grad_norm),
+            streak=int(metrics.streak),
+            skipped=int(metrics.skipped),
+            sequences=[first, first + self.config.batch],
+            records=done.batch.records.tolist(),
+            blame=blame,
+        )
+        self.progress.say(
+            f"step {done.step}: update not applied: loss {metrics.loss:.4g}, gradient norm "
+            f"{metrics.grad_norm:.4g}, from {', '.join(blame)}; sequences {first} to "
+            f"{first + self.config.batch - 1} (records in metrics.jsonl); {metrics.skipped} so far"
+        )
+
+    def _evaluate(self, limit: int | None) -> None:
+        for split in self.evaluator.dataset.heldout:
+            score = self.evaluator.score(
+                self.state.params, split, limit, lambda: self.interrupt.requested is not None
+            )
+            if score is None:
+                return
+            tokens = self.cursor * self._context
+            self.log.write(
+                self.step, "eval", split=split, tokens=tokens, nll=score.nll, perplexity=score.perplexity,
+                bits_per_byte=score.bits_per_byte, scored_tokens=score.tokens,
+            )  # fmt: skip
+            self.progress.say(
+                f"step {self.step}: {split}: {score.bits_per_byte:.4f} bits per byte, "
+                f"{score.nll:.4f} nats per token, perplexity {score.perplexity:.2f}"
+            )
+
+    def _sample(self) -> None:
+        """Goes on from fixed prompts with fixed keys: what changes is the model."""
+        prompts = [[self.tokenizer.bos, *map(int, self.tokenizer.encode(p))] for p in self.config.prompts]
+        made = self.generator.complete(
+            self.state.params, prompts, Sampling(seed=self.config.seed), SAMPLE_TOKENS, self.tokenizer.eos
+        )
+        texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(prompts, made, strict=True)]
+        self.log.sample(self.step, texts)
+        self.progress.say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
+
+    def _save(self) -> None:
+        if self._saved_step == self.step:
+            return
+        manifest = dataclasses.replace(
+            self.manifest,
+            step=self.step,
+            sequences=self.cursor,
+            tokens=self.cursor * self._context,
+            data={**self.manifest.data, "cursor": self.cursor},
+        )
+        self.checkpointer.save(self.step, self.state, manifest)
+        self._saved_step = self.step
+        self._last_save = time.monotonic()
+
+
+def place_batch(loaded: LoadedBatch, accumulate: int, mesh: Mesh) -> Batch:
+    """A loaded batch as the step takes it: cut into micro-batches, spread over the devices."""
+
+    def split(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(accumulate, -1, *rows.shape[1:])
+
+    index = np.arange(loaded.first, loaded.first + len(loaded.tokens), dtype=np.uint32)
+    parts: Any = Batch(split(loaded.tokens), split(loaded.bad), split(index))
+    return jax.device_put(parts, batch_sharding(mesh))
+
+
+def blame_leaves(norms: dict[str, np.ndarray], most: int = 3) -> list[str]:
+    """The leaves (with their layers) whose gradients are not finite, else those of largest norm."""
+    named = {}
+    for name, values in norms.items():
+        if np.ndim(values) == 0:
+            named[name] = float(values)
+        else:
+            named |= {f"{name}[{layer}]": float(value) for layer, value in enumerate(values)}
+    ranked = sorted(named, key=lambda n: (math.isfinite(named[n]), -named[n]))
+    return [f"{name} ({named[name]:.3g})" for name in ranked[:most]]

@@ -1,0 +1,370 @@
+"""`python -m train_tpu.run`: train a model from scratch, or go on with a run.
+
+main() is the whole course in order: settings, data, devices, run folder, state, compilation, loop.
+"""
+
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from core.attention import Choice, choose
+from core.checkpoint import (
+    Checkpointer,
+    find_step,
+    list_steps,
+    newest_intact,
+    restore,
+    restore_params,
+    set_aside,
+)
+from core.config import PRESETS, ModelConfig
+from core.errors import UserError, run_command
+from core.generate import Generator
+from core.manifest import Manifest, load_manifest
+from core.model import Compute
+from core.sharding import make_mesh, replicated
+from core.tokenizer import load_tokenizer
+from core.tokenizer import require_same as require_same_tokenizer
+from train_tpu import config as settings
+from train_tpu.config import RunConfig
+from train_tpu.data import MANIFEST, Dataset, open_dataset, train_batches
+from train_tpu.evaluate import Evaluator
+from train_tpu.interrupt import EXIT_FINISHED, Interrupt
+from train_tpu.loop import Cadence, Loop
+from train_tpu.metrics import RunLog, plot_curve
+from train_tpu.prepare import open_or_prepare
+from train_tpu.progress import Progress, make_console
+from train_tpu.step import (
+    StepConfig,
+    TrainState,
+    abstract_state,
+    compile_step,
+    fresh_state,
+    init_state,
+)
+
+CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
+
+
+def main() -> int:
+    """Runs the command; returns its exit code (train_tpu.interrupt says what each means)."""
+    console = make_console()
+
+    # 1. Settings: the preset's own defaults, so that --help shows them, under what the command line says.
+    config = parse(sys.argv[1:])
+    out = config.out or Path("runs") / config.preset
+    if config.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+    # 2. Data and tokenizer.
+    given = settings.TRAINING_DEFAULTS[config.preset]
+    tokenizer_name = config.tokenizer or prepared_tokenizer(config.data) or given["tokenizer"]
+    context = config.model.context or PRESETS[config.preset].context
+    dataset = open_or_prepare(config.data, tokenizer_name, context, CACHE)
+    tokenizer = load_tokenizer(dataset.tokenizer_record["name"])
+    model = settings.model_config(config, tokenizer.vocab_size)
+    steps = count_steps(config, dataset)
+
+    # 3. Devices, and what will compute on them.
+    mesh = make_mesh()
+    check_batch(config, mesh)
+    compute, attention = choose_compute(config, model, mesh)
+    step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
+    console.print(describe(config, model, dataset, steps, mesh, compute, attention))
+
+    # 4. The run folder: new, or that of the run to go on with.
+    lock = lock_folder(out)
+    record = run_record(config, model, steps, dataset)
+    open_run_folder(out, record, config.allow_change)
+    checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every)
+
+    with Interrupt() as interrupt:
+        # 5. The state: resumed, taken from another checkpoint's parameters, or fresh.
+        state, manifest, how = starting_state(config, step_config, out, record, dataset, mesh, console)
+        console.print(how, markup=False, highlight=False)
+        if manifest.step >= steps:
+            console.print(
+                f"the run in {out} is finished ({manifest.step} of {steps} steps): give another --out for a "
+                "new one, or more --steps with --allow-change steps to go on"
+            )
+            return EXIT_FINISHED
+
+        # 6. Compilation, once.
+        started = time.monotonic()
+        step = compile_step(step_config, config.batch, config.accumulate, mesh)
+        console.print(
+            f"compiled the step in {time.monotonic() - started:.1f} s; it needs {memory(step)} a device"
+        )
+
+        # 7. The loop.
+        batches = train_batches(
+            dataset, seed=config.seed, batch=config.batch, start=manifest.sequences,
+            vocab_size=model.vocab_size, on_bad=config.on_bad_record,
+        )  # fmt: skip
+        rows = config.batch // config.accumulate
+        log = RunLog(out, manifest.step)
+        log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
+        progress = Progress(console, steps, manifest.step, config.log_every)
+        try:
+            code = Loop(
+                config=config,
+                state=state,
+                step=manifest.step,
+                steps=steps,
+                cursor=manifest.sequences,
+                compiled_step=step,
+                batches=batches,
+                evaluator=Evaluator(model, compute, dataset, rows, config.loss_chunk, mesh),
+                generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
+                tokenizer=tokenizer,
+                checkpointer=checkpointer,
+                manifest=manifest,
+                log=log,
+                progress=progress,
+                interrupt=interrupt,
+                mesh=mesh,
+                cadence=choose_cadence(config, steps),
+                flops_per_token=model.flops_per_token(),
+            ).run()
+        finally:
+            progress.close()
+            log.close()
+            batches.close()
+            checkpointer.close()
+            lock.close()
+    if code == EXIT_FINISHED:
+        console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
+        console.print(next_commands(out, config), highlight=False)
+    return code
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The command line over the defaults of the preset that it names."""
+    names = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
+    names += [flag.partition("=")[2] for flag in argv if flag.startswith("--preset=")]
+    default = settings.defaults(names[-1] if names else RunConfig.preset)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[RunConfig], default=default, args=argv, prog="python -m train_tpu.run",
+        description=RunConfig.__doc__,
+    )  # fmt: skip
+
+
+def prepared_tokenizer(data: str) -> str | None:
+    """The tokenizer that a prepared folder was made with; None for data that is text."""
+    prepared = (Path(data) / MANIFEST).is_file()
+    return open_dataset(data).tokenizer_record["name"] if prepared else None
+
+
+def count_steps(config: RunConfig, dataset: Dataset) -> int:
+    """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's."""
+    windows = dataset.splits["train"].windows
+    given = settings.TRAINING_DEFAULTS[config.preset]
+    epochs = config.epochs if config.epochs is not None or config.steps else given.get("epochs")
+    steps = config.steps or (int(epochs * windows / config.batch) if epochs else given["steps"])
+    if steps < 1:
+        raise UserError(
+            f"the training data holds {windows} windows of {dataset.context} tokens, fewer than one batch of "
+            f"{config.batch}: give more text, a smaller --batch or a smaller --context"
+        )
+    return steps
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """The batch must fall into equal parts: micro-batches, and rows of one for every device."""
+    if config.batch % (config.accumulate * mesh.size):
+        raise UserError(
+            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate "
+            f"{config.accumulate}: the nearest that is, is "
+            f"{max(1, round(config.batch / (mesh.size * config.accumulate))) * mesh.size * config.accumulate}"
+        )
+
+
+def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Compute, Choice]:
+    """Type, attention and loop unrolling for the devices at hand."""
+    platform = mesh.devices.flat[0].platform
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    attention = choose(
+        config.attention, platform=platform, dtype=dtype, head_dim=model.head_dim, context=model.context
+    )
+    # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
+    unroll = config.unroll or (1 if platform == "tpu" else model.n_layers)
+    return Compute(dtype, attention.name, unroll, config.remat, mesh), attention
+
+
+def describe(
+    config: RunConfig,
+    model: ModelConfig,
+    dataset: Dataset,
+    steps: int,
+    mesh: Mesh,
+    compute: Compute,
+    attention: Choice,
+) -> Table:
+    """The table a run begins with."""
+    train = dataset.splits["train"]
+    device = mesh.devices.flat[0]
+    tokens = steps * config.batch * model.context
+    parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
+    heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
+    rows = [
+        ("model", f"{config.preset}: {model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
+                  f"MLP {model.d_mlp}, context {model.context}; {parts}"),
+        ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
+                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs a training token"),
+        ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),
+        ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
+                 f"{train.bytes / train.tokens:.2f} bytes a token"),
+        ("held out", ", ".join(heldout) or "none"),
+        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
+                     f"{tokens / (train.windows * model.context):.2f} epochs, "
+                     f"{tokens / model.n_params:.1f} tokens a parameter"),
+        ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+                      f"warmup {config.optim.warmup}"),
+        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}), {compute.dtype}"),
+        ("attention", f"{attention.name}: {attention.why}"),
+    ]  # fmt: skip
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def run_record(config: RunConfig, model: ModelConfig, steps: int, dataset: Dataset) -> dict[str, Any]:
+    """What config.json and every manifest say of a run."""
+    return {
+        "run": settings.flatten(config) | {"steps": steps, "epochs": None},
+        "model": dataclasses.asdict(model),
+        "tokenizer": dataset.tokenizer_record,
+        "data": {"path": config.data, "fingerprint": dataset.fingerprint},
+    }
+
+
+def lock_folder(out: Path) -> TextIO:
+    """Holds the run folder for this process until the returned file is closed."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    ours = any((out / name).exists() for name in ("config.json", ".lock"))
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"--out {out} holds other things and no run of ours; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {out}: stop it or give another --out") from None
+    return lock
+
+
+def open_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Writes config.json, or refuses to go on with a run of other settings, model, tokenizer or data."""
+    path = out / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
+        settings.require_same(old["run"], record["run"], allowed, out)
+        if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
+            raise UserError(
+                f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "
+                f"not {record['data']['path']} ({record['data']['fingerprint'][:12]}): give the same data, "
+                "another --out, or --allow-change data"
+            )
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def starting_state(
+    config: RunConfig,
+    step_config: StepConfig,
+    out: Path,
+    record: dict[str, Any],
+    dataset: Dataset,
+    mesh: Mesh,
+    console: Console,
+) -> tuple[TrainState, Manifest, str]:
+    """The state to go on from, its manifest (with its counters), and in words where it comes from."""
+    abstract = abstract_state(step_config, mesh)
+    manifest = Manifest(
+        kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
+        tokenizer=record["tokenizer"], data={"fingerprint": dataset.fingerprint, "cursor": 0},
+    )  # fmt: skip
+    folder = out / "checkpoints"
+    if list_steps(folder):
+        step_dir = find_step(folder)
+        if config.fallback:
+            step_dir, skipped = newest_intact(folder)
+            for damaged, why in skipped:
+                aside = set_aside(damaged)
+                console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
+        old = load_manifest(step_dir)
+        state = restore(step_dir, abstract)
+        # A run that the guard halted goes on behind the batches that halted it.
+        state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
+        manifest = dataclasses.replace(
+            manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
+        )
+        return state, manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    if config.init_from:
+        step_dir = find_step(config.init_from)
+        old = load_manifest(step_dir)
+        require_same_tokenizer(old.tokenizer, record["tokenizer"], str(step_dir), "the data given")
+        params = restore_params(step_dir, abstract.params)
+        state = jax.jit(
+            lambda p: init_state(step_config, p), out_shardings=replicated(mesh), donate_argnums=0
+        )(params)
+        source = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
+        manifest = dataclasses.replace(manifest, lineage=[*old.lineage, source])
+        return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
+    state = fresh_state(step_config, mesh, config.seed)
+    return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
+
+
+def choose_cadence(config: RunConfig, steps: int) -> Cadence:
+    """A tenth of the run where nothing is said."""
+    tenth = max(1, math.ceil(steps / 10))
+    evaluate = config.eval_every or tenth
+    return Cadence(evaluate, config.sample_every or evaluate, config.save_every or tenth)
+
+
+def memory(step: jax.stages.Compiled) -> str:
+    """Device memory of the compiled step: what it is given and what it works in."""
+    analysis = step.memory_analysis()
+    if analysis is None:
+        return "an unknown amount of memory"
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return f"{total / 2**30:.2f} GiB"
+
+
+def next_commands(out: Path, config: RunConfig) -> str:
+    """What to type next; commands of packages that are not installed here are left out."""
+    commands = [
+        ("generate text", "core.generate", f"{out} --prompt 'The '"),
+        ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
+        ("grow it", "stacking.grow", f"{out} --out {out}-grown"),
+        ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
+    ]
+    lines = ["next:"]
+    for what, module, arguments in commands:
+        if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):
+            lines.append(f"  {what + ':':<24} python -m {module} {arguments}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
