@@ -29,7 +29,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" writing {error.filename}" if error.filename else ""
         print(f"error: the disk is full{where}: free some space and run the command again", file=sys.stderr)

@@ -10,6 +10,7 @@ import importlib.resources
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; `bos` and `eos` are skipped, bytes that are not UTF-8 become U+FFFD."""
 
     def __reduce__(self):
@@ -53,7 +54,7 @@ class Tokenizer(abc.ABC):
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer `mistral`, `bytes`, or that of a tokenizer.json file; `UserError` for anything else."""
+    """The tokenizer `mistral`, `bytes`, or that of a tokenizer.json file; a `UserError` otherwise."""
     if name == "mistral":
         return MistralTokenizer()
     if name == "bytes":
@@ -93,7 +94,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
@@ -119,7 +120,7 @@ class MistralTokenizer(Tokenizer):
         content = resource.read_bytes() if resource.is_file() else b""
         if hashlib.sha256(content).hexdigest() != MISTRAL_SHA256:
             raise UserError(
-                f"{resource} is not Mistral-7B-v0.1's tokenizer (its sha256 is not {MISTRAL_SHA256[:12]}...): "
+                f"{resource} is not Mistral-7B-v0.1's tokenizer (sha256 {MISTRAL_SHA256[:12]}...): "
                 "reinstall the package mistral-common"
             )
         model = sentencepiece_model_pb2.ModelProto.FromString(content)
@@ -140,7 +141,7 @@ class MistralTokenizer(Tokenizer):
         units = self._UNITS.findall(SPACE + text)
         return np.frombuffer(b"".join(map(self._unit_ids.__getitem__, units)), np.uint16)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return self._whole.decode([int(i) for i in ids if i not in (self.bos, self.eos)])
 
 
@@ -211,7 +212,7 @@ class FileTokenizer(Tokenizer):
         _utf8(text)
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         kept = [int(i) for i in ids if i not in (self.bos, self.eos)]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
@@ -229,7 +230,7 @@ class TextStream:
         self._ids: list[int] = []  # of the last piece shown, then of what is not shown yet
         self._n_shown = 0  # how many of them are shown
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """The text that `token` completes, possibly empty."""
         if token in (self._tokenizer.bos, self._tokenizer.eos):
             return ""

@@ -1,0 +1,84 @@
+"""How fast the loader alone is: `python -m bench.loader [--data DIR]`.
+
+Reads shuffled batches as training does, and nothing else. Without --data it makes a dataset of random
+tokens in a temporary folder.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from core.errors import run_command
+from train_tpu.data import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
+from train_tpu.packing import WindowWriter
+
+
+@dataclasses.dataclass
+class LoaderConfig:
+    """Measure the data loader."""
+
+    data: Path | None = None
+    """A prepared dataset."""
+    batches: tuple[int, ...] = (32, 256)
+    """Batch sizes to measure, in windows."""
+    seconds: float = 5.0
+    """How long to read at each batch size."""
+    windows: int = 20_000
+    """Size of the dataset of random tokens."""
+    context: int = 1024
+    """Its context."""
+
+
+def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
+    """A dataset of random tokens, frequent ids more often, about as compressible as text."""
+    vocab_size = 32_000
+    tokens = np.random.default_rng(0).geometric(1 / 3000, size=(windows, context + 1)) % vocab_size
+    writer = WindowWriter(folder, context, [TRAIN])
+    writer.write(TRAIN, tokens.astype(np.uint16))
+    writer.close()
+    record = {"name": "random", "sha256": "0" * 64, "vocab_size": vocab_size}
+    split = Split(TRAIN, documents=0, bytes=0, tokens=windows * context + 1, windows=windows)
+    return write_manifest(folder, context, record, [split], dropped={}, sources=["random tokens"])
+
+
+def measure(dataset: Dataset, batch: int, seconds: float) -> tuple[float, float]:
+    """(tokens/s, longest wait for a batch in ms) after the first batch, which opens the files."""
+    batches = train_batches(dataset, seed=0, batch=batch, vocab_size=dataset.tokenizer_record["vocab_size"])
+    next(batches)
+    started = last = time.perf_counter()
+    count, longest = 0, 0.0
+    while last - started < seconds:
+        next(batches)
+        count += 1
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    batches.close()
+    return count * batch * dataset.context / (last - started), longest * 1e3
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = tyro.cli(LoaderConfig, args=argv, prog="python -m bench.loader", description=__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.data:
+            dataset = open_dataset(config.data)
+        else:
+            dataset = random_dataset(Path(folder), config.windows, config.context)
+        title = f"loader alone, context {dataset.context}, {len(os.sched_getaffinity(0))} cores"
+        table = Table("batch", "M tokens/s", "batches/s", "longest wait, ms", title=title)
+        for batch in config.batches:
+            rate, wait = measure(dataset, batch, config.seconds)
+            cells = (f"{batch}", f"{rate / 1e6:.1f}", f"{rate / batch / dataset.context:.1f}", f"{wait:.0f}")
+            table.add_row(*cells)
+        Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

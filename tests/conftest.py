@@ -1,0 +1,34 @@
+"""How the tests run: on the CPU unless told otherwise, with the shapes in the signatures checked.
+
+`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU.
+"""
+
+import os
+
+from tests.several_devices import FAST_COMPILE
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{_flags} {FAST_COMPILE}"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.devices()  # reads the flags, once
+os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
+
+# Before the first import of these packages: every call in the tests checks types and shapes. An int
+# will do for a float, as Python has it.
+jaxtyping.install_import_hook(
+    ["core", "train_tpu.step", "train_tpu.optimizer"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a GPU says so where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU; JAX runs on a {jax.default_backend()}"))

@@ -1,0 +1,51 @@
+"""Run by test_attention.py: compiles the training step for eight chips of a TPU v5e, without one.
+
+The compiler comes with the libtpu wheel; `v5e:2x4` is one host of eight.
+"""
+
+import re
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from core.attention import choose
+from core.config import ModelConfig
+from core.model import Compute
+from core.sharding import make_mesh
+from train_tpu.optimizer import OptimizerConfig
+from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
+
+CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
+heads = int(sys.argv[1])
+
+topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x4", chips_per_host_bounds=(2, 4, 1)
+)
+mesh = make_mesh(list(np.ravel(topology.devices)))
+assert mesh.size == 8 and mesh.devices[0].platform == "tpu"
+model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
+attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_dim, context=model.context)
+assert attention.name == "splash", attention
+config = StepConfig(
+    model, OptimizerConfig(), GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),
+    z_loss=0.0, loss_chunk=CHUNK,
+)  # fmt: skip
+text = compile_step(config, ROWS, 1, mesh).as_text()
+
+assert "tpu_custom_call" in text  # the splash kernel is in it
+# Every leaf of the state is given back in its own memory.
+alias = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.DOTALL)
+assert alias, text[:500]
+n_leaves = len(jax.tree.leaves(abstract_state(config, mesh)))
+assert alias.group(1).count("alias") == n_leaves, alias.group(1)
+
+# A chip holds the scores of one chunk of rows, of its own 4 sequences of 512 or of all 32 never.
+arrays = [
+    (name, tuple(map(int, dims.split(",")))) for name, dims in re.findall(r"\b(\w+)\[([0-9,]+)\]", text)
+]
+scores = {dims for name, dims in arrays if name == "f32" and VOCAB in dims and 256 not in dims}
+sizes = {int(np.prod(dims)) // VOCAB for dims in scores}
+assert max(sizes) == CHUNK, scores
+print(f"compiled for {mesh.size} x {mesh.devices[0].device_kind}")

@@ -1,0 +1,162 @@
+"""Attention: the reference against numpy in float64, the fast kernels against the reference."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.experimental.pallas import tpu as pltpu
+
+from core.attention import cached_attention, causal_attention, choose
+from core.errors import UserError
+from tests.several_devices import run_on_devices
+
+
+def example(b=2, s=24, h=3, k=8, seed=0):
+    """Queries, keys, values and a cotangent, float32."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal((b, s, h, k)), jnp.float32) for _ in range(4)]
+
+
+def truth(q, k, v, cotangent):
+    """Values and gradients by the definition, float64."""
+    q, k, v = (torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v))
+    s = q.shape[1]
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf")).softmax(-1)
+    y = torch.einsum("bhij,bjhd->bihd", weights, v)
+    y.backward(torch.tensor(np.asarray(cotangent, np.float64)))
+    return [x.detach().numpy() for x in (y, q.grad, k.grad, v.grad)]
+
+
+def values_and_gradients(implementation, q, k, v, cotangent):
+    @jax.jit
+    def run(q, k, v):
+        y, pull = jax.vjp(functools.partial(causal_attention, implementation=implementation), q, k, v)
+        return y, *pull(cotangent.astype(y.dtype))
+
+    return run(q, k, v)
+
+
+def relative(found, exact) -> float:
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def test_reference():
+    inputs = example()
+    for found, exact in zip(values_and_gradients("xla", *inputs), truth(*inputs), strict=True):
+        # Sums of 8 products and up to 24 weights: a few roundings of 6e-8.
+        assert relative(found, exact) < 1e-6
+
+
+def test_reference_keeps_its_softmax_in_float32():
+    """With scores beyond 100, whose bfloat16 rounding of 0.25 would change every weight by a quarter."""
+    q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in example(s=64))
+    q = q * 20
+    y = values_and_gradients("xla", q, k, v, cotangent)[0]
+    # Weights and values are rounded to bfloat16, by up to 2^-9 each, and so is the result.
+    assert relative(y, truth(q, k, v, cotangent)[0]) < 3 * 2**-9
+
+
+def test_cached_attention_sees_what_is_visible():
+    q, k, v, _ = example()
+    whole = causal_attention(q, k, v, "xla")
+    positions = jnp.array([[3, 9], [0, 23]])
+    part = jnp.take_along_axis(q, positions[..., None, None], axis=1)
+    visible = jnp.arange(24) <= positions[..., None]
+    # What is not visible may hold anything, but a number: it is multiplied by zero.
+    k, v = (x.at[0, 10:].set(1e9) for x in (k, v))
+    found = cached_attention(part, k, v, visible)
+    np.testing.assert_allclose(
+        found, jnp.take_along_axis(whole, positions[..., None, None], axis=1), rtol=0, atol=1e-6
+    )
+
+
+# --- the choice ---
+
+SHAPE = {"dtype": "bfloat16", "head_dim": 64, "context": 1024}
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "change", "why"),
+    [
+        ("cpu", "xla", {}, "no faster one for a CPU"),
+        ("gpu", "cudnn", {}, "fastest on a GPU"),
+        ("tpu", "splash", {}, "fastest on a TPU"),
+        ("tpu", "splash", {"dtype": "float32", "head_dim": 32, "context": 128}, "fastest"),
+        ("gpu", "xla", {"dtype": "float32"}, "cudnn cannot be used.*bfloat16, not in float32"),
+        ("gpu", "xla", {"head_dim": 12}, "multiple of 8.*not 12"),
+        ("gpu", "xla", {"head_dim": 256}, "up to 128, not 256"),
+        ("tpu", "xla", {"context": 1000}, "multiple of 128, not 1000"),
+    ],
+)
+def test_choice_by_itself(platform, name, change, why):
+    choice = choose("auto", platform=platform, **(SHAPE | change))
+    assert choice.name == name
+    assert re.search(why, choice.why), choice.why
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_what_is_asked_for_is_used(platform):
+    assert choose("xla", platform=platform, **SHAPE).name == "xla"
+    fast = {"gpu": "cudnn", "tpu": "splash"}
+    for name in fast.values():
+        if fast.get(platform) == name:
+            assert choose(name, platform=platform, **SHAPE).name == name
+        else:
+            with pytest.raises(UserError, match=f"{name}.*this is a {platform.upper()}"):
+                choose(name, platform=platform, **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "change", "why"),
+    [
+        ("cudnn", "gpu", {"dtype": "float32"}, "float32"),
+        ("cudnn", "gpu", {"head_dim": 20}, "not 20"),
+        ("splash", "tpu", {"context": 64}, "not 64"),
+    ],
+)
+def test_what_is_asked_for_and_cannot_run_is_refused(name, platform, change, why):
+    with pytest.raises(UserError, match=why) as caught:
+        choose(name, platform=platform, **(SHAPE | change))
+    assert "\n" not in str(caught.value)
+
+
+# --- the kernels ---
+
+
+@pytest.mark.parametrize("length", [128, 384])
+def test_splash_interpreted(length):
+    """The TPU kernel, interpreted: its mask, scale and layout are right, forward and backward."""
+    inputs = example(b=1, s=length, h=2, k=64)
+    with pltpu.force_tpu_interpret_mode():
+        found = values_and_gradients("splash", *inputs)
+    for one, exact in zip(found, truth(*inputs), strict=True):
+        # Float32, its online softmax rescales once a block: a few roundings more than the reference.
+        assert relative(one, exact) < 3e-6
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("heads", [4, 8])  # of 64, as the presets have them, and of 32, as the tiny ones
+def test_the_training_step_compiles_for_a_tpu(heads):
+    script = Path(__file__).with_name("compile_for_tpu.py")
+    printed = run_on_devices(1, script, str(heads), TPU_SKIP_MDS_QUERY="1")
+    assert "compiled for 8 x TPU v5 lite" in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "head_dim"), [(1024, 64), (256, 32), (1000, 64), (129, 128), (16, 8)])
+def test_cudnn(length, head_dim):
+    q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in example(b=4, s=length, h=6, k=head_dim))
+    exact = truth(q, k, v, cotangent)
+    reference = values_and_gradients("xla", q, k, v, cotangent)
+    for one, other, right in zip(
+        values_and_gradients("cudnn", q, k, v, cotangent), reference, exact, strict=True
+    ):
+        assert one.dtype == jnp.bfloat16
+        # The reference rounds its weights to bfloat16 and back to a result; so may the kernel.
+        assert relative(one, right) < 2 * relative(other, right) + 2**-9

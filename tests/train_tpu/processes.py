@@ -1,0 +1,73 @@
+"""Training runs as users start them: in processes of their own, on a model of seconds."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train_tpu.metrics import read_log
+
+ROOT = Path(__file__).parents[2]
+
+# 12 updates of 4 x 32 tokens on a model of 24k parameters; dropout, so that keys matter too.
+TINY = """--preset mtlm1-tiny --tokenizer bytes --context 32 --d-model 32 --n-layers 2 --n-heads 2 --d-mlp 64
+--dropout 0.1 --steps 12 --batch 4 --lr 0.01 --warmup 4 --window 4 --eval-every 5 --sample-every 100
+--save-every 3 --log-every 1 --eval-windows 4 --prompts a""".split()
+
+
+def without(arguments: Sequence[str | Path], flag: str) -> list[str | Path]:
+    """The arguments without a flag and its value."""
+    at = list(arguments).index(flag)
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
+def make_text(folder: Path, repeats: int = 60) -> Path:
+    """A text of a few hundred documents' worth of windows, the same every time."""
+    path = folder / "text.jsonl"
+    lines = (f'{{"text": "Document {i}: the square of {i} is {i * i}, its cube {i**3}."}}' for i in range(repeats))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """Where the process keeps prepared data and compiled functions, and how many devices it sees."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "MTLM_CACHE": str(cache / "data"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def start(cache: Path, *arguments: str | Path, module: str = "train_tpu.run", **kwargs) -> subprocess.Popen:
+    """Starts `python -m module`; stdout and stderr are pipes of text."""
+    devices = kwargs.pop("devices", 1)
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environ = environment(cache, devices) | kwargs.pop("environ", {})
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple[str, str]:
+    """Runs to the end and checks the exit code; gives stdout and stderr."""
+    process = start(cache, *arguments, **kwargs)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, f"exit code {process.returncode}, not {expect}:\n{out[-2000:]}\n{err}"
+    return out, err
+
+
+def refusal(cache: Path, *arguments: str | Path, **kwargs) -> str:
+    """Runs a command that must refuse: exit code 2 and one sentence, no traceback. Gives the sentence."""
+    _, err = run(cache, *arguments, expect=2, **kwargs)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every update a run logged, exactly as it had them."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(folder, "train")]

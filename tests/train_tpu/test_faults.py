@@ -1,0 +1,199 @@
+"""Faults of notes on reliability, against real processes: kills, signals, damaged files, full disks."""
+
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from core.checkpoint import find_step, list_steps, verify
+from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, start, without
+from train_tpu.data import open_dataset
+from train_tpu.interrupt import EXIT_KEPT, EXIT_SAVED
+from train_tpu.metrics import read_log
+
+LONG = (*TINY, "--steps", "60", "--eval-every", "20", "--save-every", "7")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def text(cache):
+    return make_text(cache)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, text):
+    folder = cache / "uninterrupted"
+    run(cache, *LONG, "--data", text, "--out", folder)
+    return losses(folder)
+
+
+def wait_for(process: subprocess.Popen, pattern: str) -> str:
+    """Reads the process's output up to the first line with `pattern`."""
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return line
+    raise AssertionError(f"the process ended without {pattern!r}: {process.stderr.read()}")
+
+
+def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
+    """Kills a run `kills` times at random moments of its training and finishes it; how often it resumed."""
+    rng = random.Random(0)
+    resumed = 0
+    for _ in range(kills):
+        process = start(cache, *LONG, "--data", text, "--out", folder)
+        line = wait_for(process, "starting|resuming|is finished")
+        resumed += "resuming" in line
+        if "is finished" not in line:
+            wait_for(process, "compiled")
+            time.sleep(rng.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for step in list_steps(folder / "checkpoints"):
+            verify(folder / "checkpoints" / f"{step:08d}")
+    run(cache, *LONG, "--data", text, "--out", folder)
+    return resumed
+
+
+def test_killed_runs_resume_to_the_same_losses(cache, text, uninterrupted):
+    folder = cache / "killed"
+    kill_at_random(cache, text, folder, kills=2)
+    assert losses(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_the_losses_equal_to_the_bit(cache, text, uninterrupted):
+    folder = cache / "killed-often"
+    assert kill_at_random(cache, text, folder, kills=20) >= 5
+    assert losses(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_between_steps_saves_and_the_run_goes_on(cache, text, uninterrupted, name):
+    folder = cache / name
+    process = start(cache, *LONG, "--data", text, "--out", folder)
+    wait_for(process, r"step 5/60")
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_SAVED, (out, err)
+    step = int(re.search(r"saved step (\d+)", out)[1])
+    assert step >= 5 and find_step(folder).name == f"{step:08d}"
+    assert name in err and "Traceback" not in err
+    run(cache, *LONG, "--data", text, "--out", folder)
+    assert losses(folder) == uninterrupted
+
+
+def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text, uninterrupted):
+    folder = cache / "early"
+    for moment in ("starting a new run", "compiled the step"):  # what follows is compilation, evaluation
+        process = start(cache, *LONG, "--data", text, "--out", folder)
+        wait_for(process, moment)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == EXIT_KEPT, (out, err)
+        assert "nothing to keep yet" in out
+        shutil.rmtree(folder)
+    process = start(cache, *LONG, "--data", text, "--out", folder)
+    wait_for(process, "step 20: valid")  # the evaluation before step 20: its end; sampling and a save follow
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == EXIT_SAVED
+    run(cache, *LONG, "--data", text, "--out", folder)
+    assert losses(folder) == uninterrupted
+
+
+def test_a_second_signal_leaves_at_once_and_damages_nothing(cache, text, uninterrupted):
+    folder = cache / "twice"
+    process = start(cache, *LONG, "--data", text, "--out", folder)
+    wait_for(process, r"step 15/60")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode in (EXIT_KEPT, EXIT_SAVED)  # saved if it was done before the second came
+    for step in list_steps(folder / "checkpoints"):
+        verify(folder / "checkpoints" / f"{step:08d}")
+    run(cache, *LONG, "--data", text, "--out", folder)
+    assert losses(folder) == uninterrupted
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(cache, text, uninterrupted):
+    folder = cache / "damaged"
+    command = (*LONG, "--data", text, "--out", folder)
+    process = start(cache, *command)
+    wait_for(process, r"step 30/60")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    newest = find_step(folder)
+    victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flip_bit(victim)
+    message = refusal(cache, *command)
+    assert victim.name in message and "--fallback" in message
+    assert find_step(folder) == newest  # nothing was removed
+    out, _ = run(cache, *command, "--fallback")
+    assert f"damaged-{newest.name}" in out and "resuming" in out
+    assert losses(folder) == uninterrupted
+
+
+def test_a_second_process_on_the_same_folder_is_refused(cache, text):
+    folder = cache / "locked"
+    process = start(cache, *LONG, "--data", text, "--out", folder)
+    wait_for(process, "compiled the step")
+    assert "another process" in refusal(cache, *LONG, "--data", text, "--out", folder)
+    process.kill()
+    process.communicate()
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, uninterrupted):
+    folder = cache / "full"
+    command = (*LONG, "--data", text, "--out", folder)
+    process = start(cache, *command)
+    wait_for(process, r"step 10/60")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    before = find_step(folder)
+
+    def limit_file_size() -> None:  # every file above 6 kB fails as on a full disk; the arrays are larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    small_cache = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    process = start(cache, *command, preexec_fn=limit_file_size, environ=small_cache)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, (out, err)
+    sentences = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and ("room" in sentences[0] or "full" in sentences[0])
+    assert find_step(folder) == before
+    verify(before)
+    run(cache, *command)
+    assert losses(folder) == uninterrupted
+
+
+def test_a_damaged_record_is_named_or_left_out(cache, text, tmp_path):
+    prepared = tmp_path / "prepared"
+    run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
+    train = next(path for path in prepared.iterdir() if "train" in path.name)
+    data = bytearray(train.read_bytes())
+    data[len(data) // 2] ^= 4
+    train.write_bytes(data)
+    command = (*without(TINY, "--steps"), "--data", prepared, "--epochs", "1", "--batch", "8")
+    message = refusal(cache, *command, "--out", tmp_path / "fail")
+    assert train.name in message and "train record" in message
+    run(cache, *command, "--out", tmp_path / "skip", "--on-bad-record", "skip")
+    left_out = [row for row in read_log(tmp_path / "skip", "event") if "damaged" in row["what"]]
+    named = int(re.search(r"train record (\d+)", message)[1])
+    assert named in [record for row in left_out for record in row["records"]]
+    assert len(read_log(tmp_path / "skip", "train")) == open_dataset(prepared).splits["train"].windows // 8

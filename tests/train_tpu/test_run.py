@@ -1,0 +1,171 @@
+"""`python -m train_tpu.run` end to end, as processes: what it writes, that it resumes, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from core.checkpoint import find_step, load_manifest
+from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
+from train_tpu.metrics import read_log
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def text(cache):
+    return make_text(cache)
+
+
+@pytest.fixture(scope="module")
+def finished(cache, text):
+    """An uninterrupted run."""
+    folder = cache / "finished"
+    out, _ = run(cache, *TINY, "--data", text, "--out", folder)
+    return folder, out
+
+
+def test_a_run_writes_what_it_promises_and_says_what_to_do_next(finished, cache):
+    folder, out = finished
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["d_model"] == 32 and config["run"]["steps"] == 12
+    assert [step for step, _, _ in losses(folder)] == list(range(12))
+    assert [row["step"] for row in read_log(folder, "eval")] == [0, 5, 10, 12]
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert "===== step 0 =====" in (folder / "samples.txt").read_text()
+    manifest = load_manifest(find_step(folder))
+    assert (manifest.step, manifest.sequences, manifest.tokens) == (12, 48, 48 * 32)
+    assert manifest.data["cursor"] == 48
+    for what in ("parameters", "attention", "xla: the reference", "bits per byte", "python -m core.generate"):
+        assert what in out
+    generated, _ = run(cache, folder, "--prompt", "Document", "--temperature", "0", module="core.generate")
+    assert generated.startswith("Document") and len(generated) > len("Document\n")
+
+
+def test_held_out_loss_falls(finished):
+    rows = read_log(finished[0], "eval")
+    assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"] - 0.5
+
+
+def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
+    folder = cache / "often"
+    run(cache, *TINY, "--data", text, "--out", folder, "--eval-every", "1", "--sample-every", "2")
+    assert losses(folder) == losses(finished[0])
+
+
+def test_the_same_command_resumes_and_a_finished_run_is_left_alone(finished, cache, text):
+    folder = cache / "parts"
+    arguments = (*TINY, "--data", text, "--out", folder)
+    # Stopped half-way by a changed total; a schedule of other length would change the rates: cosine has none
+    # here, since wsd is constant until its decay, and the decay begins at step 10 of 12 and 6 of 7.
+    run(cache, *arguments, "--steps", "7", "--decay", "0")
+    out, _ = run(cache, *arguments, "--decay", "0", "--allow-change", "steps")
+    assert "resuming" in out and "at step 7" in out
+    whole = cache / "whole"
+    run(cache, *TINY, "--data", text, "--out", whole, "--decay", "0")
+    assert losses(folder) == losses(whole)
+    out, _ = run(cache, *arguments, "--decay", "0")
+    assert "is finished" in out
+
+
+def test_one_and_eight_devices_agree(cache, text):
+    folders = []
+    for devices in (1, 8):
+        folder = cache / f"devices-{devices}"
+        run(cache, *TINY, "--batch", "8", "--data", text, "--out", folder, devices=devices)
+        folders.append(np.array(losses(folder)))
+    # Float32 sums in another order differ by about 1e-7 of the value; 12 updates with Adam, whose first ones
+    # have the size of the learning rate whatever the gradient's, amplify that by two orders at most.
+    np.testing.assert_allclose(folders[0], folders[1], rtol=2e-5)
+
+
+def test_accumulation_equals_the_big_batch(finished, cache, text):
+    folder = cache / "accumulated"
+    run(cache, *TINY, "--data", text, "--out", folder, "--accumulate", "2")
+    # The dropout masks are the same, so only the order of sums differs; see the test above.
+    np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(finished[0])), rtol=2e-5)
+
+
+def test_the_step_is_compiled_once_whatever_happens(cache, text):
+    """Over a start and a resume with skipped updates, evaluations and a changing learning rate."""
+    folder = cache / "compilations"
+    # Batches of one sequence have noisy losses: a limit of 0.01 standard deviations skips many of them.
+    noisy = ("--batch", "1", "--sigma", "0.01", "--window", "2", "--halt-after", "99")
+    arguments = (*TINY, *noisy, "--data", text, "--out", folder)
+    for steps, allowed in (("8", ()), ("12", ("--allow-change", "steps"))):
+        _, err = run(cache, *arguments, "--steps", steps, *allowed, environ={"JAX_LOG_COMPILES": "1"})
+        compiled = [line for line in err.splitlines() if "Compiling" in line and "train_step" in line]
+        assert len(compiled) == 1, compiled
+    skips = read_log(folder, "skip")
+    assert len(skips) >= 2
+    assert len({row["lr"] for row in read_log(folder, "train")}) > 4
+    # A skip names the batch: the records, and the leaves that the gradient's norm came from.
+    assert len(skips[0]["records"]) == 1 and skips[0]["sequences"][1] - skips[0]["sequences"][0] == 1
+    assert any("layers/" in leaf or "embed" in leaf for leaf in skips[0]["blame"])
+
+
+def test_a_diverged_run_is_halted_with_its_last_good_state(cache, text):
+    folder = cache / "diverged"
+    arguments = (*TINY, "--data", text, "--out", folder, "--lr", "1e30", "--warmup", "0", "--halt-after", "3")
+    out, _ = run(cache, *arguments, expect=5)
+    assert "halted: 3 updates in a row were not applied" in out
+    assert [row["streak"] for row in read_log(folder, "skip")] == [1, 2, 3]
+    assert any("nan" in leaf or "inf" in leaf for leaf in read_log(folder, "skip")[0]["blame"])
+    out, _ = run(cache, folder, "--max-new-tokens", "3", module="core.generate")  # it opens and verifies
+
+
+def test_a_changed_batch_goes_on_at_the_same_sequence(finished, cache, text):
+    folder = cache / "batch"
+    run(cache, *TINY, "--data", text, "--out", folder, "--steps", "4")
+    allowed = ("--allow-change", "batch", "steps")
+    run(cache, *TINY, "--data", text, "--out", folder, "--batch", "8", "--steps", "6", *allowed)
+    rows = read_log(folder, "train")
+    assert [row["tokens"] // 32 for row in rows] == [0, 4, 8, 12, 16, 24]
+    assert load_manifest(find_step(folder)).sequences == 32
+
+
+def test_init_from_starts_with_the_parameters_alone(finished, cache, text):
+    folder = cache / "continued"
+    run(cache, *TINY, "--data", text, "--out", folder, "--init-from", finished[0], "--steps", "2")
+    last = read_log(finished[0], "eval")[-1]["nll"]
+    first = read_log(folder, "eval")[0]["nll"]
+    assert first == last  # the same parameters, data and code
+    manifest = load_manifest(find_step(folder))
+    assert manifest.lineage[0]["operation"] == "init_from" and manifest.lineage[0]["step"] == 12
+
+
+def test_refusals(finished, cache, text, tmp_path):
+    folder = finished[0]
+    tiny = (*TINY, "--data", text, "--out", tmp_path / "new")
+    assert "did you mean 'mtlm1-tiny'" in refusal(cache, "--preset", "mtlm1-tinny")
+    assert "nowhere.txt" in refusal(cache, *TINY, "--data", "nowhere.txt", "--out", tmp_path / "new")
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty" in refusal(cache, *TINY, "--data", tmp_path / "empty.txt", "--out", tmp_path / "new")
+    assert "not divisible by 8 devices" in refusal(cache, *tiny, "--batch", "12", devices=8)
+    message = refusal(cache, *TINY, "--data", text, "--out", folder, "--lr", "0.5")
+    assert "--lr 0.01, not 0.5" in message and "--allow-change lr" in message
+    assert "--n-layers 2, not 3" in refusal(cache, *TINY, "--data", text, "--out", folder, "--n-layers", "3")
+    other = make_text(tmp_path, repeats=50)
+    assert "--allow-change data" in refusal(cache, *TINY, "--data", other, "--out", folder)
+    assert "no run of ours" in refusal(cache, *TINY, "--data", text, "--out", text.parent)
+    assert "cannot be used" in refusal(cache, *tiny, "--attention", "cudnn")
+    assert "no checkpoint in" in refusal(cache, *tiny, "--init-from", tmp_path)
+    assert "not both" in refusal(cache, *tiny, "--epochs", "1")
+    assert "fewer than one batch" in refusal(cache, *without(tiny, "--steps"), "--batch", "8000", "--epochs", "1")
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_a_tokenizer_that_does_not_match_is_refused(finished, cache, text, tmp_path):
+    prepared = tmp_path / "prepared"
+    run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
+    arguments = without(TINY, "--tokenizer")
+    message = refusal(cache, *arguments, "--tokenizer", "mistral", "--data", prepared, "--out", tmp_path / "new")
+    assert "mistral" in message and "bytes" in message
+    message = refusal(cache, *arguments, "--data", text, "--tokenizer", "mistral", "--out", finished[0])
+    assert "mistral" in message and "bytes" in message
+    message = refusal(cache, *TINY, "--context", "16", "--data", prepared, "--out", tmp_path / "new")
+    assert "16" in message and "32" in message
