@@ -9,7 +9,8 @@ from tests.several_devices import FAST_COMPILE
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{_flags} {FAST_COMPILE}"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = f"{_flags} {FAST_COMPILE}"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 # Peak dense bfloat16 FLOP/s of one device, by what JAX calls it; from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -55,6 +54,8 @@ class RunLog:
 
     def __init__(self, folder: Path, resume_step: int):
         """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
+        from tensorboardX import SummaryWriter  # slow: it loads PyTorch where that is installed
+
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
@@ -63,12 +64,12 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """One line; numbers also go to TensorBoard as kind/name. Non-finite numbers become strings."""
+        """One line; finite numbers also go to TensorBoard as kind/name, others become strings."""
         line = {"step": step, "kind": kind} | {k: _jsonable(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if isinstance(value, float | int) and not isinstance(value, bool):
+            if isinstance(value, float | int) and math.isfinite(value):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def sample(self, step: int, texts: list[str]) -> None:

@@ -13,6 +13,7 @@ from core.config import ModelConfig
 from core.model import Compute, Params, drop, forward, init_params, logits
 from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens
 
+torch.set_num_threads(1)  # small products: threads only wait for each other
 Leaves = dict[str, np.ndarray]
 SLOW_LLAMA = pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 
@@ -174,10 +175,11 @@ def test_gpt_equals_the_formulas(length):
 @pytest.mark.parametrize(
     "change",
     [
-        {"tied": True}, {"biases": False}, {"positions": "rope"}, {"mlp": "swiglu"},
-        {"n_heads": 1}, {"n_layers": 1}, {"norm_eps": 0.1, "positions": "rope", "rope_theta": 100.0},
+        {"positions": "rope", "n_heads": 1, "rope_theta": 100.0},
+        {"mlp": "swiglu", "n_layers": 1, "norm_eps": 0.1},
+        {"tied": True, "biases": False},
     ],
-)  # fmt: skip
+)
 def test_every_part_can_be_exchanged(change):
     config = dataclasses.replace(GPT, **change)
     params, tokens = random_params(config), random_tokens(config, 2, 13)
@@ -193,7 +195,7 @@ def test_unrolling_and_rematerialisation_change_nothing(kind):
     keys = jax.random.split(jax.random.key(1), 2)
     run = functools.partial(ours, config, params, tokens, dropout_keys=keys)
     scores, loss, gradients = run()
-    for unroll, remat in [(2, "none"), (1, "dots"), (3, "full")]:  # of 3 layers
+    for unroll, remat in [(2, "dots"), (3, "full")]:  # of 3 layers
         other_scores, other_loss, other = run(compute=Compute(unroll=unroll, remat=remat))
         # The same products, but XLA fuses what lies between them differently and sums in another order;
         # the other dropout masks of a wrong key would be an error of order 1.

@@ -17,7 +17,8 @@ from train_tpu.data import open_dataset
 from train_tpu.interrupt import EXIT_KEPT, EXIT_SAVED
 from train_tpu.metrics import read_log
 
-LONG = (*TINY, "--steps", "60", "--eval-every", "20", "--save-every", "7")
+# A window of 16 steps, so that the guard's memory is part of what must survive without refusing updates.
+LONG = (*TINY, "--steps", "150", "--eval-every", "50", "--save-every", "7", "--window", "16", "--lr", "0.003")
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,22 @@ def wait_for(process: subprocess.Popen, pattern: str) -> str:
 
 
 def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
-    """Kills a run `kills` times at random moments of its training and finishes it; how often it resumed."""
+    """Kills a run `kills` times at random moments of its training and finishes it; how often it resumed.
+
+    Most kills come while it trains (a run takes about 3 s behind the compilation), some after its end.
+    """
     rng = random.Random(0)
     resumed = 0
     for _ in range(kills):
         process = start(cache, *LONG, "--data", text, "--out", folder)
         line = wait_for(process, "starting|resuming|is finished")
         resumed += "resuming" in line
-        if "is finished" not in line:
-            wait_for(process, "compiled")
-            time.sleep(rng.uniform(0, 1.0))
+        if "is finished" in line:
+            process.wait()
+            shutil.rmtree(folder)  # the next one starts over
+            continue
+        wait_for(process, "compiled")
+        time.sleep(rng.uniform(0.5, 2.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
         for step in list_steps(folder / "checkpoints"):
@@ -81,7 +88,7 @@ def test_twenty_kills_leave_the_losses_equal_to_the_bit(cache, text, uninterrupt
 def test_a_signal_between_steps_saves_and_the_run_goes_on(cache, text, uninterrupted, name):
     folder = cache / name
     process = start(cache, *LONG, "--data", text, "--out", folder)
-    wait_for(process, r"step 5/60")
+    wait_for(process, r"step 5/150")
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_SAVED, (out, err)
@@ -103,7 +110,7 @@ def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text,
         assert "nothing to keep yet" in out
         shutil.rmtree(folder)
     process = start(cache, *LONG, "--data", text, "--out", folder)
-    wait_for(process, "step 20: valid")  # the evaluation before step 20: its end; sampling and a save follow
+    wait_for(process, "step 50: valid")  # the evaluation before step 50: its end; sampling and a save follow
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == EXIT_SAVED
@@ -114,7 +121,7 @@ def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text,
 def test_a_second_signal_leaves_at_once_and_damages_nothing(cache, text, uninterrupted):
     folder = cache / "twice"
     process = start(cache, *LONG, "--data", text, "--out", folder)
-    wait_for(process, r"step 15/60")
+    wait_for(process, r"step 15/150")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
@@ -135,7 +142,7 @@ def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(cache, text
     folder = cache / "damaged"
     command = (*LONG, "--data", text, "--out", folder)
     process = start(cache, *command)
-    wait_for(process, r"step 30/60")
+    wait_for(process, r"step 30/150")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     newest = find_step(folder)
@@ -162,7 +169,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, u
     folder = cache / "full"
     command = (*LONG, "--data", text, "--out", folder)
     process = start(cache, *command)
-    wait_for(process, r"step 10/60")
+    wait_for(process, r"step 10/150")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     before = find_step(folder)
@@ -182,18 +189,22 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, u
     assert losses(folder) == uninterrupted
 
 
-def test_a_damaged_record_is_named_or_left_out(cache, text, tmp_path):
+def test_a_damaged_record_is_named_or_left_out(cache, tmp_path):
     prepared = tmp_path / "prepared"
+    text = make_text(tmp_path, repeats=6000)  # several chunks of records: a flipped bit costs one chunk
     run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
     train = next(path for path in prepared.iterdir() if "train" in path.name)
     data = bytearray(train.read_bytes())
     data[len(data) // 2] ^= 4
     train.write_bytes(data)
-    command = (*without(TINY, "--steps"), "--data", prepared, "--epochs", "1", "--batch", "8")
+    command = (*without(TINY, "--steps"), "--data", prepared, "--epochs", "1", "--batch", "256", "--sigma", "0")
     message = refusal(cache, *command, "--out", tmp_path / "fail")
     assert train.name in message and "train record" in message
     run(cache, *command, "--out", tmp_path / "skip", "--on-bad-record", "skip")
     left_out = [row for row in read_log(tmp_path / "skip", "event") if "damaged" in row["what"]]
-    named = int(re.search(r"train record (\d+)", message)[1])
-    assert named in [record for row in left_out for record in row["records"]]
-    assert len(read_log(tmp_path / "skip", "train")) == open_dataset(prepared).splits["train"].windows // 8
+    left_out = [record for row in left_out for record in row["records"]]
+    windows = open_dataset(prepared).splits["train"].windows
+    assert int(re.search(r"train record (\d+)", message)[1]) in left_out
+    assert len(left_out) < windows / 2
+    assert len(read_log(tmp_path / "skip", "train")) == windows // 256
+    assert not read_log(tmp_path / "skip", "skip")  # the rest of each batch trained the model

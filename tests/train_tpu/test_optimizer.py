@@ -1,6 +1,7 @@
 """AdamW against torch, Muon against numpy layer by layer, and the schedules at their landmarks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from train_tpu.optimizer import OptimizerConfig, learning_rate, make_optimizer
 STEPS = 20
 
 
+@functools.cache
 def gradients_of(config, step: int):
     return random_params(config, seed=100 + step, std=0.1)
 

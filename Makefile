@@ -1,0 +1,38 @@
+# make train: train the default model on a CPU. make test: the quick tests. Everything lives in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest
+
+.PHONY: train test test-slow lint clean
+
+train: $(VENV)/base
+	$(VENV)/bin/python -m train_tpu.run $(ARGS)
+
+test: $(VENV)/dev
+	$(PYTEST) -m "not slow and not gpu and not tpu_compiler" $(ARGS)
+
+test-slow: $(VENV)/dev
+	$(PYTEST) -m "(slow or tpu_compiler) and not gpu" $(ARGS)
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing the pinned packages into $(VENV) (about a minute)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@echo "installing what the tests need into $(VENV), PyTorch among it"
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
