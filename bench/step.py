@@ -23,7 +23,7 @@ from core.attention import choose
 from core.config import preset
 from core.errors import run_command
 from core.model import Compute
-from core.sharding import batch_sharding, make_mesh
+from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
 from train_tpu.metrics import model_flops_utilization
 from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
@@ -43,6 +43,8 @@ class StepBenchConfig:
     remat: Literal["none", "dots", "full"] = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
     context: int | None = None
+    deterministic: bool = False
+    """Only operations that give the same bits every time (our row alone)."""
 
 
 BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
@@ -54,11 +56,18 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
     if config.context:
         model = dataclasses.replace(model, context=config.context)
     batch = config.batch or BATCH.get(name, 32)
+    if ours and config.deterministic:
+        require_deterministic_operations()
     mesh = make_mesh(jax.devices()[:1])
     platform = jax.default_backend()
     dtype = "float32" if platform == "cpu" else "bfloat16"
     attention = choose(
-        "auto", platform=platform, dtype=dtype, head_dim=model.head_dim, context=model.context
+        "auto",
+        platform=platform,
+        dtype=dtype,
+        head_dim=model.head_dim,
+        context=model.context,
+        deterministic=ours and config.deterministic,
     ).name
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, model.vocab_size, (batch, model.context + 1), np.uint16) for _ in range(4)]

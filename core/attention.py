@@ -35,15 +35,18 @@ def choose(
     dtype: str,
     head_dim: int,
     context: int,
+    deterministic: bool = False,
 ) -> Choice:
     """The implementation to use on `platform` ("cpu", "gpu" or "tpu") for these shapes.
+
+    deterministic: only one whose gradients are equal to the bit from run to run.
 
     Raises:
         UserError: one was asked for by name that cannot run here.
     """
     obstacles = {
         "xla": None,
-        "cudnn": _cudnn_obstacle(platform, dtype, head_dim),
+        "cudnn": _cudnn_obstacle(platform, dtype, head_dim, deterministic),
         "splash": _splash_obstacle(platform, context),
     }
     if requested != "auto":
@@ -58,11 +61,13 @@ def choose(
     return Choice(fast, f"the fastest on a {platform.upper()}")
 
 
-def _cudnn_obstacle(platform: str, dtype: str, head_dim: int) -> str | None:
+def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, deterministic: bool) -> str | None:
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
     if dtype != "bfloat16":
         return f"it computes in bfloat16, not in {dtype}"
+    if deterministic:
+        return "its gradients vary in the last bits from run to run"
     if head_dim % 8 or head_dim > 128:
         return f"it needs a head size that is a multiple of 8 up to 128, not {head_dim}"
     return None

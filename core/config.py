@@ -104,8 +104,8 @@ PRESETS: dict[str, ModelConfig] = {
     "mtlm1-200m": _replace(_MTLM1, n_layers=24),
     "mtlm2-40m": _MTLM2,
     # The same shapes in the small: minutes on a CPU. The byte tokenizer makes them smaller still.
-    "mtlm1-tiny": _replace(_MTLM1, context=256, d_model=128, n_layers=6, n_heads=4, d_mlp=384),
-    "mtlm2-tiny": _replace(_MTLM2, context=256, d_model=128, n_layers=6, n_heads=4, d_mlp=384),
+    "mtlm1-tiny": _replace(_MTLM1, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
+    "mtlm2-tiny": _replace(_MTLM2, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
 }
 
 

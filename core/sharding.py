@@ -5,6 +5,7 @@ the axis `data`; every rule is a function of a leaf's path, so that optimizer mo
 in the parameter's, follow their parameter.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -23,6 +24,15 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def require_deterministic_operations() -> None:
+    """Has XLA use only GPU operations that give the same bits every time; before JAX finds its devices.
+
+    Besides slower gradients of look-ups it turns off autotuning, whose choices differ from process to
+    process. CPU and TPU are deterministic without it.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -36,7 +36,7 @@ from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute
-from core.sharding import make_mesh, replicated
+from core.sharding import make_mesh, replicated, require_deterministic_operations
 from core.tokenizer import load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
@@ -68,7 +68,7 @@ def main() -> int:
     config = parse(sys.argv[1:])
     out = config.out or Path("runs") / config.preset
     if config.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+        require_deterministic_operations()
 
     # 2. Data and tokenizer.
     given = settings.TRAINING_DEFAULTS[config.preset]
@@ -200,7 +200,12 @@ def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[C
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     attention = choose(
-        config.attention, platform=platform, dtype=dtype, head_dim=model.head_dim, context=model.context
+        config.attention,
+        platform=platform,
+        dtype=dtype,
+        head_dim=model.head_dim,
+        context=model.context,
+        deterministic=config.deterministic,
     )
     # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
     unroll = config.unroll or (1 if platform == "tpu" else model.n_layers)
