@@ -143,7 +143,8 @@ def main() -> None:
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             table.add_row(
                 name, who, str(row["batch"]), f"{row['ms']:.1f}", f"{row['rate']:,.0f}", mfu,
-                f"{row['peak']:.1f}", f"{row['compile']:.0f}", f"{row['rate'] / rows['plain JAX']['rate']:.2f}",
+                f"{row['peak']:.1f}", f"{row['compile']:.0f}",
+                f"{row['rate'] / rows['plain JAX']['rate']:.2f}",
             )  # fmt: skip
     Console(width=130).print(table)
 

@@ -52,6 +52,9 @@ class ModelConfig:
             raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head size, not {self.head_dim}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive and finite")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
 

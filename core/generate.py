@@ -6,6 +6,7 @@ twice, and each row draws from keys of its own: its text does not depend on what
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -39,8 +40,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0:
-            raise UserError("temperature and top_k must not be negative")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
+            raise UserError("temperature and top_k must be finite and not negative")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
@@ -76,7 +77,8 @@ def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs
     probability = jax.nn.softmax(jnp.where(jnp.arange(vocab) < k, ranked, -jnp.inf), axis=-1)
     # A token stays while those before it have not reached top_p: the likeliest always does.
     before = jnp.cumsum(probability, axis=-1) - probability
-    n_kept = jnp.minimum(k, jnp.sum(before < knobs.top_p, axis=-1))
+    # At top_p = 1 nothing is cut, though the rounded sum may reach 1 before its end.
+    n_kept = jnp.minimum(k, jnp.sum((before < knobs.top_p) | (knobs.top_p >= 1), axis=-1))
     least = jnp.take_along_axis(ranked, n_kept[:, None] - 1, axis=-1)
     kept = jnp.where(scaled >= least, scaled, -jnp.inf)
 

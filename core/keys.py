@@ -3,7 +3,7 @@
 import enum
 
 import jax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Integer, Key
 
 
 class Purpose(enum.IntEnum):
@@ -16,6 +16,8 @@ class Purpose(enum.IntEnum):
     """The index is that of the generated sequence."""
 
 
-def make_key(seed: int | Int[Array, ""], purpose: Purpose, index: int | Int[Array, ""] = 0) -> Key[Array, ""]:
+def make_key(
+    seed: int | Integer[Array, ""], purpose: Purpose, index: int | Integer[Array, ""] = 0
+) -> Key[Array, ""]:
     """The key of (seed, purpose, index). Works inside a compiled function, on traced seeds and indices."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), index)

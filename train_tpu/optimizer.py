@@ -45,8 +45,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -54,8 +54,8 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         for name in ("clip", "weight_decay", "warmup"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be finite and not negative")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ Shapes: A micro-batches, B rows of one, S positions, W the guard's window.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +41,10 @@ class GuardConfig:
     def __post_init__(self) -> None:
         if self.window < 2:
             raise UserError(f"window is {self.window}; a spread needs at least 2 steps")
-        if self.sigma < 0 or self.halt_after < 1:
-            raise UserError("sigma must not be negative and halt_after must be at least 1")
+        if not 0 <= self.sigma < math.inf:
+            raise UserError(f"sigma is {self.sigma}; it must be finite and not negative")
+        if self.halt_after < 1:
+            raise UserError(f"halt_after is {self.halt_after}; it must be at least 1")
 
 
 class Guard(NamedTuple):

@@ -11,9 +11,12 @@ from train_tpu.metrics import read_log
 ROOT = Path(__file__).parents[2]
 
 # 12 updates of 4 x 32 tokens on a model of 24k parameters; dropout, so that keys matter too.
-TINY = """--preset mtlm1-tiny --tokenizer bytes --context 32 --d-model 32 --n-layers 2 --n-heads 2 --d-mlp 64
---dropout 0.1 --steps 12 --batch 4 --lr 0.01 --warmup 4 --window 4 --eval-every 5 --sample-every 100
---save-every 3 --log-every 1 --eval-windows 4 --prompts a""".split()
+TINY = (
+    "--preset", "mtlm1-tiny", "--tokenizer", "bytes", "--context", "32", "--d-model", "32", "--n-layers", "2",
+    "--n-heads", "2", "--d-mlp", "64", "--dropout", "0.1", "--steps", "12", "--batch", "4", "--lr", "0.01",
+    "--warmup", "4", "--window", "4", "--eval-every", "5", "--sample-every", "100", "--save-every", "3",
+    "--log-every", "1", "--eval-windows", "4", "--prompts", "a",
+)  # fmt: skip
 
 
 def without(arguments: Sequence[str | Path], flag: str) -> list[str | Path]:
@@ -25,8 +28,8 @@ def without(arguments: Sequence[str | Path], flag: str) -> list[str | Path]:
 def make_text(folder: Path, repeats: int = 60) -> Path:
     """A text of a few hundred documents' worth of windows, the same every time."""
     path = folder / "text.jsonl"
-    lines = (f'{{"text": "Document {i}: the square of {i} is {i * i}, its cube {i**3}."}}' for i in range(repeats))
-    path.write_text("\n".join(lines) + "\n")
+    texts = (f"Document {i}: the square of {i} is {i * i}, its cube {i**3}." for i in range(repeats))
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     return path
 
 
@@ -56,7 +59,8 @@ def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple
     """Runs to the end and checks the exit code; gives stdout and stderr."""
     process = start(cache, *arguments, **kwargs)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == expect, f"exit code {process.returncode}, not {expect}:\n{out[-2000:]}\n{err}"
+    code = process.returncode
+    assert code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}"
     return out, err
 
 

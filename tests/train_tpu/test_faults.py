@@ -197,11 +197,23 @@ def test_a_damaged_record_is_named_or_left_out(cache, tmp_path):
     data = bytearray(train.read_bytes())
     data[len(data) // 2] ^= 4
     train.write_bytes(data)
-    command = (*without(TINY, "--steps"), "--data", prepared, "--epochs", "1", "--batch", "256", "--sigma", "0")
+    command = (
+        *without(TINY, "--steps"),
+        "--data",
+        prepared,
+        "--epochs",
+        "1",
+        "--batch",
+        "256",
+        "--sigma",
+        "0",
+    )
     message = refusal(cache, *command, "--out", tmp_path / "fail")
     assert train.name in message and "train record" in message
     run(cache, *command, "--out", tmp_path / "skip", "--on-bad-record", "skip")
-    left_out = [row for row in read_log(tmp_path / "skip", "event") if row["what"] == "damaged records left out"]
+    left_out = [
+        row for row in read_log(tmp_path / "skip", "event") if row["what"] == "damaged records left out"
+    ]
     left_out = [record for row in left_out for record in row["records"]]
     windows = open_dataset(prepared).splits["train"].windows
     assert int(re.search(r"train record (\d+)", message)[1]) in left_out

@@ -155,7 +155,9 @@ def test_refusals(finished, cache, text, tmp_path):
     assert "cannot be used" in refusal(cache, *tiny, "--attention", "cudnn")
     assert "no checkpoint in" in refusal(cache, *tiny, "--init-from", tmp_path)
     assert "not both" in refusal(cache, *tiny, "--epochs", "1")
-    assert "fewer than one batch" in refusal(cache, *without(tiny, "--steps"), "--batch", "8000", "--epochs", "1")
+    assert "fewer than one batch" in refusal(
+        cache, *without(tiny, "--steps"), "--batch", "8000", "--epochs", "1"
+    )
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
@@ -163,7 +165,9 @@ def test_a_tokenizer_that_does_not_match_is_refused(finished, cache, text, tmp_p
     prepared = tmp_path / "prepared"
     run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
     arguments = without(TINY, "--tokenizer")
-    message = refusal(cache, *arguments, "--tokenizer", "mistral", "--data", prepared, "--out", tmp_path / "new")
+    message = refusal(
+        cache, *arguments, "--tokenizer", "mistral", "--data", prepared, "--out", tmp_path / "new"
+    )
     assert "mistral" in message and "bytes" in message
     message = refusal(cache, *arguments, "--data", text, "--tokenizer", "mistral", "--out", finished[0])
     assert "mistral" in message and "bytes" in message
