@@ -8,6 +8,7 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
@@ -46,7 +47,7 @@ def choose(
     """
     obstacles = {
         "xla": None,
-        "cudnn": _cudnn_obstacle(platform, dtype, head_dim, deterministic),
+        "cudnn": _cudnn_obstacle(platform, dtype, head_dim, context, deterministic),
         "splash": _splash_obstacle(platform, context),
     }
     if requested != "auto":
@@ -61,7 +62,9 @@ def choose(
     return Choice(fast, f"the fastest on a {platform.upper()}")
 
 
-def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, deterministic: bool) -> str | None:
+def _cudnn_obstacle(
+    platform: str, dtype: str, head_dim: int, context: int, deterministic: bool
+) -> str | None:
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
     if dtype != "bfloat16":
@@ -70,6 +73,8 @@ def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, deterministic: boo
         return "its gradients vary in the last bits from run to run"
     if head_dim % 8 or head_dim > 128:
         return f"it needs a head size that is a multiple of 8 up to 128, not {head_dim}"
+    if context % 2:
+        return f"it needs an even context, not {context}"
     return None
 
 
@@ -97,17 +102,25 @@ def causal_attention(
     """
     if implementation == "splash":
         return _splash(q, k, v, mesh)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    length = q.shape[1]
+    return masked_attention(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
 
 
-def cached_attention(
+def masked_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S H K"],
     v: Float[Array, "B S H K"],
-    visible: Bool[Array, "B T S"],
+    visible: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T H K"]:
-    """Attention of T new positions over a cache of S; `visible` says which entries each may see."""
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="xla")
+    """The reference: attention of T positions over S; `visible` says which of these each may see.
+
+    On a CPU its gradient takes half the time of `jax.nn.dot_product_attention`'s.
+    """
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
 
 
 def _splash(q, k, v, mesh: Mesh | None):

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from core.attention import Implementation, cached_attention, causal_attention
+from core.attention import Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
 
 Params = dict[str, Any]
@@ -57,7 +57,9 @@ class Linear(nnx.Module):
 
 def fused_linear(x: Float[Array, "*batch I"], *linears: Linear) -> Float[Array, "*batch O"]:
     """Several linear maps of the same input as one product; the outputs lie side by side."""
-    y = x @ jnp.concatenate([m.kernel[...] for m in linears], axis=1).astype(x.dtype)
+    kernel = jnp.concatenate([m.kernel[...] for m in linears], axis=1).astype(x.dtype)
+    # As a product of two matrices: on a CPU its gradient is twice as fast as with two batch axes.
+    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     if linears[0].bias is not None:
         y += jnp.concatenate([m.bias[...] for m in linears]).astype(x.dtype)
     return y
@@ -107,7 +109,7 @@ class Attention(nnx.Module):
             rows = jnp.arange(b)[:, None]
             cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
             visible = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
-            y = cached_attention(q, cache.k, cache.v, visible)
+            y = masked_attention(q, cache.k, cache.v, visible)
         return self.o(y.reshape(b, s, d)), cache
 
 

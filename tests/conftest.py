@@ -4,6 +4,7 @@
 """
 
 import os
+from pathlib import Path
 
 from tests.several_devices import FAST_COMPILE
 
@@ -15,6 +16,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.train_tpu.processes import make_text  # noqa: E402
 
 jax.devices()  # reads the flags, once
 os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
@@ -33,3 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and jax.default_backend() != "gpu":
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU; JAX runs on a {jax.default_backend()}"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the training runs that tests start keep prepared data and compiled functions."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def text(cache: Path) -> Path:
+    """The text they train on."""
+    return make_text(cache)

@@ -115,7 +115,7 @@ class RunConfig:
 
 
 # What a preset is trained with if nothing else is said; those of 40M and more are those of docs/RESULTS.md.
-_TINY = {"steps": 300, "batch": 32, "tokenizer": "bytes", "lr": 3e-3, "warmup": 30}
+_TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50}
 _MTLM1 = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "lr": 1e-3, "warmup": 100}
 TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-tiny": _TINY,

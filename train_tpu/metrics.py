@@ -143,7 +143,7 @@ def plot_curve(folder: Path) -> Path:
     return path
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average without the bias of its start."""
     smoothed, mean, total = [], 0.0, 0.0
     for value in values:

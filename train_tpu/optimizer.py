@@ -21,7 +21,7 @@ from core.errors import UserError
 class OptimizerConfig:
     """The update rule and the course of the learning rate."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """Muon moves the layers' matrices; AdamW moves embeddings, norms, biases and the head."""
     lr: float = 1e-3
     """Peak learning rate."""

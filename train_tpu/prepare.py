@@ -32,7 +32,7 @@ from train_tpu.packing import Packer, WindowWriter, encode_batches
 from train_tpu.sources import Source, cut_point, open_sources
 
 VALID = "valid"
-VALID_FRACTION = 0.005
+VALID_FRACTION = 0.01
 # Hashing whole documents cannot hold out a small part of a few of them: then every document's end is.
 FEW_DOCUMENTS = 1000
 VALID_FRACTION_OF_FEW = 0.05
@@ -57,7 +57,7 @@ class PrepareConfig:
     valid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=PATH")] = ()
     """NAME=PATH: a held-out set of its own (repeatable). The sources then wholly train."""
     valid_fraction: float | None = None
-    """Part of the documents to hold out, by hash (default 0.005); of fewer than 1000 documents
+    """Part of the documents to hold out, by hash (default 0.01); of fewer than 1000 documents
     the end of each, in that proportion (default 0.05)."""
     field: str = "text"
     """JSON field, Parquet column or TFDS feature that holds the text."""

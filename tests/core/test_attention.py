@@ -11,7 +11,7 @@ import pytest
 import torch
 from jax.experimental.pallas import tpu as pltpu
 
-from core.attention import cached_attention, causal_attention, choose
+from core.attention import masked_attention, causal_attention, choose
 from core.errors import UserError
 from tests.several_devices import run_on_devices
 
@@ -62,7 +62,7 @@ def test_reference_keeps_its_softmax_in_float32():
     assert relative(y, truth(q, k, v, cotangent)[0]) < 3 * 2**-9
 
 
-def test_cached_attention_sees_what_is_visible():
+def test_masked_attention_sees_what_is_visible():
     q, k, v, _ = example()
     whole = causal_attention(q, k, v, "xla")
     positions = jnp.array([[3, 9], [0, 23]])
@@ -70,7 +70,7 @@ def test_cached_attention_sees_what_is_visible():
     visible = jnp.arange(24) <= positions[..., None]
     # What is not visible may hold anything, but a number: it is multiplied by zero.
     k, v = (x.at[0, 10:].set(1e9) for x in (k, v))
-    found = cached_attention(part, k, v, visible)
+    found = masked_attention(part, k, v, visible)
     np.testing.assert_allclose(
         found, jnp.take_along_axis(whole, positions[..., None, None], axis=1), rtol=0, atol=1e-6
     )
@@ -117,6 +117,8 @@ def test_what_is_asked_for_is_used(platform):
     [
         ("cudnn", "gpu", {"dtype": "float32"}, "float32"),
         ("cudnn", "gpu", {"head_dim": 20}, "not 20"),
+        ("cudnn", "gpu", {"context": 129}, "even context, not 129"),
+        ("cudnn", "gpu", {"deterministic": True}, "vary in the last bits"),
         ("splash", "tpu", {"context": 64}, "not 64"),
     ],
 )
@@ -149,7 +151,7 @@ def test_the_training_step_compiles_for_a_tpu(heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("length", "head_dim"), [(1024, 64), (256, 32), (1000, 64), (129, 128), (16, 8)])
+@pytest.mark.parametrize(("length", "head_dim"), [(1024, 64), (256, 32), (1000, 64), (130, 128), (16, 8)])
 def test_cudnn(length, head_dim):
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in example(b=4, s=length, h=6, k=head_dim))
     exact = truth(q, k, v, cotangent)

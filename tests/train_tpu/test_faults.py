@@ -22,16 +22,6 @@ LONG = (*TINY, "--steps", "150", "--eval-every", "50", "--save-every", "7", "--w
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def text(cache):
-    return make_text(cache)
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(cache, text):
     folder = cache / "uninterrupted"
     run(cache, *LONG, "--data", text, "--out", folder)

@@ -11,16 +11,6 @@ from train_tpu.metrics import read_log
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def text(cache):
-    return make_text(cache)
-
-
-@pytest.fixture(scope="module")
 def finished(cache, text):
     """An uninterrupted run."""
     folder = cache / "finished"
