@@ -5,6 +5,7 @@ main() is the whole course in order: settings, data, devices, run folder, state,
 
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import itertools
 import json
@@ -35,7 +36,7 @@ from core.config import PRESETS, ModelConfig
 from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
-from core.model import Compute
+from core.model import Compute, Params
 from core.sharding import make_mesh, replicated, require_deterministic_operations
 from core.tokenizer import load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
@@ -86,15 +87,21 @@ def main() -> int:
     step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
 
-    # 4. The run folder: new, or that of the run to go on with.
-    lock = lock_folder(out)
+    # 4. The run folder: new, or that of the run to go on with. What it starts from is opened first, so that
+    # a refusal leaves nothing behind.
     record = run_record(config, model, steps, dataset)
+    source = None
+    if config.init_from and not list_steps(out / "checkpoints"):
+        source = open_source(config.init_from, step_config, record, mesh)
+    lock = lock_folder(out)
     open_run_folder(out, record, config.allow_change)
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every)
 
     with Interrupt() as interrupt:
         # 5. The state: resumed, taken from another checkpoint's parameters, or fresh.
-        state, manifest, how = starting_state(config, step_config, out, record, dataset, mesh, console)
+        state, manifest, how = starting_state(
+            config, step_config, out, record, dataset, mesh, source, console
+        )
         console.print(how, markup=False, highlight=False)
         if manifest.step >= steps:
             console.print(
@@ -294,6 +301,16 @@ def open_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...])
     temporary.replace(path)
 
 
+def open_source(
+    path: Path, step_config: StepConfig, record: dict[str, Any], mesh: Mesh
+) -> tuple[Path, Manifest, Params]:
+    """The checkpoint that --init-from names, its manifest and its parameters."""
+    step_dir = find_step(path)
+    manifest = load_manifest(step_dir)
+    require_same_tokenizer(manifest.tokenizer, record["tokenizer"], str(step_dir), "the data given")
+    return step_dir, manifest, restore_params(step_dir, abstract_state(step_config, mesh).params)
+
+
 def starting_state(
     config: RunConfig,
     step_config: StepConfig,
@@ -301,6 +318,7 @@ def starting_state(
     record: dict[str, Any],
     dataset: Dataset,
     mesh: Mesh,
+    source: tuple[Path, Manifest, Params] | None,
     console: Console,
 ) -> tuple[TrainState, Manifest, str]:
     """The state to go on from, its manifest (with its counters), and in words where it comes from."""
@@ -325,16 +343,13 @@ def starting_state(
             manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
         )
         return state, manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
-    if config.init_from:
-        step_dir = find_step(config.init_from)
-        old = load_manifest(step_dir)
-        require_same_tokenizer(old.tokenizer, record["tokenizer"], str(step_dir), "the data given")
-        params = restore_params(step_dir, abstract.params)
+    if source:
+        step_dir, old, params = source
         state = jax.jit(
-            lambda p: init_state(step_config, p), out_shardings=replicated(mesh), donate_argnums=0
+            functools.partial(init_state, step_config), out_shardings=replicated(mesh), donate_argnums=0
         )(params)
-        source = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
-        manifest = dataclasses.replace(manifest, lineage=[*old.lineage, source])
+        entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
+        manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
         return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
     state = fresh_state(step_config, mesh, config.seed)
     return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"

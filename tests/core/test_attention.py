@@ -11,7 +11,7 @@ import pytest
 import torch
 from jax.experimental.pallas import tpu as pltpu
 
-from core.attention import masked_attention, causal_attention, choose
+from core.attention import causal_attention, choose, masked_attention
 from core.errors import UserError
 from tests.several_devices import run_on_devices
 

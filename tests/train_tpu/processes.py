@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 # 12 updates of 4 x 32 tokens on a model of 24k parameters; dropout, so that keys matter too.
 TINY = (
     "--preset", "mtlm1-tiny", "--tokenizer", "bytes", "--context", "32", "--d-model", "32", "--n-layers", "2",
-    "--n-heads", "2", "--d-mlp", "64", "--dropout", "0.1", "--steps", "12", "--batch", "4", "--lr", "0.01",
-    "--warmup", "4", "--window", "4", "--eval-every", "5", "--sample-every", "100", "--save-every", "3",
-    "--log-every", "1", "--eval-windows", "4", "--prompts", "a",
+    "--n-heads", "2", "--d-mlp", "64", "--dropout", "0.1", "--steps", "12", "--batch", "4",
+    "--optimizer", "adamw", "--lr", "0.01", "--warmup", "4", "--window", "4",
+    "--eval-every", "5", "--sample-every", "100", "--save-every", "3", "--log-every", "1",
+    "--eval-windows", "4", "--prompts", "a",
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ ADAM_TOLERANCE = {"rtol": 0, "atol": 2e-6}
 
 @pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 def test_adamw_equals_torch(kind):
-    config = OptimizerConfig(weight_decay=0.3, beta1=0.8, eps=1e-6)
+    config = OptimizerConfig(optimizer="adamw", weight_decay=0.3, beta1=0.8, eps=1e-6)
     found = train(BOTH[kind], config)
     expected = torch_adamw(BOTH[kind], config, found.keys())
     for name, leaf in found.items():

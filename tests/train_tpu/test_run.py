@@ -92,7 +92,7 @@ def test_the_step_is_compiled_once_whatever_happens(cache, text):
         assert len(compiled) == 1, compiled
     skips = read_log(folder, "skip")
     assert len(skips) >= 2
-    assert len({row["lr"] for row in read_log(folder, "train")}) > 4
+    assert len({row["lr"] for row in read_log(folder, "train")}) >= 4
     # A skip names the batch: the records, and the leaves that the gradient's norm came from.
     assert len(skips[0]["records"]) == 1 and skips[0]["sequences"][1] - skips[0]["sequences"][0] == 1
     assert any("layers/" in leaf or "embed" in leaf for leaf in skips[0]["blame"])

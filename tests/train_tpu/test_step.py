@@ -23,7 +23,7 @@ MODEL = ModelConfig(vocab_size=61, context=16, d_model=32, n_layers=2, n_heads=2
 ROWS = 8
 # Adam's first update is lr * g / (|g| + eps). With an eps far above the gradients' rounding it is smooth;
 # with 1e-8 the sign of a rounding error (the gradient of a bias of k is 0) would decide a whole update.
-OPTIM = OptimizerConfig(eps=1e-3, clip=0.0)
+OPTIM = OptimizerConfig(optimizer="adamw", eps=1e-3, clip=0.0)
 CONFIG = StepConfig(
     model=MODEL, optim=OPTIM, guard=GuardConfig(window=4), compute=Compute(), z_loss=0.0, loss_chunk=32
 )
