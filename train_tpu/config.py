@@ -83,7 +83,7 @@ class RunConfig:
     """Windows of each held-out set that evaluations during the run read; the first and last read all."""
     sample_every: int | None = None
     """Updates between samples. Default: as --eval-every."""
-    prompts: tuple[str, ...] = ("The ", "This function returns ", "In the early years of ")
+    prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
     """What the samples go on from."""
     save_every: int | None = None
     """Updates between checkpoints. Default: a tenth of the run."""

@@ -374,7 +374,7 @@ def memory(step: jax.stages.Compiled) -> str:
 def next_commands(out: Path, config: RunConfig) -> str:
     """What to type next; commands of packages that are not installed here are left out."""
     commands = [
-        ("generate text", "core.generate", f"{out} --prompt 'The '"),
+        ("generate text", "core.generate", f"{out} --prompt 'The'"),
         ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
         ("grow it", "stacking.grow", f"{out} --out {out}-grown"),
         ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
