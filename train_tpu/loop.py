@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from core.checkpoint import Checkpointer
+from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.manifest import Manifest
 from core.sharding import batch_sharding, replicated
@@ -31,6 +32,7 @@ from train_tpu.step import Batch, Controls, Metrics, TrainState
 
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
 SAMPLE_TOKENS = 96
+END = "end"  # the event that a finished run logs last
 
 
 class Cadence(NamedTuple):
@@ -104,10 +106,10 @@ class Loop:
             self.log.write(self.step, "event", what="halt", why=str(halted))
             self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
             return EXIT_HALTED
-        if self.step == self.steps:
+        if self.step == self.steps and not self.interrupt.requested:
             self._save()
             self.checkpointer.wait()
-            self.log.write(self.step, "event", what="end")
+            self.log.write(self.step, "event", what=END)
             return EXIT_FINISHED
         return self._stop_early()
 
@@ -143,7 +145,12 @@ class Loop:
         self._clock = time.monotonic()
 
     def _dispatch(self) -> None:
-        loaded = next(self.batches)
+        try:
+            loaded = next(self.batches)
+        except UserError:  # a damaged record: what was learned until here is kept
+            self._read_metrics(leave=0)
+            self._save()
+            raise
         assert loaded.first == self.cursor, f"batch starts at {loaded.first}, the cursor is at {self.cursor}"
         rate = learning_rate(self.config.optim, self.step, self.steps)
         controls = Controls(

@@ -117,7 +117,7 @@ def plot_curve(folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
     train = [row for row in read_log(folder, "train") if not isinstance(row["loss"], str)]
-    evals = read_log(folder, "eval")
+    evals = [row for row in read_log(folder, "eval") if not isinstance(row["bits_per_byte"], str)]
     tokens = [row["tokens"] / 1e6 for row in train]
     figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
     losses = [row["nll"] for row in train]

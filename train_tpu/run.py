@@ -45,8 +45,8 @@ from train_tpu.config import RunConfig
 from train_tpu.data import MANIFEST, Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import Cadence, Loop
-from train_tpu.metrics import RunLog, plot_curve
+from train_tpu.loop import END, Cadence, Loop
+from train_tpu.metrics import RunLog, plot_curve, read_log
 from train_tpu.prepare import open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.step import (
@@ -103,7 +103,7 @@ def main() -> int:
             config, step_config, out, record, dataset, mesh, source, console
         )
         console.print(how, markup=False, highlight=False)
-        if manifest.step >= steps:
+        if manifest.step >= steps and any(row["what"] == END for row in read_log(out, "event")):
             console.print(
                 f"the run in {out} is finished ({manifest.step} of {steps} steps): give another --out for a "
                 "new one, or more --steps with --allow-change steps to go on"

@@ -108,6 +108,25 @@ def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text,
     assert losses(folder) == uninterrupted
 
 
+def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(cache, text, tmp_path):
+    prepared, folder = tmp_path / "prepared", tmp_path / "run"
+    large = make_text(tmp_path, repeats=3000)  # a second and more to evaluate, four windows at a time
+    sets = ("--tokenizer", "bytes", "--context", "32", "--valid", f"large={large}")
+    run(cache, text, *sets, "--out", prepared, module="train_tpu.prepare")
+    arguments = (*TINY, "--data", prepared, "--out", folder)
+    process = start(cache, *arguments)
+    wait_for(process, r"step 11/12")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == EXIT_SAVED
+    assert [row["step"] for row in read_log(folder, "eval")] == [0, 5, 10]
+    run(cache, *arguments)
+    assert [row["step"] for row in read_log(folder, "eval")] == [0, 5, 10, 12]
+    assert len(losses(folder)) == 12
+    out, _ = run(cache, *arguments)
+    assert "is finished" in out
+
+
 def test_a_second_signal_leaves_at_once_and_damages_nothing(cache, text, uninterrupted):
     folder = cache / "twice"
     process = start(cache, *LONG, "--data", text, "--out", folder)
@@ -200,6 +219,8 @@ def test_a_damaged_record_is_named_or_left_out(cache, tmp_path):
     )
     message = refusal(cache, *command, "--out", tmp_path / "fail")
     assert train.name in message and "train record" in message
+    if read_log(tmp_path / "fail", "train"):  # it failed on the way: what was learned is kept
+        assert list_steps(tmp_path / "fail" / "checkpoints")
     run(cache, *command, "--out", tmp_path / "skip", "--on-bad-record", "skip")
     left_out = [
         row for row in read_log(tmp_path / "skip", "event") if row["what"] == "damaged records left out"
