@@ -64,6 +64,7 @@ def measure(dataset: Dataset, batch: int, seconds: float) -> tuple[float, float]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Times the loader and prints the table."""
     config = tyro.cli(LoaderConfig, args=argv, prog="python -m bench.loader", description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         if config.data:

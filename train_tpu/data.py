@@ -143,6 +143,7 @@ def write_manifest(
 
 
 def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

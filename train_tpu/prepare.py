@@ -352,6 +352,7 @@ def _print_summary(dataset: ds.Dataset, dropped: dict[str, int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     config = tyro.cli(PrepareConfig, args=argv, prog="python -m train_tpu.prepare", description=__doc__)
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")

@@ -4,23 +4,19 @@ main() is the whole course in order: settings, data, devices, run folder, state,
 """
 
 import dataclasses
-import fcntl
 import functools
-import importlib.util
 import itertools
-import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from core.attention import Choice, choose
 from core.checkpoint import (
@@ -49,6 +45,8 @@ from train_tpu.loop import END, Cadence, Loop
 from train_tpu.metrics import RunLog, plot_curve, read_log
 from train_tpu.prepare import open_or_prepare
 from train_tpu.progress import Progress, make_console
+from train_tpu.report import describe, memory, next_commands
+from train_tpu.run_folder import check_run_folder, lock_folder, run_record, write_config
 from train_tpu.step import (
     StepConfig,
     TrainState,
@@ -94,7 +92,7 @@ def main() -> int:
     if config.init_from and not list_steps(out / "checkpoints"):
         source = open_source(config.init_from, step_config, record, mesh)
     lock = lock_folder(out)
-    open_run_folder(out, record, config.allow_change)
+    check_run_folder(out, record, config.allow_change)
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every)
 
     with Interrupt() as interrupt:
@@ -103,12 +101,19 @@ def main() -> int:
             config, step_config, out, record, dataset, mesh, source, console
         )
         console.print(how, markup=False, highlight=False)
-        if manifest.step >= steps and any(row["what"] == END for row in read_log(out, "event")):
+        if manifest.step > steps:
+            raise UserError(
+                f"the run in {out} is at step {manifest.step} already, beyond the {steps} steps asked for: "
+                "give more --steps or another --out"
+            )
+        if manifest.step == steps and any(row["what"] == END for row in read_log(out, "event")):
             console.print(
                 f"the run in {out} is finished ({manifest.step} of {steps} steps): give another --out for a "
                 "new one, or more --steps with --allow-change steps to go on"
             )
             return EXIT_FINISHED
+
+        write_config(out, record)
 
         # 6. Compilation, once.
         started = time.monotonic()
@@ -219,88 +224,6 @@ def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[C
     return Compute(dtype, attention.name, unroll, config.remat, mesh), attention
 
 
-def describe(
-    config: RunConfig,
-    model: ModelConfig,
-    dataset: Dataset,
-    steps: int,
-    mesh: Mesh,
-    compute: Compute,
-    attention: Choice,
-) -> Table:
-    """The table a run begins with."""
-    train = dataset.splits["train"]
-    device = mesh.devices.flat[0]
-    tokens = steps * config.batch * model.context
-    parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
-    heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
-    rows = [
-        ("model", f"{config.preset}: {model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
-                  f"MLP {model.d_mlp}, context {model.context}; {parts}"),
-        ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
-                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs a training token"),
-        ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),
-        ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
-                 f"{train.bytes / train.tokens:.2f} bytes a token"),
-        ("held out", ", ".join(heldout) or "none"),
-        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
-                     f"{tokens / (train.windows * model.context):.2f} epochs, "
-                     f"{tokens / model.n_params:.1f} tokens a parameter"),
-        ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
-                      f"warmup {config.optim.warmup}"),
-        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}), {compute.dtype}"),
-        ("attention", f"{attention.name}: {attention.why}"),
-    ]  # fmt: skip
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def run_record(config: RunConfig, model: ModelConfig, steps: int, dataset: Dataset) -> dict[str, Any]:
-    """What config.json and every manifest say of a run."""
-    return {
-        "run": settings.flatten(config) | {"steps": steps, "epochs": None},
-        "model": dataclasses.asdict(model),
-        "tokenizer": dataset.tokenizer_record,
-        "data": {"path": config.data, "fingerprint": dataset.fingerprint},
-    }
-
-
-def lock_folder(out: Path) -> TextIO:
-    """Holds the run folder for this process until the returned file is closed."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    ours = any((out / name).exists() for name in ("config.json", ".lock"))
-    if out.is_dir() and any(out.iterdir()) and not ours:
-        raise UserError(f"--out {out} holds other things and no run of ours; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = (out / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {out}: stop it or give another --out") from None
-    return lock
-
-
-def open_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Writes config.json, or refuses to go on with a run of other settings, model, tokenizer or data."""
-    path = out / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
-        settings.require_same(old["run"], record["run"], allowed, out)
-        if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
-            raise UserError(
-                f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "
-                f"not {record['data']['path']} ({record['data']['fingerprint'][:12]}): give the same data, "
-                "another --out, or --allow-change data"
-            )
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def open_source(
     path: Path, step_config: StepConfig, record: dict[str, Any], mesh: Mesh
 ) -> tuple[Path, Manifest, Params]:
@@ -360,30 +283,6 @@ def choose_cadence(config: RunConfig, steps: int) -> Cadence:
     tenth = max(1, math.ceil(steps / 10))
     evaluate = config.eval_every or tenth
     return Cadence(evaluate, config.sample_every or evaluate, config.save_every or tenth)
-
-
-def memory(step: jax.stages.Compiled) -> str:
-    """Device memory of the compiled step: what it is given and what it works in."""
-    analysis = step.memory_analysis()
-    if analysis is None:
-        return "an unknown amount of memory"
-    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return f"{total / 2**30:.2f} GiB"
-
-
-def next_commands(out: Path, config: RunConfig) -> str:
-    """What to type next; commands of packages that are not installed here are left out."""
-    commands = [
-        ("generate text", "core.generate", f"{out} --prompt 'The'"),
-        ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
-        ("grow it", "stacking.grow", f"{out} --out {out}-grown"),
-        ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
-    ]
-    lines = ["next:"]
-    for what, module, arguments in commands:
-        if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):
-            lines.append(f"  {what + ':':<24} python -m {module} {arguments}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def wait_for(process: subprocess.Popen, pattern: str) -> str:
 def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     """Kills a run `kills` times at random moments of its training and finishes it; how often it resumed.
 
-    Most kills come while it trains (a run takes about 3 s behind the compilation), some after its end.
+    A moment is a number of lines of output (a step each, mostly) and some milliseconds, so that slow
+    machines kill as far into the training as fast ones.
     """
     rng = random.Random(0)
     resumed = 0
@@ -52,7 +53,9 @@ def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
             shutil.rmtree(folder)  # the next one starts over
             continue
         wait_for(process, "compiled")
-        time.sleep(rng.uniform(0.5, 2.5))
+        for _ in range(rng.randrange(60)):
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         for step in list_steps(folder / "checkpoints"):

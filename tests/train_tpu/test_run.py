@@ -139,6 +139,8 @@ def test_refusals(finished, cache, text, tmp_path):
     message = refusal(cache, *TINY, "--data", text, "--out", folder, "--lr", "0.5")
     assert "--lr 0.01, not 0.5" in message and "--allow-change lr" in message
     assert "--n-layers 2, not 3" in refusal(cache, *TINY, "--data", text, "--out", folder, "--n-layers", "3")
+    fewer = ("--steps", "5", "--allow-change", "steps")
+    assert "is at step 12 already" in refusal(cache, *TINY, "--data", text, "--out", folder, *fewer)
     other = make_text(tmp_path, repeats=50)
     assert "--allow-change data" in refusal(cache, *TINY, "--data", other, "--out", folder)
     assert "no run of ours" in refusal(cache, *TINY, "--data", text, "--out", text.parent)

@@ -1,0 +1,76 @@
+"""What a run says before its first step and after its last."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.table import Table
+
+from core.attention import Choice
+from core.config import ModelConfig
+from core.model import Compute
+from train_tpu.config import RunConfig
+from train_tpu.data import Dataset
+
+
+def describe(
+    config: RunConfig,
+    model: ModelConfig,
+    dataset: Dataset,
+    steps: int,
+    mesh: Mesh,
+    compute: Compute,
+    attention: Choice,
+) -> Table:
+    """The table a run begins with."""
+    train = dataset.splits["train"]
+    device = mesh.devices.flat[0]
+    tokens = steps * config.batch * model.context
+    parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
+    heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
+    rows = [
+        ("model", f"{config.preset}: {model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
+                  f"MLP {model.d_mlp}, context {model.context}; {parts}"),
+        ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
+                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs a training token"),
+        ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),
+        ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
+                 f"{train.bytes / train.tokens:.2f} bytes a token"),
+        ("held out", ", ".join(heldout) or "none"),
+        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
+                     f"{tokens / (train.windows * model.context):.2f} epochs, "
+                     f"{tokens / model.n_params:.1f} tokens a parameter"),
+        ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+                      f"warmup {config.optim.warmup}"),
+        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}), {compute.dtype}"),
+        ("attention", f"{attention.name}: {attention.why}"),
+    ]  # fmt: skip
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def memory(step: jax.stages.Compiled) -> str:
+    """Device memory of the compiled step: what it is given and what it works in."""
+    analysis = step.memory_analysis()
+    if analysis is None:
+        return "an unknown amount of memory"
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return f"{total / 2**30:.2f} GiB"
+
+
+def next_commands(out: Path, config: RunConfig) -> str:
+    """What to type next; commands of packages that are not installed here are left out."""
+    commands = [
+        ("generate text", "core.generate", f"{out} --prompt 'The'"),
+        ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
+        ("grow it", "stacking.grow", f"{out} --out {out}-grown"),
+        ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
+    ]
+    lines = ["next:"]
+    for what, module, arguments in commands:
+        if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):
+            lines.append(f"  {what + ':':<24} python -m {module} {arguments}")
+    return "\n".join(lines)

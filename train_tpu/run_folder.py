@@ -1,0 +1,63 @@
+"""The folder of a run: one process at a time, one configuration for its whole life."""
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from core.config import ModelConfig
+from core.errors import UserError
+from core.tokenizer import require_same as require_same_tokenizer
+from train_tpu import config as settings
+from train_tpu.config import RunConfig
+from train_tpu.data import Dataset
+
+
+def run_record(config: RunConfig, model: ModelConfig, steps: int, dataset: Dataset) -> dict[str, Any]:
+    """What config.json and every manifest say of a run."""
+    return {
+        "run": settings.flatten(config) | {"steps": steps, "epochs": None},
+        "model": dataclasses.asdict(model),
+        "tokenizer": dataset.tokenizer_record,
+        "data": {"path": config.data, "fingerprint": dataset.fingerprint},
+    }
+
+
+def lock_folder(out: Path) -> TextIO:
+    """Holds the run folder for this process until the returned file is closed."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    ours = any((out / name).exists() for name in ("config.json", ".lock"))
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"--out {out} holds other things and no run of ours; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {out}: stop it or give another --out") from None
+    return lock
+
+
+def check_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Refuses to go on with a run of other settings, model, tokenizer or data."""
+    path = out / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
+        settings.require_same(old["run"], record["run"], allowed, out)
+        if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
+            raise UserError(
+                f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "
+                f"not {record['data']['path']} ({record['data']['fingerprint'][:12]}): give the same data, "
+                "another --out, or --allow-change data"
+            )
+
+
+def write_config(out: Path, record: dict[str, Any]) -> None:
+    """Writes config.json, whole or not at all."""
+    path = out / "config.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
