@@ -46,13 +46,11 @@ def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     resumed = 0
     for _ in range(kills):
         process = start(cache, *LONG, "--data", text, "--out", folder)
-        line = wait_for(process, "starting|resuming|is finished")
-        resumed += "resuming" in line
-        if "is finished" in line:
+        resumed += "resuming" in wait_for(process, "starting|resuming")
+        if "is finished" in wait_for(process, "compiled|is finished"):
             process.wait()
             shutil.rmtree(folder)  # the next one starts over
             continue
-        wait_for(process, "compiled")
         for _ in range(rng.randrange(60)):
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.05))
