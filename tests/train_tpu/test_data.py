@@ -228,9 +228,3 @@ def test_closing_ends_the_threads(dataset):
 def test_benchmark_runs(capsys):
     assert loader.main(["--windows", "64", "--context", "32", "--seconds", "0.05", "--batches", "8"]) == 0
     assert "M tokens/s" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_loader_alone_gives_five_million_tokens_a_second(tmp_path):
-    dataset = loader.random_dataset(tmp_path, windows=10_000, context=1024)
-    assert max(loader.measure(dataset, 256, seconds=3)[0] for _ in range(3)) > 5e6
