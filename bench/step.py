@@ -22,7 +22,7 @@ from bench import plain_jax
 from core.attention import choose
 from core.config import preset
 from core.errors import run_command
-from core.model import Compute
+from core.model import Compute, compute_dtype
 from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
 from train_tpu.metrics import model_flops_utilization
 from train_tpu.optimizer import OptimizerConfig
@@ -60,7 +60,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
         require_deterministic_operations()
     mesh = make_mesh(jax.devices()[:1])
     platform = jax.default_backend()
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+    dtype = compute_dtype("auto", platform)
     attention = choose(
         "auto",
         platform=platform,

@@ -21,7 +21,16 @@ from core.checkpoint import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.keys import Purpose, make_key
-from core.model import Compute, KVCache, Params, abstract_params, empty_cache, forward_cached, logits
+from core.model import (
+    Compute,
+    KVCache,
+    Params,
+    abstract_params,
+    compute_dtype,
+    empty_cache,
+    forward_cached,
+    logits,
+)
 from core.tokenizer import TextStream, load_tokenizer, require_same, tokenizer_record
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
@@ -192,10 +201,7 @@ def main() -> int:
     tokenizer = load_tokenizer(manifest.tokenizer["name"])
     require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
     params = restore_params(step_dir, abstract_params(model))
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    generator = Generator(model, Compute(dtype=dtype))
+    generator = Generator(model, Compute(dtype=compute_dtype(config.dtype, jax.default_backend())))
     texts = config.prompt or [""]
     prompts = [[tokenizer.bos, *map(int, tokenizer.encode(text))] for text in texts]
     streams = [TextStream(tokenizer) for _ in prompts]

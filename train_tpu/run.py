@@ -32,18 +32,18 @@ from core.config import PRESETS, ModelConfig
 from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
-from core.model import Compute, Params
+from core.model import Compute, Params, compute_dtype
 from core.sharding import make_mesh, replicated, require_deterministic_operations
 from core.tokenizer import load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.config import RunConfig
-from train_tpu.data import MANIFEST, Dataset, open_dataset, train_batches
+from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Cadence, Loop
 from train_tpu.metrics import RunLog, plot_curve, read_log
-from train_tpu.prepare import open_or_prepare
+from train_tpu.prepare import is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, memory, next_commands
 from train_tpu.run_folder import check_run_folder, lock_folder, run_record, write_config
@@ -177,8 +177,7 @@ def parse(argv: list[str]) -> RunConfig:
 
 def prepared_tokenizer(data: str) -> str | None:
     """The tokenizer that a prepared folder was made with; None for data that is text."""
-    prepared = (Path(data) / MANIFEST).is_file()
-    return open_dataset(data).tokenizer_record["name"] if prepared else None
+    return open_dataset(data).tokenizer_record["name"] if is_prepared(data) else None
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
@@ -208,9 +207,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
 def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Compute, Choice]:
     """Type, attention and loop unrolling for the devices at hand."""
     platform = mesh.devices.flat[0].platform
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+    dtype = compute_dtype(config.dtype, platform)
     attention = choose(
         config.attention,
         platform=platform,

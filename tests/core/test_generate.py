@@ -12,6 +12,7 @@ import scipy.stats
 from core.errors import UserError
 from core.generate import Generator, Knobs, Sampling, sample
 from core.model import Compute, empty_cache, forward, forward_cached, logits
+from tests.compilations import listen
 from tests.models import BOTH, random_params, random_tokens
 
 SMALL = {
@@ -126,13 +127,7 @@ def test_prompts_that_cannot_be(case, prompts):
 def test_nothing_is_compiled_from_call_to_call(case):
     _, params, generator, prompts = case
     generator.complete(params, prompts, Sampling(), 4)
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
-    )
-    jax.jit(lambda x: x * 5 + 13)(jnp.arange(3))
-    assert compilations  # the listener hears them
-    compilations.clear()
+    compilations = listen()
     for sampling in (Sampling(0.0), Sampling(1.0, 5), Sampling(0.5, 0, 0.9), Sampling(seed=7)):
         generator.complete(params, [p[::-1] for p in prompts], sampling, 9, eos=3)
     assert not compilations

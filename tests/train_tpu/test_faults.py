@@ -36,6 +36,14 @@ def wait_for(process: subprocess.Popen, pattern: str) -> str:
     raise AssertionError(f"the process ended without {pattern!r}: {process.stderr.read()}")
 
 
+def stop_at(step: int, cache: Path, command: tuple) -> None:
+    """Starts a `LONG` run and has it save and end just behind a step."""
+    process = start(cache, *command)
+    wait_for(process, f"step {step}/150")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+
+
 def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     """Kills a run `kills` times at random moments of its training and finishes it; how often it resumed.
 
@@ -151,10 +159,7 @@ def flip_bit(path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(cache, text, uninterrupted):
     folder = cache / "damaged"
     command = (*LONG, "--data", text, "--out", folder)
-    process = start(cache, *command)
-    wait_for(process, r"step 30/150")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    stop_at(30, cache, command)
     newest = find_step(folder)
     victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     flip_bit(victim)
@@ -178,10 +183,7 @@ def test_a_second_process_on_the_same_folder_is_refused(cache, text):
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, uninterrupted):
     folder = cache / "full"
     command = (*LONG, "--data", text, "--out", folder)
-    process = start(cache, *command)
-    wait_for(process, r"step 10/150")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    stop_at(10, cache, command)
     before = find_step(folder)
 
     def limit_file_size() -> None:  # every file above 6 kB fails as on a full disk; the arrays are larger

@@ -14,6 +14,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.model import Compute, forward, logits
 from core.sharding import make_mesh
+from tests.compilations import listen
 from tests.models import flat, random_params
 from tests.several_devices import run_on_devices
 from train_tpu.optimizer import OptimizerConfig
@@ -309,13 +310,7 @@ def test_nothing_is_compiled_again(compiled):
         (batch(8, ignored=np.arange(ROWS) < skipped), controls(lr, sigma, halt_after, seed))
         for lr, sigma, halt_after, seed, skipped in [(0.1, 0, 3, 0, 0), (0.01, 8, 9, 1, 3), (0, 1, 1, 2, 8)]
     ]
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
-    )
-    jax.jit(lambda x: x * 3 + 17)(jnp.arange(5))
-    assert compilations  # the listener hears them
-    compilations.clear()
+    compilations = listen()
     for data, control in inputs * 2:
         state, _ = step(state, data, control)
     jax.block_until_ready(state)
