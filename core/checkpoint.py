@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,13 +33,18 @@ __all__ = [
     "FORMAT_VERSION",
     "Checkpointer",
     "Manifest",
+    "differing_leaves",
     "find_step",
+    "flatten",
     "list_steps",
     "load_manifest",
+    "nest",
     "newest_intact",
+    "read_leaves",
     "restore",
     "restore_params",
     "save_params",
+    "save_tree",
     "set_aside",
     "verify",
 ]
@@ -55,8 +61,14 @@ class Checkpointer:
     Use it as a context manager, or call `close`: a save still in flight is then committed, not lost.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
-        """`keep_last` newest steps are kept, and every step divisible by `keep_every`.
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        keep_steps: Collection[int] = (),
+    ) -> None:
+        """`keep_last` newest steps are kept, every step divisible by `keep_every`, and `keep_steps`.
 
         What killed processes left unfinished in `folder` is removed.
         """
@@ -65,6 +77,7 @@ class Checkpointer:
         self.folder = folder.absolute()
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self._keep_steps = keep_steps
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
@@ -103,7 +116,7 @@ class Checkpointer:
             return
         assert latest is None or step > latest, f"step {step} after {latest}: a run only goes forward"
         assert manifest.step == step, f"a manifest of step {manifest.step} for step {step}"
-        leaves, _ = _flatten(state)
+        leaves, _ = flatten(state)
         manifest = _complete(manifest, leaves)
         partial = self.folder / f".{step:08d}.partial"
         try:
@@ -148,7 +161,11 @@ class Checkpointer:
 
     def _dispensable(self) -> list[int]:
         older = list_steps(self.folder)[: -self._keep_last]
-        return [step for step in older if not self._keep_every or step % self._keep_every]
+        return [
+            step
+            for step in older
+            if step not in self._keep_steps and (not self._keep_every or step % self._keep_every)
+        ]
 
 
 def save_params(folder: Path, params: PyTree, manifest: Manifest) -> Path:
@@ -157,13 +174,18 @@ def save_params(folder: Path, params: PyTree, manifest: Manifest) -> Path:
     It has the layout of one step folder. UserError if `folder` exists or the disk refuses; what an
     interrupted call left (a hidden folder beside it) is replaced.
     """
+    assert manifest.kind == "params", manifest.kind
+    return save_tree(folder, {"params": params}, manifest)
+
+
+def save_tree(folder: Path, tree: PyTree, manifest: Manifest) -> Path:
+    """Writes `tree`, of either kind, as the step folder `folder`; otherwise like `save_params`."""
     import orbax.checkpoint as ocp
 
-    assert manifest.kind == "params", manifest.kind
     folder = folder.absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder, or remove it first")
-    leaves, _ = _flatten({"params": params})
+    leaves, _ = flatten(tree)
     manifest = _complete(manifest, leaves)
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -193,7 +215,7 @@ def restore(step_dir: Path, abstract: PyTree) -> PyTree:
             f"{step_dir} holds parameters alone, so no run can be resumed from it: "
             "start a new one from them with --init-from"
         )
-    wanted, treedef = _flatten(abstract)
+    wanted, treedef = flatten(abstract)
     _check_tree(step_dir, manifest.tree, wanted)
     return treedef.unflatten(_read(step_dir, wanted, partial=False))
 
@@ -203,12 +225,12 @@ def restore_params(step_dir: Path, abstract_params: PyTree) -> PyTree:
     other files but not loaded. Otherwise like `restore`."""
     verify(step_dir)
     saved = {path: leaf for path, leaf in load_manifest(step_dir).tree.items() if path.startswith("params/")}
-    wanted, treedef = _flatten({"params": abstract_params})
+    wanted, treedef = flatten({"params": abstract_params})
     _check_tree(step_dir, saved, wanted)
     return treedef.unflatten(_read(step_dir, wanted, partial=True))["params"]
 
 
-def _flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaf path ("params/layers/q") -> leaf, in the tree's order, and the tree's definition."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -216,8 +238,8 @@ def _flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     return flat, treedef
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The paths of `_flatten` as nested dicts, which are all that Orbax needs to know of our types."""
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """The paths of `flatten` as nested dicts, which are all that Orbax needs to know of our types."""
     root: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -237,18 +259,30 @@ def _complete(manifest: Manifest, leaves: dict[str, Any]) -> Manifest:
     return Manifest.from_json(replace(manifest, tree=tree, files={}).to_json())
 
 
-def _check_tree(step_dir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose paths, shapes or dtypes are not those wanted; both sides are named."""
+def differing_leaves(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Path -> (what a manifest's tree says of it, what `wanted` does) where path, shape or dtype differ."""
     here = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in wanted.items()}
     there = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in saved.items()}
-    differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
+    pairs = {path: (there.get(path, "missing"), here.get(path, "missing")) for path in {**here, **there}}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _check_tree(step_dir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose paths, shapes or dtypes are not those wanted; both sides are named."""
+    differing = differing_leaves(saved, wanted)
     if differing:
-        path, more = differing[0], len(differing) - 1
+        path, (there, here) = next(iter(differing.items()))
+        more = len(differing) - 1
         raise UserError(
-            f"{step_dir} is of another model or optimizer: {path} is {there.get(path, 'missing')} in the "
-            f"checkpoint and {here.get(path, 'missing')} here{f' ({more} more leaves differ)' * bool(more)}; "
-            f"use the configuration it was saved with (`config` in its {MANIFEST})"
+            f"{step_dir} is of another model or optimizer: {path} is {there} in the checkpoint and {here} "
+            f"here{f' ({more} more leaves differ)' * bool(more)}; use the configuration it was saved with "
+            f"(`config` in its {MANIFEST})"
         )
+
+
+def read_leaves(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    """Some leaves of a step by their paths, each placed as `restore` places it; nothing is verified."""
+    return dict(zip(wanted, _read(step_dir, wanted, partial=True), strict=True))
 
 
 def _read(step_dir: Path, wanted: dict[str, Any], partial: bool) -> list[jax.Array]:
@@ -259,12 +293,12 @@ def _read(step_dir: Path, wanted: dict[str, Any], partial: bool) -> list[jax.Arr
         sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
-    item = _nest(wanted)
+    item = nest(wanted)
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=jax.tree.map(placement, item), partial_restore=partial
     )
     with ocp.Checkpointer(_handler()) as checkpointer:
-        restored, _ = _flatten(checkpointer.restore(step_dir.absolute() / STATE, args=args))
+        restored, _ = flatten(checkpointer.restore(step_dir.absolute() / STATE, args=args))
     return [restored[path] for path in wanted]
 
 
@@ -297,7 +331,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _save_args(leaves: dict[str, jax.Array]) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.args.PyTreeSave(_nest(leaves))
+    return ocp.args.PyTreeSave(nest(leaves))
 
 
 def _delete(step_dir: Path) -> None:

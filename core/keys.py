@@ -14,6 +14,8 @@ class Purpose(enum.IntEnum):
     """The index is that of the sequence in the stream of training sequences."""
     SAMPLE = 2
     """The index is that of the generated sequence."""
+    GROW = 3
+    """Layers drawn when a model grows; the index is the step."""
 
 
 def make_key(

@@ -54,6 +54,12 @@ class Manifest:
     """Path under the step folder -> `size` in bytes and `sha256`."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def last_growth(self) -> Json | None:
+        """The lineage record of the last time these parameters were grown; `stacking.grow` writes it."""
+        grown = [entry for entry in self.lineage if entry["operation"] == "grow"]
+        return grown[-1] if grown else None
+
     def to_json(self) -> str:
         """The text of manifest.json, its last field the sha256 of all others."""
         fields = dataclasses.asdict(self)

@@ -25,7 +25,7 @@ os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are 
 # Before the first import of these packages: every call in the tests checks types and shapes. An int
 # will do for a float, as Python has it.
 jaxtyping.install_import_hook(
-    ["core", "train_tpu.step", "train_tpu.optimizer"],
+    ["core", "stacking.transform", "train_tpu.step", "train_tpu.optimizer"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

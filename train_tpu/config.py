@@ -32,7 +32,7 @@ class ModelOverrides:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Train a model from scratch, or go on with a run: the same command with the same --out resumes."""
+    """Train a model from scratch, or go on with a run: --out DIR alone resumes the run in DIR as it is."""
 
     preset: str = "mtlm1-tiny"
     """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
@@ -93,6 +93,11 @@ class RunConfig:
     """Checkpoints to keep."""
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    keep_steps: tuple[int, ...] = ()
+    """Also save and keep the checkpoints of these steps."""
+    stop_at: int | None = None
+    """Stop when this step is reached, saved; the schedule stays that of all --steps. What is there then
+    has not been decayed: a trunk, to grow or to go on with."""
     log_every: int = 10
     """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
 
@@ -106,7 +111,7 @@ class RunConfig:
             raise UserError("give --steps or --epochs, not both")
         for name in ("steps", "epochs", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows",
                      "eval_every", "sample_every", "save_every", "keep_last", "keep_every", "log_every",
-                     "save_minutes"):  # fmt: skip
+                     "save_minutes", "stop_at"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
@@ -137,8 +142,10 @@ def defaults(name: str) -> RunConfig:
 # Settings that change how a run is watched, kept or carried out, but not its losses.
 FREE_SETTINGS = frozenset((
     "out", "data", "eval_every", "eval_windows", "sample_every", "prompts", "save_every", "save_minutes",
-    "keep_last", "keep_every", "log_every", "init_from", "allow_change", "fallback",
+    "keep_last", "keep_every", "keep_steps", "stop_at", "log_every", "init_from", "allow_change", "fallback",
 ))  # fmt: skip
+# Settings that a run folder does not pass on to the next start: they are of one start only.
+ONCE = ("allow_change", "fallback", "stop_at")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
@@ -159,6 +166,20 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: dict[str, Any], kind: type = RunConfig) -> Any:
+    """The settings that `flatten` made `flat` of; what it lacks, since it is older, has its default."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.default):
+            values[field.name] = unflatten(flat, type(field.default))
+        elif field.name in flat:
+            value = flat[field.name]
+            if field.name in ("out", "init_from") and value is not None:
+                value = Path(value)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
 def require_same(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], where: Path) -> None:
     """Refuses to resume a run under settings that would make it another run.
 
@@ -168,6 +189,7 @@ def require_same(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, .
     unknown = sorted(set(allowed) - set(new))
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
+    old = flatten(RunConfig()) | old  # a setting that is younger than the run has its default
     for name in sorted(set(old) | set(new)):
         if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
             continue

@@ -58,13 +58,16 @@ class Halted(Exception):
 
 @dataclasses.dataclass
 class Loop:
-    """One run from `step` to `steps`. `state` is always the newest; the step donates the one before."""
+    """One run from `step` to `end`. `state` is always the newest; the step donates the one before."""
 
     config: RunConfig
     state: TrainState
     step: int
     """Updates made so far, skipped ones included."""
     steps: int
+    """Updates that the schedule is for."""
+    end: int
+    """Updates after which to stop: `steps`, or fewer."""
     cursor: int
     """Training sequences read so far: the index of the next batch's first."""
     compiled_step: jax.stages.Compiled
@@ -85,6 +88,8 @@ class Loop:
     def __post_init__(self) -> None:
         self._context = self.manifest.config["model"]["context"]
         self._first_step = self.step
+        growth = self.manifest.last_growth
+        self._grown_at = growth["step"] if growth else None
         self._saved_step = self.checkpointer.latest_committed
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
@@ -95,7 +100,7 @@ class Loop:
         try:
             while not self.interrupt.requested:
                 self._before_step()
-                if self.step == self.steps or self.interrupt.requested:
+                if self.step == self.end or self.interrupt.requested:
                     break
                 self._dispatch()
                 self._read_metrics(leave=METRICS_LAG)
@@ -106,10 +111,11 @@ class Loop:
             self.log.write(self.step, "event", what="halt", why=str(halted))
             self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
             return EXIT_HALTED
-        if self.step == self.steps and not self.interrupt.requested:
+        if self.step == self.end and not self.interrupt.requested:
             self._save()
             self.checkpointer.wait()
-            self.log.write(self.step, "event", what=END)
+            whole = self.end == self.steps
+            self.log.write(self.step, "event", what=END if whole else f"stopped, as asked, of {self.steps}")
             return EXIT_FINISHED
         return self._stop_early()
 
@@ -128,16 +134,16 @@ class Loop:
         return EXIT_KEPT
 
     def _before_step(self) -> None:
-        step, last = self.step, self.step == self.steps
-        evaluate = last or step % self.cadence.evaluate == 0
-        sample = last or step % self.cadence.sample == 0
+        step, last, grown = self.step, self.step == self.end, self.step == self._grown_at
+        evaluate = last or grown or step % self.cadence.evaluate == 0
+        sample = bool(self.config.prompts) and (last or step % self.cadence.sample == 0)
         late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
-        save = step > 0 and (step % self.cadence.save == 0 or late)
+        save = step > 0 and (step % self.cadence.save == 0 or late or step in self.config.keep_steps)
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)
         if evaluate:
-            self._evaluate(limit=None if step == 0 or last else self.config.eval_windows)
+            self._evaluate(limit=None if step == 0 or last or grown else self.config.eval_windows)
         if sample and not self.interrupt.requested:
             self._sample()
         if save:

@@ -26,6 +26,10 @@ PEAK_FLOPS = {
 }
 
 
+CARRIED = "before_growth"
+"""Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
+
+
 def model_flops_utilization(
     tokens_per_second: float, flops_per_token: int, device: jax.Device, n_devices: int
 ) -> float | None:
@@ -102,11 +106,28 @@ def _truncate(path: Path, step: int) -> None:
     """Drops the lines of steps from `step` on, and a last line that a killed process left incomplete."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < step:
+        if line.endswith("\n") and ((row := json.loads(line))["step"] < step or CARRIED in row):
             kept.append(line)
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def carry_log(source: Path, target: Path, step: int) -> None:
+    """Gives the run folder `target` the history of the run in `source` up to `step`, where it was grown.
+
+    The evaluation at that step itself is carried too: it is the loss just before. Every carried line says at
+    which step the model grew, and so is never taken for the new run's own.
+    """
+    if not (source / "metrics.jsonl").is_file():
+        return
+    lines = []
+    for kind in ("train", "eval", "sample", "skip"):
+        for row in read_log(source, kind):
+            if row["step"] < step or (kind == "eval" and row["step"] == step):
+                lines.append({CARRIED: step} | row)
+    lines.sort(key=lambda row: row["step"])
+    (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
 
 
 def plot_curve(folder: Path) -> Path:
@@ -123,6 +144,13 @@ def plot_curve(folder: Path) -> Path:
     losses = [row["nll"] for row in train]
     left.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="training loss")
     left.plot(tokens, _smooth(losses), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
+    for growth in sorted({row[CARRIED] for row in train if CARRIED in row}):
+        after = [row["tokens"] / 1e6 for row in train if row["step"] >= growth]
+        if after:
+            left.axvline(after[0], color="#6b7280", linestyle=":", linewidth=1.2)
+            left.annotate(
+                " grown", (after[0], 0.98), xycoords=("data", "axes fraction"), va="top", color="#6b7280"
+            )
     left.set_xlabel("tokens (millions)")
     left.set_ylabel("nats per token")
     left.grid(alpha=0.25)

@@ -42,6 +42,11 @@ class OptimizerConfig:
     """wsd: the part of all steps that the final decay takes."""
     final_lr: float = 0.0
     """Learning rate at the end, as a part of the peak."""
+    schedule_start: int = 0
+    """Step at which the schedule begins, warmup and all. `stacking.grow --schedule restart` sets it."""
+    rewarm: int = 0
+    """Steps from rewarm_at on in which the rate rises linearly to the schedule's. Growing sets both."""
+    rewarm_at: int = 0
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
@@ -53,13 +58,21 @@ class OptimizerConfig:
         for name in ("decay", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        for name in ("clip", "weight_decay", "warmup"):
+        for name in ("clip", "weight_decay", "warmup", "schedule_start", "rewarm", "rewarm_at"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite and not negative")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of update `step` (0-based) of `steps`: linear warmup, then the schedule."""
+    """The rate of update `step` (0-based) of `steps`: the schedule's, below it while re-warming."""
+    rate = _scheduled(config, step - config.schedule_start, steps - config.schedule_start)
+    if step >= config.rewarm_at and config.rewarm:
+        rate *= min(1.0, (step - config.rewarm_at + 1) / config.rewarm)
+    return rate
+
+
+def _scheduled(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Linear warmup, then cosine, or constant with a linear decay at the end; steps of the schedule."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     low = config.lr * config.final_lr

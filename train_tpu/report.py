@@ -61,12 +61,16 @@ def memory(step: jax.stages.Compiled) -> str:
     return f"{total / 2**30:.2f} GiB"
 
 
-def next_commands(out: Path, config: RunConfig) -> str:
-    """What to type next; commands of packages that are not installed here are left out."""
+def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
+    """What to type next; commands of packages that are not installed here are left out.
+
+    A run that was stopped at `end` of its `steps` has a schedule that can go on; a finished one has not.
+    """
+    restart = "" if end < steps else f" --schedule restart --steps {2 * steps}"
     commands = [
         ("generate text", "core.generate", f"{out} --prompt 'The'"),
         ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
-        ("grow it", "stacking.grow", f"{out} --out {out}-grown"),
+        ("grow it", "stacking.grow", f"{out} --out {out}-grown{restart}"),
         ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
     ]
     lines = ["next:"]

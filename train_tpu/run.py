@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -43,10 +42,10 @@ from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Cadence, Loop
 from train_tpu.metrics import RunLog, plot_curve, read_log
-from train_tpu.prepare import is_prepared, open_or_prepare
+from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, memory, next_commands
-from train_tpu.run_folder import check_run_folder, lock_folder, run_record, write_config
+from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
 from train_tpu.step import (
     StepConfig,
     TrainState,
@@ -56,14 +55,13 @@ from train_tpu.step import (
     init_state,
 )
 
-CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
-
 
 def main() -> int:
     """Runs the command; returns its exit code (train_tpu.interrupt says what each means)."""
     console = make_console()
 
-    # 1. Settings: the preset's own defaults, so that --help shows them, under what the command line says.
+    # 1. Settings: those of the run in --out, or the preset's own, so that --help shows them; over them what
+    # the command line says.
     config = parse(sys.argv[1:])
     out = config.out or Path("runs") / config.preset
     if config.deterministic:
@@ -93,7 +91,8 @@ def main() -> int:
         source = open_source(config.init_from, step_config, record, mesh)
     lock = lock_folder(out)
     check_run_folder(out, record, config.allow_change)
-    checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every)
+    checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
+    end = min(steps, config.stop_at or steps)
 
     with Interrupt() as interrupt:
         # 5. The state: resumed, taken from another checkpoint's parameters, or fresh.
@@ -110,6 +109,11 @@ def main() -> int:
             console.print(
                 f"the run in {out} is finished ({manifest.step} of {steps} steps): give another --out for a "
                 "new one, or more --steps with --allow-change steps to go on"
+            )
+            return EXIT_FINISHED
+        if end < steps and manifest.step >= end:
+            console.print(
+                f"the run in {out} is at step {manifest.step}, and --stop-at {end} asks for no more"
             )
             return EXIT_FINISHED
 
@@ -130,13 +134,14 @@ def main() -> int:
         rows = config.batch // config.accumulate
         log = RunLog(out, manifest.step)
         log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
-        progress = Progress(console, steps, manifest.step, config.log_every)
+        progress = Progress(console, end, manifest.step, config.log_every)
         try:
             code = Loop(
                 config=config,
                 state=state,
                 step=manifest.step,
                 steps=steps,
+                end=end,
                 cursor=manifest.sequences,
                 compiled_step=step,
                 batches=batches,
@@ -160,19 +165,31 @@ def main() -> int:
             lock.close()
     if code == EXIT_FINISHED:
         console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
-        console.print(next_commands(out, config), highlight=False)
+        console.print(next_commands(out, config, steps, end), highlight=False)
     return code
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """The command line over the defaults of the preset that it names."""
-    names = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
-    names += [flag.partition("=")[2] for flag in argv if flag.startswith("--preset=")]
-    default = settings.defaults(names[-1] if names else RunConfig.preset)
+    """The command line over the settings of the run in its --out, else over its preset's defaults."""
+    preset, out = _given(argv, "--preset") or RunConfig.preset, _given(argv, "--out")
+    default = settings.defaults(preset)
+    record = read_config(Path(out) if out else Path("runs") / preset)
+    if record:
+        once = {name: getattr(default, name) for name in settings.ONCE}
+        default = dataclasses.replace(settings.unflatten(record["run"]), **once)
+        if _given(argv, "--epochs"):
+            default = dataclasses.replace(default, steps=None)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[RunConfig], default=default, args=argv, prog="python -m train_tpu.run",
         description=RunConfig.__doc__,
     )  # fmt: skip
+
+
+def _given(argv: list[str], flag: str) -> str | None:
+    """The value that the command line gives a flag, before it is parsed."""
+    values = [value for name, value in itertools.pairwise(argv) if name == flag]
+    values += [text.partition("=")[2] for text in argv if text.startswith(f"{flag}=")]
+    return values[-1] if values else None
 
 
 def prepared_tokenizer(data: str) -> str | None:
@@ -262,7 +279,11 @@ def starting_state(
         manifest = dataclasses.replace(
             manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
         )
-        return state, manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+        grown = old.last_growth
+        how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+        if grown and grown["step"] == old.step:
+            how += f", grown here from {grown['layers'][0]} to {grown['layers'][1]} layers ({grown['plan']})"
+        return state, manifest, how
     if source:
         step_dir, old, params = source
         state = jax.jit(

@@ -40,11 +40,26 @@ def lock_folder(out: Path) -> TextIO:
     return lock
 
 
+def read_config(out: Path) -> dict[str, Any] | None:
+    """The record in a run folder's config.json; None where there is none."""
+    path = out / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["run"], record["tokenizer"], record["data"]["fingerprint"]  # what the others read of it
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): write it again from `config` in a manifest.json in "
+            f"{out / 'checkpoints'}"
+        ) from None
+    return record
+
+
 def check_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...]) -> None:
     """Refuses to go on with a run of other settings, model, tokenizer or data."""
-    path = out / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_config(out)
+    if old:
         require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
         settings.require_same(old["run"], record["run"], allowed, out)
         if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:

@@ -182,3 +182,20 @@ def test_bad_settings(bad):
     with pytest.raises(UserError, match=next(iter(bad))) as caught:
         OptimizerConfig(**bad)
     assert "\n" not in str(caught.value)
+
+
+def test_a_restarted_schedule_is_one_of_the_steps_left():
+    plain = OptimizerConfig(lr=1.0, warmup=10, decay=0.2)
+    restarted = dataclasses.replace(plain, schedule_start=40)
+    for schedule in ("wsd", "cosine"):
+        a, b = (dataclasses.replace(c, schedule=schedule) for c in (plain, restarted))
+        assert [learning_rate(b, s, 140) for s in range(40, 140)] == [
+            learning_rate(a, s, 100) for s in range(100)
+        ]
+
+
+def test_rewarming_scales_the_schedule_linearly():
+    plain = OptimizerConfig(lr=1.0, warmup=0, decay=0.5)
+    warmed = dataclasses.replace(plain, rewarm=20, rewarm_at=40)
+    expected = [learning_rate(plain, s, 100) * (1 if s < 40 else min(1, (s - 39) / 20)) for s in range(100)]
+    assert [learning_rate(warmed, s, 100) for s in range(100)] == pytest.approx(expected)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from core.checkpoint import find_step, load_manifest
+from core.checkpoint import find_step, list_steps, load_manifest
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
 from train_tpu.metrics import read_log
 
@@ -165,3 +165,32 @@ def test_a_tokenizer_that_does_not_match_is_refused(finished, cache, text, tmp_p
     assert "mistral" in message and "bytes" in message
     message = refusal(cache, *TINY, "--context", "16", "--data", prepared, "--out", tmp_path / "new")
     assert "16" in message and "32" in message
+
+
+def test_out_alone_resumes_a_run_as_it_is(finished, cache, text):
+    """A trunk stopped half-way, the steps named that are to be kept, and the rest by --out alone."""
+    folder = cache / "trunk"
+    kept = ("--keep-steps", "2", "5", "--keep-last", "1", "--save-every", "100")
+    out, _ = run(cache, *TINY, "--data", text, "--out", folder, "--stop-at", "7", *kept)
+    assert list_steps(folder / "checkpoints") == [2, 5, 7]
+    assert "python -m stacking.grow" in out and "--schedule restart" not in out
+    again, _ = run(cache, "--out", folder, "--stop-at", "7")
+    assert "--stop-at 7 asks for no more" in again
+    out, _ = run(cache, f"--out={folder}")
+    assert "resuming" in out and "--schedule restart" in out
+    assert losses(folder) == losses(finished[0])
+    assert list_steps(folder / "checkpoints") == [2, 5, 12]
+
+
+def test_settings_younger_than_a_run_have_their_defaults(finished, cache, text):
+    folder = cache / "older"
+    run(cache, *TINY, "--data", text, "--out", folder, "--stop-at", "3")
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    for name in ("rewarm", "rewarm_at", "schedule_start", "keep_steps", "stop_at"):
+        del record["run"][name]
+    path.write_text(json.dumps(record))
+    run(cache, *TINY, "--data", text, "--out", folder)
+    assert losses(folder) == losses(finished[0])
+    path.write_text("{")
+    assert "config.json is damaged" in refusal(cache, "--out", folder)

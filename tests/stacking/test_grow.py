@@ -1,0 +1,323 @@
+"""`python -m stacking.grow` on real runs: what it writes, that training goes on to the bit, refusals."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import stacking.rewrite
+from core.checkpoint import find_step, flatten, load_manifest, restore, save_params
+from core.config import ModelConfig
+from core.errors import UserError
+from core.model import Compute
+from core.sharding import make_mesh
+from core.steps import step_path
+from stacking import grow as command
+from stacking.plan import make_plan
+from stacking.transform import grow
+from tests.train_tpu.processes import TINY, losses, refusal, run
+from train_tpu import config as settings
+from train_tpu.data import open_dataset, train_batches
+from train_tpu.loop import place_batch
+from train_tpu.metrics import read_log
+from train_tpu.optimizer import learning_rate
+from train_tpu.step import Controls, StepConfig, abstract_state, compile_step
+
+GROWN_AT = 6
+
+
+@pytest.fixture(scope="module")
+def base(cache, text):
+    """A run of 12 steps, its trunk kept at step 6."""
+    folder = cache / "grow-base"
+    run(cache, *TINY, "--data", text, "--out", folder, "--keep-steps", str(GROWN_AT), "--n-layers", "3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trunk(base):
+    return step_path(base / "checkpoints", GROWN_AT)
+
+
+@pytest.fixture(scope="module")
+def stacked(cache, trunk):
+    """The trunk, grown as the command grows by default, and trained to its end."""
+    folder = cache / "grow-stacked"
+    out, _ = run(cache, trunk, "--out", folder, module="stacking.grow")
+    shutil.copytree(folder, cache / "grow-untrained")
+    trained, _ = run(cache, "--out", folder)
+    return folder, out, trained
+
+
+@pytest.fixture
+def grow_here(monkeypatch, cache):
+    """Runs the command in this process: quicker, and its parts can be replaced."""
+    monkeypatch.setattr(stacking.rewrite, "CACHE", cache / "data")
+
+    def call(*arguments) -> int:
+        monkeypatch.setattr(sys, "argv", ["grow", *map(str, arguments)])
+        return command.main()
+
+    return call
+
+
+def open_state(folder):
+    """The state, manifest and step settings of a checkpoint."""
+    step_dir = find_step(folder)
+    manifest = load_manifest(step_dir)
+    settings_of = settings.unflatten(manifest.config["run"])
+    model = ModelConfig(**manifest.config["model"])
+    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(jax.devices()[:1]))
+    step = StepConfig(model, settings_of.optim, settings_of.guard, compute, 0.0, settings_of.loss_chunk)
+    return restore(step_dir, abstract_state(step, compute.mesh)), manifest, settings_of, step
+
+
+def train_here(state, manifest, run_config, step_config, data) -> list[tuple[int, float, float]]:
+    """The rest of a run by the compiled step alone: (step, loss, gradient norm)."""
+    mesh = step_config.compute.mesh
+    compiled = compile_step(step_config, run_config.batch, 1, mesh)
+    batches = train_batches(
+        data, seed=run_config.seed, batch=run_config.batch, start=manifest.sequences, vocab_size=258
+    )
+    rows = []
+    for step in range(manifest.step, run_config.steps):
+        rate = learning_rate(run_config.optim, step, run_config.steps)
+        controls = Controls(np.float32(rate), np.float32(run_config.guard.sigma), np.int32(10), np.uint32(0))
+        state, metrics = compiled(state, place_batch(next(batches), 1, mesh), controls)
+        rows.append((step, float(metrics.loss), float(metrics.grad_norm)))
+    batches.close()
+    return rows
+
+
+def test_grow_save_restore_train_equals_grow_train(stacked, base, trunk, cache):
+    """The run that went through files and processes, against the same in memory, to the bit."""
+    folder, _, _ = stacked
+    state, manifest, _, _ = open_state(trunk)
+    _, _, grown_run, grown_step = open_state(cache / "grow-untrained")
+    data = open_dataset(next((cache / "data").glob("text-jsonl-*")))
+    assert data.fingerprint == manifest.data["fingerprint"]
+    expected = train_here(grow(state, make_plan("stack", 3)), manifest, grown_run, grown_step, data)
+    own = [row for row in losses(folder) if row[0] >= GROWN_AT]
+    assert own == expected and len(own) == 6
+
+
+def test_every_array_on_the_disk_is_its_source(cache, stacked, trunk):
+    old, *_ = open_state(trunk)
+    new, *_ = open_state(cache / "grow-untrained")
+    old, new = flatten(old)[0], flatten(new)[0]
+    assert old.keys() == new.keys()
+    for path, leaf in old.items():
+        expected = np.asarray(leaf)
+        if "layers" in path.split("/"):
+            expected = np.concatenate([expected, expected])
+        elif path.startswith("guard/") and path != "guard/skipped":
+            expected = np.zeros_like(expected)
+        assert np.asarray(new[path]).tobytes() == expected.tobytes(), path
+
+
+def test_the_command_says_what_it_did_and_records_it(cache, stacked, trunk):
+    folder, out, trained = stacked
+    # d 32, MLP 64, 258 ids: 4 d^2 + 3 d 64 + 2 d a layer, d behind the last, a tied table.
+    for n_layers in (3, 6):
+        assert f"{n_layers * (4 * 32**2 + 3 * 32 * 64 + 2 * 32) + 32 + 258 * 32:,}" in out
+    n_leaves = len(load_manifest(trunk).tree)
+    for words in ("3 -> 6 layers (0-2,0-2)", f"verified: {n_leaves} leaves", "loss of the probe"):
+        assert words in out, words
+    assert f"next: python -m train_tpu.run --out {folder}" in out
+    assert "grown here from 3 to 6 layers (stack)" in trained
+    manifest = load_manifest(find_step(cache / "grow-untrained"))
+    (entry,) = manifest.lineage
+    source = load_manifest(trunk)
+    assert (entry["operation"], entry["plan"], entry["layers"]) == ("grow", "stack", [3, 6])
+    assert entry["sources"] == [0, 1, 2, 0, 1, 2] and entry["how"] == ["copy"] * 6
+    assert entry["source_files"] == {name: file["sha256"] for name, file in source.files.items()}
+    assert [model["n_layers"] for model in entry["model"]] == [3, 6]
+    small = ModelConfig(**entry["model"][0])
+    assert entry["flops"] == GROWN_AT * 4 * 32 * small.flops_per_token()
+    assert all(np.isfinite(entry["probe"]["loss"]))
+    for counter in ("step", "sequences", "tokens"):
+        assert getattr(manifest, counter) == getattr(source, counter)
+    assert manifest.data == source.data
+    # The record stays with what is trained from here.
+    assert load_manifest(find_step(folder)).lineage == manifest.lineage
+
+
+def test_the_log_tells_the_whole_history(stacked, base):
+    folder, _, _ = stacked
+    assert [row["step"] for row in read_log(folder, "train")] == list(range(12))
+    assert losses(folder)[:GROWN_AT] == losses(base)[:GROWN_AT]
+    # The held-out loss just before and just after, at the same step.
+    at = [row for row in read_log(folder, "eval") if row["step"] in (5, GROWN_AT)]
+    assert ["before_growth" in row for row in at] == [True, False]
+    tokens = [row["tokens"] for row in read_log(folder, "train")]
+    assert tokens == [step * 4 * 32 for step in range(12)]  # no sequence twice, none left out
+    out = (folder / "loss_curve.png").read_bytes()
+    assert out.startswith(b"\x89PNG")
+
+
+def test_identity_growth_goes_on_with_the_loss_of_the_ungrown_run(cache, base, trunk, grow_here, tmp_path):
+    out = tmp_path / "identity"
+    assert grow_here(trunk, "--op", "identity", "--schedule", "keep", "--out", out) == 0
+    before, after = load_manifest(find_step(out)).lineage[-1]["probe"]["loss"]
+    assert before == after
+    run(cache, "--out", out, "--stop-at", "7")
+    # The next batch, with its dropout masks, through the same function. Compiled with the layers unrolled,
+    # twelve instead of three may be fused otherwise, so the last bit of a float32 sum is free.
+    own = [row for row in losses(out) if row[0] == GROWN_AT]
+    np.testing.assert_allclose(own[0][1], losses(base)[GROWN_AT][1], rtol=3e-7)
+
+
+def test_growing_again_and_by_any_plan(grow_here, trunk, tmp_path, cache):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert grow_here(trunk, "--layers", "0-2,1:identity,2,0:fresh", "--out", first, "--steps", "30") == 0
+    assert grow_here(first, "--op", "interleave", "--out", second, "--optimizer", "reset") == 0
+    manifest = load_manifest(find_step(second))
+    assert [entry["layers"] for entry in manifest.lineage] == [[3, 6], [6, 12]]
+    assert manifest.lineage[1]["flops"] == manifest.lineage[0]["flops"]  # nothing was trained in between
+    out, _ = run(cache, "--out", second, "--stop-at", "8")
+    assert "12 layers" in out
+
+
+def test_a_preset_is_named_where_the_grown_model_is_one():
+    run_config = settings.defaults("mtlm1-88m")
+    model = settings.model_config(run_config, 32_000)
+    deeper = command.with_model(run_config, dataclasses.replace(model, n_layers=24))
+    assert (deeper.preset, deeper.model.n_layers) == ("mtlm1-200m", None)
+    assert settings.model_config(deeper, 32_000).n_params == 201_560_832
+    other = command.with_model(run_config, dataclasses.replace(model, n_layers=18))
+    assert (other.preset, other.model.n_layers) == ("mtlm1-88m", 18)
+
+
+def test_parameters_alone_grow_and_train(cache, text, trunk, grow_here, tmp_path):
+    state, manifest, _, _ = open_state(trunk)
+    imported = save_params(
+        tmp_path / "imported",
+        state.params,
+        dataclasses.replace(manifest, kind="params", tree={}, files={}, data=None),
+    )
+    out = tmp_path / "grown"
+    assert grow_here(imported, "--op", "identity", "--out", out) == 0
+    assert load_manifest(out).kind == "params"
+    more = ("--n-layers", "6", "--init-from", out, "--stop-at", "1", "--out", tmp_path / "run")
+    run(cache, *TINY, "--data", text, *more)
+    assert load_manifest(find_step(tmp_path / "run")).lineage[0]["operation"] == "grow"
+
+
+def test_a_dry_run_writes_nothing(grow_here, base, trunk, tmp_path, capsys):
+    before = sorted(base.rglob("*"))
+    assert grow_here(trunk, "--dry-run", "--out", tmp_path / "new") == 0
+    assert "was not written" in capsys.readouterr().out
+    assert sorted(base.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["swapped", "moment", "loss"])
+def test_a_wrong_result_is_noticed_and_removed(grow_here, trunk, tmp_path, monkeypatch, wrong):
+    real = stacking.rewrite.grow_leaf
+
+    def bad(names, leaf, plan, **rest):
+        grown = real(names, leaf, plan, **rest)
+        if wrong == "swapped" and names[-2:] == ("k", "kernel"):
+            return grown[::-1]
+        if wrong == "moment" and "nu" in names and names[-1] == "table":
+            return grown * 2
+        if wrong == "loss" and names == ("params", "norm", "scale"):
+            return grown.at[0].add(1e-3)
+        return grown
+
+    monkeypatch.setattr(stacking.rewrite, "grow_leaf", bad)
+    with pytest.raises(AssertionError, match="is not its source's"):
+        grow_here(trunk, "--out", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_growth_left_is_replaced(grow_here, trunk, tmp_path):
+    (tmp_path / ".new.growing/checkpoints").mkdir(parents=True)
+    assert grow_here(trunk, "--out", tmp_path / "new") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def rewrite_manifest(step_dir, **changes):
+    manifest = dataclasses.replace(load_manifest(step_dir), **changes)
+    (step_dir / "manifest.json").write_text(manifest.to_json())
+
+
+def damaged_manifest(step_dir):
+    path = step_dir / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 7'))
+
+
+def other_format(step_dir):
+    fields = json.loads((step_dir / "manifest.json").read_text())
+    (step_dir / "manifest.json").write_text(json.dumps(fields | {"format_version": 9}))
+
+
+def untied(step_dir):
+    config = load_manifest(step_dir).config
+    rewrite_manifest(step_dir, config=config | {"model": config["model"] | {"tied": False}})
+
+
+def missing_leaf(step_dir):
+    tree = load_manifest(step_dir).tree
+    rewrite_manifest(step_dir, tree={k: v for k, v in tree.items() if "mlp_norm" not in k})
+
+
+def lost_file(step_dir):
+    shutil.rmtree(step_dir / "state/params.norm.scale")
+
+
+def no_model(step_dir):
+    rewrite_manifest(step_dir, config={"run": {}})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damaged_manifest, "does not match its own sha256"),
+        (other_format, "has format version 9, and this version of mtlm reads 1"),
+        (untied, "its head is a matrix of its own, but its params/head/kernel is missing"),
+        (missing_leaf, "not what its configuration says: .*mlp_norm/scale is missing in it"),
+        (lost_file, "params.norm.scale.* is missing"),
+        (no_model, "does not say which model it holds"),
+    ],
+)
+def test_damaged_and_contradictory_checkpoints_are_refused(grow_here, trunk, tmp_path, damage, message):
+    copy = tmp_path / "run/checkpoints" / trunk.name
+    shutil.copytree(trunk, copy)
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        grow_here(copy, "--out", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--factor", "1.5"), "factor of 1.5 does not fit 3 layers"),
+        (("--layers", "0-3"), "names layer 3, but the model has 3 layers, 0 to 2"),
+        (("--layers", "0-2", "--factor", "2"), "leave --factor out"),
+        (("--optimizer", "reset", "--schedule", "keep"), "updates of full size"),
+        (("--schedule", "rewarm:7"), "only 6 steps are left"),
+        (("--schedule", "sometimes"), "is not known"),
+        (("--steps", "6"), "has ended"),
+    ],
+)
+def test_what_does_not_fit_is_refused(grow_here, trunk, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        grow_here(trunk, "--out", tmp_path / "new", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_are_one_sentence(cache, base, trunk, tmp_path):
+    assert "has ended" in refusal(cache, base, "--out", tmp_path / "new", module="stacking.grow")
+    (tmp_path / "there").mkdir()
+    message = refusal(cache, trunk, "--out", tmp_path / "there", module="stacking.grow")
+    assert "exists already" in message
+    message = refusal(cache, tmp_path / "nowhere", module="stacking.grow")
+    assert "does not exist" in message
+    message = refusal(cache, "--out", base, "--n-layers", "6")
+    assert "--n-layers 3, not 6" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

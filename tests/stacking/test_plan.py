@@ -1,0 +1,125 @@
+"""Plans: what every operator does, that plans compose as the maps they stand for, and what is refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from stacking.plan import HOWS, Plan, custom_plan, make_plan
+
+OPERATORS = ("stack", "interleave", "overlap", "middle", "identity", "random")
+
+
+@st.composite
+def plans(draw, n_source: int | None = None, hows=HOWS) -> Plan:
+    """Any plan for a few layers."""
+    n = n_source or draw(st.integers(1, 9))
+    sources = draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=12))
+    how = draw(st.lists(st.sampled_from(hows), min_size=len(sources), max_size=len(sources)))
+    return Plan("custom", n, tuple(sources), tuple(how))
+
+
+# Written out by hand, after the papers that each operator is named in.
+@pytest.mark.parametrize(
+    "operator, n, factor, sources, how",
+    [
+        ("stack", 3, None, "0 1 2 0 1 2", "cccccc"),
+        ("stack", 4, 1.5, "0 1 2 3 0 1", "cccccc"),
+        ("stack", 2, 4, "0 1 0 1 0 1 0 1", "cccccccc"),
+        ("interleave", 3, None, "0 0 1 1 2 2", "cccccc"),
+        ("interleave", 2, 3, "0 0 0 1 1 1", "cccccc"),
+        ("overlap", 4, None, "0 1 2 1 2 3", "cccccc"),
+        ("overlap", 6, 4 / 3, "0 1 2 3 2 3 4 5", "cccccccc"),
+        ("middle", 4, None, "0 1 2 1 2 3", "cccccc"),
+        ("middle", 6, 4 / 3, "0 1 2 3 2 3 4 5", "cccccccc"),
+        ("middle", 5, 1.2, "0 1 2 2 3 4", "cccccc"),
+        ("identity", 3, None, "0 1 2 0 1 2", "ccciii"),
+        ("random", 3, None, "0 1 2 0 1 2", "cccfff"),
+    ],
+)
+def test_operators(operator, n, factor, sources, how):
+    plan = make_plan(operator, n, factor)
+    assert plan.sources == tuple(map(int, sources.split()))
+    assert plan.how == tuple({"c": "copy", "i": "identity", "f": "fresh"}[letter] for letter in how)
+
+
+def test_overlap_is_solar():
+    """SOLAR 10.7B: 32 layers, 8 dropped on either side of the seam, 48 in all."""
+    assert make_plan("overlap", 32).sources == (*range(24), *range(8, 32))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_factor_of_one_changes_nothing(operator):
+    plan = make_plan(operator, 6, 1)
+    assert plan.is_noop and plan.preserves
+    assert not make_plan(operator, 8).is_noop
+
+
+def test_growing_twice_is_growing_once():
+    for operator in ("stack", "interleave", "identity"):
+        twice = make_plan(operator, 3).then(make_plan(operator, 6))
+        assert (twice.sources, twice.how) == (
+            make_plan(operator, 3, 4).sources,
+            make_plan(operator, 3, 4).how,
+        )
+
+
+def test_what_preserves_the_function():
+    assert make_plan("identity", 4).preserves and not make_plan("stack", 4).preserves
+    assert custom_plan("0,0:identity,1,2", 3).preserves
+    assert not custom_plan("0,2", 3).preserves  # a layer is gone
+    assert not custom_plan("0,1,2,2:fresh", 3).preserves
+    assert not custom_plan("1,0,2", 3).preserves
+
+
+@given(st.data())
+def test_plans_compose_as_their_maps_do(data):
+    first = data.draw(plans(hows=("copy", "identity")))
+    second = data.draw(plans(n_source=first.n_layers, hows=("copy", "identity")))
+    both = first.then(second)
+    layers = np.arange(first.n_source)
+    np.testing.assert_array_equal(
+        layers[list(both.sources)], layers[list(first.sources)][list(second.sources)]
+    )
+    live = np.array([how == "copy" for how in first.how])[list(second.sources)]
+    live &= [how == "copy" for how in second.how]
+    assert [how == "copy" for how in both.how] == live.tolist()
+
+
+@given(plans())
+def test_a_plan_can_be_read_as_it_is_written(plan):
+    assert custom_plan(plan.ranges(), plan.n_source) == plan
+
+
+@given(plans())
+def test_the_picture_names_every_layer_and_its_source(plan):
+    lines = plan.picture().splitlines()
+    numbers = {
+        label: [int(x) for line in lines if line.startswith(label) for x in line.split()[1:]]
+        for label in ("new", "old")
+    }
+    assert numbers == {"new": list(range(plan.n_layers)), "old": list(plan.sources)}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: make_plan("stack", 7, 1.5), "factor of 1.5 does not fit 7 layers.*as 1.42857 does"),
+        (lambda: make_plan("stack", 6, 0.5), "must be at least 1"),
+        (lambda: make_plan("stack", 6, -2), "must be at least 1"),
+        (lambda: make_plan("stack", 6, float("nan")), "does not fit"),
+        (lambda: make_plan("middle", 6, 3), "at most twice the layers, not 18 out of 6"),
+        (lambda: make_plan("overlap", 6, 1.5), "an even number, not 9 out of 6"),
+        (lambda: custom_plan("0-11,0-12", 12), "'0-12' names layer 12, but the model has 12 layers, 0 to 11"),
+        (lambda: custom_plan("3-1", 12), "runs backwards: write 1-3"),
+        (lambda: custom_plan("0-x", 12), "no range of layers"),
+        (lambda: custom_plan("0-3:dead", 12), "no range of layers"),
+        (lambda: custom_plan("", 12), "no range of layers"),
+        (lambda: Plan("custom", 2, (0, 2), ("copy", "copy")), "there is no layer 2: the model has 2"),
+        (lambda: Plan("custom", 2, (), ()), "at least one layer"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,91 @@
+"""How a schedule goes on behind a growth, and which policies are refused."""
+
+import dataclasses
+
+import pytest
+
+from core.errors import UserError
+from stacking.policy import Schedule, continue_schedule, parse_schedule, require_safe
+from train_tpu.config import RunConfig
+from train_tpu.optimizer import OptimizerConfig, learning_rate
+
+WSD = RunConfig(steps=100, optim=OptimizerConfig(lr=1.0, warmup=10, decay=0.2))
+
+
+def rates(run: RunConfig) -> list[float]:
+    return [learning_rate(run.optim, step, run.steps) for step in range(run.steps)]
+
+
+def test_what_is_kept_goes_on_as_if_nothing_had_happened():
+    grown = continue_schedule(WSD, 50, Schedule("keep"), None, "runs/x")
+    assert grown == WSD
+
+
+def test_rewarming_rises_from_near_zero_to_the_schedule():
+    grown = rates(continue_schedule(WSD, 50, Schedule("rewarm", 20), None, "runs/x"))
+    plain = rates(WSD)
+    assert grown[:50] == plain[:50] and grown[70:] == plain[70:]
+    assert grown[50:70] == pytest.approx([(i + 1) / 20 for i in range(20)])
+
+
+def test_a_restart_is_a_schedule_of_the_remaining_steps():
+    ended = dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, rewarm=5, rewarm_at=3))
+    grown = continue_schedule(ended, 100, Schedule("restart"), 160, "runs/x")
+    alone = RunConfig(steps=60, optim=WSD.optim)
+    assert rates(grown)[100:] == rates(alone)
+
+
+def test_more_steps_move_a_decay_that_has_not_begun():
+    grown = continue_schedule(WSD, 80, Schedule("keep"), 200, "runs/x")
+    assert rates(grown)[80:160] == [1.0] * 80 and rates(grown)[-1] == pytest.approx(1 / 40)
+
+
+@pytest.mark.parametrize(
+    "run, step, kind, steps, message",
+    [
+        (WSD, 100, "keep", None, "has ended .step 100 of 100.*--keep-steps.*--schedule restart"),
+        (WSD, 100, "rewarm", 200, "for 100 steps, and at step 81 its learning rate was 0.95 where 200 steps"),
+        (WSD, 90, "keep", 110, "at step 81 its learning rate was 0.95 where 110 steps have 1"),
+        (WSD, 90, "keep", 95, "at step 77 its learning rate was 1 where 95 steps have 0.947"),
+        (WSD, 100, "restart", None, "no steps to run: give more --steps"),
+        (
+            dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, schedule="cosine")),
+            50, "rewarm", 200, "at step 11 its learning rate",
+        ),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_would_jump_or_has_ended_is_refused(run, step, kind, steps, message):
+    with pytest.raises(UserError, match=message):
+        continue_schedule(run, step, Schedule(kind, 5 * (kind == "rewarm")), steps, "runs/x")
+
+
+def test_the_default_rewarming_fits_what_is_left():
+    assert parse_schedule("rewarm", 10_000) == Schedule("rewarm", 200)
+    assert parse_schedule("rewarm", 100) == Schedule("rewarm", 25)
+    assert parse_schedule("rewarm:7", 100) == Schedule("rewarm", 7)
+    assert parse_schedule("keep", 100) == Schedule("keep")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rewarm:101", "only 100 steps are left"),
+        ("rewarm:0", "does not re-warm"),
+        ("rewarm:x", "'rewarm:x' is not known"),
+        ("keep:5", "'keep:5' is not known"),
+        ("cosine", "'cosine' is not known"),
+    ],
+)
+def test_unknown_schedules_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_schedule(text, 100)
+
+
+def test_a_reset_optimizer_needs_a_rate_that_starts_low():
+    for schedule, warmup in ((Schedule("keep"), 100), (Schedule("restart"), 0)):
+        require_safe("copy", schedule, warmup, force=False)
+        require_safe("reset", schedule, warmup, force=True)
+        with pytest.raises(UserError, match=r"updates of full size.*--force"):
+            require_safe("reset", schedule, warmup, force=False)
+    require_safe("reset", Schedule("rewarm", 5), 0, force=False)
+    require_safe("reset", Schedule("restart"), 10, force=False)
