@@ -103,7 +103,7 @@ class Checkpointer:
             return
         assert latest is None or step > latest, f"step {step} after {latest}: a run only goes forward"
         assert manifest.step == step, f"a manifest of step {manifest.step} for step {step}"
-        leaves, _ = _flatten(state)
+        leaves, _ = flatten(state)
         manifest = _complete(manifest, leaves)
         partial = self.folder / f".{step:08d}.partial"
         try:
@@ -163,7 +163,7 @@ def save_params(folder: Path, params: PyTree, manifest: Manifest) -> Path:
     folder = folder.absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder, or remove it first")
-    leaves, _ = _flatten({"params": params})
+    leaves, _ = flatten({"params": params})
     manifest = _complete(manifest, leaves)
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -193,7 +193,7 @@ def restore(step_dir: Path, abstract: PyTree) -> PyTree:
             f"{step_dir} holds parameters alone, so no run can be resumed from it: "
             "start a new one from them with --init-from"
         )
-    wanted, treedef = _flatten(abstract)
+    wanted, treedef = flatten(abstract)
     _check_tree(step_dir, manifest.tree, wanted)
     return treedef.unflatten(_read(step_dir, wanted, partial=False))
 
@@ -203,12 +203,12 @@ def restore_params(step_dir: Path, abstract_params: PyTree) -> PyTree:
     other files but not loaded. Otherwise like `restore`."""
     verify(step_dir)
     saved = {path: leaf for path, leaf in load_manifest(step_dir).tree.items() if path.startswith("params/")}
-    wanted, treedef = _flatten({"params": abstract_params})
+    wanted, treedef = flatten({"params": abstract_params})
     _check_tree(step_dir, saved, wanted)
     return treedef.unflatten(_read(step_dir, wanted, partial=True))["params"]
 
 
-def _flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaf path ("params/layers/q") -> leaf, in the tree's order, and the tree's definition."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -217,7 +217,7 @@ def _flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The paths of `_flatten` as nested dicts, which are all that Orbax needs to know of our types."""
+    """The paths of `flatten` as nested dicts, which are all that Orbax needs to know of our types."""
     root: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -264,7 +264,7 @@ def _read(step_dir: Path, wanted: dict[str, Any], partial: bool) -> list[jax.Arr
         item=item, restore_args=jax.tree.map(placement, item), partial_restore=partial
     )
     with ocp.Checkpointer(_handler()) as checkpointer:
-        restored, _ = _flatten(checkpointer.restore(step_dir.absolute() / STATE, args=args))
+        restored, _ = flatten(checkpointer.restore(step_dir.absolute() / STATE, args=args))
     return [restored[path] for path in wanted]
 
 
