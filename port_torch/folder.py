@@ -51,8 +51,7 @@ class Folder(NamedTuple):
                 tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             _refuse_file(file, error)
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} in {file} holds NaN or infinity: these weights are of no use")
+        require_finite(tensor, name, file)
         return tensor
 
     def read_float32(self, name: str) -> np.ndarray:
@@ -108,6 +107,14 @@ def require_tensors(
         problem = f"holds {name} of shape {list(found[name])} where {list(expected[name])} is expected"
     more = f" ({len(differing) - 1} more tensors differ)" if len(differing) > 1 else ""
     raise UserError(f"{where} {problem}{more}: it is damaged or of another model")
+
+
+def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
+    """A UserError if a tensor is of another type than those read here, or holds NaN or infinity."""
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES.values():
+        raise UserError(f"{name} in {where} is of {tensor.dtype}: only {', '.join(DTYPES.values())} are read")
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name} in {where} holds NaN or infinity: these weights are of no use")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
