@@ -4,7 +4,6 @@ What it writes holds parameters alone; `python -m train_tpu.run --init-from OUT`
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -15,17 +14,13 @@ from core.checkpoint import save_params
 from core.config import training_flags
 from core.errors import UserError, run_command
 from core.manifest import MANIFEST, Manifest, code_version
-from core.tokenizer import MISTRAL_SHA256, Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import load_tokenizer, tokenizer_record
+from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
 
 # In the order in which they are asked: an exported folder is also one in the form of Hugging Face.
 FORMATS: tuple[ModuleType, ...] = (exported, llama, mtlm1_torch, mtlm2_orbax)
-
-# What two tokenizers must agree on to be taken for the same: words, spaces, other scripts, bytes, symbols.
-PROBE = (
-    "The 3 quick  brown foxes;\n\tdef f(x): return x**2\n Grüße, привет, 你好, こんにちは 🙂\x07 <s> ½ — end "
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,64 +86,14 @@ def read(source: ModuleType, config: ImportConfig) -> Imported:
 
 
 def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> dict[str, Any]:
-    """The record of the tokenizer that the model was trained with.
-
-    Raises:
-        UserError: none is known, or the one named is another: its ids must be the model's.
-    """
-    folder, manifest = imported.tokenizer_folder, imported.manifest
-    file = folder / "tokenizer.json" if folder and (folder / "tokenizer.json").is_file() else None
-    if manifest:
-        tokenizer = _of_export(manifest, name, file, source)
-    elif name:
-        tokenizer = load_tokenizer(name)
-        if file and not _agree(tokenizer, load_tokenizer(file)):
-            raise UserError(
-                f"the tokenizer {name!r} is not that of {source}: it gives other ids than {file}; leave "
-                "--tokenizer out, or name the right one"
-            )
-    elif folder and _is_mistral(folder / "tokenizer.model"):
-        tokenizer = load_tokenizer("mistral")
-    elif file:
-        tokenizer = load_tokenizer(file)
-    elif folder:
-        raise UserError(f"{source} holds no tokenizer.json: name its tokenizer with --tokenizer")
+    """The record of the model's tokenizer; `folder_tokenizer` says what is refused."""
+    vocab_size = imported.config.vocab_size
+    if imported.tokenizer_folder:
+        tokenizer = folder_tokenizer(imported.tokenizer_folder, imported.manifest, name, vocab_size)
     else:
-        tokenizer = load_tokenizer("mistral")
-    if tokenizer.vocab_size != imported.config.vocab_size:
-        raise UserError(
-            f"{source} is a model of {imported.config.vocab_size} token ids, and the tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.vocab_size}: name the model's own with --tokenizer"
-        )
+        tokenizer = load_tokenizer(name or "mistral")
+        require_vocabulary(source, tokenizer, vocab_size)
     return tokenizer_record(tokenizer)
-
-
-def _of_export(manifest: Manifest, name: str | None, file: Path | None, source: Path) -> Tokenizer:
-    """The tokenizer that the manifest records: the one named, that of its name, or the folder's own file."""
-    record = manifest.tokenizer
-    if name:
-        tokenizer = load_tokenizer(name)
-        require_same(record, tokenizer_record(tokenizer), str(source), "--tokenizer")
-        return tokenizer
-    for candidate in (record["name"], file):
-        if candidate in ("mistral", "bytes") or (candidate and Path(candidate).is_file()):
-            tokenizer = load_tokenizer(candidate)
-            if tokenizer.sha256 == record["sha256"]:
-                return tokenizer
-    raise UserError(
-        f"{source} was made with the tokenizer {record['name']!r} ({record['sha256'][:12]}), which is not "
-        "there: name the file with --tokenizer"
-    )
-
-
-def _is_mistral(file: Path) -> bool:
-    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == MISTRAL_SHA256
-
-
-def _agree(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers, perhaps in other file formats, have the same ids as far as a probe shows."""
-    same = (a.vocab_size, a.bos, a.eos) == (b.vocab_size, b.bos, b.eos)
-    return same and a.encode(PROBE).tolist() == b.encode(PROBE).tolist()
 
 
 def make_manifest(imported: Imported, tokenizer: dict[str, Any], name: str, source: Path) -> Manifest:
