@@ -15,14 +15,15 @@ import pytest
 import scipy.stats
 import torch
 
+import core.generate
 from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.model import Compute
-from port_torch.generate import choose, read_prompts, stream
+from port_torch.generate import choose, main, stream
 from port_torch.model import load
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export
-from tests.train_tpu.processes import refusal, run, start
+from tests.train_tpu.processes import start
 
 LENGTHS = (1, 5, 16, 21)
 GREEDY = Sampling(temperature=0)
@@ -111,42 +112,82 @@ def test_the_largest_random_number_draws_a_token_that_is_kept():
 # --- the command ---
 
 
-def generate(cache: Path, *arguments, **kwargs) -> tuple[str, str]:
-    return run(cache, *arguments, module="port_torch.generate", **kwargs)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command's main() in this process; gives what it printed on stdout."""
+
+    def call(main, *arguments) -> str:
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_the_command_prints_what_cores_prints(case, cache):
+def test_the_command_prints_what_cores_prints(case, call):
     _, _, _, folder, checkpoint = case
     greedy = ("--temperature", "0", "--max-new-tokens", "20")
     for prompts in (("--prompt", "Grüße"), ("--prompt", "a", "--prompt", "bc"), ()):
-        ours, _ = generate(cache, folder, *prompts, *greedy)
-        assert ours == run(cache, checkpoint, *prompts, *greedy, module="core.generate")[0]
-    assert len(ours) > 5
+        ours = call(main, folder, *prompts, *greedy)
+        assert ours == call(core.generate.main, checkpoint, *prompts, *greedy)
+        assert len(ours) > 5
 
 
-def test_a_file_of_prompts(case, cache, tmp_path):
-    folder = case[3]
+def test_a_file_of_prompts(case, call, tmp_path):
     prompts = [{"prompt": f"Number {i}", "id": i} for i in range(5)]
     given = tmp_path / "prompts.jsonl"
     given.write_text("".join(json.dumps(line) + "\n" for line in prompts))
-    common = (folder, "--batch-file", given, "--max-new-tokens", "8", "--temperature", "1")
-    _, err = generate(cache, *common, "--out", tmp_path / "a.jsonl", "--batch", "2")
-    assert "5 of 5" in err
+    common = (case[3], "--batch-file", given, "--max-new-tokens", "8", "--temperature", "1")
+    call(main, *common, "--out", tmp_path / "a.jsonl", "--batch", "2")
     texts = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [{k: line[k] for k in ("prompt", "id")} for line in texts] == prompts
     assert all(isinstance(line["text"], str) and line["text"] for line in texts)
-    generate(cache, *common, "--out", tmp_path / "b.jsonl", "--batch", "5")
+    call(main, *common, "--out", tmp_path / "b.jsonl", "--batch", "5")
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "prompts.jsonl"]
-    message = refusal(cache, *common, "--out", tmp_path / "a.jsonl", module="port_torch.generate")
-    assert "exists already" in message
+    with pytest.raises(UserError, match="exists already"):
+        call(main, *common, "--out", tmp_path / "a.jsonl")
 
 
-def test_ctrl_c_keeps_what_is_done(case, cache, tmp_path):
+def test_refusals(case, call, tmp_path):
+    folder = case[3]
+
+    def refuse(sentence: str, *arguments) -> None:
+        with pytest.raises(UserError, match=sentence):
+            call(main, *arguments)
+
+    refuse("is not there", tmp_path / "nothing")
+    refuse("go together", folder, "--out", tmp_path / "x")
+    refuse("not both", folder, "--batch-file", "a", "--out", tmp_path / "x", "--prompt", "b")
+    refuse("at least 1", folder, "--max-new-tokens", "0")
+    if not torch.cuda.is_available():
+        refuse("no NVIDIA GPU", folder, "--device", "cuda")
+    refuse("the tokenizers differ", folder, "--prompt", "a", "--tokenizer", "mistral")
+    refuse("context is 40", folder, "--prompt", "a" * 100)
+    bad = tmp_path / "bad.jsonl"
+    batch = (folder, "--batch-file", bad, "--out", tmp_path / "new.jsonl")
+    refuse("cannot be read", *batch)
+    for content, sentence in (
+        ("", "is empty"), ("{", "line 1 is not JSON"), ('{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
+        ('{"prompt": "a"}\n' + json.dumps({"prompt": "b" * 100}), "prompt 2 is 101 tokens long"),
+    ):  # fmt: skip
+        bad.write_text(content)
+        refuse(sentence, *batch)
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One exported folder, for the tests that need a process of their own."""
+    config = SMALL["llama"]
+    return write_export(tmp_path_factory.mktemp("export") / "folder", config, random_params(config))
+
+
+def test_ctrl_c_keeps_what_is_done(folder, cache, tmp_path):
     given, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
     given.write_text('{"prompt": "a"}\n' * 5000)
     process = start(
-        cache, case[3], "--batch-file", given, "--out", out, "--batch", "1", module="port_torch.generate"
+        cache, folder, "--batch-file", given, "--out", out, "--batch", "1", module="port_torch.generate"
     )
     for line in process.stderr:
         if line.startswith("3 of"):
@@ -159,12 +200,12 @@ def test_ctrl_c_keeps_what_is_done(case, cache, tmp_path):
     assert sorted(tmp_path.iterdir()) == [given, out]
 
 
-def test_a_terminal_is_asked_again_and_again(case, cache):
+def test_a_terminal_is_asked_again_and_again(folder, cache):
     """On a terminal of its own: two texts, the second stopped by nothing, then Ctrl-D."""
     ours, theirs = pty.openpty()
     process = start(
         cache,
-        case[3],
+        folder,
         "--temperature",
         "0",
         "--max-new-tokens",
@@ -180,27 +221,6 @@ def test_a_terminal_is_asked_again_and_again(case, cache):
     os.close(ours)
     assert process.returncode == 0, err
     assert "first" in out and "second" in out and "Ctrl-D" in err
-
-
-def test_refusals(case, cache, tmp_path):
-    folder = case[3]
-
-    def refuse(*arguments) -> str:
-        return refusal(cache, *arguments, module="port_torch.generate")
-
-    assert "is not there" in refuse(tmp_path / "nothing")
-    assert "go together" in refuse(folder, "--out", tmp_path / "x")
-    if not torch.cuda.is_available():
-        assert "no NVIDIA GPU" in refuse(folder, "--device", "cuda")
-    assert "the tokenizers differ" in refuse(folder, "--prompt", "a", "--tokenizer", "mistral")
-    assert "40" in refuse(folder, "--prompt", "a" * 100)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_prompts(bad)
-    bad.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b" * 100}) + "\n")
-    message = refuse(folder, "--batch-file", bad, "--out", tmp_path / "new.jsonl")
-    assert "prompt 2 is 101 tokens long" in message and not (tmp_path / "new.jsonl").exists()
 
 
 def test_jax_takes_no_device():
