@@ -1,10 +1,11 @@
 """`python -m port_torch.convert RUN OUT`: a checkpoint as a folder that transformers, vLLM and others read.
 
 main() is the whole course in order: checkpoint, reference logits, files, reading them back, renaming. The
-folder is written under a hidden name; it has its own only when a model loaded from it computes what Flax does.
+folder is written under a hidden name; it gets its own when a model loaded from it computes what Flax does.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -30,7 +31,7 @@ from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.manifest import EXPORT_MANIFEST, seal, sync_path
 from core.model import Params, abstract_params
-from core.tokenizer import Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from port_torch import hf
 from port_torch.card import held_out_scores, model_card
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
@@ -40,6 +41,7 @@ from port_torch.hub import push
 from port_torch.names import exported_tensors
 from port_torch.probe import compare, flax_logits, probe_tokens, require_finite, rounded
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.IGNORECASE)
@@ -70,6 +72,7 @@ def main() -> int:
     started, memory_before = time.monotonic(), peak_memory()
     config = tyro.cli(ConvertConfig, prog="python -m port_torch.convert")
     check(config)
+    return_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # where float32 is float32
 
     # 1. The checkpoint: verified, finite, its tokenizer the one named.
@@ -99,8 +102,8 @@ def main() -> int:
         gc.collect()
         write_json(folder / CONFIG, hf_config(model, tokenizer.bos, tokenizer.eos, config.dtype))
         # Padding is never predicted; naming an id for it keeps `generate` from warning about it.
-        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
-        write_json(folder / "generation_config.json", special)
+        special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.eos}
+        write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in special.items()})
         if not is_llama(model):
             for name in CODE:
                 shutil.copy(Path(hf.__file__).with_name(name), folder)
@@ -120,8 +123,9 @@ def main() -> int:
     # 5. In place.
     seconds, memory = time.monotonic() - started, peak_memory() - memory_before
     print(
-        f"{config.out}: {model.n_params:,} parameters in {config.dtype}; {seconds:.1f} s, {memory / 1e6:,.0f} MB at "
-        f"most above the process after its imports ({memory / (4 * model.n_params):.2f} times the float32 weights)"
+        f"{config.out}: {model.n_params:,} parameters in {config.dtype}; {seconds:.1f} s, at most "
+        f"{memory / 1e6:,.0f} MB above the process after its imports "
+        f"({memory / (4 * model.n_params):.2f} times the float32 weights)"
     )
     if config.push_to_hub:
         push(config.out, config.push_to_hub, config.dry_run)
@@ -142,6 +146,15 @@ def peak_memory() -> int:
     """The most bytes that this process has had in memory so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_freed_memory() -> None:
+    """Makes malloc return every freed block of 1 MB or more to the system.
+
+    glibc keeps those of up to 32 MB for itself, as most tensors are: 0.5 GB and more of a 200M model.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextlib.contextmanager
@@ -166,14 +179,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_weights(
     folder: Path, model: ModelConfig, params: Params, dtype: str, max_shard_size: str
 ) -> dict[str, dict[str, Any]]:
-    """Writes the parameters as safetensors, one file in memory at a time; gives each tensor's shape and type."""
+    """Writes the parameters as safetensors, one file in memory at a time; gives every shape and type."""
     leaves, names = flatten(params)[0], exported_tensors(model)
     torch_dtype = getattr(torch, dtype)
     needed = model.n_params * torch_dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, and the weights are {needed / 1e9:.2f} GB: free some space"
+            f"{folder.parent} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: "
+            "free some space"
         )
 
     def tensor(name: str) -> torch.Tensor:

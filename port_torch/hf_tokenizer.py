@@ -6,6 +6,7 @@ another tokenizer, neither of them right: leading spaces and byte fallback diffe
 
 import importlib.resources
 import json
+import shutil
 from pathlib import Path
 
 import tokenizers
@@ -17,8 +18,8 @@ from core.tokenizer import MISTRAL_FILE, SPACE, FileTokenizer, MistralTokenizer,
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """Writes the files of `tokenizer` for a model of that context.
 
-    What they give for a text is `<s>` and the ids of `tokenizer.encode`; also where the text itself has `<s>`,
-    which stays text.
+    What they give for a text is `<s>` and the ids of `tokenizer.encode`, also where the text itself has
+    `<s>`, which stays text. A tokenizer.json that gives this already is copied byte for byte.
     """
     if isinstance(tokenizer, MistralTokenizer):
         model_file = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
@@ -29,11 +30,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     else:
         built = of_bytes()
     bos, eos = built.id_to_token(tokenizer.bos), built.id_to_token(tokenizer.eos)
-    if built.encode("a").ids != [tokenizer.bos, *built.encode("a", add_special_tokens=False).ids]:
+    opened = built.encode("a").ids == [tokenizer.bos, *built.encode("a", add_special_tokens=False).ids]
+    if opened and isinstance(tokenizer, FileTokenizer):
+        shutil.copy(tokenizer.name, folder / "tokenizer.json")
+    else:
         built.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
         )
-    built.save(str(folder / "tokenizer.json"))
+        built.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -49,8 +53,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
 def from_sentencepiece(model_file: bytes) -> tokenizers.Tokenizer:
     """A sentencepiece model of byte pairs with byte fallback, as it is in the `tokenizers` library.
 
-    Sentencepiece merges the adjacent pair whose union has the best score; here that becomes a list of pairs in
-    the order of their unions' scores. Mistral's pieces of spaces all have the same score and go by their ids.
+    Sentencepiece merges the adjacent pair whose union has the best score; here that becomes a list of pairs
+    in the order of their unions' scores. Mistral's pieces of spaces have one score and go by their ids.
     """
     from sentencepiece import sentencepiece_model_pb2
 

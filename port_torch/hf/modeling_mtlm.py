@@ -157,7 +157,7 @@ class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        """labels: ids to predict, shifted here; -100 is ignored. logits_to_keep: only so many last ones; 0: all."""
+        """labels: ids to predict, shifted here; -100 is ignored. logits_to_keep: of how many last ones."""
         outputs = self.model(input_ids, return_dict=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -175,8 +175,8 @@ class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
 def visible_slots(slots, n_slots, attention_mask):
     """What each new token sees, [B or 1, 1, T, S] bool; None: all before it, without a cache or padding.
 
-    slots: places of the new tokens among the `n_slots` of the cache. attention_mask: [B, S], 0 for padding; or
-    the four-dimensional mask that transformers has made for a cache of fixed size.
+    slots: places of the new tokens among the `n_slots` of the cache. attention_mask: [B, S], 0 for padding;
+    or the four-dimensional mask that transformers has made for a cache of fixed size.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask[..., :n_slots]
@@ -192,7 +192,7 @@ def visible_slots(slots, n_slots, attention_mask):
 
 
 def rotary_angles(positions, config):
-    """cos and sin [B, 1, T, K/2] of position * theta^(-2i/K), float32; made anew, so that nothing is loaded."""
+    """cos and sin [B, 1, T, K/2] of position * theta^(-2i/K), float32; made anew, no buffer to load."""
     half = config.hidden_size // config.num_attention_heads // 2
     step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     angle = (positions.float()[..., None] * config.rope_theta**-step)[:, None]
