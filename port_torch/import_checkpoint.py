@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from core.checkpoint import save_params
@@ -43,6 +44,7 @@ class ImportConfig:
 def main() -> int:
     """The command; prints what was imported and how to train it."""
     config = tyro.cli(ImportConfig, prog="python -m port_torch.import_checkpoint")
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed here
     source = detect(config.source)
     imported = read(source, config)
     tokenizer = choose_tokenizer(imported, config.tokenizer, config.source)
@@ -52,8 +54,9 @@ def main() -> int:
     print(f"imported {config.source} ({source.NAME}): {model.n_params:,} parameters")
     if imported.assumed:
         print(f"taken as in the original, since the file does not tell: {imported.assumed}")
+    flags = f"{training_flags(model)} --tokenizer {tokenizer['name']}"
     print(f"wrote {out}; train it on with")
-    print(f"  python -m train_tpu.run --init-from {out} {training_flags(model)} --data TEXT --out RUN")
+    print(f"  python -m train_tpu.run --init-from {out} {flags} --data TEXT --out RUN")
     return 0
 
 

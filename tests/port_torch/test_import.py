@@ -312,4 +312,5 @@ def test_an_original_mtlm2_trains_here(cache, prepared, tmp_path):
     trained = tmp_path / "run"
     flags = import_by_command(cache, tmp_path / "original", tmp_path / "imported")
     run(cache, *flags, "--data", prepared, "--out", trained, *TRAINING)
-    assert_first_loss(trained, prepared, lambda tokens: state.apply_fn({"params": state.params}, tokens))
+    variables = {"params": state.params}
+    assert_first_loss(trained, prepared, lambda tokens: np.asarray(state.apply_fn(variables, tokens)))
