@@ -49,7 +49,8 @@ class MtlmAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            # 4.57 writes into a cache of fixed size at slot 0 unless it is told where; 5 keeps count itself.
+            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": slots})
         visible = visible_slots(slots, k.shape[2], attention_mask)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, d))

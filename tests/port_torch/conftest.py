@@ -1,4 +1,4 @@
-"""Every test here may use runs that were trained for all of them, and remote code goes where it is removed."""
+"""Every test here may use runs that were trained for all of them, and remote code is removed."""
 
 import os
 from pathlib import Path
