@@ -1,4 +1,4 @@
-"""The exported folders on transformers 4.57.3, in an environment of its own: logits, greedy text, tokenizer."""
+"""The exported folders on transformers 4.57.3, in its own environment: logits, greedy text, tokenizer."""
 
 import json
 import os
