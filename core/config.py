@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 from core.errors import UserError
 
 MAX_VOCAB = 65_536  # token ids are stored as uint16
+TRAINING_FIELDS = frozenset({"dropout", "init_std", "scaled_residual_init"})  # they change no trained model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,13 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
+    def function(self) -> dict[str, Any]:
+        """The fields that say what the model computes, and not how it was or will be trained.
+
+        Some of them, like n_heads and rope_theta, show in no parameter's shape.
+        """
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in TRAINING_FIELDS}
+
     @property
     def n_params(self) -> int:
         """Number of parameters, embeddings included, in closed form (the tests count the leaves)."""
@@ -110,6 +118,21 @@ PRESETS: dict[str, ModelConfig] = {
     "mtlm1-tiny": _replace(_MTLM1, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
     "mtlm2-tiny": _replace(_MTLM2, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
 }
+
+
+def training_flags(model: ModelConfig) -> str:
+    """`--preset NAME` and the overrides that make a training command's model compute what `model` does.
+
+    The vocabulary is the tokenizer's affair.
+    """
+    wanted = model.function()
+    differing = {
+        name: [k for k, v in given.function().items() if k != "vocab_size" and wanted[k] != v]
+        for name, given in PRESETS.items()
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    overrides = (f"--{field.replace('_', '-')} {wanted[field]}" for field in differing[nearest])
+    return " ".join([f"--preset {nearest}", *overrides])
 
 
 def preset(name: str) -> ModelConfig:

@@ -7,7 +7,7 @@ twice, and each row draws from keys of its own: its text does not depend on what
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from core.model import (
     forward_cached,
     logits,
 )
-from core.tokenizer import TextStream, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import TextStream, Tokenizer, load_tokenizer, require_same, tokenizer_record
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
 
@@ -51,6 +51,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or self.top_k < 0:
             raise UserError("temperature and top_k must be finite and not negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2^32)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
@@ -176,6 +178,36 @@ class Generator:
         return [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
 
 
+def pieces(
+    tokenizer: Tokenizer, prompts: list[list[int]], steps: Iterable[list[int | None]]
+) -> Iterator[list[str]]:
+    """The text that each step of `stream` adds to each row, in whole characters; at the end what is left.
+
+    prompts: the ids before it; whether the first new token begins with a space depends on them.
+    """
+    streams = [TextStream(tokenizer) for _ in prompts]
+    for stream, prompt in zip(streams, prompts, strict=True):
+        for token in prompt:
+            stream.push(token)
+    for tokens in steps:
+        yield [
+            "" if token is None else stream.push(token) for stream, token in zip(streams, tokens, strict=True)
+        ]
+    yield [stream.flush() for stream in streams]
+
+
+def show(texts: list[str], added: Iterable[list[str]]) -> None:
+    """Prints texts and what is added to them (`pieces`): one as it comes, several when all are done."""
+    if len(texts) == 1:
+        print(texts[0], end="", flush=True)
+        for (piece,) in added:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for text, *parts in zip(texts, *added, strict=True):
+            print(f"{text}{''.join(parts)}\n-----")
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Generate text with a trained model."""
@@ -204,23 +236,8 @@ def main() -> int:
     generator = Generator(model, Compute(dtype=compute_dtype(config.dtype, jax.default_backend())))
     texts = config.prompt or [""]
     prompts = [[tokenizer.bos, *map(int, tokenizer.encode(text))] for text in texts]
-    streams = [TextStream(tokenizer) for _ in prompts]
-    for stream, prompt in zip(streams, prompts, strict=True):
-        for token in prompt:  # whether the first new token begins with a space depends on these
-            stream.push(token)
-    parts = [[text] for text in texts]
-    alone = len(texts) == 1
-    if alone:
-        print(texts[0], end="", flush=True)
-    for tokens in generator.stream(params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos):
-        for stream, token, part in zip(streams, tokens, parts, strict=True):
-            if token is not None:
-                part.append(stream.push(token))
-                if alone:
-                    print(part[-1], end="", flush=True)
-    for stream, part in zip(streams, parts, strict=True):
-        part.append(stream.flush())
-        print(part[-1] if alone else f"{''.join(part)}\n-----")
+    steps = generator.stream(params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos)
+    show(texts, pieces(tokenizer, prompts, steps))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Orbax's files do not notice every flipped bit, and an array whose file is missing reads as zeros. So the
 manifest lists each file of its folder with size and sha256, and carries its own sha256 as well. Whoever
-opens a checkpoint checks these first.
+opens a checkpoint checks these first. A folder exported to others carries the same under a name of its own.
 """
 
 import dataclasses
@@ -19,7 +19,13 @@ from typing import Any, Literal
 from core.errors import UserError
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # of a checkpoint
+EXPORT_MANIFEST = "mtlm_manifest.json"  # of an exported folder, which other programs read as well
+CARD = "README.md"  # of an exported folder
+ADVICE = {
+    MANIFEST: "copy the checkpoint again from where it came, or resume from an older one with --fallback",
+    EXPORT_MANIFEST: "copy the folder again from where it came, or export it again",
+}
 LISTINGS = ("tree", "files")  # fields written with one line an entry
 
 Json = dict[str, Any]
@@ -77,18 +83,18 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: Path | str = MANIFEST) -> "Manifest":
         """Reads what `to_json` wrote; `where` is the file's name for the `UserError` if it did not."""
-        advice = "copy the checkpoint again from where it came, or resume from an older one with --fallback"
+        advice = ADVICE[Path(where).name]
         try:
             fields = json.loads(text)
         except ValueError as error:
             raise UserError(f"{where} is damaged ({error}): {advice}") from None
         if not isinstance(fields, dict) or "format_version" not in fields:
-            raise UserError(f"{where} is not a checkpoint's manifest: it has no format_version")
+            raise UserError(f"{where} is not a manifest of ours: it has no format_version")
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{where} has format version {version!r}, and this version of mtlm reads {FORMAT_VERSION}: "
-                "open the checkpoint with the version that wrote it (see `code` in the manifest)"
+                "open it with the version that wrote it (see `code` in the manifest)"
             )
         known = {field.name for field in dataclasses.fields(cls)} | {"sha256"}
         for problem, names in (("lacks", known - fields.keys()), ("has the unknown", fields.keys() - known)):
@@ -127,26 +133,28 @@ def _git_commit(root: Path) -> str | None:
         return None
 
 
-def seal(step_dir: Path, manifest: Manifest) -> None:
-    """Hashes every file of `step_dir` and writes its manifest; all of it is on the disk on return."""
-    names = _list_files(step_dir)
+def seal(step_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Hashes every file of `step_dir` and writes its manifest; all of it is on the disk on return.
+
+    `name` is EXPORT_MANIFEST for an exported folder, here as in the functions below.
+    """
+    names = _list_files(step_dir, name)
     manifest = dataclasses.replace(manifest, files=_hash_files(step_dir, names, sync=True))
-    path = step_dir / MANIFEST
+    path = step_dir / name
     path.write_text(manifest.to_json(), encoding="utf-8")
     sync_path(path)
     for folder in {path.parent for path in (step_dir / name for name in names)} | {step_dir}:
         sync_path(folder)
 
 
-def load_manifest(step_dir: Path) -> Manifest:
+def load_manifest(step_dir: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a step folder; UserError where it is missing, damaged or of an unknown version."""
-    path = step_dir / MANIFEST
+    path = step_dir / name
     try:
         text = path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{step_dir} has no {MANIFEST}, so it is no checkpoint of ours or a damaged one: "
-            "copy it again from where it came, or resume from an older one with --fallback"
+            f"{step_dir} has no {name}, so it is none of ours or a damaged one: {ADVICE[name]}"
         ) from None
     except UnicodeDecodeError:
         text = ""  # not JSON either: reported as damaged
@@ -155,41 +163,49 @@ def load_manifest(step_dir: Path) -> Manifest:
     return Manifest.from_json(text, path)
 
 
-def verify(step_dir: Path) -> None:
+def verify(step_dir: Path, name: str = MANIFEST) -> None:
     """Reads every file of a step folder and compares it with the manifest; UserError names the first
     that is missing, unexpected, of another size or of other content."""
-    expected = load_manifest(step_dir).files
-    present = _list_files(step_dir)
+    expected = load_manifest(step_dir, name).files
+    present = _list_files(step_dir, name)
 
-    def refuse(name: str, problem: str) -> None:
-        raise UserError(
-            f"{step_dir / name} {problem}, so this checkpoint cannot be trusted: "
-            "copy it again from where it came, or resume from an older one with --fallback"
-        )
+    def refuse(file: str, problem: str) -> None:
+        raise UserError(f"{step_dir / file} {problem}, so it cannot be trusted: {ADVICE[name]}")
 
     # Names are compared before anything is opened, and only names found on the disk are: a manifest that
     # says `../x` leads nowhere.
-    for name in sorted(expected.keys() - set(present)):
-        refuse(name, "is missing")
-    for name in sorted(set(present) - expected.keys()):
-        refuse(name, f"is not listed in {MANIFEST}")
-    for name in present:
-        size = (step_dir / name).stat().st_size
-        if size != expected[name]["size"]:
-            refuse(name, f"has {size} bytes where {MANIFEST} says {expected[name]['size']}")
+    for file in sorted(expected.keys() - set(present)):
+        refuse(file, "is missing")
+    for file in sorted(set(present) - expected.keys()):
+        refuse(file, f"is not listed in {name}")
+    for file in present:
+        size = (step_dir / file).stat().st_size
+        if size != expected[file]["size"]:
+            refuse(file, f"has {size} bytes where {name} says {expected[file]['size']}")
     try:
         found = _hash_files(step_dir, present, sync=False)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    for name in present:
-        if found[name] != expected[name]:
-            refuse(name, f"has other content than {MANIFEST} says (sha256)")
+    for file in present:
+        if found[file] != expected[file]:
+            refuse(file, f"has other content than {name} says (sha256)")
 
 
-def _list_files(step_dir: Path) -> list[str]:
-    """Paths of everything under `step_dir` that is not a folder, but for the manifest; sorted."""
+def _list_files(step_dir: Path, manifest: str) -> list[str]:
+    """Paths of everything under `step_dir` that is not a folder, but for the manifest; sorted.
+
+    Hidden files count in a checkpoint (zarr has some); in an exported folder they are what git and the
+    Hugging Face Hub keep beside it, and README.md is a card for its owner to edit.
+    """
     paths = (path for path in step_dir.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for path in paths if (name := path.relative_to(step_dir).as_posix()) != MANIFEST)
+    names = (path.relative_to(step_dir) for path in paths)
+    if manifest == EXPORT_MANIFEST:
+        names = (
+            name
+            for name in names
+            if name.as_posix() != CARD and not any(part.startswith(".") for part in name.parts)
+        )
+    return sorted(name.as_posix() for name in names if name.as_posix() != manifest)
 
 
 def _hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]:

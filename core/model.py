@@ -255,8 +255,8 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and types, without the arrays."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    """The tree of `init_params` as shapes and types, without the arrays; no device is touched."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,7 +21,7 @@ import tyro
 from rich.table import Table
 
 from core.checkpoint import Manifest, find_step, load_manifest, verify
-from core.config import PRESETS, ModelConfig
+from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.manifest import sync_path
 from core.steps import step_path
@@ -122,7 +122,7 @@ def main() -> int:
     before, after = written.lineage[-1]["probe"]["loss"]
     change = "equal to the bit, as it must be" if plan.preserves else f"{after - before:+.4f}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB
-    following = f"--out {out}" if runs else f"--init-from {out} --preset NAME --data DATA"
+    following = f"--out {out}" if runs else f"--init-from {out} {training_flags(models[1])} --data DATA"
     say(
         f"verified: {n_leaves} leaves against their sources, to the bit\n"
         f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"

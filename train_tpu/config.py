@@ -24,6 +24,8 @@ class ModelOverrides:
     mlp: Literal["swiglu", "gelu"] | None = None
     biases: bool | None = None
     tied: bool | None = None
+    rope_theta: float | None = None
+    norm_eps: float | None = None
     dropout: float | None = None
     init_std: float | None = None
     scaled_residual_init: bool | None = None

@@ -27,7 +27,7 @@ from core.checkpoint import (
     restore_params,
     set_aside,
 )
-from core.config import PRESETS, ModelConfig
+from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
@@ -245,7 +245,23 @@ def open_source(
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     require_same_tokenizer(manifest.tokenizer, record["tokenizer"], str(step_dir), "the data given")
+    require_same_function(step_dir, ModelConfig(**manifest.config["model"]), step_config.model)
     return step_dir, manifest, restore_params(step_dir, abstract_state(step_config, mesh).params)
+
+
+def require_same_function(step_dir: Path, saved: ModelConfig, model: ModelConfig) -> None:
+    """Refuses to go on from parameters of another model; the context may differ where positions are rotary.
+
+    Heads, theta and the like show in no shape, so the parameters would load and compute something else.
+    """
+    here = model.function()
+    for name, there in saved.function().items():
+        free = name == "context" and model.positions == saved.positions == "rope"
+        if there != here[name] and not free:
+            raise UserError(
+                f"{step_dir} is a model with {name} {there}, not {here[name]}: to start from it, give "
+                f"{training_flags(saved)}"
+            )
 
 
 def starting_state(

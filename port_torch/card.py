@@ -1,0 +1,131 @@
+"""README.md of an exported folder: the model card, from what the manifest and the run's log know."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from core.config import ModelConfig
+from core.manifest import Manifest
+from port_torch.hf_config import is_llama
+
+LICENSE = "mit"
+POSITIONS = {"rope": "rotary (half-split)", "learned": "a learned table"}
+METRICS = {"bits_per_byte": "bits a byte", "nll": "nats a token", "perplexity": "perplexity"}
+
+
+def model_card(name: str, model: ModelConfig, manifest: Manifest, held_out: list[dict[str, Any]]) -> str:
+    """The text of the card.
+
+    Args:
+        name: of the model, for its title.
+        manifest: of the checkpoint; its counters, data and lineage are told.
+        held_out: what `held_out_scores` gives.
+    """
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type="held-out", dataset_name=row["split"],
+            metric_type=metric, metric_name=METRICS[metric], metric_value=row[metric],
+        )
+        for row in held_out for metric in METRICS
+    ]  # fmt: skip
+    data = ModelCardData(
+        license=LICENSE,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mtlm"],
+        model_name=name,
+        eval_results=results or None,
+    )
+    lines = [
+        f"# {name}",
+        "A small language model trained from scratch with MTLM. It continues text; it is not tuned to follow "
+        "instructions, and what it says may be wrong or offensive.",
+        "## Use",
+        _usage(model),
+        "## Model",
+        _table(_model_rows(model)),
+        "## Training",
+        _table(_training_rows(manifest)),
+    ]
+    if manifest.lineage:
+        steps = "\n".join(f"{i}. {_entry(entry)}" for i, entry in enumerate(manifest.lineage, 1))
+        lines += ["What its parameters come from, oldest first:", steps]
+    if held_out:
+        lines += ["## Evaluation", _table(_evaluation_rows(held_out), header=("held out", *METRICS.values()))]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The last evaluation of every held-out set at `step`, from the log of the run that saved `step_dir`."""
+    log = step_dir.absolute().parent.parent / "metrics.jsonl"
+    if not log.exists():
+        return []
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    scores = {row["split"]: row for row in rows if row["kind"] == "eval" and row["step"] == step}
+    return [row for row in scores.values() if all(isinstance(row[metric], float) for metric in METRICS)]
+
+
+def _usage(model: ModelConfig) -> str:
+    trust = "" if is_llama(model) else ", trust_remote_code=True"
+    why = "" if is_llama(model) else "\nIts code is in this folder: `modeling_mtlm.py`.\n"
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
+inputs = tokenizer("This function returns", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+{why}
+The tokenizer puts `<s>` before a text, as every document in training had it; `<s>` inside a text is text."""
+
+
+def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    c = model
+    yield "architecture", "Llama" if is_llama(c) else "MTLM decoder"
+    yield "parameters", f"{c.n_params:,} ({c.n_params - c.n_embedding_params:,} without embeddings)"
+    yield "layers, width, heads", f"{c.n_layers}, {c.d_model}, {c.n_heads}"
+    yield "MLP", f"{c.mlp}, {c.d_mlp} wide"
+    yield "positions", POSITIONS[c.positions]
+    yield "biases", "in attention and MLP" if c.biases else "none"
+    yield "output head", "the embedding table" if c.tied else "its own"
+    yield "context", f"{c.context} tokens"
+    yield "vocabulary", f"{c.vocab_size:,} ids"
+
+
+def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    run = manifest.config.get("run", {})
+    yield "updates", f"{manifest.step:,}"
+    yield "sequences", f"{manifest.sequences:,}"
+    yield "tokens", f"{manifest.tokens:,}"
+    if manifest.data:
+        # Of a path only its end: the rest says where someone keeps their files.
+        name = f"{Path(run['data']).name}, " if run.get("data") else ""
+        yield "data", f"{name}fingerprint `{manifest.data['fingerprint'][:16]}`"
+    tokenizer = manifest.tokenizer
+    yield "tokenizer", f"{Path(tokenizer['name']).name}, sha256 `{tokenizer['sha256'][:16]}`"
+    for setting in ("optimizer", "lr", "batch", "seed"):
+        if setting in run:
+            yield setting, str(run[setting])
+    versions = {name: version for name, version in manifest.code.items() if version}
+    yield "code", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _evaluation_rows(held_out: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for row in held_out:
+        yield row["split"], *(f"{row[metric]:.4g}" for metric in METRICS)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    """One step of the lineage, paths shortened to their ends."""
+    shown = {key: Path(value).name if key == "path" else value for key, value in entry.items()}
+    operation = shown.pop("operation", "unknown")
+    return f"{operation}: {', '.join(f'{key} {value}' for key, value in shown.items())}"
+
+
+def _table(rows: Iterator[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

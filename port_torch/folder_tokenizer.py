@@ -1,0 +1,78 @@
+"""The tokenizer of a folder of weights: the one it records, the one it carries, or the one named."""
+
+import hashlib
+from pathlib import Path
+
+from core.errors import UserError
+from core.manifest import Manifest
+from core.tokenizer import MISTRAL_SHA256, Tokenizer, load_tokenizer, require_same, tokenizer_record
+
+FILE, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+# What two tokenizers must agree on to be taken for the same: words, spaces, other scripts, bytes, symbols.
+PROBE = "The 3 quick  brown foxes;\n\tdef f(x): return x**2\n Grüße, привет, 你好 🙂\x07 <s> ½ — end "
+
+
+def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the model in `folder` was trained with.
+
+    manifest: the folder's own, if it is an export of ours; name: what the user says; vocab_size: the model's.
+
+    Raises:
+        UserError: none is found, or it has another number of ids than the model, or others than the folder's.
+    """
+    file = folder / FILE
+    if manifest:
+        tokenizer = _recorded(folder, manifest, name)
+    elif name:
+        tokenizer = load_tokenizer(name)
+        if file.is_file() and not _agree(tokenizer, load_tokenizer(file)):
+            raise UserError(
+                f"the tokenizer {name!r} gives other ids than {file}, so it is not that of the model: leave "
+                "--tokenizer out, or name the right one"
+            )
+    elif _is_mistral(folder / SENTENCEPIECE):
+        tokenizer = load_tokenizer("mistral")
+    elif file.is_file():
+        tokenizer = load_tokenizer(file)
+    else:
+        raise UserError(f"{folder} holds no {FILE}: name the model's tokenizer with --tokenizer")
+    require_vocabulary(folder, tokenizer, vocab_size)
+    return tokenizer
+
+
+def require_vocabulary(where: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """A UserError unless the tokenizer has as many ids as the model in `where`."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{where} is a model of {vocab_size} token ids, and the tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.vocab_size}: name the model's own with --tokenizer"
+        )
+
+
+def _recorded(folder: Path, manifest: Manifest, name: str | None) -> Tokenizer:
+    """The tokenizer that the manifest records: as named, by its own name, or as the folder carries it.
+
+    The folder's file may be written in another way than the one recorded; the manifest proves it, too.
+    """
+    record, file = manifest.tokenizer, folder / FILE
+    if name:
+        tokenizer = load_tokenizer(name)
+        require_same(record, tokenizer_record(tokenizer), str(folder), "--tokenizer")
+        return tokenizer
+    if record["name"] in ("mistral", "bytes") or Path(record["name"]).is_file():
+        tokenizer = load_tokenizer(record["name"])
+        if tokenizer.sha256 == record["sha256"]:
+            return tokenizer
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {FILE}, and {record['name']} is not there: export it again")
+    return load_tokenizer(file)
+
+
+def _is_mistral(file: Path) -> bool:
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == MISTRAL_SHA256
+
+
+def _agree(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers, perhaps in other file formats, have the same ids as far as a probe shows."""
+    same = (a.vocab_size, a.bos, a.eos) == (b.vocab_size, b.bos, b.eos)
+    return same and a.encode(PROBE).tolist() == b.encode(PROBE).tolist()

@@ -1,0 +1,284 @@
+"""Text from a folder, with PyTorch: `python -m port_torch.generate FOLDER --prompt "..."`.
+
+Prompts stream; without one a terminal asks for more and more of them; a file of prompts becomes a file of
+texts. It draws as core.generate does, but from other random numbers: only greedy texts are the same.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from core.errors import UserError, run_command
+from core.generate import Sampling, pieces, show
+from core.manifest import EXPORT_MANIFEST, load_manifest, sync_path
+from core.model import compute_dtype
+from core.tokenizer import Tokenizer
+from port_torch.folder_tokenizer import folder_tokenizer
+from port_torch.formats import exported
+from port_torch.model import Decoder, load
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Generate text with an exported model, or a Llama's folder that fits."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """What port_torch.convert wrote, or a folder of Hugging Face's."""
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """What to go on from; repeat it for several at once. Default: asked for on a terminal, else the beginning
+    of a document."""
+    batch_file: Path | None = None
+    """Prompts from a JSONL file: a line {"prompt": "..."} each; other fields are kept."""
+    out: Path | None = None
+    """Where the texts of --batch-file go: the same lines with the field "text"."""
+    batch: int = 16
+    """Prompts of --batch-file that are worked on at once; it does not change their texts."""
+    max_new_tokens: int = 200
+    sampling: Sampling = Sampling()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is bfloat16 on a GPU, float32 on a CPU."""
+    tokenizer: str | None = None
+    """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if (self.batch_file is None) != (self.out is None):
+            raise UserError("--batch-file and --out go together: give both or neither")
+        if self.batch_file and self.prompt:
+            raise UserError("give --prompt or --batch-file, not both")
+        if self.out and self.out.exists():
+            raise UserError(f"--out {self.out} exists already: give another name, or remove it first")
+
+
+def main() -> int:
+    """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
+    config = tyro.cli(tyro.conf.OmitArgPrefixes[GenerateConfig], prog="python -m port_torch.generate")
+    device = choose_device(config.device)
+    dtype = getattr(torch, compute_dtype(config.dtype, "cpu" if device == "cpu" else "gpu"))
+    lines = read_prompts(config.batch_file) if config.batch_file else []
+    model = load(config.folder, dtype, device)
+    ours = exported.recognises(config.folder)  # and verified by `load`
+    manifest = load_manifest(config.folder, EXPORT_MANIFEST) if ours else None
+    tokenizer = folder_tokenizer(config.folder, manifest, config.tokenizer, model.config.vocab_size)
+    writer = Writer(model, tokenizer, config.sampling, config.max_new_tokens)
+    if config.out:
+        return write_batches(writer, lines, config.batch, config.out)
+    if not config.prompt and sys.stdin.isatty():
+        return converse(writer)
+    writer.print(config.prompt or [""])
+    return 0
+
+
+def choose_device(requested: str) -> str:
+    """The device to run on; a UserError where a GPU is asked for and there is none."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; leave it out or give --device cpu")
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return requested
+
+
+def choose(
+    scores: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"]
+) -> Int[Tensor, " B"]:
+    """A token a row from softmax(scores / temperature), cut to the top k and the top p.
+
+    uniform: a random number in [0, 1) a row, float64; the same numbers give the same tokens.
+    """
+    if sampling.temperature == 0:
+        return scores.argmax(-1)
+    ranked, order = (scores.double() / sampling.temperature).sort(dim=-1, descending=True)
+    probability = ranked[:, : sampling.top_k or None].softmax(-1)
+    # A token stays while those before it have not reached top_p: the likeliest always does.
+    before = probability.cumsum(-1) - probability
+    kept = probability.where((before < sampling.top_p) | (sampling.top_p >= 1), 0.0)
+    edges = kept.cumsum(-1)
+    drawn = torch.searchsorted(edges, (uniform[:, None] * edges[:, -1:]).contiguous(), right=True)
+    last = (kept > 0).sum(-1, keepdim=True) - 1  # a product rounded up to the sum would pass it
+    return order.gather(-1, drawn.minimum(last))[:, 0]
+
+
+@torch.inference_mode()
+def stream(
+    model: Decoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos: int | None = None,
+    first_row: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every prompt, step by step; None for a row that has ended.
+
+    A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context. Row i draws
+    from numbers of (seed, first_row + i), so its text does not depend on what else is in the batch.
+
+    Raises:
+        UserError: a prompt is empty or leaves no room in the context.
+    """
+    context, device = model.config.context, model.embed.weight.device
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) < 1:
+        raise UserError("a prompt has no tokens; give at least the begin-of-sequence token")
+    if longest >= context:
+        raise UserError(
+            f"a prompt is {longest} tokens long, but the model's context is {context}: shorten it to at most "
+            f"{context - 1}"
+        )
+    draws = [np.random.default_rng((sampling.seed, first_row + row)) for row in range(len(prompts))]
+
+    def choose_next(hidden: Float[Tensor, "B D"]) -> Int[Tensor, " B"]:
+        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=device)
+        return choose(model.logits(hidden), sampling, uniform)
+
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    length = min(context, longest + max_new_tokens)
+    cache = model.empty_cache(len(prompts), length)
+    position = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    all_positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+    hidden = model(torch.tensor(padded, device=device), all_positions, cache)
+    token = choose_next(hidden[torch.arange(len(prompts)), position - 1])
+    room = np.array([context - len(prompt) for prompt in prompts])
+    ended = np.zeros(len(prompts), bool)
+    for made in range(1, max_new_tokens + 1):
+        new = token.tolist()
+        if eos is not None:
+            ended |= np.array(new) == eos
+        yield [None if done else t for done, t in zip(ended, new, strict=True)]
+        ended |= made >= room
+        if ended.all() or made == max_new_tokens:
+            return
+        hidden = model(token[:, None], position[:, None], cache)
+        # A row that has ended idles at the last position; what it makes there is not read.
+        position = (position + 1).clamp(max=length - 1)
+        token = choose_next(hidden[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A model with its tokenizer and how to draw from it."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_new_tokens: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids that the model sees: the beginning of a document, then those of the text."""
+        return [self.tokenizer.bos, *map(int, self.tokenizer.encode(text))]
+
+    def added(self, texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
+        """What is added to each text, step by step, in whole characters."""
+        prompts = [self.encode(text) for text in texts]
+        tokens = stream(
+            self.model, prompts, self.sampling, self.max_new_tokens, self.tokenizer.eos, first_row
+        )
+        return pieces(self.tokenizer, prompts, tokens)
+
+    def print(self, texts: list[str], first_row: int = 0) -> None:
+        """Prints the texts with what is added to them, a single one as it comes."""
+        show(texts, self.added(texts, first_row))
+
+
+def converse(writer: Writer) -> int:
+    """Asks for text to go on from until Ctrl-D, and begins anew with each. Ctrl-C stops a text."""
+    import readline  # noqa: F401 (so that input() lets lines be edited and recalled)
+
+    print("text to go on from (Ctrl-C stops a text, Ctrl-D ends):", file=sys.stderr)
+    number = 0
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        try:
+            writer.print([text], number)
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:  # a text too long, say: the next may do
+            print(f"error: {error}", file=sys.stderr)
+        number += 1
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, each with a text `prompt`; a UserError names the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--batch-file {path} cannot be read: {error}") from None
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+            raise UserError(f'{path}, line {number} is no object with a text "prompt"')
+        objects.append(content)
+    if not objects:
+        raise UserError(f'{path} is empty: give a line {{"prompt": "..."}} for each text')
+    return objects
+
+
+def write_batches(writer: Writer, lines: list[dict[str, Any]], batch: int, out: Path) -> int:
+    """Writes every line with its "text", into a file that is there when it is whole.
+
+    Ctrl-C ends it at the last whole batch; what is done is kept, and the exit code says so.
+    """
+    room = writer.model.config.context - 1
+    for number, line in enumerate(lines, 1):  # before hours of work, not in their middle
+        if (n_tokens := len(writer.encode(line["prompt"]))) > room:
+            raise UserError(f"prompt {number} is {n_tokens} tokens long: shorten it to at most {room}")
+    done: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for start in range(0, len(lines), batch):
+            part = lines[start : start + batch]
+            columns = list(writer.added([line["prompt"] for line in part], first_row=start))
+            texts = ["".join(row) for row in zip(*columns, strict=True)]
+            done += [
+                json.dumps({**line, "text": text}, ensure_ascii=False) + "\n"
+                for line, text in zip(part, texts, strict=True)
+            ]
+            print(f"{len(done)} of {len(lines)} prompts", file=sys.stderr)
+    if done:
+        write_atomically(out, "".join(done))
+    if len(done) == len(lines):
+        print(f"wrote {out}", file=sys.stderr)
+        return 0
+    kept = f"{len(done)} of {len(lines)} prompts are in {out}" if done else "nothing was done yet"
+    print(f"interrupted: {kept}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is whole whenever it is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        sync_path(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

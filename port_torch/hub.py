@@ -1,0 +1,35 @@
+"""An exported folder goes to the Hugging Face Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from core.errors import UserError
+
+
+def push(folder: Path, name: str, dry_run: bool) -> None:
+    """Uploads the folder as the model `name` ("user/name"), made if it is not there; `dry_run` only lists.
+
+    Raises:
+        UserError: the Hub refuses; the folder stays as it is.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    by_hand = f"hf upload {name} {folder}"
+    if dry_run:
+        print(f"would upload to {name}:")
+        for path in files:
+            print(f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}")
+        print(f"  {sum(path.stat().st_size for path in files):>13,}  bytes in all; to upload them: {by_hand}")
+        return
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from MTLM")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{folder} is complete, but was not uploaded ({reason}): "
+            f"see to that (`hf auth login`?), then `{by_hand}`"
+        ) from error
+    print(f"uploaded: {commit.commit_url}")

@@ -1,0 +1,197 @@
+"""The decoder of core/model.py in PyTorch: the same parts under the same names, the same numbers.
+
+Shapes: B batch, S positions, D d_model, H heads, K head size, V vocabulary, L layers. It runs in the type of
+its weights; norms, rotations and logits are float32 whatever that is.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from core.config import ModelConfig
+from port_torch.folder import open_folder
+from port_torch.hf_config import model_config
+from port_torch.names import Leaf, exported_tensors
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far, for every layer; `Decoder` writes into it."""
+
+    k: Float[Tensor, "L B S H K"]
+    v: Float[Tensor, "L B S H K"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, with rotary positions where the config says so."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.d_model
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=config.biases) for _ in range(4))
+        self.n_heads = config.n_heads
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        positions: Int[Tensor, "B S"] | None,
+    ) -> Float[Tensor, "B S D"]:
+        b, s, d = x.shape
+        q, k, v = (m(x).view(b, s, self.n_heads, -1) for m in (self.q, self.k, self.v))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        visible = None
+        if cache is not None:
+            rows = torch.arange(b, device=x.device)[:, None]
+            cache.k[rows, positions], cache.v[rows, positions] = k, v
+            k, v = cache
+            visible = torch.arange(k.shape[1], device=x.device) <= positions[:, None, :, None]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=cache is None)
+        return self.o(y.transpose(1, 2).reshape(b, s, d))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020); or GELU in its tanh form: down(gelu(up x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, f, bias = config.d_model, config.d_mlp, config.biases
+        self.gate = nn.Linear(d, f, bias=bias) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(d, f, bias=bias)
+        self.down = nn.Linear(f, d, bias=bias)
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        positions: Int[Tensor, "B S"] | None,
+    ) -> Float[Tensor, "B S D"]:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotation, cache, positions))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, `n_layers` blocks, final norm; `logits` applies the head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.positions = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B S"],
+        positions: Int[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Hidden states after the final norm, of whole sequences or of what comes after a cache.
+
+        With a cache the new tokens stand at the given positions, see what it holds and are written into it.
+        Its entries beyond a row's position are invisible to that row, so prompts of several lengths can be
+        padded on the right and decoded on from their own ends.
+        """
+        assert (positions is None) == (cache is None), "positions are those of a cache's rows"
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(index)
+        x = self.dropout(x)
+        rotation = rotary_angles(index, self.config) if self.config.positions == "rope" else None
+        for number, layer in enumerate(self.layers):
+            of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
+            x = layer(x, rotation, of_layer, positions)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Float32 scores of every token."""
+        table = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(hidden, table).float()
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` sequences of up to `length` tokens, of the weights' type and device."""
+        c, like = self.config, self.embed.weight
+        shape = (c.n_layers, batch, length, c.n_heads, c.head_dim)
+        return KVCache(like.new_zeros(shape), like.new_zeros(shape))
+
+
+def rotary_angles(positions: Int[Tensor, "B S"], config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
+    half = config.head_dim // 2
+    step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    angle = (positions.float()[..., None] * config.rope_theta**-step)[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Float[Tensor, "B S H K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B S H K"]:
+    """Rotary embedding in the half-split layout: element i turns with element i + K/2."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def parameter_name(leaf: Leaf) -> str:
+    """The parameter of `Decoder` that is a leaf of core.model: "layers.0.attn.q.weight"."""
+    *modules, kind = leaf.path.split("/")
+    if leaf.layer is not None:
+        modules.insert(1, str(leaf.layer))
+    return ".".join([*modules, "bias" if kind == "bias" else "weight"])
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    """The model of an exported folder, or of any Llama's that fits, ready to run.
+
+    Raises:
+        UserError: the folder is damaged, or of a model that this decoder is not (see `open_folder`,
+            `model_config`).
+    """
+    opened = open_folder(folder)
+    config = model_config(opened.config)
+    leaves = exported_tensors(config)
+    opened.require({name: leaf.shape for name, leaf in leaves.items()})
+    with torch.device("meta"):
+        model = Decoder(config)
+    weights = {parameter_name(leaf): opened.read(name).to(device, dtype) for name, leaf in leaves.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
