@@ -120,9 +120,15 @@ def _evaluation_rows(held_out: list[dict[str, Any]]) -> Iterator[tuple[str, ...]
 
 
 def _entry(entry: dict[str, Any]) -> str:
-    """One step of the lineage, paths shortened to their ends."""
+    """One step of the lineage, paths shortened to their ends; the manifest has all of it."""
     shown = {key: Path(value).name if key == "path" else value for key, value in entry.items()}
     operation = shown.pop("operation", "unknown")
+    if operation == "grow":
+        before, after = shown["layers"]
+        return (
+            f"grow: {shown['plan']} from {before} to {after} layers at step {shown['step']:,}, "
+            f"{shown['tokens']:,} tokens; optimizer {shown['optimizer']}, schedule {shown['schedule']}"
+        )
     return f"{operation}: {', '.join(f'{key} {value}' for key, value in shown.items())}"
 
 

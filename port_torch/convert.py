@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from core.checkpoint import find_step, flatten, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
-from core.manifest import EXPORT_MANIFEST, seal, sync_path
+from core.folders import new_folder
+from core.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.model import Params, abstract_params
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from port_torch import hf
@@ -96,7 +97,8 @@ def main() -> int:
         print(f"{config.dtype} weights move the logits by up to {moved:.1e} (they reach {largest:.1f})")
 
     # 3. The files. The parameters go out of memory when their file is there.
-    with new_folder(config.out) as folder:
+    with new_folder(config.out) as folder, disk_errors(config.out):
+        folder.mkdir(parents=True)
         tree = write_weights(folder, model, params, config.dtype, config.max_shard_size)
         del params
         gc.collect()
@@ -115,7 +117,7 @@ def main() -> int:
         entry = {"operation": "convert", "step": manifest.step, "dtype": config.dtype}
         lineage = [*manifest.lineage, entry]
         exported = dataclasses.replace(manifest, kind="params", lineage=lineage, tree=tree, files={})
-        seal(folder, exported, EXPORT_MANIFEST)
+        seal(folder, without_local_paths(exported), EXPORT_MANIFEST)
 
         # 4. Read back; what computes something else is removed.
         compare(folder, model, tokens, expected)
@@ -158,22 +160,33 @@ def return_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into; it becomes `out` when all went well, else it is removed."""
-    out = out.absolute()
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-    partial.mkdir(parents=True)
+def disk_errors(out: Path) -> Iterator[None]:
+    """safetensors has a word of its own for what the disk refuses."""
     try:
-        yield partial
-        if out.exists():
-            raise UserError(f"{out} has appeared meanwhile: choose another folder, or remove it first")
-        partial.rename(out)
-        sync_path(out.parent)
-    except SafetensorError as error:  # its own word for what the disk refuses
-        raise UserError(f"the weights cannot be written into {out.parent}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        yield
+    except SafetensorError as error:
+        raise UserError(f"the weights cannot be written into {out.absolute().parent}: {error}") from error
+
+
+def without_local_paths(manifest: Manifest) -> Manifest:
+    """The manifest without the folders of whoever made it: of a path only the last part is told."""
+
+    def shortened(value: Any) -> Any:
+        if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
+            return value
+        return Path(value).name
+
+    config = dict(manifest.config)
+    if "run" in config:
+        paths = {
+            name: shortened(config["run"].get(name)) for name in ("data", "out", "init_from", "tokenizer")
+        }
+        config["run"] = config["run"] | paths
+    lineage = [
+        {k: shortened(v) if k == "path" else v for k, v in entry.items()} for entry in manifest.lineage
+    ]
+    tokenizer = manifest.tokenizer | {"name": shortened(manifest.tokenizer["name"])}
+    return dataclasses.replace(manifest, config=config, lineage=lineage, tokenizer=tokenizer)
 
 
 def write_weights(

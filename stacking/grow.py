@@ -5,14 +5,12 @@ train_tpu.run --out DIR` goes on with the new run folder and needs nothing else.
 complete and verified, or not at all. Growing moves bytes, so it runs on the CPU, whatever the machine has.
 """
 
-import contextlib
 import dataclasses
 import functools
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +21,7 @@ from rich.table import Table
 from core.checkpoint import Manifest, find_step, load_manifest, verify
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
+from core.folders import new_folder
 from core.manifest import sync_path
 from core.steps import step_path
 from stacking.plan import Operator, custom_plan, make_plan
@@ -206,27 +205,6 @@ def describe(growth: Growth, record: dict[str, Any]) -> Table:
         row("learning rate here", (f"{learning_rate(run.optim, step, run.steps):.3g}" for run in growth.runs))
         row("schedule", map(describe_schedule, growth.runs))
     return table
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """The name of a hidden folder to make beside `out`, which becomes `out` at the end; nothing of it stays
-    if anything fails."""
-    out = out.absolute()
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already: choose another --out, or remove it first")
-    partial = out.with_name(f".{out.name}.growing")
-    if partial.exists():  # what a killed process left
-        shutil.rmtree(partial)
-    try:
-        yield partial
-        if out.exists():
-            raise UserError(f"{out} has come into being meanwhile: choose another --out")
-        partial.rename(out)
-        sync_path(out.parent)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
 
 
 def finish_run_folder(folder: Path, step_dir: Path, grown: Manifest) -> None:

@@ -58,7 +58,8 @@ def test_the_folder(trained: Path, exported: Path):
     # The manifest goes on from the checkpoint's.
     manifest = load_manifest(exported, EXPORT_MANIFEST)
     assert (manifest.kind, manifest.step, manifest.lineage[-1]["operation"]) == ("params", 40, "convert")
-    assert manifest.files.keys() == names_in(exported) - {EXPORT_MANIFEST}
+    assert manifest.files.keys() == names_in(exported) - {EXPORT_MANIFEST, "README.md"}
+    assert str(trained.parent) not in (exported / EXPORT_MANIFEST).read_text()  # nobody's paths
 
 
 def test_the_card(trained: Path, exported: Path):
@@ -220,8 +221,8 @@ def test_the_training_half_needs_no_torch():
 
 
 @pytest.mark.slow
-def test_200m_in_30_seconds_and_two_and_a_half_times_its_weights(tmp_path: Path, cache: Path):
-    """The memory is asserted; the time is printed, for a machine that others use too."""
+def test_200m_takes_at_most_two_and_a_half_times_its_weights(tmp_path: Path, cache: Path):
+    """Memory above the process after its imports, as the command itself prints it."""
     import dataclasses
     import re
 

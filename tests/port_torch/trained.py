@@ -14,15 +14,15 @@ from tests.train_tpu.processes import TINY, run, without
 KINDS = ("llama", "gpt")
 
 
-def train(cache: Path, text: Path, kind: str, tokenizer: str = "bytes") -> Path:
+def train(cache: Path, text: Path, kind: str, tokenizer: str = "bytes", context: int = 96) -> Path:
     """Trains 40 updates of a tiny model of that kind, and gives its run folder."""
-    out = cache / f"run-{kind}-{tokenizer}"
+    out = cache / f"run-{kind}-{tokenizer}-{context}"
     arguments = list(TINY)
     for flag in ("--preset", "--steps", "--dropout", "--context", "--window", "--tokenizer"):
         arguments = without(arguments, flag)
     preset = {"llama": "mtlm1-tiny", "gpt": "mtlm2-tiny"}[kind]
     run(
-        cache, *arguments, "--preset", preset, "--tokenizer", tokenizer, "--context", "96",
+        cache, *arguments, "--preset", preset, "--tokenizer", tokenizer, "--context", str(context),
         "--steps", "40", "--save-every", "40", "--data", text, "--out", out,
     )  # fmt: skip
     return out

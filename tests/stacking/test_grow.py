@@ -235,7 +235,7 @@ def test_a_wrong_result_is_noticed_and_removed(grow_here, trunk, tmp_path, monke
 
 
 def test_what_a_killed_growth_left_is_replaced(grow_here, trunk, tmp_path):
-    (tmp_path / ".new.growing/checkpoints").mkdir(parents=True)
+    (tmp_path / ".new.partial/checkpoints").mkdir(parents=True)
     assert grow_here(trunk, "--out", tmp_path / "new") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
