@@ -1,0 +1,253 @@
+"""The arms of a study: which runs there are, where they lie, what has to be done for them, what they say."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+from core.config import ModelConfig
+from core.errors import UserError
+from core.steps import list_steps, step_path
+from stacking.jobs import Job
+from stacking.plan import Operator
+from stacking.report import Arm, Point
+from train_tpu.config import RunConfig
+from train_tpu.loop import END
+from train_tpu.metrics import read_log
+from train_tpu.run_folder import read_config, write_config
+
+NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Compare growing with training from scratch. Behind -- follow the arguments of the target's
+    train_tpu.run, --steps among them: the updates that scratch gets."""
+
+    out: Path
+    """The study's folder. The same command goes on with what is missing."""
+    ops: tuple[Operator, ...] = ("stack", "interleave", "identity", "random")
+    """Ways of growing; random is the control."""
+    fractions: tuple[float, ...] = (0.25, 0.5)
+    """When to grow: parts of the target's steps that the base is trained for."""
+    factor: float = 2.0
+    """Layers of the target / layers of the base."""
+    schedule: str = "rewarm:50"
+    """As stacking.grow takes it."""
+    seeds: tuple[int, ...] = (0, 1)
+    lrs: tuple[float, ...] = ()
+    """Peak learning rates that every arm is tuned over, on the first seed, by its decayed loss at equal
+    tokens. Default: the run's own, untuned."""
+    early: float = 0.8
+    """Length of the shortest decayed run, as a part of the steps."""
+    heldout: str | None = None
+    """The held-out set that losses are of. Default: the data's first."""
+    jobs: int = 1
+    """Arms trained at the same time, on each GPU if there are any."""
+    gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs to spread the arms over. Default: every arm sees all devices there are."""
+    dry_run: bool = False
+    """List the arms and what they cost, and train nothing."""
+    report: bool = False
+    """Train nothing: table and plot of the arms that are there already."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.ops or not self.fractions:
+            raise UserError("a study needs a seed, an operator and a fraction at least")
+        if self.jobs < 1:
+            raise UserError(f"--jobs is {self.jobs}; it must be at least 1")
+        for name, values in (("fractions", self.fractions), ("early", (self.early,))):
+            for value in values:
+                if not 0 < value < 1:
+                    raise UserError(
+                        f"--{name} {value:g} is not a part of the steps: give one between 0 and 1"
+                    )
+        if any(lr <= 0 for lr in self.lrs):
+            raise UserError(f"--lrs {min(self.lrs):g} is no learning rate: give positive ones")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The run that the arms are measured against, and the base below it."""
+
+    arguments: tuple[str, ...]
+    run: RunConfig
+    steps: int
+    model: ModelConfig
+    base: ModelConfig
+
+    def decay_start(self, steps: int) -> int:
+        """The last step at which a schedule of `steps` has the constant rate."""
+        return steps - round(self.run.optim.decay * steps)
+
+    def flops(self, steps: int, grown_at: int) -> int:
+        """Training FLOPs of `steps` updates, the first `grown_at` of them with the base."""
+        base, whole = (m.flops_per_token() for m in (self.base, self.model))
+        tokens = self.run.batch * self.model.context
+        return tokens * (min(steps, grown_at) * base + max(0, steps - grown_at) * whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmKey:
+    """One arm: how it grew, when, with which seed and learning rate."""
+
+    op: str
+    grown_at: int
+    """Step; 0 for scratch."""
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """As in tables and folder names: scratch, stack-at-250."""
+        return self.op if self.op == "scratch" else f"{self.op}-at-{self.grown_at}"
+
+
+class Study:
+    """Which jobs a study is made of, and where their folders lie."""
+
+    def __init__(self, config: StudyConfig, target: Target) -> None:
+        self.config, self.target = config, target
+        self.grow_steps = tuple(round(f * target.steps) for f in config.fractions)
+        self._longest = max(max(self.lengths(at)) for at in (0, *self.grow_steps))
+
+    def lengths(self, grown_at: int) -> tuple[int, ...]:
+        """Steps of an arm's decayed runs: early, at equal tokens, and at scratch's FLOPs if that differs."""
+        t = self.target
+        base, whole = (m.flops_per_token() for m in (t.base, t.model))
+        equal_flops = t.steps + round(grown_at * (1 - base / whole))
+        return tuple(sorted({round(self.config.early * t.steps), t.steps, equal_flops}))
+
+    def keys(self, seed: int, lrs: dict[str, float] | float) -> list[ArmKey]:
+        """All arms of a seed, at one learning rate or each at its own."""
+
+        def key(op: str, at: int) -> ArmKey:
+            arm = ArmKey(op, at, seed, 0.0)
+            return dataclasses.replace(arm, lr=lrs[arm.name] if isinstance(lrs, dict) else lrs)
+
+        return [key("scratch", 0), *(key(op, at) for at in self.grow_steps for op in self.config.ops)]
+
+    def folder(self, key: ArmKey) -> Path:
+        """Where an arm lies: its trunk/ and its decayed runs."""
+        return self.config.out / f"seed-{key.seed}" / f"lr-{key.lr:g}" / key.name
+
+    def jobs(self, key: ArmKey, lengths: tuple[int, ...]) -> list[Job]:
+        """What has to be done for an arm's decayed runs of these lengths, in order."""
+        starts = tuple(self.target.decay_start(n) for n in lengths)
+        trunk, made = self.folder(key) / "trunk", []
+        more: tuple[str, ...] = ()
+        if key.op == "scratch":
+            more = self._train_arguments(key)
+        else:
+            made = self._grown(key, trunk)
+        # All forks that the study will ever make are kept: tuning goes before, with one length only.
+        forks = sorted({self.target.decay_start(n) for n in self.lengths(key.grown_at)})
+        kept = ("--keep-steps", *map(str, forks), "--stop-at", str(max(starts)))
+        made.append(
+            Job(
+                name=self._name(trunk),
+                command=("train_tpu.run", *more, "--out", str(trunk), *kept),
+                done=lambda: max(starts) in list_steps(trunk / "checkpoints"),
+                needs=tuple(job.name for job in made[-1:]),
+                cost=self.target.flops(max(starts), key.grown_at)
+                - self.target.flops(key.grown_at, key.grown_at),
+            )
+        )
+        for steps, start in zip(lengths, starts, strict=True):
+            out = self.decayed(key, steps)
+            made.append(
+                Job(
+                    name=self._name(out),
+                    command=("train_tpu.run", "--out", str(out)),
+                    done=lambda out=out, steps=steps: is_finished(out, steps),
+                    needs=(self._name(trunk),),
+                    cost=self.target.flops(steps, 0) - self.target.flops(start, 0),
+                    before=lambda out=out, steps=steps, start=start: fork(trunk, start, out, steps),
+                )
+            )
+        return made
+
+    def decayed(self, key: ArmKey, steps: int) -> Path:
+        """The folder of an arm's decayed run."""
+        return self.folder(key) / f"decayed-{steps}"
+
+    def result(self, key: ArmKey, lengths: tuple[int, ...]) -> Arm | None:
+        """What an arm's logs say of the decayed runs that are finished; None without that at equal tokens."""
+        lengths = tuple(steps for steps in lengths if is_finished(self.decayed(key, steps), steps))
+        if self.target.steps not in lengths:
+            return None
+        tokens = self.target.run.batch * self.target.model.context
+
+        def point(row_steps: int, rows: list[dict]) -> Point:
+            losses = {row["split"]: row["nll"] for row in rows}
+            return Point(row_steps, row_steps * tokens, self.target.flops(row_steps, key.grown_at), losses)
+
+        decayed = []
+        for steps in lengths:
+            rows = [row for row in read_log(self.decayed(key, steps), "eval") if row["step"] == steps]
+            decayed.append(point(steps, rows))
+        rows = read_log(self.folder(key) / "trunk", "eval")
+        groups = itertools.groupby(rows, lambda row: (row["step"], "before_growth" in row))
+        trunk = [point(step, list(rows)) for (step, _), rows in groups]
+        return Arm(key.op, key.grown_at, key.seed, key.lr, tuple(trunk), tuple(decayed))
+
+    def _grown(self, key: ArmKey, trunk: Path) -> list[Job]:
+        """The base, which all arms of a seed and rate share, and the growth."""
+        base = self.config.out / f"seed-{key.seed}" / f"lr-{key.lr:g}" / "base"
+        last = max(self.grow_steps)
+        kept = ("--keep-steps", *map(str, self.grow_steps), "--stop-at", str(last))
+        layers = ("--n-layers", str(self.target.base.n_layers))
+        train_base = Job(
+            name=self._name(base),
+            command=("train_tpu.run", *self._train_arguments(key), *layers, "--out", str(base), *kept),
+            done=lambda: last in list_steps(base / "checkpoints"),
+            needs=(),
+            cost=self.target.flops(last, last),
+        )
+        step = step_path(base / "checkpoints", key.grown_at)
+        how = ("--op", key.op, "--factor", str(self.config.factor), "--schedule", self.config.schedule)
+        grow = Job(
+            name=self._name(trunk.with_name("grow")),
+            command=("stacking.grow", str(step), *how, "--out", str(trunk)),
+            done=trunk.exists,
+            needs=(train_base.name,),
+            cost=0,
+        )
+        return [train_base, grow]
+
+    def _train_arguments(self, key: ArmKey) -> tuple[str, ...]:
+        """A trunk: a schedule so long that its decay begins behind the last fork."""
+        steps = self.target.steps
+        rare = {"--eval-every": max(1, steps // 20), "--log-every": max(1, steps // 10)}
+        quiet = ("--prompts", *(str(word) for pair in rare.items() for word in pair))
+        forced = (
+            "--seed", str(key.seed), "--lr", repr(key.lr), "--steps", str(2 * self._longest),
+            "--save-every", str(NEVER), "--keep-last", "1",
+        )  # fmt: skip
+        return (*quiet, *self.target.arguments, *forced)
+
+    def _name(self, folder: Path) -> str:
+        return str(folder.relative_to(self.config.out))
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether a run has logged its end at `steps`."""
+    if not (folder / "metrics.jsonl").is_file():
+        return False
+    return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
+
+
+def fork(trunk: Path, step: int, out: Path, steps: int) -> None:
+    """A run that goes on from a trunk's checkpoint under a schedule of `steps`. The files are shared: nothing
+    that is in a checkpoint is ever written again."""
+    if out.exists():
+        return
+    record = read_config(trunk)
+    assert record is not None, f"{trunk} is no run"
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    source = step_path(trunk / "checkpoints", step)
+    shutil.copytree(source, step_path(partial / "checkpoints", step), copy_function=os.link)
+    write_config(partial, record | {"run": record["run"] | {"steps": steps, "out": str(out)}})
+    partial.rename(out)
