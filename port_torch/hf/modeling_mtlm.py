@@ -30,6 +30,8 @@ class MtlmRMSNorm(nn.Module):
 
 
 class MtlmAttention(nn.Module):
+    """Causal self-attention over a cache of transformers, with rotary positions where there are any."""
+
     def __init__(self, config, layer_idx):
         super().__init__()
         d = config.hidden_size
@@ -73,6 +75,8 @@ class MtlmMLP(nn.Module):
 
 
 class MtlmDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.input_layernorm = MtlmRMSNorm(config)
@@ -86,6 +90,8 @@ class MtlmDecoderLayer(GradientCheckpointingLayer):
 
 
 class MtlmPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of both classes below."""
+
     config_class = MtlmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -95,6 +101,8 @@ class MtlmPreTrainedModel(PreTrainedModel):
 
 
 class MtlmModel(MtlmPreTrainedModel):
+    """Embeddings, layers and the final norm: hidden states [B, T, D]."""
+
     def __init__(self, config):
         super().__init__(config)
         c = config
@@ -148,6 +156,8 @@ class MtlmModel(MtlmPreTrainedModel):
 
 
 class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
+    """The model with its head: logits [B, T, vocabulary], and a loss where labels are given."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' form)
 
     def __init__(self, config):
