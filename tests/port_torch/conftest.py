@@ -31,6 +31,23 @@ def trained(request: pytest.FixtureRequest, cache: Path, text: Path) -> Path:
 @pytest.fixture(scope="session")
 def exported(trained: Path, cache: Path) -> Path:
     """Its export, as the command makes it."""
-    folder = cache / f"export-{trained.name}"
-    run(cache, trained, folder, module="port_torch.convert")
+    return export(cache, trained)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def trained_1024(request: pytest.FixtureRequest, cache: Path, text: Path) -> Path:
+    """The same over 1024 positions."""
+    return train(cache, text, request.param, context=1024)
+
+
+@pytest.fixture(scope="session")
+def exported_1024(trained_1024: Path, cache: Path) -> Path:
+    """Its export."""
+    return export(cache, trained_1024)
+
+
+def export(cache: Path, source: Path) -> Path:
+    """What the command makes of a run."""
+    folder = cache / f"export-{source.name}"
+    run(cache, source, folder, module="port_torch.convert")
     return folder

@@ -283,6 +283,7 @@ def assert_first_loss(folder: Path, prepared: Path, scores: Callable[[np.ndarray
     assert row["step"] == 0 and row["nll"] == pytest.approx(nll, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_an_original_mtlm1_trains_here(cache, prepared, tmp_path):
     weights = mtlm1_weights(258, 64, 2, 128, std=0.1)
     torch.save({"model": weights, "step": 9}, tmp_path / "original.pt")
@@ -305,6 +306,7 @@ def test_an_original_mtlm1_trains_here(cache, prepared, tmp_path):
     assert_first_loss(trained, prepared, lambda tokens: mtlm1_logits(weights, tokens, 2))
 
 
+@pytest.mark.slow
 def test_an_original_mtlm2_trains_here(cache, prepared, tmp_path):
     state = mtlm2_state(TinyGPT(258, 32, 48, 2, 4), std=0.1)
     with ocp.CheckpointManager(tmp_path / "original") as manager:

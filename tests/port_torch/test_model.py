@@ -17,8 +17,7 @@ from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens
 from tests.port_torch.folders import tensors_of
-from tests.port_torch.trained import KINDS, open_run, train, transformers_logits, transformers_model
-from tests.train_tpu.processes import run
+from tests.port_torch.trained import open_run, transformers_logits, transformers_model
 
 # Every mixture of parts that the config allows to differ from the two models.
 MIXED = {
@@ -60,17 +59,13 @@ def test_trained_logits_are_equal(trained: Path, exported: Path, length: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_trained_logits_are_equal_over_1024_positions(kind: str, cache: Path, text: Path, tmp_path: Path):
-    source = train(cache, text, kind, context=1024)
-    run(cache, source, tmp_path / "folder", module="port_torch.convert")
-    config, params = open_run(source)
+def test_trained_logits_are_equal_over_1024_positions(trained_1024: Path, exported_1024: Path):
+    config, params = open_run(trained_1024)
     for length in (1, 7, 1024):
         tokens = random_tokens(config, 2, length)
         expected = flax_logits(config, params, tokens)
-        assert np.abs(mirror_logits(load(tmp_path / "folder"), tokens) - expected).max() <= 2e-5
-        theirs = transformers_logits(tmp_path / "folder", np.asarray(tokens))
-        assert np.abs(theirs - expected).max() <= 2e-5
+        assert np.abs(mirror_logits(load(exported_1024), tokens) - expected).max() <= 2e-5
+        assert np.abs(transformers_logits(exported_1024, np.asarray(tokens)) - expected).max() <= 2e-5
 
 
 @pytest.mark.parametrize("kind", MIXED)

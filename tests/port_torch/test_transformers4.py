@@ -30,13 +30,13 @@ assert transformers.__version__ == sys.argv[4]
 folder, tokens, out = sys.argv[1], torch.from_numpy(np.load(sys.argv[2])), sys.argv[3]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 with torch.inference_mode():
-    logits = model(tokens).logits.numpy()
+    logits = {f"logits{n}": model(tokens[:, :n]).logits.numpy() for n in (1, 7, 1024)}
     greedy = model.generate(tokens[:, :6], max_new_tokens=64, do_sample=False, eos_token_id=[]).numpy()
     static = model.generate(
         tokens[:, :6], max_new_tokens=64, do_sample=False, eos_token_id=[],
         cache_implementation="static", disable_compile=True,
     ).numpy()
-np.savez(out, logits=logits, greedy=greedy, static=static)
+np.savez(out, greedy=greedy, static=static, **logits)
 """
 
 
@@ -68,19 +68,21 @@ def run_there(python: Path, tmp_path: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_logits_and_greedy_text(python: Path, tmp_path: Path, trained: Path, exported: Path):
-    config, params = open_run(trained)
-    tokens = np.asarray(random_tokens(config, 3, config.context), np.int64)
+def test_logits_and_greedy_text(python: Path, tmp_path: Path, trained_1024: Path, exported_1024: Path):
+    config, params = open_run(trained_1024)
+    tokens = np.asarray(random_tokens(config, 2, 1024), np.int64)
     np.save(tmp_path / "tokens.npy", tokens)
     (tmp_path / "program.py").write_text(MODEL_PROGRAM)
     run_there(
-        python, tmp_path, "program.py", exported, tmp_path / "tokens.npy", tmp_path / "out.npz", RELEASE
+        python, tmp_path, "program.py", exported_1024, tmp_path / "tokens.npy", tmp_path / "out.npz", RELEASE
     )
     out = np.load(tmp_path / "out.npz")
-    assert np.abs(out["logits"] - flax_logits(config, params, tokens)).max() <= 2e-5
+    for length in (1, 7, 1024):
+        expected = flax_logits(config, params, tokens[:, :length])
+        assert np.abs(out[f"logits{length}"] - expected).max() <= 2e-5
     import torch
 
-    ours = transformers_model(exported).generate(
+    ours = transformers_model(exported_1024).generate(
         torch.from_numpy(tokens[:, :6]), max_new_tokens=64, do_sample=False, eos_token_id=[]
     )
     assert out["greedy"].tolist() == out["static"].tolist() == ours.tolist()

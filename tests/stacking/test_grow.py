@@ -171,6 +171,7 @@ def test_identity_growth_goes_on_with_the_loss_of_the_ungrown_run(cache, base, t
     np.testing.assert_allclose(own[0][1], losses(base)[GROWN_AT][1], rtol=3e-7)
 
 
+@pytest.mark.slow
 def test_growing_again_and_by_any_plan(grow_here, trunk, tmp_path, cache):
     first, second = tmp_path / "first", tmp_path / "second"
     assert grow_here(trunk, "--layers", "0-2,1:identity,2,0:fresh", "--out", first, "--steps", "30") == 0
@@ -192,6 +193,7 @@ def test_a_preset_is_named_where_the_grown_model_is_one():
     assert (other.preset, other.model.n_layers) == ("mtlm1-88m", 18)
 
 
+@pytest.mark.slow
 def test_parameters_alone_grow_and_train(cache, text, trunk, grow_here, tmp_path):
     state, manifest, _, _ = open_state(trunk)
     imported = save_params(

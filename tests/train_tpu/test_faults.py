@@ -201,6 +201,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, u
     assert losses(folder) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named_or_left_out(cache, tmp_path):
     prepared = tmp_path / "prepared"
     text = make_text(tmp_path, repeats=6000)  # several chunks of records: a flipped bit costs one chunk
