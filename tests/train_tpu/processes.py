@@ -59,8 +59,9 @@ def start(cache: Path, *arguments: str | Path, module: str = "train_tpu.run", **
 
 def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple[str, str]:
     """Runs to the end and checks the exit code; gives stdout and stderr."""
+    timeout = kwargs.pop("timeout", 300)
     process = start(cache, *arguments, **kwargs)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=timeout)
     code = process.returncode
     assert code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}"
     return out, err
