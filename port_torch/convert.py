@@ -11,9 +11,7 @@ import gc
 import json
 import math
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folders import new_folder
 from core.manifest import EXPORT_MANIFEST, Manifest, seal
+from core.memory import peak_memory
 from core.model import Params, abstract_params
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from port_torch import hf
@@ -142,12 +141,6 @@ def check(config: ConvertConfig) -> None:
         raise UserError("--dry-run says what would be uploaded: give --push-to-hub user/name with it")
     if not SIZE.fullmatch(config.max_shard_size):
         raise UserError(f"--max-shard-size {config.max_shard_size!r} is no size: give one like 500MB or 5GB")
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has had in memory so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def return_freed_memory() -> None:

@@ -14,7 +14,7 @@ from stacking.plan import Operator
 from stacking.report import Arm, Point
 from train_tpu.config import RunConfig
 from train_tpu.loop import END
-from train_tpu.metrics import read_log
+from train_tpu.metrics import CARRIED, read_log
 from train_tpu.run_folder import read_config, write_config
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
@@ -188,7 +188,7 @@ class Study:
             rows = [row for row in read_log(self.decayed(key, steps), "eval") if row["step"] == steps]
             decayed.append(point(steps, rows))
         rows = read_log(self.folder(key) / "trunk", "eval")
-        groups = itertools.groupby(rows, lambda row: (row["step"], "before_growth" in row))
+        groups = itertools.groupby(rows, lambda row: (row["step"], CARRIED in row))
         trunk = [point(step, list(rows)) for (step, _), rows in groups]
         return Arm(key.op, key.grown_at, key.seed, key.lr, tuple(trunk), tuple(decayed))
 

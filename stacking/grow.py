@@ -7,7 +7,6 @@ complete and verified, or not at all. Growing moves bytes, so it runs on the CPU
 
 import dataclasses
 import functools
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.folders import new_folder
 from core.manifest import sync_path
+from core.memory import peak_memory
 from core.steps import step_path
 from stacking.plan import Operator, custom_plan, make_plan
 from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
@@ -120,12 +120,11 @@ def main() -> int:
     # 4. What was done, and what to type next.
     before, after = written.lineage[-1]["probe"]["loss"]
     change = "equal to the bit, as it must be" if plan.preserves else f"{after - before:+.4f}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB
     following = f"--out {out}" if runs else f"--init-from {out} {training_flags(models[1])} --data DATA"
     say(
         f"verified: {n_leaves} leaves against their sources, to the bit\n"
         f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"
-        f"took {time.monotonic() - started:.1f} s and {peak / 2**30:.2f} GiB of memory at most\n"
+        f"took {time.monotonic() - started:.1f} s and {peak_memory() / 2**30:.2f} GiB of memory at most\n"
         f"next: python -m train_tpu.run {following}"
     )
     return 0

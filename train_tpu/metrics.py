@@ -92,9 +92,13 @@ class RunLog:
 
 
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of a run folder's metrics.jsonl, in order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    """The lines of one kind of a run folder's metrics.jsonl, in order.
+
+    A last line that a killed process left incomplete is none.
+    """
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = (json.loads(line) for line in lines if line.endswith("\n"))
+    return [row for row in rows if row["kind"] == kind]
 
 
 def _jsonable(value: Any) -> Any:

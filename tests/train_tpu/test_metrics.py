@@ -47,3 +47,10 @@ def test_numbers_that_are_not_finite_stay_readable(tmp_path):
     rows = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
     assert [row.get("loss") for row in rows[:2]] == ["nan", "inf"]
     assert plot_curve(tmp_path).stat().st_size > 1000
+
+
+def test_a_line_that_a_killed_process_left_incomplete_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "kind": "event", "what": "a"}\n{"step": 2, "kind": "ev'
+    )
+    assert [row["step"] for row in read_log(tmp_path, "event")] == [1]
