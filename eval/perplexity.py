@@ -69,7 +69,7 @@ class TokenScore(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.nats / self.tokens)
+        return exp(self.nats / self.tokens)
 
 
 def disjoint_rows(ids: list[int], context: int) -> Iterator[Row]:
@@ -101,6 +101,11 @@ def score_text(backend: Backend, rows: list[Row], what: str) -> TokenScore:
     with Progress(what, len(rows), "windows") as progress:
         logprobs, _ = score_rows(backend, rows, progress.advance)
     return TokenScore(-float(logprobs.sum()), sum(len(row.targets) for row in rows))
+
+
+def exp(mean: float) -> float:
+    """e^mean, infinity where a float cannot hold it."""
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def count_words(text: str) -> int:
@@ -152,8 +157,8 @@ def measure_wikitext_words(harness: HarnessModel, data_dir: Path | None) -> dict
 
 def _words(nats: float, bos_nats: float, n_words: int, n_bytes: int) -> dict[str, float | int]:
     return {
-        "perplexity": math.exp(nats / n_words),
-        "perplexity_without_bos": math.exp((nats - bos_nats) / n_words),
+        "perplexity": exp(nats / n_words),
+        "perplexity_without_bos": exp((nats - bos_nats) / n_words),
         "nats": nats,
         "bos_nats": bos_nats,
         "words": n_words,
@@ -192,8 +197,8 @@ def main() -> int:
     model = open_model(config.model, config.dtype, config.device)
     context = model.backend.context
     stride = min(512, context // 2) if config.stride is None else config.stride
-    if not 0 < stride <= context:
-        raise UserError(f"--stride is {stride}; it must lie in 1 to the context, {context}")
+    if not 0 < stride < context:
+        raise UserError(f"--stride is {stride}; it must lie between 0 and the context, {context}")
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
     found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
