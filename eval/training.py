@@ -58,8 +58,8 @@ class TaskEvaluator:
     ) -> Iterator[tuple[str, int, Figures]]:
         """(task, questions, figures) of every task; less of them if it is interrupted on the way.
 
-        A figure is a metric's name, its value and what is said of it. A task that cannot be evaluated does not
-        end the training: it is told.
+        A figure is a metric's name, its value and what is said of it. A task that cannot be evaluated does
+        not end the training: it is told.
 
         limit: questions of each task; say: tells the user.
         """
