@@ -80,7 +80,8 @@ def read_text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, Fields]]:
     """(where it is, object) of every line of a JSONL file."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and its like, which that takes for line ends.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
