@@ -152,7 +152,8 @@ class HarnessModel(TemplateLM):
         prompts = [prompt[-room:] for prompt in prompts]
         steps = self.backend_model.stream(prompts, sampling, n_new, self.eot_token_id)
         texts, n_tokens = [""] * len(prompts), 0
-        for added in pieces(self.mtlm_tokenizer, prompts, steps):
+        # The new tokens are a text of their own: as in the harness, without the space it would begin with.
+        for added in pieces(self.mtlm_tokenizer, [[] for _ in prompts], steps):
             texts = [text + piece for text, piece in zip(texts, added, strict=True)]
             n_tokens += len(prompts)
             if until and all(any(stop in text for stop in until) for text in texts):

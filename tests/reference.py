@@ -1,4 +1,4 @@
-"""The decoder's formulas in float64, one layer after the other: what the real implementations must compute."""
+"""The decoder's formulas in float64, one layer after the other: what every implementation must compute."""
 
 import numpy as np
 import torch

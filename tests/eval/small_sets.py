@@ -9,10 +9,10 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-WORDS = (
-    "rain falls on warm stone while seven quiet birds carry small seeds over the long river and back again "
-    "because every plant needs light water air to grow toward café Zürich naïve 1928 iron magnets pull nails"
-).split()
+WORDS = """
+    rain falls on warm stone while seven quiet birds carry small seeds over the long river and back again
+    because every plant needs light water air to grow toward café Zürich naïve 1928 iron magnets pull nails
+""".split()  # noqa: SIM905
 
 
 class Choice(NamedTuple):

@@ -1,6 +1,5 @@
-"""Three implementations side by side: our JAX adapter, our PyTorch adapter, lm-evaluation-harness's own `hf`."""
+"""Three implementations side by side: our JAX adapter, our PyTorch adapter, the harness's own `hf` model."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 

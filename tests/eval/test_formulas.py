@@ -1,4 +1,4 @@
-"""Every figure against a second implementation: float64 formulas of the model, and the definitions by hand."""
+"""Every figure against a second implementation: the model's formulas in float64, definitions by hand."""
 
 import math
 import re
@@ -151,7 +151,7 @@ def test_rolling_perplexities(adapter, reference, sets, request):
     n_bytes = sum(len(page.raw.encode()) for page in sets.pages)
     assert (entry["words"], entry["bytes"]) == (words, n_bytes)
     found = [row["logprob"] for row in evaluated.questions["wikitext"]]
-    # A page has up to 20 times the tokens of the longest choice; their errors, independent, make sqrt(20) of it.
+    # A page has up to 20 times the tokens of the longest choice; independent errors make sqrt(20) of it.
     np.testing.assert_allclose(found, [score for score, _ in scores], rtol=0, atol=5 * LOGPROB)
     metrics = {name: metric["value"] for name, metric in entry["metrics"].items()}
     assert metrics["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-4)
