@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from core.errors import UserError
@@ -153,15 +153,15 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> tuple[list[str], int]:
-        until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
-        sampled = settings.get("do_sample", False) and settings.get("temperature", 1.0) > 0
+        # The harness's reading of the settings, of which several have more than one name.
+        settings = dict(normalize_gen_kwargs(settings, GENERATED))
+        until = [stop for stop in settings["until"] if stop]
         sampling = Sampling(
-            temperature=settings.get("temperature", 1.0) if sampled else 0.0,
+            temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
         )
-        n_new = int(settings.get("max_gen_toks", GENERATED))
+        n_new = settings["max_gen_toks"]
         room = self.max_length - n_new
         if room < 1:
             raise UserError(
@@ -173,7 +173,8 @@ class HarnessModel(TemplateLM):
         prompts = [prompt[-room:] for prompt in prompts]
         steps = self.backend_model.stream(prompts, sampling, n_new, self.eot_token_id)
         texts, n_tokens = [""] * len(prompts), 0
-        for added in pieces(self.mtlm_tokenizer, prompts, steps):
+        # The new tokens are a text of their own: as in the harness, without the space it would begin with.
+        for added in pieces(self.mtlm_tokenizer, [[] for _ in prompts], steps):
             texts = [text + piece for text, piece in zip(texts, added, strict=True)]
             n_tokens += len(prompts)
             if until and all(any(stop in text for stop in until) for text in texts):
