@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from core.errors import UserError
 
-WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# Where a shape is compiled: few of them, closer where TruthfulQA's prompt puts most of the work.
+WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 # Tokens that a batch holds on each device, multiples of the widths; a CPU works best in its caches.
 BUDGET, CPU_BUDGET = 12_288, 3072
 
@@ -54,6 +55,8 @@ class Backend(Protocol):
     context: int
     budget: int
     """Tokens a batch may hold."""
+    compiled: bool
+    """Whether a new shape costs time, so that rows are padded to one of WIDTHS."""
     n_devices: int
     """A batch has a multiple of this many rows."""
 
@@ -67,7 +70,9 @@ class Backend(Protocol):
         """Tokens behind the prompts, step by step (see core.generate.Generator.stream)."""
 
 
-def batches(rows: Sequence[Row], context: int, budget: int, n_devices: int) -> Iterator[Batch]:
+def batches(
+    rows: Sequence[Row], context: int, budget: int, n_devices: int, compiled: bool = True
+) -> Iterator[Batch]:
     """All rows in batches, the longest first: what does not fit into memory says so at once.
 
     The last batch of a width is filled up with rows that are not scored.
@@ -76,7 +81,8 @@ def batches(rows: Sequence[Row], context: int, budget: int, n_devices: int) -> I
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs))
     start = 0
     while start < len(order):
-        width = next(w for w in widths if w >= len(rows[order[start]].inputs))
+        longest = len(rows[order[start]].inputs)
+        width = next(w for w in widths if w >= longest) if compiled else longest
         n_rows = max(1, budget // width // n_devices) * n_devices
         chosen = order[start : start + n_rows]
         tokens = np.zeros((n_rows, width), np.int32)
@@ -115,7 +121,7 @@ def score_rows(
         done = np.unique(batch.row)
         report(len(done), sum(len(rows[index].inputs) for index in done))
 
-    for batch in batches(rows, backend.context, backend.budget, backend.n_devices):
+    for batch in batches(rows, backend.context, backend.budget, backend.n_devices, backend.compiled):
         started = backend.start(batch)
         if waiting:
             collect(*waiting)

@@ -25,6 +25,8 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 class FlaxBackend:
     """A model of core.model on all devices; rows and places are split over them."""
 
+    compiled = True
+
     def __init__(self, config: ModelConfig, params: Params, dtype: str):
         """dtype: of activations. float32 means float32 products, too, where the hardware has shorter ones."""
         self.context = config.context

@@ -17,6 +17,7 @@ CHUNK = 2048  # places whose logits are held at once on a device
 class TorchBackend:
     """Models of port_torch.model, one a device."""
 
+    compiled = False
     n_devices = 1  # that a batch is split over: each device works on batches of its own
 
     def __init__(self, models: list[Decoder]):
