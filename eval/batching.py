@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from core.errors import UserError
+
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 # Tokens that a batch holds on each device, multiples of the widths; a CPU works best in its caches.
 BUDGET, CPU_BUDGET = 12_288, 3072
@@ -105,7 +107,9 @@ def score_rows(
     def collect(batch: Batch, started: Any) -> None:
         scores = backend.finish(started)
         if not np.isfinite(scores.logprob).all():
-            raise FloatingPointError("the model gives log-probabilities that are not finite")
+            raise UserError(
+                "the model gives log-probabilities that are not finite: its weights are of no use"
+            )
         np.add.at(total, batch.row, scores.logprob.astype(np.float64))
         np.logical_and.at(greedy, batch.row, scores.greedy)
         done = np.unique(batch.row)

@@ -1,13 +1,16 @@
 """One task evaluated: the harness asks, scores and aggregates; what is recorded is read by eval.results."""
 
+import functools
 import hashlib
 import json
 import math
 import time
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 from lm_eval.evaluator import evaluate as run_harness
+from tqdm import tqdm
 
 from core.errors import UserError
 from eval.harness import HarnessModel
@@ -15,6 +18,8 @@ from eval.tasks import Tasks
 
 BOOTSTRAP = 1000  # resamples for the standard error of metrics that have no formula for it
 ROLLING = "loglikelihood_rolling"
+
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # progress is shown once, by eval.progress
 
 Record = dict[str, Any]
 

@@ -18,6 +18,8 @@ from core.sharding import BATCH_AXES, make_mesh, replicated
 from eval.batching import BUDGET, CPU_BUDGET, Batch, Scores, chunks
 
 CHUNK, CPU_CHUNK = 2048, 256  # places whose logits are held at once on a device
+# A width is computed for a second or two: XLA's search for the fastest matrix product would take longer.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 class FlaxBackend:
@@ -28,7 +30,9 @@ class FlaxBackend:
         self.context = config.context
         self.mesh = make_mesh()
         self.n_devices = self.mesh.size
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        platform = self.mesh.devices.flat[0].platform
+        on_cpu = platform == "cpu"
+        options = GPU_OPTIONS if platform == "gpu" else None
         self.budget = self.n_devices * (CPU_BUDGET if on_cpu else BUDGET)
         self._chunk = self.n_devices * (CPU_CHUNK if on_cpu else CHUNK)
         # The reference attention: most rows are far shorter than what the fast ones are made for.
@@ -37,8 +41,12 @@ class FlaxBackend:
         self.params = jax.device_put(params, replicated(self.mesh))
         whole, rows = replicated(self.mesh), NamedSharding(self.mesh, P(BATCH_AXES))
         self._rows = rows
-        self._hidden = jax.jit(functools.partial(_hidden, config, compute), out_shardings=whole)
-        self._scores = jax.jit(functools.partial(_scores, config), out_shardings=whole)
+        self._hidden = jax.jit(
+            functools.partial(_hidden, config, compute), out_shardings=whole, compiler_options=options
+        )
+        self._scores = jax.jit(
+            functools.partial(_scores, config), out_shardings=whole, compiler_options=options
+        )
         self._generator = Generator(config, Compute(dtype=dtype))
 
     def describe(self) -> str:

@@ -5,7 +5,7 @@ how tokens are scored. As with its `hf` model and a tokenizer that adds `<s>`, e
 and in rolling log-likelihoods `<s>` itself is scored once a document, behind another `<s>`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,24 @@ GENERATED = 256  # tokens at most where a task does not say
 GENERATED_AT_ONCE = 32  # prompts
 
 
+class Interrupted(Exception):
+    """Someone asked for the end while a task was being scored."""
+
+
 class HarnessModel(TemplateLM):
     """An `lm_eval.api.model.LM` of a backend and its tokenizer."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        quiet: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
+    ):
+        """quiet: no progress is shown; interrupted: asked after every batch, True raises `Interrupted`."""
         super().__init__()
+        self._quiet = quiet
+        self._interrupted = interrupted
         self.backend_model = backend
         self.mtlm_tokenizer = tokenizer
         self.task = ""
@@ -87,8 +100,14 @@ class HarnessModel(TemplateLM):
         return Row(whole[-(self.max_length + 1) :][:-1], targets)
 
     def _score(self, rows: Sequence[Row], unit: str = "requests") -> tuple[np.ndarray, np.ndarray]:
-        with Progress(self.task, len(rows), unit) as progress:
-            return score_rows(self.backend_model, rows, progress.advance)
+        with Progress(self.task, len(rows), unit, self._quiet) as progress:
+
+            def report(done: int, tokens: int) -> None:
+                progress.advance(done, tokens)
+                if self._interrupted():
+                    raise Interrupted
+
+            return score_rows(self.backend_model, rows, report)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole documents, each token once, in disjoint windows of the context."""
@@ -118,7 +137,7 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        with Progress(self.task, len(requests), unit="texts") as progress:
+        with Progress(self.task, len(requests), "texts", self._quiet) as progress:
             for indices in groups.values():
                 settings = dict(requests[indices[0]].args[1])
                 indices.sort(key=lambda i: -len(requests[i].args[0]))
@@ -129,6 +148,8 @@ class HarnessModel(TemplateLM):
                     for index, text in zip(part, made, strict=True):
                         texts[index] = text
                     progress.advance(len(part), n_tokens)
+                    if self._interrupted():
+                        raise Interrupted
         return texts
 
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> tuple[list[str], int]:

@@ -51,8 +51,8 @@ class PerplexityConfig:
     """A text file (UTF-8, also .xz) instead of WikiText-2."""
     data_dir: Path | None = None
     """Where wikitext-2-raw/wiki.test.raw lies. Default: fetched from the Hugging Face hub."""
-    stride: int = 512
-    """Tokens that the overlapping windows move on by."""
+    stride: int | None = None
+    """Tokens that the overlapping windows move on by. Default: 512, or half of a context below 1024."""
     out: Path | None = None
     """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval beside the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,7 +69,7 @@ class TokenScore(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.nats / self.tokens)
+        return exp(self.nats / self.tokens)
 
 
 def disjoint_rows(ids: list[int], context: int) -> Iterator[Row]:
@@ -101,6 +101,11 @@ def score_text(backend: Backend, rows: list[Row], what: str) -> TokenScore:
     with Progress(what, len(rows), "windows") as progress:
         logprobs, _ = score_rows(backend, rows, progress.advance)
     return TokenScore(-float(logprobs.sum()), sum(len(row.targets) for row in rows))
+
+
+def exp(mean: float) -> float:
+    """e^mean, infinity where a float cannot hold it."""
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def count_words(text: str) -> int:
@@ -152,8 +157,8 @@ def measure_wikitext_words(harness: HarnessModel, data_dir: Path | None) -> dict
 
 def _words(nats: float, bos_nats: float, n_words: int, n_bytes: int) -> dict[str, float | int]:
     return {
-        "perplexity": math.exp(nats / n_words),
-        "perplexity_without_bos": math.exp((nats - bos_nats) / n_words),
+        "perplexity": exp(nats / n_words),
+        "perplexity_without_bos": exp((nats - bos_nats) / n_words),
         "nats": nats,
         "bos_nats": bos_nats,
         "words": n_words,
@@ -190,24 +195,24 @@ def main() -> int:
         raise UserError("give --text or --data-dir, not both")
     text = read_text(config.text) if config.text else wikitext_test(config.data_dir)
     model = open_model(config.model, config.dtype, config.device)
-    if not 0 < config.stride <= model.backend.context:
-        raise UserError(
-            f"--stride is {config.stride}; it must lie in 1 to the context, {model.backend.context}"
-        )
+    context = model.backend.context
+    stride = min(512, context // 2) if config.stride is None else config.stride
+    if not 0 < stride < context:
+        raise UserError(f"--stride is {stride}; it must lie between 0 and the context, {context}")
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
-    found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, config.stride))
+    found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
     if config.text:
         found["word"] = measure_words(harness, text)
     else:
         found["word"] = measure_wikitext_words(harness, config.data_dir)
     name = config.text.name if config.text else "WikiText-2 test, raw"
-    print(report(name, found, model.backend.context, config.stride))
+    print(report(name, found, model.backend.context, stride))
     path = (config.out or model.results) / "perplexity.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     there[name] = {
         "model": model.identity,
-        "settings": {"dtype": config.dtype, "stride": config.stride, "context": model.backend.context},
+        "settings": {"dtype": config.dtype, "stride": stride, "context": context},
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "versions": versions(),
         "perplexities": found,

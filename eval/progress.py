@@ -14,11 +14,11 @@ LINE_SECONDS = 10.0  # between lines where standard error is not a terminal
 class Progress:
     """Progress on standard error: done of all, rate and time left."""
 
-    def __init__(self, what: str, total: int, unit: str):
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(self, what: str, total: int, unit: str, quiet: bool = False):
+        self._what, self._total, self._unit, self._quiet = what, total, unit, quiet
         self._done = self._tokens = 0
         self._started = self._last_line = time.monotonic()
-        self._console = Console(stderr=True) if sys.stderr.isatty() else None
+        self._console = Console(stderr=True) if sys.stderr.isatty() and not quiet else None
         if self._console:
             columns = (
                 TextColumn("{task.fields[what]}"),
@@ -48,6 +48,6 @@ class Progress:
         text = f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f} tokens/s, {left} left"
         if self._console:
             self._bar.update(self._task, completed=self._done, description=text)
-        elif now - self._last_line > LINE_SECONDS:
+        elif not self._quiet and now - self._last_line > LINE_SECONDS:
             self._last_line = now
             print(f"{self._what}: {text}", file=sys.stderr, flush=True)

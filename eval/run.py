@@ -17,7 +17,7 @@ from eval.evaluate import BOOTSTRAP, evaluate_task
 from eval.harness import HarnessModel
 from eval.models import Device, describe, is_checkpoint, open_model
 from eval.results import Results, figures, shown
-from eval.tasks import FEWSHOT_SEED, open_tasks
+from eval.tasks import FEWSHOT_SEED, open_tasks, task_names
 
 DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
 
@@ -59,9 +59,7 @@ class EvalConfig:
 def main() -> int:
     """The command."""
     config = tyro.cli(EvalConfig, prog="python -m eval.run")
-    names = list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
-    if not names:
-        raise UserError("--tasks names no task")
+    names = task_names(config.tasks)
     if config.card:
         if config.model.exists() and is_checkpoint(config.model):
             raise UserError(
