@@ -10,8 +10,8 @@ from tests.eval.conftest import Made
 from tests.eval.test_equality import hf_model
 
 PROMPTS = ["Rain falls on", "seven quiet", "Q: why?\nA:", "birds carry small seeds over the long river and"]
-PROMPTS += [f"{n} iron magnets pull" for n in range(4)]
-TOKENS = 12
+PROMPTS += [f"{n} iron magnets pull" for n in range(2)]
+TOKENS = 8
 
 
 def requests(settings: dict, prompts: list[str] = PROMPTS) -> list[Instance]:
