@@ -66,6 +66,7 @@ def differences(ours: Evaluated, theirs: dict[str, Record]) -> list[str]:
             for metric in ("acc", "acc_norm"):
                 if metric in sample and question[metric] != sample[metric]:
                     best = sorted(normed(sample, scores, metric))[-2:]
+                    # Twice what a score may err by, which acc_norm divides by a length.
                     assert best[1] - best[0] < 2 * LOGPROB, (task, metric, question, sample)
                     ties.append(f"{task} {metric}, question {question['id']}: {best}")
                     changed[metric] += question[metric] - sample[metric]
