@@ -110,7 +110,10 @@ class HarnessModel(TemplateLM):
             return score_rows(self.backend_model, rows, report)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole documents, each token once, in disjoint windows of the context."""
+        """Log-probability of whole documents, each token once, in windows of the context side by side.
+
+        As in the harness, the last window, which scores fewer tokens, sees as many before them as fit.
+        """
         rows: list[Row] = []
         document: list[int] = []
         for index, request in enumerate(requests):

@@ -107,6 +107,16 @@ def _field(where: str, content: Fields, name: str, kind: type | tuple[type, ...]
     return value
 
 
+def _strings(where: str, content: Fields, name: str) -> list[str]:
+    """The value of a field that is a list of texts, checked."""
+    values = _field(where, content, name, list)
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(
+            f"{where} has a {name!r} that is not all texts: it is of another format than expected"
+        )
+    return values
+
+
 def _choices(path: Path, question_field: str) -> Iterator[Fields]:
     """ARC and OpenBookQA: the authors' nested layout, or Hugging Face's flat one."""
     for where, content in _lines(path):
@@ -119,7 +129,7 @@ def _choices(path: Path, question_field: str) -> Iterator[Fields]:
         else:
             stem = _field(where, content, question_field)
             choices = _field(where, content, "choices", dict)
-            texts, labels = _field(where, choices, "text", list), _field(where, choices, "label", list)
+            texts, labels = (_strings(where, choices, name) for name in ("text", "label"))
         key = _field(where, content, "answerKey").strip()
         if key not in labels or len(texts) != len(labels):
             raise UserError(f"{where} has the 'answerKey' {key!r}, which is no label of its choices {labels}")
@@ -153,13 +163,20 @@ def _truthfulqa(path: Path) -> Iterator[Fields]:
         for name in ("mc1_targets", "mc2_targets"):
             targets = _field(where, item, name, dict)
             document[name] = {"choices": list(targets), "labels": list(targets.values())}
+            if any(label not in (0, 1) for label in targets.values()) or 1 not in targets.values():
+                raise UserError(f"{where} has {name!r} that are not 1 for true answers and 0 for others")
+        if sum(item["mc1_targets"].values()) != 1 or document["mc1_targets"]["labels"][0] != 1:
+            raise UserError(f"{where} has 'mc1_targets' whose first answer is not the one that is true")
         yield document
 
 
 def _piqa(path: Path) -> Iterator[Fields]:
     for where, content in _lines(path):
         texts = {name: _field(where, content, name) for name in ("goal", "sol1", "sol2")}
-        yield texts | {"label": _field(where, content, "label", int)}
+        label = _field(where, content, "label", int)
+        if label not in (0, 1):
+            raise UserError(f"{where} has the 'label' {label}, which is neither 0 nor 1")
+        yield texts | {"label": label}
 
 
 def _winogrande(path: Path) -> Iterator[Fields]:

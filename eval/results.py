@@ -7,6 +7,7 @@ OUT/results.md, results.png
 
 import json
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ class Results:
                 )
             self.content = there
 
-    def has(self, name: str) -> bool:
-        """Whether that task or group was evaluated under the same settings."""
+    def has(self, name: str, files: Callable[[str], dict[str, str]]) -> bool:
+        """Whether that task or group was evaluated under the same settings and on the same data.
+
+        files: sha256 of the local files of a single task.
+        """
         done = self.content["evaluations"].get(name)
-        return done is not None and done["settings"] == self.settings
+        if done is None or done["settings"] != self.settings:
+            return False
+        return all(entry["files_sha256"] == files(task) for task, entry in done["tasks"].items())
 
     def add(self, name: str, record: Record, questions: dict[str, list[Record]]) -> None:
         """Takes up a task or group just evaluated, in place of an earlier evaluation of it."""

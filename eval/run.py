@@ -76,7 +76,7 @@ def main() -> int:
         print(describe(model, config.dtype))
         harness = HarnessModel(model.backend, model.tokenizer)
         for name in names:
-            if results.has(name):
+            if results.has(name, tasks.files):
                 print(f"{name}: evaluated before, in {results.folder}")
                 continue
             record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)

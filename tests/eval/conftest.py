@@ -102,13 +102,15 @@ def torched(made: Made, sets: Sets) -> Evaluated:
     return evaluate(made.folder, sets.folder, device="cpu")
 
 
-def evaluate(path: Path, data: Path, tasks: list[str] = TASKS, device: str = "auto") -> Evaluated:
+def evaluate(
+    path: Path, data: Path, tasks: list[str] = TASKS, device: str = "auto", limit: int | None = None
+) -> Evaluated:
     """Every task by our own adapter."""
     opened = open_model(path, "float32", device)
     model = HarnessModel(opened.backend, opened.tokenizer)
     records, questions = {}, {}
     with open_tasks(tasks, data) as found:
         for name in tasks:
-            records[name], scored = evaluate_task(model, found, name)
+            records[name], scored = evaluate_task(model, found, name, limit=limit)
             questions |= scored
     return Evaluated(model, records, questions)

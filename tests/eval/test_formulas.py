@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.evaluate import _rolling
 from tests.eval.conftest import Evaluated, Made
 from tests.eval.small_sets import Choice, Sets
 from tests.models import flat
@@ -160,3 +161,27 @@ def test_rolling_perplexities(adapter, reference, sets, request):
     assert entry["bos_nats"] == pytest.approx(bos, abs=LOGPROB) and bos > 1
     assert entry["word_perplexity_without_bos"] == pytest.approx(math.exp((nats - bos) / words), rel=1e-4)
     assert entry["bits_per_byte_without_bos"] == pytest.approx((nats - bos) / n_bytes / math.log(2), rel=1e-5)
+
+
+def test_the_error_of_bits_a_byte_is_the_jackknife_s():
+    """A ratio of sums over documents: leaving each out in turn gives the same error, to first order.
+
+    Without document i the ratio moves by r_i / (B - b_i), where the formula has r_i / B (1 - 1/n): the two
+    differ by a factor between (1 - 1/n) / (1 - h_i) over the documents' shares h_i = b_i / B, and what the
+    moves have for a mean is of second order.
+    """
+    rng = np.random.default_rng(3)
+    n = 62
+    n_bytes = rng.integers(5_000, 40_000, n)
+    nats = n_bytes * rng.normal(0.8, 0.1, n)
+    rows = [
+        {"logprob": -x, "bytes": int(b), "words": int(b) // 5} for x, b in zip(nats, n_bytes, strict=True)
+    ]
+    found = _rolling(rows, bos_nats=62.0)
+    left_out = (nats.sum() - nats) / (n_bytes.sum() - n_bytes) / math.log(2)
+    jackknife = math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    shares = n_bytes / n_bytes.sum()
+    low, high = (1 - 1 / n) / (1 - shares.min()), (1 - 1 / n) / (1 - shares.max())
+    assert 0.97 < low < high < 1.03
+    assert low - 1e-3 < jackknife / found["bits_per_byte_stderr"] < high
+    assert _rolling(rows[:1], bos_nats=1.0)["bits_per_byte_stderr"] == pytest.approx(0, abs=1e-12)

@@ -10,8 +10,8 @@ from tests.eval.conftest import Made
 from tests.eval.test_equality import hf_model
 
 PROMPTS = ["Rain falls on", "seven quiet", "Q: why?\nA:", "birds carry small seeds over the long river and"]
-PROMPTS += [f"{n} iron magnets pull" for n in range(4)]
-TOKENS = 12
+PROMPTS += [f"{n} iron magnets pull" for n in range(2)]
+TOKENS = 8
 
 
 def requests(settings: dict, prompts: list[str] = PROMPTS) -> list[Instance]:
@@ -35,26 +35,30 @@ def model(request, made: Made) -> HarnessModel:
 
 
 def test_greedy_text_is_the_harness_s(model, hf, made, torched):
-    """Without a stop text, with one that occurs, and under every name of the number of tokens."""
+    """Also where it begins with a space, which the harness does not have."""
+    settings = {"until": [], "max_gen_toks": TOKENS}
+    texts = model.generate_until(requests(settings))
+    assert texts == hf.generate_until(requests(settings))
+    assert all(texts) and len(set(texts)) > 1
+    if made.tokenizer.name == "mistral":
+        prompts = [[made.tokenizer.bos, *made.tokenizer.encode(prompt).tolist()] for prompt in PROMPTS]
+        (first,) = torched.model.backend_model.stream(prompts, Sampling(temperature=0), 1, None)
+        spaced = [made.tokenizer.decode([token] * 2).strip().count(" ") for token in first]
+        assert any(spaced) and not all(spaced)
+
+
+def test_settings_are_the_harness_s(torched, hf):
+    """Stop texts, one or several; the number of tokens under each of its names."""
+    model = torched.model
     whole = hf.generate_until(requests({"until": [], "max_gen_toks": TOKENS}))
-    assert all(whole) and len(set(whole)) > 1
-    assert model.generate_until(requests({"until": [], "max_gen_toks": TOKENS})) == whole
     for name in ("max_new_tokens", "max_tokens"):
         assert model.generate_until(requests({"until": [], name: TOKENS})) == whole
     at = max(range(len(whole)), key=lambda i: len(whole[i]))
     stop = whole[at][3:5]
     expected = hf.generate_until(requests({"until": [stop], "max_gen_toks": TOKENS}))
     assert expected[at] == whole[at].split(stop)[0] != whole[at]
-    assert (
-        model.generate_until(requests({"until": ["never there", stop], "max_gen_toks": TOKENS})) == expected
-    )
-    assert model.generate_until(requests({"until": stop, "max_gen_toks": TOKENS})) == expected
-    if made.tokenizer.name == "mistral":  # a text whose first token begins with a space: it is not part of it
-        prompts = [made.tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
-        prompts = [[made.tokenizer.bos, *prompt] for prompt in prompts]
-        (first,) = torched.model.backend_model.stream(prompts, Sampling(temperature=0), 1, None)
-        spaced = [made.tokenizer.decode([token] * 2).strip().count(" ") for token in first]
-        assert any(spaced) and not all(spaced)
+    for until in (stop, [stop], ["never there", stop]):
+        assert model.generate_until(requests({"until": until, "max_gen_toks": TOKENS})) == expected
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(model, hf):
