@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
 from core.errors import UserError
@@ -124,12 +125,18 @@ def test_truncation_is_the_harness_s(made: Made, torched, flax):
                 ids = rng.integers(0, made.config.vocab_size, length).tolist()
                 requests.append((("", ""), ids[:-n], ids[-n:]))
     hf = hf_model(made.folder, batch_size=4)
+    for length in (5, context):  # what the model itself goes on with, twice
+        ids = rng.integers(0, made.config.vocab_size, length).tolist()
+        for _ in range(2):
+            ids.append(int(hf._model_call(torch.tensor([ids[-context:]]))[0, -1].argmax()))
+        requests.append((("", ""), ids[:-2], ids[-2:]))
     expected = hf._loglikelihood_tokens(requests, disable_tqdm=True)
     for ours in (torched.model, flax.model):
         ours.n_truncated = 0
         found = ours._loglikelihood_tokens(requests)
         np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=0, atol=5 * LOGPROB)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        assert {greedy for _, greedy in found} == {True, False}
         assert ours.n_truncated == sum(
             len(before) + len(after) > context + 1 for _, before, after in requests
         )
