@@ -102,7 +102,7 @@ def test_what_is_not_finite_is_refused(bad):
                 scores.logprob[-1] = bad
             return scores
 
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         score_rows(Failing(250, 1), make_rows(20))
 
 
