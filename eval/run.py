@@ -13,12 +13,13 @@ import tyro
 
 from core.errors import UserError, run_command
 from eval.card import check_card, update_card
-from eval.evaluate import BOOTSTRAP, evaluate_task
+from eval.evaluate import BOOTSTRAP, Record, evaluate_task
 from eval.harness import HarnessModel
 from eval.models import Device, describe, is_checkpoint, open_model
 from eval.results import Results, figures, shown
 from eval.tasks import FEWSHOT_SEED, open_tasks, task_names
 
+EXIT_INTERRUPTED = 130
 DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
 
 
@@ -57,7 +58,7 @@ class EvalConfig:
 
 
 def main() -> int:
-    """The command."""
+    """The command; 130 when Ctrl-C cut it short, after what was done is written."""
     config = tyro.cli(EvalConfig, prog="python -m eval.run")
     names = task_names(config.tasks)
     if config.card:
@@ -75,30 +76,40 @@ def main() -> int:
         results = Results(config.out or model.results, model.identity, settings)
         print(describe(model, config.dtype))
         harness = HarnessModel(model.backend, model.tokenizer)
-        for name in names:
-            if results.has(name, tasks.files):
-                print(f"{name}: evaluated before, in {results.folder}")
-                continue
-            record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
-            results.add(name, record, questions)
-            for task, entry in record["tasks"].items():
-                texts = [
-                    f"{metric} {shown(metric, value, stderr)}" for metric, value, stderr in figures(entry)
-                ]
-                n, seconds = entry["questions"], record["seconds"]
-                print(f"{task}: {', '.join(texts)} ({n:,} questions, {seconds:.0f} s)")
-            if record["truncated"]:
-                print(
-                    f"{name}: {record['truncated']} requests were longer than the context of "
-                    f"{model.backend.context} tokens and lost their beginning, as the harness does it",
-                    file=sys.stderr,
-                )
+        try:
+            for name in names:
+                if results.has(name, tasks.files):
+                    print(f"{name}: evaluated before, in {results.folder}")
+                    continue
+                record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
+                results.add(name, record, questions)
+                report(name, record, model.backend.context)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted: what is done is in {results.folder}; the same command goes on behind it",
+                file=sys.stderr,
+            )
+            return EXIT_INTERRUPTED
     results.finish()
     if config.card:
         update_card(config.model, results.content)
         print(f"wrote the results into {config.model / 'README.md'}")
     print(f"wrote {results.folder}/: results.json, results.md, results.png, questions/")
     return 0
+
+
+def report(name: str, record: Record, context: int) -> None:
+    """Says what came out of a task or group, and what was cut off."""
+    for task, entry in record["tasks"].items():
+        texts = [f"{metric} {shown(metric, value, stderr)}" for metric, value, stderr in figures(entry)]
+        n, seconds = entry["questions"], record["seconds"]
+        print(f"{task}: {', '.join(texts)} ({n:,} questions, {seconds:.0f} s)")
+    if record["truncated"]:
+        print(
+            f"{name}: {record['truncated']} requests were longer than the context of {context} tokens and lost "
+            "their beginning, as the harness does it",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

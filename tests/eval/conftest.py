@@ -69,9 +69,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     return write_sets(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=[pytest.param("llama", marks=pytest.mark.slow), "gpt"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A model, of both kinds in turn."""
+    """A model, of both kinds in turn; the one with 32,000 ids takes longer than quick tests may."""
     return make(tmp_path_factory.mktemp("made"), request.param)
 
 
