@@ -106,8 +106,8 @@ def report(name: str, record: Record, context: int) -> None:
         print(f"{task}: {', '.join(texts)} ({n:,} questions, {seconds:.0f} s)")
     if record["truncated"]:
         print(
-            f"{name}: {record['truncated']} requests were longer than the context of {context} tokens and lost "
-            "their beginning, as the harness does it",
+            f"{name}: {record['truncated']} requests were longer than the context of {context} tokens and "
+            "lost their beginning, as the harness does it",
             file=sys.stderr,
         )
 
