@@ -1,7 +1,7 @@
 """Compiles the kernels into one file: `python -m kernels_cuda.build`. Needs nvcc and PyTorch, but no GPU.
 
-The file lies in the package (a wheel takes it along) and serves every PyTorch from 2.10 on: it uses LibTorch's
-stable ABI and carries its own CUDA runtime. Beside it a .json says what it is made of.
+The file lies in the package (a wheel takes it along) and serves every PyTorch from 2.10 on: it uses the
+stable ABI of LibTorch and carries its own CUDA runtime. Beside it a .json says what it is made of.
 """
 
 import argparse
@@ -33,7 +33,9 @@ TORCH_FLAGS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 def find_nvcc() -> Path | None:
     """nvcc of $CUDA_HOME, of the PATH, of /usr/local/cuda or of the wheel nvidia-cuda-nvcc; None without."""
-    candidates = [Path(home) / "bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    candidates = [
+        Path(home) / "bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home
+    ]
     if on_path := shutil.which("nvcc"):
         candidates.insert(0 if "CUDA_HOME" not in os.environ else 1, Path(on_path))
     candidates += (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path)
@@ -141,7 +143,9 @@ def _run(command: list) -> None:
 
 def _version(nvcc: Path) -> str:
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return next((word.rstrip(",") for word in said.split() if word.startswith("V")), "unknown").removeprefix("V")
+    return next((word.rstrip(",") for word in said.split() if word.startswith("V")), "unknown").removeprefix(
+        "V"
+    )
 
 
 def _put(data: bytes, path: Path) -> None:
@@ -171,8 +175,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     build(BUILT, tuple(arguments.architectures))
-    size = BUILT.stat().st_size / 2**20
-    print(f"built {BUILT} for {' '.join(arguments.architectures)}: {size:.1f} MiB, {time.monotonic() - start:.0f} s")
+    seconds, size = time.monotonic() - start, BUILT.stat().st_size / 2**20
+    print(f"built {BUILT} for {' '.join(arguments.architectures)}: {size:.1f} MiB, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

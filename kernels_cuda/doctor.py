@@ -20,7 +20,9 @@ def facts() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            lines.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}"))
+            lines.append(
+                (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}")
+            )
     else:
         lines.append(("GPU", "none visible"))
     lines.append(("nvcc", str(build.find_nvcc() or "none")))
@@ -37,7 +39,9 @@ def _built() -> str:
         made_of = json.loads(build.BUILT.with_suffix(".json").read_text())
     except (FileNotFoundError, ValueError):
         return f"{build.BUILT}, of unknown sources: build it again"
-    current = "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"
+    current = (
+        "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"
+    )
     return (
         f"{build.BUILT} for {' '.join(made_of['architectures'])}, of {current}, "
         f"nvcc {made_of['nvcc']}, PyTorch {made_of['torch']}"

@@ -1,7 +1,7 @@
-"""The ops `torch.ops.mtlm.*`: their schemas, their plain PyTorch implementations, and which file has the CUDA ones.
+"""The ops `torch.ops.mtlm.*`: their schemas, plain PyTorch implementations, and which file has the CUDA ones.
 
-Declared at import, so that every op exists everywhere; `load` adds the CUDA implementations of the built file,
-or of one compiled on the spot, and says which it is.
+Declared at import, so that every op exists everywhere; `load` adds the CUDA implementations of the built
+file, or of one compiled on the spot, and says which it is.
 """
 
 import json
@@ -31,49 +31,51 @@ _SCHEMAS = {
     " Tensor(d!)[] copies, Tensor lr, Tensor step, Tensor grad_scale, Tensor skip, float beta1, float beta2,"
     " float eps, float weight_decay) -> ()",
 }
-_LIBRARY = torch.library.Library("mtlm", "DEF")
+LIBRARY = torch.library.Library("mtlm", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     # For every device and type; the CUDA implementations, where they are loaded, come before it.
-    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mtlm::rms_norm", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::rms_norm", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=reference._wide(x.dtype))
 
 
-@torch.library.register_fake("mtlm::add_rms_norm", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::add_rms_norm", lib=LIBRARY)
 def _(residual: Tensor, branch: Tensor, weight: Tensor, eps: float):
     rstd = residual.new_empty(residual.shape[:-1], dtype=reference._wide(residual.dtype))
     return branch.new_empty(branch.shape), residual.new_empty(residual.shape), rstd
 
 
-@torch.library.register_fake("mtlm::rms_norm_backward", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::rms_norm_backward", lib=LIBRARY)
 def _(d_normed: Tensor, d_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, branch: bool):
     two = branch and d_normed.dtype != x.dtype
     d_branch = d_normed.new_empty(x.shape[0] if two else 0, x.shape[1])
     return x.new_empty(x.shape), d_branch, weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("mtlm::rotary_", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::rotary_", lib=LIBRARY)
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool):
     pass
 
 
-@torch.library.register_fake("mtlm::rotary_pack", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::rotary_pack", lib=LIBRARY)
 def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conjugate: bool):
     b, s, h, k_size = q.shape
     return q.new_empty(b, s, 3, h, k_size)
 
 
-@torch.library.register_fake("mtlm::softmax_loss_", lib=_LIBRARY)
+@torch.library.register_fake("mtlm::softmax_loss_", lib=LIBRARY)
 def _(logits: Tensor, targets: Tensor, total: Tensor, nll: Tensor, z_loss: float, gradients: bool):
     pass
 
 
-@torch.library.register_fake("mtlm::adamw_", lib=_LIBRARY)
-def _(params, grads, exp_avgs, exp_avg_sqs, copies, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay):
+@torch.library.register_fake("mtlm::adamw_", lib=LIBRARY)
+def _(
+    params, grads, exp_avgs, exp_avg_sqs, copies, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
     pass
 
 
@@ -111,7 +113,9 @@ def find(compile_missing: bool = True) -> Source:
     if missing is None:
         return Source(build.BUILT, f"the built file {build.BUILT.name}")
     if capability < (8, 0):
-        return Source(None, f"plain PyTorch, because the GPU's architecture {capability} is older than (8, 0)")
+        return Source(
+            None, f"plain PyTorch, because the GPU's architecture {capability} is older than (8, 0)"
+        )
     if build.find_nvcc() is None:
         return Source(None, f"plain PyTorch, because {missing} and there is no nvcc to compile one")
     kept = build.kept_file(capability)

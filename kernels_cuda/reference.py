@@ -24,8 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple
     return (y * weight).to(dtype), rstd.squeeze(-1)
 
 
-def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of residual + branch [..., D] in branch's type; the sum in residual's; the factor of each row."""
+def add_rms_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of residual + branch [..., D] in branch's type, the sum in residual's, each row's factor."""
     total = residual + branch
     normed, rstd = rms_norm(total, weight, eps, branch.dtype)
     return normed, total, rstd
@@ -34,7 +36,7 @@ def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float) -
 def rms_norm_backward(
     d_normed: Tensor, d_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x [N, D] (in its type), of the branch (in d_normed's, empty if that is x's) and of weight."""
+    """Gradients of x [N, D], of the branch (empty if its type, d_normed's, is that of x) and of weight."""
     wide = _wide(x.dtype)
     y, g = x.to(wide), d_normed.to(wide)
     rstd = rstd[:, None]
@@ -95,8 +97,10 @@ def softmax_loss_(
         logits.copy_(torch.where(counted[:, None], d, 0))
 
 
-def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The sums over the targets [N] of total and nll, from hidden [N, D] and the head [V, D]: all logits at once."""
+def linear_cross_entropy(
+    hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]: all logits at once."""
     logits = F.linear(hidden, table)
     logits = logits.to(_wide(logits.dtype))
     counted = targets != IGNORE
