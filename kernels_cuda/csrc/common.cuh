@@ -35,13 +35,14 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// One access of 4, 8 or 16 bytes; what is read `ONCE` leaves the caches first.
+// One access of 4, 8 or 16 bytes. What is read `ONCE` leaves the caches first; the rest is never written while
+// the kernel runs, and stays in the first one.
 template <bool ONCE, typename V>
 __device__ __forceinline__ V read(const V* p) {
   if constexpr (ONCE) {
     return __ldcs(p);
   } else {
-    return __ldca(p);
+    return __ldg(p);
   }
 }
 

@@ -81,7 +81,7 @@ __device__ float finish_row(const SoftmaxLoss& a, int64_t row, int64_t target, i
   if (threadIdx.x == 0) {
     const float nll = valid ? lse - target_logit : NAN;
     a.nll[row] = nll;
-    a.total[row] = nll + a.z_loss * lse * lse;
+    a.total[row] = a.z_loss == 0 ? nll : nll + a.z_loss * lse * lse;
   }
   return valid ? 1.0f + 2.0f * a.z_loss * lse : NAN;
 }
@@ -130,12 +130,12 @@ __global__ __launch_bounds__(THREADS, 3) void row_in_shared(SoftmaxLoss a, int v
 #pragma unroll
     for (int i = 0; i < N; ++i) mine.max = fmaxf(mine.max, x[i]);
   }
-  const float top = mine.max == -INFINITY ? 0 : mine.max * LOG2_E;
+  const float top = mine.max == -INFINITY ? 0 : mine.max;
   for (int at = first; at < vocab; at += THREADS * N) {
     float x[N];
     load_shared<T, N>(kept, at, x);
 #pragma unroll
-    for (int i = 0; i < N; ++i) mine.sum += exp2f(x[i] * LOG2_E - top);
+    for (int i = 0; i < N; ++i) mine.sum += exp2f((x[i] - top) * LOG2_E);
   }
   // Its barrier also stands between the reading of the target's logit and the writing of the row.
   const float lse = log_sum_over_block(mine);
@@ -159,7 +159,7 @@ __global__ __launch_bounds__(THREADS) void row_read_twice(SoftmaxLoss a, int64_t
   LogSum mine;
   for (int64_t at = threadIdx.x * N; at < vocab; at += THREADS * N) {
     float x[N];
-    load<T, N, false>(logits + at, x);
+    load<T, N>(logits + at, x);
     LogSum here;
 #pragma unroll
     for (int i = 0; i < N; ++i) here.max = fmaxf(here.max, x[i]);
