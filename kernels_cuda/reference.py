@@ -101,7 +101,7 @@ def linear_cross_entropy(
     hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """Sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]: all logits at once."""
-    logits = F.linear(hidden, table)
+    logits = F.linear(hidden, table.to(hidden.dtype))
     logits = logits.to(_wide(logits.dtype))
     counted = targets != IGNORE
     lse = torch.logsumexp(logits, dim=-1)

@@ -77,8 +77,8 @@ def test_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_chunks_are_even_and_wide():
-    assert loss.rows_at_once(32768, 64000) == 16384
-    assert loss.rows_at_once(40000, 64000) == 13568  # a third, up to the next 256
+    assert loss.rows_at_once(32768, 64000) == 11008
+    assert loss.rows_at_once(40000, 64000) == 10240  # a quarter, up to the next 256
     assert loss.rows_at_once(100, 64000) == 100
     assert loss.rows_at_once(32768, 262144) == 8192  # a large vocabulary still gets the fewest rows
     assert loss.rows_at_once(0, 64000) == 0
