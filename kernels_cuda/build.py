@@ -101,7 +101,7 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
         for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
             objects.append(Path(folder) / f"{source.name}.o")
             specific = code if source.suffix == ".cu" else [*TORCH_FLAGS, "-I", torch_folder / "include"]
-            commands.append([nvcc, *COMPILER_FLAGS, *specific, "-c", source, "-o", objects[-1]])
+            commands.append([nvcc, *COMPILER_FLAGS, *specific, "-c", source.name, "-o", objects[-1]])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = Path(folder) / output.name
@@ -135,10 +135,11 @@ def build_kept(output: Path, capability: tuple[int, int]) -> None:
 
 
 def _run(command: list) -> None:
-    """Runs a compiler; what it says is shown only if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    """Runs a compiler among the sources; what it says is shown only if it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=SOURCES, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
 
 def _version(nvcc: Path) -> str:
