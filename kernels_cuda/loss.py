@@ -20,7 +20,8 @@ from kernels_cuda.ops import compute_type, on_kernels
 
 # Logits held at once: with the table's float32 gradient less than a gibibyte at 32768 x 768 x 32000, in
 # three chunks of 11008 rows. Their product for d_hidden is 258 tiles of 128 x 256, nearly twice the 132
-# multiprocessors of an H100; of four chunks of 8192 it would be 192, and half of them idle in the second round.
+# multiprocessors of an H100; of four chunks of 8192 it would be 192,
+# half of them idle in the second round.
 LOGITS_BYTES = 768 * 2**20
 FEWEST_ROWS = 8192
 
