@@ -1,4 +1,4 @@
-"""A folder that appears whole, under its own name, or not at all."""
+"""Folders and files that appear whole, under their own names, or not at all."""
 
 import contextlib
 import shutil
@@ -30,3 +30,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_path(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is whole whenever it is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        sync_path(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from core.errors import UserError, run_command
+from core.folders import write_atomically
 from core.generate import Sampling, pieces, show
-from core.manifest import EXPORT_MANIFEST, load_manifest, sync_path
+from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import compute_dtype
 from core.tokenizer import Tokenizer
 from port_torch.folder_tokenizer import folder_tokenizer
@@ -266,18 +267,6 @@ def write_batches(writer: Writer, lines: list[dict[str, Any]], batch: int, out: 
     kept = f"{len(done)} of {len(lines)} prompts are in {out}" if done else "nothing was done yet"
     print(f"interrupted: {kept}", file=sys.stderr)
     return EXIT_INTERRUPTED
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is whole whenever it is there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        sync_path(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ class RunConfig:
     Default: a tenth of the run."""
     eval_windows: int = 512
     """Windows of each held-out set that evaluations during the run read; the first and last read all."""
+    eval_tasks: str = ""
+    """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
+    eval_data_dir: Path | None = None
+    """Where the tasks' data lies (see eval.run). Default: fetched from the Hugging Face hub."""
+    eval_questions: int = 200
+    """Questions of each task that evaluations during the run ask; the last asks all."""
     sample_every: int | None = None
     """Updates between samples. Default: as --eval-every."""
     prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
@@ -112,8 +118,8 @@ class RunConfig:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
         for name in ("steps", "epochs", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows",
-                     "eval_every", "sample_every", "save_every", "keep_last", "keep_every", "log_every",
-                     "save_minutes", "stop_at"):  # fmt: skip
+                     "eval_every", "eval_questions", "sample_every", "save_every", "keep_last", "keep_every",
+                     "log_every", "save_minutes", "stop_at"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
@@ -143,8 +149,9 @@ def defaults(name: str) -> RunConfig:
 
 # Settings that change how a run is watched, kept or carried out, but not its losses.
 FREE_SETTINGS = frozenset((
-    "out", "data", "eval_every", "eval_windows", "sample_every", "prompts", "save_every", "save_minutes",
-    "keep_last", "keep_every", "keep_steps", "stop_at", "log_every", "init_from", "allow_change", "fallback",
+    "out", "data", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
+    "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
+    "stop_at", "log_every", "init_from", "allow_change", "fallback",
 ))  # fmt: skip
 # Settings that a run folder does not pass on to the next start: they are of one start only.
 ONCE = ("allow_change", "fallback", "stop_at")
@@ -176,7 +183,7 @@ def unflatten(flat: dict[str, Any], kind: type = RunConfig) -> Any:
             values[field.name] = unflatten(flat, type(field.default))
         elif field.name in flat:
             value = flat[field.name]
-            if field.name in ("out", "init_from") and value is not None:
+            if field.name in ("out", "init_from", "eval_data_dir") and value is not None:
                 value = Path(value)
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

@@ -73,6 +73,8 @@ class Loop:
     compiled_step: jax.stages.Compiled
     batches: Iterator[LoadedBatch]
     evaluator: Evaluator
+    tasks: Any
+    """An eval.training.TaskEvaluator; None where no tasks are evaluated."""
     generator: Generator
     tokenizer: Tokenizer
     checkpointer: Checkpointer
@@ -144,6 +146,8 @@ class Loop:
         self._read_metrics(leave=0)
         if evaluate:
             self._evaluate(limit=None if step == 0 or last or grown else self.config.eval_windows)
+            if self.tasks and not self.interrupt.requested:
+                self._evaluate_tasks(limit=None if last else self.config.eval_questions)
         if sample and not self.interrupt.requested:
             self._sample()
         if save:
@@ -244,6 +248,13 @@ class Loop:
                 f"step {self.step}: {split}: {score.bits_per_byte:.4f} bits per byte, "
                 f"{score.nll:.4f} nats per token, perplexity {score.perplexity:.2f}"
             )
+
+    def _evaluate_tasks(self, limit: int | None) -> None:
+        for task, questions, figures in self.tasks.evaluate(self.state.params, limit, self.progress.say):
+            values = {f"{task}/{name}": value for name, value, _ in figures}
+            self.log.write(self.step, "task", task=task, questions=questions, **values)
+            texts = [text for _, _, text in figures]
+            self.progress.say(f"step {self.step}: {task}: {', '.join(texts)} ({questions:,} questions)")
 
     def _sample(self) -> None:
         """Goes on from fixed prompts with fixed keys: what changes is the model."""

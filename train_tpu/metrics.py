@@ -52,7 +52,7 @@ def bits_per_byte(nll_per_token: float, tokens: int, n_bytes: int) -> float:
 class RunLog:
     """Appends to a run folder's metrics.jsonl, TensorBoard events and samples.txt.
 
-    A line of metrics.jsonl is an object with "step" and "kind": "train" (one an update), "eval",
+    A line of metrics.jsonl is an object with "step" and "kind": "train" (one an update), "eval", "task",
     "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
     """
 
@@ -126,9 +126,9 @@ def carry_log(source: Path, target: Path, step: int) -> None:
     if not (source / "metrics.jsonl").is_file():
         return
     lines = []
-    for kind in ("train", "eval", "sample", "skip"):
+    for kind in ("train", "eval", "task", "sample", "skip"):
         for row in read_log(source, kind):
-            if row["step"] < step or (kind == "eval" and row["step"] == step):
+            if row["step"] < step or (kind in ("eval", "task") and row["step"] == step):
                 lines.append({CARRIED: step} | row)
     lines.sort(key=lambda row: row["step"])
     (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")

@@ -3,6 +3,7 @@
 main() is the whole course in order: settings, data, devices, run folder, state, compilation, loop.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
 from core.sharding import make_mesh, replicated, require_deterministic_operations
-from core.tokenizer import load_tokenizer
+from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.config import RunConfig
@@ -83,6 +84,8 @@ def main() -> int:
     step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
 
+    tasks = open_tasks(config, model, compute, tokenizer)
+
     # 4. The run folder: new, or that of the run to go on with. What it starts from is opened first, so that
     # a refusal leaves nothing behind.
     record = run_record(config, model, steps, dataset)
@@ -94,7 +97,9 @@ def main() -> int:
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
     end = min(steps, config.stop_at or steps)
 
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, tasks or contextlib.nullcontext():
+        if tasks:
+            tasks.interrupted = lambda: interrupt.requested is not None
         # 5. The state: resumed, taken from another checkpoint's parameters, or fresh.
         state, manifest, how = starting_state(
             config, step_config, out, record, dataset, mesh, source, console
@@ -146,6 +151,7 @@ def main() -> int:
                 compiled_step=step,
                 batches=batches,
                 evaluator=Evaluator(model, compute, dataset, rows, config.loss_chunk, mesh),
+                tasks=tasks,
                 generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
                 tokenizer=tokenizer,
                 checkpointer=checkpointer,
@@ -236,6 +242,19 @@ def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[C
     # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
     unroll = config.unroll or (1 if platform == "tpu" else model.n_layers)
     return Compute(dtype, attention.name, unroll, config.remat, mesh), attention
+
+
+def open_tasks(config: RunConfig, model: ModelConfig, compute: Compute, tokenizer: Tokenizer) -> Any:
+    """What evaluates --eval-tasks; None without: training needs the package eval only then."""
+    if not config.eval_tasks:
+        return None
+    try:
+        from eval.training import TaskEvaluator
+    except ImportError as error:
+        raise UserError(
+            f"--eval-tasks needs lm-eval ({error}): pip install -c constraints.txt -e '.[eval]'"
+        ) from None
+    return TaskEvaluator(config.eval_tasks, config.eval_data_dir, model, compute.dtype, tokenizer)
 
 
 def open_source(

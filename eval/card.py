@@ -1,0 +1,51 @@
+"""Results in the model card of an exported folder: `model-index` and a section of the text.
+
+The hub reads `model-index` from the front matter of README.md; huggingface_hub writes it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from core.errors import UserError
+from core.folders import write_atomically
+from core.manifest import CARD
+from eval.results import all_tasks, figures, protocol, shown, table
+
+HEADING = "## Evaluation with lm-evaluation-harness"
+
+
+def check_card(folder: Path) -> ModelCard:
+    """The folder's card; a UserError where there is none that can be read."""
+    path = folder / CARD
+    if not path.is_file():
+        raise UserError(f"--card: {path} is not there: export the model again for its card")
+    try:
+        return ModelCard.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--card: the front matter of {path} cannot be read: {error}") from None
+
+
+def update_card(folder: Path, content: dict[str, Any]) -> None:
+    """Writes the results into the card, in place of earlier ones of the same tasks."""
+    card = check_card(folder)
+    tasks = all_tasks(content)
+    data = card.data
+    data.model_name = data.model_name or content["model"]["name"]
+    kept = [result for result in data.eval_results or [] if result.dataset_type not in tasks]
+    data.eval_results = kept + [
+        EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric,
+            metric_value=value, metric_name=f"{metric} ({protocol(entry)})",
+        )
+        for task, entry in tasks.items() for metric, value, _ in figures(entry)
+    ]  # fmt: skip
+    rows = [
+        (task, metric, shown(metric, value, stderr), protocol(entry))
+        for task, entry in tasks.items()
+        for metric, value, stderr in figures(entry)
+    ]
+    text = card.text.split(f"\n{HEADING}\n")[0].rstrip()
+    section = f"{HEADING}\n\n{table(('task', 'metric', 'value', 'protocol'), rows)}"
+    write_atomically(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}\n\n{section}\n")

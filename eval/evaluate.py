@@ -1,0 +1,128 @@
+"""One task evaluated: the harness asks, scores and aggregates; what is recorded is read by eval.results."""
+
+import functools
+import hashlib
+import json
+import math
+import time
+from typing import Any
+
+import lm_eval.api.task
+import numpy as np
+from lm_eval.evaluator import evaluate as run_harness
+from tqdm import tqdm
+
+from core.errors import UserError
+from eval.harness import HarnessModel
+from eval.tasks import Tasks
+
+BOOTSTRAP = 1000  # resamples for the standard error of metrics that have no formula for it
+ROLLING = "loglikelihood_rolling"
+
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # progress is shown once, by eval.progress
+
+Record = dict[str, Any]
+
+
+def evaluate_task(
+    model: HarnessModel, tasks: Tasks, name: str, shots: int | None = None, limit: int | None = None
+) -> tuple[Record, dict[str, list[Record]]]:
+    """Evaluates a task, or every task of a group.
+
+    Returns:
+        What goes into the results (tasks and groups with metrics), and the scored questions of each task.
+    """
+    started = time.monotonic()
+    model.task, model.n_truncated, model.bos_nats = name, 0, 0.0
+    loaded = tasks.load(name, shots)
+    try:
+        found = run_harness(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+    except UserError:
+        raise
+    except (ImportError, ValueError, NotImplementedError) as error:  # unsafe code, images, chat templates
+        raise UserError(f"the task {name} cannot be run here: {error}") from None
+    record: Record = {
+        "seconds": round(time.monotonic() - started, 1),
+        "truncated": model.n_truncated,
+        "tasks": {},
+        "groups": {},
+    }
+    questions = {}
+    for task, rows in found["samples"].items():
+        rolling = loaded["tasks"][task].OUTPUT_TYPE == ROLLING
+        questions[task] = [_question(row, rolling) for row in rows]
+        record["tasks"][task] = {
+            "version": found["versions"][task],
+            "shots": found["n-shot"][task],
+            "questions": len(rows),
+            "of": found["n-samples"][task]["original"],
+            "requests_sha256": _hash([row["question"] for row in questions[task]]),
+            "files_sha256": tasks.files(task),
+            "chance": _chance(rows),
+            "higher_is_better": found["higher_is_better"][task],
+            "metrics": _metrics(found["results"][task]),
+        }
+        if rolling:
+            record["tasks"][task] |= _rolling(questions[task], model.bos_nats)
+    for group, values in found.get("groups", {}).items():
+        record["groups"][group] = {"metrics": _metrics(values)}
+    return record, questions
+
+
+def _metrics(values: Record) -> Record:
+    """{"acc,none": v, "acc_stderr,none": e} as {"acc": {"value": v, "stderr": e}}; filters are named."""
+    metrics: Record = {}
+    for key, value in values.items():
+        name, _, filtered = key.partition(",")
+        if not filtered or not isinstance(value, int | float | np.number):
+            continue
+        stderr = name.endswith("_stderr")
+        label = name.removesuffix("_stderr") + ("" if filtered == "none" else f" ({filtered})")
+        entry = metrics.setdefault(label, {"value": math.nan, "stderr": None})
+        entry["stderr" if stderr else "value"] = float(value)
+    return metrics
+
+
+def _question(row: Record, rolling: bool) -> Record:
+    """A question as scored: what identifies it, log-probabilities and metrics."""
+    arguments = [list(map(str, argument)) for argument in row["arguments"]]
+    question: Record = {"id": row["doc_id"], "question": _hash(arguments)}
+    responses = row["filtered_resps"]
+    if rolling:
+        logprob, n_bytes = row["bits_per_byte"]
+        return question | {"logprob": logprob, "bytes": n_bytes, "words": row["word_perplexity"][1]}
+    question["target"] = row["target"]
+    if all(isinstance(response, tuple | list) for response in responses):
+        question["logprobs"] = [response[0] for response in responses]
+    else:
+        question["texts"] = responses
+    return question | {metric: row[metric] for metric in row["metrics"] if metric in row}
+
+
+def _rolling(questions: list[Record], bos_nats: float) -> Record:
+    """What belongs to a perplexity: the error of bits a byte over documents, and what `<s>` cost in it."""
+    nats = -np.array([row["logprob"] for row in questions])
+    n_bytes = np.array([row["bytes"] for row in questions], float)
+    n_words = sum(row["words"] for row in questions)
+    ratio, n = nats.sum() / n_bytes.sum(), len(questions)
+    spread = ((nats - ratio * n_bytes) ** 2).sum() * n / max(n - 1, 1)  # of a ratio of sums, to first order
+    return {
+        "words": n_words,
+        "bytes": int(n_bytes.sum()),
+        "bits_per_byte_stderr": math.sqrt(spread) / n_bytes.sum() / math.log(2),
+        "bos_nats": bos_nats,
+        "word_perplexity_without_bos": math.exp((nats.sum() - bos_nats) / n_words),
+        "bits_per_byte_without_bos": (nats.sum() - bos_nats) / n_bytes.sum() / math.log(2),
+    }
+
+
+def _chance(rows: list[Record]) -> float | None:
+    """Accuracy of guessing among the choices; None where there are none."""
+    n_choices = [len(row["arguments"]) for row in rows]
+    if any(n < 2 or not isinstance(row["target"], int) for n, row in zip(n_choices, rows, strict=True)):
+        return None
+    return float(np.mean([1 / n for n in n_choices]))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

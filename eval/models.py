@@ -1,0 +1,138 @@
+"""What is evaluated: a checkpoint with Flax, or a folder of weights with PyTorch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from core.checkpoint import find_step, load_manifest, restore_params
+from core.config import ModelConfig
+from core.errors import UserError
+from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest
+from core.model import abstract_params
+from core.steps import list_steps
+from core.tokenizer import Tokenizer, load_tokenizer, require_same, tokenizer_record
+from eval.batching import Backend
+from eval.flax_backend import FlaxBackend
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Model(NamedTuple):
+    """A model ready to be evaluated."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    identity: dict[str, Any]
+    """What proves which model it is, and what is known of it; goes into the results."""
+    results: Path
+    """Where results go if nothing else is said."""
+
+
+def open_model(path: Path, dtype: str, device: Device = "auto") -> Model:
+    """Opens a run, a checkpoint in it, or a folder of weights.
+
+    Args:
+        path: a folder with checkpoints is run with Flax, one with a Hugging Face config.json with PyTorch.
+        dtype: float32 or bfloat16, of activations (of weights, too, with PyTorch).
+        device: for folders; JAX chooses its devices itself (JAX_PLATFORMS).
+
+    Raises:
+        UserError: there is no model, it is damaged, or what it needs is not here.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
+    if is_checkpoint(path):
+        if device != "auto":
+            raise UserError(
+                f"{path} is a checkpoint, which JAX runs on the devices it finds: set JAX_PLATFORMS=cpu or "
+                "cuda instead of --device"
+            )
+        return _open_checkpoint(path, dtype)
+    return _open_folder(path, dtype, device)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run folder, its folder of checkpoints, or one of them."""
+    return (path / "checkpoints").is_dir() or (path / MANIFEST).exists() or bool(list_steps(path))
+
+
+def _open_checkpoint(path: Path, dtype: str) -> Model:
+    step_dir = find_step(path)
+    manifest = load_manifest(step_dir)
+    config = ModelConfig(**manifest.config["model"])
+    tokenizer = load_tokenizer(manifest.tokenizer["name"])
+    require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
+    params = restore_params(step_dir, abstract_params(config))
+    backend = FlaxBackend(config, params, dtype)
+    run = step_dir.absolute().parent.parent
+    known = _known(run.name, config, manifest)
+    identity = known | {"kind": "checkpoint", "sha256": _manifest_hash(step_dir / MANIFEST)}
+    return Model(backend, tokenizer, identity, run / "eval" / f"step-{manifest.step}")
+
+
+def _open_folder(path: Path, dtype: str, device: Device) -> Model:
+    try:
+        import torch
+
+        from eval.torch_backend import TorchBackend
+        from port_torch.folder_tokenizer import folder_tokenizer
+        from port_torch.generate import choose_device
+        from port_torch.model import load
+    except ImportError as error:
+        raise UserError(
+            f"{path} is no checkpoint, and a folder of weights needs PyTorch ({error}): "
+            "pip install -c constraints.txt -e '.[torch]'"
+        ) from None
+    chosen = choose_device(device)
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if chosen == "cuda" else ["cpu"]
+    models = [load(path, getattr(torch, dtype), device) for device in devices]
+    manifest = load_manifest(path, EXPORT_MANIFEST) if (path / EXPORT_MANIFEST).exists() else None
+    config = models[0].config
+    tokenizer = folder_tokenizer(path, manifest, None, config.vocab_size)
+    name = path.absolute().name
+    if manifest:
+        identity = _known(name, config, manifest) | {"sha256": _manifest_hash(path / EXPORT_MANIFEST)}
+    else:
+        identity = {"name": name, "parameters": config.n_params, "sha256": _weights_hash(path)}
+    return Model(
+        TorchBackend(models),
+        tokenizer,
+        identity | {"kind": "folder"},
+        path.absolute().with_name(f"{name}-eval"),
+    )
+
+
+def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "name": name,
+        "parameters": config.n_params,
+        "step": manifest.step,
+        "tokens": manifest.tokens,
+        "lineage": [entry["operation"] for entry in manifest.lineage],
+        "config": manifest.config["model"],
+        "tokenizer": manifest.tokenizer,
+    }
+
+
+def _manifest_hash(path: Path) -> str:
+    """The manifest's own hash, which covers that of every file."""
+    return json.loads(path.read_text(encoding="utf-8"))["sha256"]
+
+
+def _weights_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def describe(model: Model, dtype: str) -> str:
+    """One line for the user: what is evaluated, and with what."""
+    known = model.identity
+    step = f" at step {known['step']:,}" if "step" in known else ""
+    return (
+        f"{known['name']}{step}, {known['parameters']:,} parameters: {model.backend.describe()}, {dtype}; "
+        f"tokenizer {model.tokenizer.name}, <s> before every text"
+    )

@@ -1,0 +1,246 @@
+"""`python -m eval.perplexity MODEL`: the perplexities of a text, each under a name that says what it is.
+
+The same model has several on the same text, which people put beside each other by mistake:
+
+    token_disjoint   exp(nats a token): the text as it is, in windows of the context side by side
+    token_stride     the same with overlapping windows, as Hugging Face's guide has it: every token but those
+                     of the first window sees at least context - stride tokens before it
+    word             exp(nats / words), words as lm-evaluation-harness counts them; WikiText by its pages,
+                     detokenised, and everything else as one document
+    byte             bits a byte: of each of these; the only one that compares between tokenizers
+
+The text begins with `<s>`, which the per-token numbers do not score; lm-evaluation-harness does (see
+eval.harness).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from lm_eval.api.instance import Instance
+
+from core.errors import UserError, run_command
+from core.folders import write_atomically
+from core.tokenizer import Tokenizer
+from eval.batching import Backend, Row, score_rows
+from eval.evaluate import evaluate_task
+from eval.harness import HarnessModel
+from eval.local_data import WIKITEXT_TEST, read_text
+from eval.models import Device, describe, open_model
+from eval.progress import Progress
+from eval.results import table, versions
+from eval.tasks import open_tasks
+
+# wiki.test.raw of wikitext-2-raw-v1 as published, with \n for line ends.
+WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityConfig:
+    """Perplexities of WikiText-2's test text, or of a text of yours: per token, per word, and bits a byte."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
+    text: Path | None = None
+    """A text file (UTF-8, also .xz) instead of WikiText-2."""
+    data_dir: Path | None = None
+    """Where wikitext-2-raw/wiki.test.raw lies. Default: fetched from the Hugging Face hub."""
+    stride: int | None = None
+    """Tokens that the overlapping windows move on by. Default: 512, or half of a context below 1024."""
+    out: Path | None = None
+    """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval beside the folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Device = "auto"
+    """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+
+
+class TokenScore(NamedTuple):
+    """A text's tokens scored once each."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return exp(self.nats / self.tokens)
+
+
+def disjoint_rows(ids: list[int], context: int) -> Iterator[Row]:
+    """Windows side by side, as in training: every id but the first is scored once."""
+    for start in range(0, len(ids) - 1, context):
+        targets = ids[start + 1 : start + 1 + context]
+        yield Row(ids[start : start + len(targets)], targets)
+
+
+def stride_rows(ids: list[int], context: int, stride: int) -> Iterator[Row]:
+    """Windows of `context` ids that begin every `stride`; each scores what the one before did not.
+
+    https://huggingface.co/docs/transformers/perplexity: the window's first id is never scored, so a window of
+    `context` ids has `context - 1` predictions.
+    """
+    scored_to = 1  # ids before this one are scored, or are the first
+    for start in range(0, len(ids), stride):
+        end = min(start + context, len(ids))
+        targets = ids[scored_to:end]
+        if targets:
+            yield Row(ids[start : end - 1], targets)
+        scored_to = end
+        if end == len(ids):
+            return
+
+
+def score_text(backend: Backend, rows: list[Row], what: str) -> TokenScore:
+    """The rows' targets, scored."""
+    with Progress(what, len(rows), "windows") as progress:
+        logprobs, _ = score_rows(backend, rows, progress.advance)
+    return TokenScore(-float(logprobs.sum()), sum(len(row.targets) for row in rows))
+
+
+def exp(mean: float) -> float:
+    """e^mean, infinity where a float cannot hold it."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def count_words(text: str) -> int:
+    """Words as lm-evaluation-harness counts them for WikiText."""
+    return len(re.split(r"\s+", text))
+
+
+def measure(
+    backend: Backend, tokenizer: Tokenizer, text: str, stride: int
+) -> dict[str, dict[str, float | int]]:
+    """The per-token perplexities of a text, by name, with what they are made of."""
+    ids = [tokenizer.bos, *tokenizer.encode(text).tolist()]
+    n_bytes = len(text.encode())
+    context = backend.context
+    if len(ids) < 2:
+        raise UserError("the text is empty: there is nothing to score")
+    scores = {
+        "token_disjoint": score_text(backend, list(disjoint_rows(ids, context)), "token_disjoint"),
+        "token_stride": score_text(backend, list(stride_rows(ids, context, stride)), "token_stride"),
+    }
+    return {
+        name: {
+            "perplexity": score.perplexity,
+            "nats": score.nats,
+            "tokens": score.tokens,
+            "bytes": n_bytes,
+            "bits_per_byte": score.nats / math.log(2) / n_bytes,
+        }
+        for name, score in scores.items()
+    }
+
+
+def measure_words(harness: HarnessModel, text: str) -> dict[str, float | int]:
+    """The per-word perplexity of a text as one document, by the harness's rolling windows."""
+    harness.task, harness.bos_nats = "word", 0.0
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (logprob,) = harness.loglikelihood_rolling([request])
+    return _words(-logprob, harness.bos_nats, count_words(text), len(text.encode()))
+
+
+def measure_wikitext_words(harness: HarnessModel, data_dir: Path | None) -> dict[str, float | int]:
+    """The harness's task `wikitext`: pages, detokenised, words and bytes of the original."""
+    with open_tasks(["wikitext"], data_dir) as tasks:
+        record, questions = evaluate_task(harness, tasks, "wikitext")
+    entry = record["tasks"]["wikitext"]
+    nats = -sum(row["logprob"] for row in questions["wikitext"])
+    return _words(nats, entry["bos_nats"], entry["words"], entry["bytes"])
+
+
+def _words(nats: float, bos_nats: float, n_words: int, n_bytes: int) -> dict[str, float | int]:
+    return {
+        "perplexity": exp(nats / n_words),
+        "perplexity_without_bos": exp((nats - bos_nats) / n_words),
+        "nats": nats,
+        "bos_nats": bos_nats,
+        "words": n_words,
+        "bytes": n_bytes,
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+    }
+
+
+def wikitext_test(data_dir: Path | None) -> str:
+    """WikiText-2's raw test text, proved by its hash."""
+    if data_dir is not None:
+        text, where = read_text(data_dir / WIKITEXT_TEST), str(data_dir / WIKITEXT_TEST)
+    else:
+        import datasets
+
+        where = "Salesforce/wikitext, wikitext-2-raw-v1"
+        try:
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        except OSError as error:
+            raise UserError(
+                f"WikiText-2 is not on this machine, and the Hugging Face hub cannot be reached ({error}): "
+                f"give --data-dir with {WIKITEXT_TEST}, or --text FILE"
+            ) from None
+        text = "".join(row or " \n" for row in rows)  # the hub has "" for an empty line, which is a space
+    if hashlib.sha256(text.encode()).hexdigest() != WIKITEXT_SHA256:
+        raise UserError(f"{where} is not the raw test text of WikiText-2 as published: its sha256 differs")
+    return text
+
+
+def main() -> int:
+    """The command."""
+    config = tyro.cli(PerplexityConfig, prog="python -m eval.perplexity")
+    if config.text and config.data_dir:
+        raise UserError("give --text or --data-dir, not both")
+    text = read_text(config.text) if config.text else wikitext_test(config.data_dir)
+    model = open_model(config.model, config.dtype, config.device)
+    context = model.backend.context
+    stride = min(512, context // 2) if config.stride is None else config.stride
+    if not 0 < stride < context:
+        raise UserError(f"--stride is {stride}; it must lie between 0 and the context, {context}")
+    print(describe(model, config.dtype))
+    harness = HarnessModel(model.backend, model.tokenizer)
+    found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
+    if config.text:
+        found["word"] = measure_words(harness, text)
+    else:
+        found["word"] = measure_wikitext_words(harness, config.data_dir)
+    name = config.text.name if config.text else "WikiText-2 test, raw"
+    print(report(name, found, model.backend.context, stride))
+    path = (config.out or model.results) / "perplexity.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    there[name] = {
+        "model": model.identity,
+        "settings": {"dtype": config.dtype, "stride": stride, "context": context},
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "versions": versions(),
+        "perplexities": found,
+    }
+    write_atomically(path, json.dumps(there, indent=1) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int) -> str:
+    """The table that is printed."""
+    how = {
+        "token_disjoint": f"a token; windows of {context} side by side; <s> first, not scored",
+        "token_stride": f"a token; Hugging Face's windows, stride {stride}; <s> first, not scored",
+        "word": "a word, as lm-evaluation-harness; <s> scored once a document",
+    }
+    rows = []
+    for kind, values in found.items():
+        units = values.get("tokens", values.get("words"))
+        rows.append((
+            kind, f"{values['perplexity']:.3f}", f"{values['bits_per_byte']:.4f}", f"{units:,}", how[kind],
+        ))  # fmt: skip
+    lines = [f"{name} ({found['token_disjoint']['bytes']:,} bytes)"]
+    lines.append(table(("name", "perplexity", "bits a byte", "units", "perplexity of"), rows))
+    without = found["word"]["perplexity_without_bos"]
+    lines.append(f"word without scoring <s>: {without:.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

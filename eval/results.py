@@ -1,0 +1,278 @@
+"""What an evaluation leaves: results.json, the scored questions, a table beside published figures, a plot.
+
+OUT/results.json           model, settings and versions; every task with its metrics, hashes and counts
+OUT/questions/TASK.jsonl   every question as it was scored, for eval.compare
+OUT/results.md, results.png
+"""
+
+import json
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.folders import write_atomically
+from core.manifest import code_version
+from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
+
+FORMAT = 1
+RESULTS = "results.json"
+# What is shown first of a task: harness's metric names.
+SHOWN = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity", "bits_per_byte")
+Record = dict[str, Any]
+
+
+class Results:
+    """The results of one model in a folder; every `add` writes them, so nothing is lost when it stops."""
+
+    def __init__(self, folder: Path, identity: Record, settings: Record):
+        """Opens what is there of the same model.
+
+        Raises:
+            UserError: the folder holds the results of another model, or a damaged file.
+        """
+        self.folder = folder
+        self.content: Record = {"format": FORMAT, "model": identity, "evaluations": {}}
+        self.settings = settings
+        if (folder / RESULTS).exists():
+            there = read_results(folder)
+            if there["model"]["sha256"] != identity["sha256"]:
+                raise UserError(
+                    f"{folder} holds the results of another model ({there['model']['name']}, sha256 "
+                    f"{there['model']['sha256'][:12]}): give another --out"
+                )
+            self.content = there
+
+    def has(self, name: str, files: Callable[[str], dict[str, str]]) -> bool:
+        """Whether that task or group was evaluated under the same settings and on the same data.
+
+        files: sha256 of the local files of a single task.
+        """
+        done = self.content["evaluations"].get(name)
+        if done is None or done["settings"] != self.settings:
+            return False
+        return all(entry["files_sha256"] == files(task) for task, entry in done["tasks"].items())
+
+    def add(self, name: str, record: Record, questions: dict[str, list[Record]]) -> None:
+        """Takes up a task or group just evaluated, in place of an earlier evaluation of it."""
+        for task, rows in questions.items():
+            text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+            write_atomically(self.folder / "questions" / f"{task}.jsonl", text)
+        stamp = {
+            "settings": self.settings,
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        self.content["evaluations"][name] = stamp | record
+        write_atomically(self.folder / RESULTS, json.dumps(self.content, indent=1) + "\n")
+
+    def finish(self) -> None:
+        """Writes table and plot of everything in the folder."""
+        write_atomically(self.folder / "results.md", markdown(self.content))
+        plot(self.content, self.folder / "results.png")
+
+
+def read_results(folder: Path) -> Record:
+    """The results in a folder; a UserError where there are none or they are not ours."""
+    path = folder / RESULTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no {RESULTS}: evaluate the model first (python -m eval.run)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and evaluate again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not of this version's format ({FORMAT}): evaluate again")
+    return content
+
+
+def versions() -> Record:
+    """Versions of everything that may change a number."""
+    found = dict(code_version())
+    for name in ("lm_eval", "datasets", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def all_tasks(content: Record) -> dict[str, Record]:
+    """Every single task in the results, each with its settings."""
+    return {
+        task: entry | {"settings": evaluation["settings"], "truncated": evaluation["truncated"]}
+        for evaluation in content["evaluations"].values()
+        for task, entry in evaluation["tasks"].items()
+    }
+
+
+def figures(entry: Record) -> list[tuple[str, float, float | None]]:
+    """(metric, value, standard error) of a task, those that are shown."""
+    metrics = entry["metrics"]
+    names = [name for name in SHOWN if name in metrics] or list(metrics)
+    stderrs = {"bits_per_byte": entry.get("bits_per_byte_stderr")}
+    return [(name, metrics[name]["value"], stderrs.get(name) or metrics[name]["stderr"]) for name in names]
+
+
+def shown(metric: str, value: float, stderr: float | None) -> str:
+    """A figure with its error: accuracies in percent."""
+    percent = metric.startswith(("acc", "exact_match"))
+    scale, digits = (100, 2) if percent else (1, 4 if metric == "bits_per_byte" else 2)
+    error = "" if stderr is None else f" ± {scale * stderr:.{digits}f}"
+    return f"{scale * value:.{digits}f}{error}"
+
+
+def protocol(entry: Record) -> str:
+    """How a task was measured, in a few words."""
+    settings = entry["settings"]
+    part = "" if entry["questions"] == entry["of"] else f", ONLY {entry['questions']} of {entry['of']}"
+    cut = f", {entry['truncated']} truncated" if entry["truncated"] else ""
+    return f"v{entry['version']}, {entry['shots']}-shot, {settings['dtype']}{part}{cut}"
+
+
+def markdown(content: Record) -> str:
+    """The results as a page: this model, then the published rows."""
+    model, tasks = content["model"], all_tasks(content)
+    step = f" at step {model['step']:,} ({model['tokens']:,} tokens)" if "step" in model else ""
+    lines = [
+        f"# {model['name']}",
+        f"{model['parameters']:,} parameters{step}; {model['kind']} sha256 `{model['sha256'][:16]}`. "
+        "lm-evaluation-harness's own tasks; every text begins with `<s>`. ± is one standard error.",
+        table(
+            ("task", "metric", "value", "chance", "questions", "protocol"),
+            [
+                (
+                    task,
+                    metric,
+                    shown(metric, value, stderr),
+                    chance(metric, entry),
+                    f"{entry['questions']:,}",
+                    protocol(entry),
+                )
+                for task, entry in tasks.items()
+                for metric, value, stderr in figures(entry)
+            ],
+        ),
+    ]
+    rolling = {task: entry for task, entry in tasks.items() if "bos_nats" in entry}
+    for task, entry in rolling.items():
+        lines.append(
+            f"{task}: {entry['words']:,} words and {entry['bytes']:,} bytes of the original text. As the "
+            "harness does with a tokenizer that adds `<s>`, P(`<s>` | `<s>`) is scored once a document; "
+            f"without it {entry['word_perplexity_without_bos']:.2f} a word, "
+            f"{entry['bits_per_byte_without_bos']:.4f} bits a byte."
+        )
+    lines += ["## Beside published figures", published_table({model["name"]: tasks}), NOTE]
+    return "\n\n".join(lines) + "\n"
+
+
+def chance(metric: str, entry: Record) -> str:
+    """What guessing gives, where that is known."""
+    guess = entry["chance"]
+    return (
+        f"{100 * guess:.1f}"
+        if guess is not None and metric in ("acc", "acc_norm") and not is_mass(entry)
+        else ""
+    )
+
+
+def is_mass(entry: Record) -> bool:
+    """Whether "acc" is a share of probability (TruthfulQA mc2) and not of right answers."""
+    return "acc_norm" not in entry["metrics"] and entry["chance"] is not None and entry["chance"] < 0.2
+
+
+def published_table(models: dict[str, dict[str, Record]]) -> str:
+    """Our models' tasks above those of others: acc / acc_norm in percent."""
+    columns = [
+        task for task in ("arc_easy", "arc_challenge", "openbookqa", "hellaswag", "piqa", "truthfulqa_mc2")
+        if any(task in tasks for tasks in models.values())
+    ]  # fmt: skip
+    rows = []
+    for name, tasks in models.items():
+        cells = [pair(*(tasks[t]["metrics"].get(m, {}).get("value") for m in ("acc", "acc_norm")), 100)
+                 if t in tasks else "" for t in columns]  # fmt: skip
+        protocols = sorted({protocol(tasks[t]).split(", ", 1)[1] for t in columns if t in tasks})
+        rows.append(
+            (
+                f"**{name}**",
+                *cells,
+                wikitext(tasks),
+                f"lm-eval {versions()['lm_eval']}, {'; '.join(protocols)}",
+            )
+        )
+    for row in PUBLISHED:
+        if any(task in row.scores for task in columns):
+            cells = [pair(*row.scores[t], 1) if t in row.scores else "" for t in columns]
+            rows.append((row.model, *cells, "", row.protocol))
+    rows += [
+        (model, *[""] * len(columns), f"{figure}: {bits}", "published")
+        for model, figure, bits in PUBLISHED_WIKITEXT
+    ]
+    return table(("model", *columns, "WikiText-2", "protocol"), rows)
+
+
+def pair(acc: float | None, acc_norm: float | None, scale: float) -> str:
+    """acc / acc_norm."""
+    cells = ["-" if value is None else f"{scale * value:.1f}" for value in (acc, acc_norm)]
+    return cells[0] if cells[1] == "-" else " / ".join(cells)
+
+
+def wikitext(tasks: dict[str, Record]) -> str:
+    """The two figures of WikiText-2 that name their unit."""
+    if "wikitext" not in tasks:
+        return ""
+    word, byte = (tasks["wikitext"]["metrics"][m]["value"] for m in ("word_perplexity", "bits_per_byte"))
+    return f"{word:.2f} a word: {byte:.4f} bits a byte"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+def plot(content: Record, path: Path) -> None:
+    """Accuracies with their errors beside the published ones, a panel a task; nothing without such a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = {task: entry for task, entry in all_tasks(content).items() if entry["chance"] is not None}
+    panels = [(task, metric) for task, entry in tasks.items() for metric in ("acc", "acc_norm")
+              if metric in entry["metrics"]]  # fmt: skip
+    if not panels:
+        return
+    n_columns = min(4, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(3.4 * n_columns, 2.9 * n_rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (task, metric) in zip(axes.flat, panels, strict=False):
+        entry = tasks[task]
+        value, error = (entry["metrics"][metric][key] for key in ("value", "stderr"))
+        others = [
+            (row.model, row.scores[task][metric == "acc_norm"]) for row in PUBLISHED
+            if task in row.scores and row.scores[task][metric == "acc_norm"] is not None
+        ]  # fmt: skip
+        names = [content["model"]["name"], *(name for name, _ in others)]
+        values = [100 * value, *(other for _, other in others)]
+        errors = [100 * (error or 0), *[0] * len(others)]
+        heights = range(len(names))[::-1]
+        axis.errorbar(values[1:], heights[1:], fmt="o", color="#6b7280", markersize=4)
+        axis.errorbar(values[:1], heights[:1], xerr=errors[:1], fmt="o", color="#1f4e8c", capsize=3)
+        if not is_mass(entry):
+            axis.axvline(100 * entry["chance"], color="#c2410c", linestyle=":", linewidth=1, label="chance")
+            axis.legend(frameon=False, fontsize=7, loc="lower right")
+        axis.set_yticks(list(heights), names, fontsize=7)
+        axis.set_ylim(-0.6, len(names) - 0.4)
+        axis.set_title(f"{task} {metric}, %", fontsize=9)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,105 @@
+"""`python -m eval.run MODEL --tasks ...`: lm-evaluation-harness's tasks on a checkpoint or exported folder.
+
+main() is the whole course in order: names and data, model, one task after the other, table and plot. What is
+done is written at once; the same command goes on behind it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from core.errors import UserError, run_command
+from eval.card import check_card, update_card
+from eval.evaluate import BOOTSTRAP, evaluate_task
+from eval.harness import HarnessModel
+from eval.models import Device, describe, is_checkpoint, open_model
+from eval.results import Results, figures, shown
+from eval.tasks import FEWSHOT_SEED, open_tasks, task_names
+
+DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a model on tasks of lm-evaluation-harness: its prompts, its choices, its metrics.
+
+    A run or a checkpoint is evaluated with Flax, an exported folder (or any Llama's that fits) with PyTorch.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
+    tasks: str = DEFAULT_TASKS
+    """Names of tasks, groups or tags of lm-eval, with commas between."""
+    data_dir: Path | None = None
+    """A folder with the data of tasks (arc/, openbookqa/, truthfulqa/, wikitext-2-raw/, piqa/, winogrande/,
+    lambada/, blimp/). Other tasks, and all without it, get theirs from the Hugging Face hub."""
+    out: Path | None = None
+    """Where the results go. Default: eval/step-N in the run, or FOLDER-eval beside the folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
+    device: Device = "auto"
+    """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+    shots: int | None = None
+    """Solved examples before each question, from the task's training documents. Default: as the task says."""
+    limit: int | None = None
+    """Only the first questions of each task: to try things out; the table says so."""
+    card: bool = False
+    """Also write the results into the model card of the exported folder (README.md)."""
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and self.shots < 0:
+            raise UserError(f"--shots is {self.shots}; it must not be negative")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit is {self.limit}; it must be at least 1")
+
+
+def main() -> int:
+    """The command."""
+    config = tyro.cli(EvalConfig, prog="python -m eval.run")
+    names = task_names(config.tasks)
+    if config.card:
+        if config.model.exists() and is_checkpoint(config.model):
+            raise UserError(
+                f"--card: {config.model} is a checkpoint; convert it first and evaluate the folder"
+            )
+        check_card(config.model)
+    with open_tasks(names, config.data_dir) as tasks:
+        model = open_model(config.model, config.dtype, config.device)
+        settings = {
+            "backend": model.identity["kind"], "dtype": config.dtype, "shots": config.shots,
+            "limit": config.limit, "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "bos": True,
+        }  # fmt: skip
+        results = Results(config.out or model.results, model.identity, settings)
+        print(describe(model, config.dtype))
+        harness = HarnessModel(model.backend, model.tokenizer)
+        for name in names:
+            if results.has(name, tasks.files):
+                print(f"{name}: evaluated before, in {results.folder}")
+                continue
+            record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
+            results.add(name, record, questions)
+            for task, entry in record["tasks"].items():
+                texts = [
+                    f"{metric} {shown(metric, value, stderr)}" for metric, value, stderr in figures(entry)
+                ]
+                n, seconds = entry["questions"], record["seconds"]
+                print(f"{task}: {', '.join(texts)} ({n:,} questions, {seconds:.0f} s)")
+            if record["truncated"]:
+                print(
+                    f"{name}: {record['truncated']} requests were longer than the context of "
+                    f"{model.backend.context} tokens and lost their beginning, as the harness does it",
+                    file=sys.stderr,
+                )
+    results.finish()
+    if config.card:
+        update_card(config.model, results.content)
+        print(f"wrote the results into {config.model / 'README.md'}")
+    print(f"wrote {results.folder}/: results.json, results.md, results.png, questions/")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,152 @@
+"""The harness's tasks by name, with their data from the hub or from local files.
+
+For local files a task is the harness's own definition with another `dataset_path`: a YAML file that includes
+the harness's, beside the documents, in a folder that is removed afterwards.
+"""
+
+import contextlib
+import difflib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import yaml
+from lm_eval.tasks import TaskManager
+
+from core.errors import UserError
+from eval.local_data import Fields, LocalSet, Source, local_source, read_local
+
+DEFINITIONS = Path(lm_eval.tasks.__file__).parent
+SPLIT_SETTINGS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+FEWSHOT_SEED = 1234  # the harness's own default
+BLIMP = "blimp"  # the one group that local files hold
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+datasets.disable_progress_bars()
+
+
+class Tasks:
+    """Tasks whose names are known; `load` makes one. See `open_tasks`."""
+
+    def __init__(self, managers: dict[str, TaskManager], local: dict[str, LocalSet]):
+        self._managers = managers
+        self._local = local
+
+    def load(self, name: str, shots: int | None) -> dict[str, Any]:
+        """A task, group or tag with its documents, in the form that `lm_eval.evaluator.evaluate` takes.
+
+        shots: solved examples before each question; None is what the task says, or none.
+
+        Raises:
+            UserError: its documents are neither local nor to be had from the hub, or it cannot be run here.
+        """
+        try:
+            loaded = self._managers[name].load([name])
+        except OSError as error:  # of the hub: several kinds, all of this class
+            raise UserError(
+                f"the data of {name} is neither in a --data-dir nor on this machine, and the Hugging Face "
+                f"hub cannot be reached ({_first_line(error)}): give the folder of the data, or try again "
+                "with a network"
+            ) from None
+        except (ImportError, ValueError) as error:
+            raise UserError(f"the task {name} cannot be run here: {_first_line(error)}") from None
+        for task in loaded["tasks"].values():
+            fixed = task.get_config("num_fewshot")
+            if fixed is None or (shots is not None and fixed != 0):  # 0: the task's prompt is made without
+                task.set_config("num_fewshot", shots or 0)
+            if task.get_config("num_fewshot") and not (
+                task.has_training_docs() or task.has_validation_docs()
+            ):
+                raise UserError(f"{name} has no documents to take --shots from")
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return loaded
+
+    def files(self, task: str) -> dict[str, str]:
+        """sha256 of each local file that a task's documents come from; empty where they come from the hub."""
+        return self._local[task].sha256 if task in self._local else {}
+
+
+@contextlib.contextmanager
+def open_tasks(names: list[str], data_dir: Path | None) -> Iterator[Tasks]:
+    """The tasks of these names, those that `data_dir` holds from there.
+
+    Raises:
+        UserError: a name is unknown (the nearest are given), or a local file is missing or of another format.
+    """
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(
+            f"--data-dir {data_dir} is {'a file' if data_dir.exists() else 'not there'}: give a folder"
+        )
+    with tempfile.TemporaryDirectory(prefix="mtlm-eval-") as name:
+        folder, local = Path(name), {}
+        from_files = [name for name in names if name == BLIMP or local_source(name)] if data_dir else []
+        for task in _leaves(from_files):
+            source = local_source(task)
+            local[task] = read_local(task, source, data_dir)
+            _write_task(task, source, local[task].splits, folder)
+        ours = TaskManager(include_path=folder, include_defaults=False)
+        managers = dict.fromkeys(from_files, ours)
+        if len(from_files) < len(names):
+            harness = TaskManager()  # indexes thousands of files: seconds
+            managers |= {name: harness for name in names if name not in managers}
+            for name in names:
+                if name not in managers[name].task_index:
+                    raise UserError(_unknown(name, harness))
+        yield Tasks(managers, local)
+
+
+def task_names(text: str) -> list[str]:
+    """The names in a list with commas between, each once; a UserError where there is none."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"{text!r} names no task")
+    return names
+
+
+def _unknown(name: str, harness: TaskManager) -> str:
+    near = difflib.get_close_matches(name, harness.all_tasks, n=3)
+    also = f"; near it are {', '.join(near)}" if near else ""
+    return f"lm-eval has no task {name!r}{also} (`lm-eval ls tasks` lists all)"
+
+
+def _leaves(names: list[str]) -> list[str]:
+    """The names, BLiMP's members in its place."""
+    leaves: list[str] = []
+    for name in names:
+        leaves += _group(BLIMP)["task"] if name == BLIMP else [name]
+    return list(dict.fromkeys(leaves))
+
+
+def _group(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DEFINITIONS / name / f"_{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _write_task(task: str, source: Source, splits: dict[str, list[Fields]], folder: Path) -> None:
+    """The task's definition with its documents in `folder`; splits that the files lack are switched off."""
+    data_files = {}
+    for split, documents in splits.items():
+        path = folder / f"{task}-{split}.jsonl"
+        path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+        data_files[split] = str(path)
+    definition = {
+        "include": str(DEFINITIONS / source.definition),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": data_files, "cache_dir": str(folder / "cache")},
+    }
+    if task.startswith(f"{BLIMP}_"):  # its documents are the "train" split, scored as validation
+        (folder / "blimp.yaml").write_text(yaml.safe_dump(_group(BLIMP)), encoding="utf-8")
+    else:
+        definition |= {setting: None for split, setting in SPLIT_SETTINGS.items() if split not in splits}
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

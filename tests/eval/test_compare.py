@@ -1,0 +1,121 @@
+"""Comparing two models: the tests against their definitions, and what is refused."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from eval.compare import compare_pages, compare_task, compare_values, report, unique_names
+from eval.results import Results, read_results
+
+RNG = np.random.default_rng(5)
+
+
+def flips(difference: np.ndarray, n: int = 20_000) -> float:
+    """Two-sided p of a mean by flipping the signs of paired differences, which asks for no distribution."""
+    signs = RNG.choice([-1.0, 1.0], (n, len(difference)))
+    means = np.abs((signs * difference).mean(axis=1))
+    return float((means >= abs(difference.mean()) - 1e-12).mean())
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "both"), [(3, 9, 20), (0, 6, 4), (7, 7, 0), (1, 30, 100)]
+)
+def test_right_and_wrong_is_mcnemars_exact_test(only_first: int, only_second: int, both: int) -> None:
+    first = np.array([1.0] * only_first + [0.0] * only_second + [1.0] * both)
+    second = np.array([0.0] * only_first + [1.0] * only_second + [1.0] * both)
+    found = compare_values(first, second)
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert found.p == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert (found.only_first, found.only_second) == (only_first, only_second)
+    assert found.difference == pytest.approx((only_second - only_first) / (n + both))
+    # The variance of a difference in {-1, 0, 1}, from its counts.
+    mean = found.difference
+    variance = (n / (n + both) - mean**2) * (n + both) / (n + both - 1)
+    assert found.stderr == pytest.approx(math.sqrt(variance / (n + both)))
+    # And it is the sign-flip test of the same differences. 20,000 flips know p to 0.0036 (one standard
+    # error at 1/2): five of them.
+    assert found.p == pytest.approx(flips(second - first), abs=0.018)
+
+
+def test_no_question_answered_otherwise_is_no_difference() -> None:
+    same = np.array([1.0, 0.0, 1.0])
+    found = compare_values(same, same)
+    assert (found.p, found.difference, found.stderr) == (1.0, 0.0, 0.0)
+
+
+def test_shares_are_compared_in_pairs() -> None:
+    """A small shift under a spread ten times as large is seen, which an unpaired test could not."""
+    first = RNG.uniform(0.2, 0.8, 200)
+    second = first + RNG.normal(0.01, 0.02, 200)
+    found = compare_values(first, second)
+    assert found.test == "paired t" and found.only_first is None
+    assert found.p < 1e-4 and flips(second - first) < 1e-3
+    unpaired = abs(found.difference) / math.sqrt(first.var(ddof=1) / 100)
+    assert unpaired < 2
+    weaker = compare_values(first[:12], second[:12] - (second - first)[:12].mean() + 0.008)
+    # At 12 pairs of nearly normal differences, t-test and sign flips differ by a few hundredths.
+    assert weaker.p == pytest.approx(
+        flips(second[:12] - (second - first)[:12].mean() + 0.008 - first[:12]), abs=0.05
+    )
+
+
+def test_pages_are_compared_by_bits_a_byte() -> None:
+    n_bytes = RNG.integers(500, 20_000, 60).astype(float)
+    first = n_bytes * RNG.normal(0.9, 0.1, 60)
+    second = first - n_bytes * RNG.normal(0.01, 0.01, 60)
+    found = compare_pages(first, second, n_bytes)
+    assert found.difference == pytest.approx((second.sum() - first.sum()) / math.log(2) / n_bytes.sum())
+    picks = RNG.integers(0, 60, (4000, 60))
+    resampled = (second - first)[picks].sum(1) / math.log(2) / n_bytes[picks].sum(1)
+    # The bootstrap's spread of 60 pages is known to about 9% (1/sqrt(2 * 60)), the linearisation adds less.
+    assert found.stderr == pytest.approx(resampled.std(), rel=0.25)
+    assert found.p < 1e-3
+    assert compare_pages(first, first, n_bytes).p == 1.0
+
+
+def results(folder: Path, name: str, right: list[int], metric: str = "acc", salt: str = "") -> Path:
+    """Results of a made-up task whose questions are answered so."""
+    questions = [{"question": f"q{salt}{i % 7}", "id": i, metric: float(r)} for i, r in enumerate(right)]
+    entry = {
+        "version": 1.0, "shots": 0, "questions": len(right), "of": len(right), "requests_sha256": "",
+        "files_sha256": {}, "chance": 0.25, "higher_is_better": {metric: True},
+        "metrics": {metric: {"value": sum(right) / len(right), "stderr": 0.01}},
+    }  # fmt: skip
+    made = Results(
+        folder / name, {"name": name, "sha256": name, "parameters": 1, "kind": "folder"}, {"dtype": "float32"}
+    )
+    made.add(
+        "task", {"seconds": 1.0, "truncated": 0, "tasks": {"task": entry}, "groups": {}}, {"task": questions}
+    )
+    return folder / name
+
+
+def test_the_same_questions_are_paired_and_others_refused(tmp_path: Path) -> None:
+    """Questions that are asked twice are told apart by their order."""
+    a = results(tmp_path, "a", [1, 0, 1, 0, 1, 0, 1, 1, 1])
+    b = results(tmp_path, "b", [1, 1, 1, 0, 1, 0, 1, 0, 1])
+    found = compare_task(a, b, "task", ["acc"])["acc"]
+    assert (found.only_first, found.only_second) == (1, 1)
+    other = results(tmp_path, "c", [1, 0, 1], salt="x")
+    with pytest.raises(UserError, match=r"asked other questions in task \(0 of 9 and 3"):
+        compare_task(a, other, "task", ["acc"])
+
+
+def test_the_report_says_who_is_right_where(tmp_path: Path) -> None:
+    folders = [results(tmp_path, "a", [1] * 4 + [0] * 10), results(tmp_path, "b", [0] * 4 + [1] * 10)]
+    text = report(folders, [read_results(folder) for folder in folders])
+    assert "| task | acc | 28.57 ± 1.00 | 71.43 ± 1.00 | v1.0, 0-shot, float32 |" in text
+    assert "| task | acc | +42.86 ± 25.06 | 4 / 10 | 0.180 | McNemar |" in text
+    assert unique_names(["a", "b", "a"]) == ["a [1]", "b", "a [3]"]
+
+
+def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:
+    a = read_results(results(tmp_path, "a", [1, 0]))
+    b = read_results(results(tmp_path, "b", [1, 0]))
+    b["evaluations"] = {}
+    with pytest.raises(UserError, match="no task in common"):
+        report([tmp_path / "a", tmp_path / "b"], [a, b])
