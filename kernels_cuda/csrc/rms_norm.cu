@@ -46,12 +46,12 @@ __global__ __launch_bounds__(THREADS) void forward_in_registers(RMSNormForward a
   if (inside) {
     const R* residual = static_cast<const R*>(a.residual.data) + row * a.residual.stride;
 #pragma unroll
-    for (int v = 0; v < L::VECTORS; ++v) load<R, N>(residual + (v * L::LANES + lane) * N, x[v]);
+    for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(residual + (v * L::LANES + lane) * N, x[v]);
     if constexpr (ADD) {
       const X* branch = static_cast<const X*>(a.branch.data) + row * a.branch.stride;
       float y[L::VECTORS][N];
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<X, N>(branch + (v * L::LANES + lane) * N, y[v]);
+      for (int v = 0; v < L::VECTORS; ++v) load<X, N, Read::plain>(branch + (v * L::LANES + lane) * N, y[v]);
 #pragma unroll
       for (int v = 0; v < L::VECTORS; ++v) {
 #pragma unroll
@@ -136,13 +136,13 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
       const X* d_normed = static_cast<const X*>(a.d_normed.data) + row * a.d_normed.stride;
       const R* x_row = static_cast<const R*>(a.x.data) + row * a.x.stride;
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<X, N>(d_normed + (v * L::LANES + lane) * N, g[v]);
+      for (int v = 0; v < L::VECTORS; ++v) load<X, N, Read::plain>(d_normed + (v * L::LANES + lane) * N, g[v]);
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<R, N>(x_row + (v * L::LANES + lane) * N, x[v]);
+      for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(x_row + (v * L::LANES + lane) * N, x[v]);
       if constexpr (D_SUM) {
         const R* d_sum = static_cast<const R*>(a.d_sum.data) + row * a.d_sum.stride;
 #pragma unroll
-        for (int v = 0; v < L::VECTORS; ++v) load<R, N>(d_sum + (v * L::LANES + lane) * N, s[v]);
+        for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(d_sum + (v * L::LANES + lane) * N, s[v]);
       }
       rstd = a.rstd[row];
     }

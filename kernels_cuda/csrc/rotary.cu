@@ -37,8 +37,8 @@ __global__ __launch_bounds__(THREADS) void rotate(const __grid_constant__ Rotary
     load<T, N>(src + head * view.src_head + i + a.half, y);
     if (blockIdx.y < 2) {
       float cos[N], sin[N];
-      load<float, N, false>(a.cos + angles + i, cos);
-      load<float, N, false>(a.sin + angles + i, sin);
+      load<float, N, Read::constant>(a.cos + angles + i, cos);
+      load<float, N, Read::constant>(a.sin + angles + i, sin);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float s = a.conjugate ? -sin[j] : sin[j];

@@ -9,8 +9,8 @@
 //
 // A block takes a row and keeps it in shared memory: 32000 bfloat16 logits are 62.5 KiB, so three blocks share a
 // multiprocessor of a Hopper, and while one waits for its row another writes. Rows too long for that (113 thousand
-// bfloat16 logits on a Hopper) and unaligned ones are read twice. Sums are float32, over lanes, warps and threads in a fixed order: equal from run to run, and a
-// row's results depend on that row alone.
+// bfloat16 logits on a Hopper) and unaligned ones are read twice. Sums are float32, over lanes, warps and threads in
+// a fixed order: equal from run to run, and a row's results depend on that row alone.
 #include "common.cuh"
 #include "kernels.h"
 
