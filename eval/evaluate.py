@@ -58,7 +58,7 @@ def evaluate_task(
             "of": found["n-samples"][task]["original"],
             "requests_sha256": _hash([row["question"] for row in questions[task]]),
             "files_sha256": tasks.files(task),
-            "chance": _chance(rows),
+            "chance": _chance(questions[task]),
             "higher_is_better": found["higher_is_better"][task],
             "metrics": _metrics(found["results"][task]),
         }
@@ -116,10 +116,10 @@ def _rolling(questions: list[Record], bos_nats: float) -> Record:
     }
 
 
-def _chance(rows: list[Record]) -> float | None:
-    """Accuracy of guessing among the choices; None where there are none."""
-    n_choices = [len(row["arguments"]) for row in rows]
-    if any(n < 2 or not isinstance(row["target"], int) for n, row in zip(n_choices, rows, strict=True)):
+def _chance(questions: list[Record]) -> float | None:
+    """Accuracy of guessing among the choices; None where there are none, or nothing is wrong."""
+    n_choices = [len(question.get("logprobs", [])) for question in questions]
+    if min(n_choices) < 2 or any(question.get("acc") not in (0, 1) for question in questions):
         return None
     return float(np.mean([1 / n for n in n_choices]))
 

@@ -20,7 +20,8 @@ from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 FORMAT = 1
 RESULTS = "results.json"
 # What is shown first of a task: harness's metric names.
-SHOWN = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity", "bits_per_byte")
+ACCURACIES = ("acc", "acc_norm")
+SHOWN = (*ACCURACIES, "exact_match", "perplexity", "word_perplexity", "bits_per_byte")
 Record = dict[str, Any]
 
 
@@ -173,16 +174,7 @@ def markdown(content: Record) -> str:
 def chance(metric: str, entry: Record) -> str:
     """What guessing gives, where that is known."""
     guess = entry["chance"]
-    return (
-        f"{100 * guess:.1f}"
-        if guess is not None and metric in ("acc", "acc_norm") and not is_mass(entry)
-        else ""
-    )
-
-
-def is_mass(entry: Record) -> bool:
-    """Whether "acc" is a share of probability (TruthfulQA mc2) and not of right answers."""
-    return "acc_norm" not in entry["metrics"] and entry["chance"] is not None and entry["chance"] < 0.2
+    return "" if guess is None or metric not in ACCURACIES else f"{100 * guess:.1f}"
 
 
 def published_table(models: dict[str, dict[str, Record]]) -> str:
@@ -241,9 +233,8 @@ def plot(content: Record, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = {task: entry for task, entry in all_tasks(content).items() if entry["chance"] is not None}
-    panels = [(task, metric) for task, entry in tasks.items() for metric in ("acc", "acc_norm")
-              if metric in entry["metrics"]]  # fmt: skip
+    tasks = all_tasks(content)
+    panels = [(task, m) for task, entry in tasks.items() for m in ACCURACIES if m in entry["metrics"]]
     if not panels:
         return
     n_columns = min(4, len(panels))
@@ -258,7 +249,7 @@ def plot(content: Record, path: Path) -> None:
         value, error = (entry["metrics"][metric][key] for key in ("value", "stderr"))
         others = [
             (row.model, row.scores[task][metric == "acc_norm"]) for row in PUBLISHED
-            if task in row.scores and row.scores[task][metric == "acc_norm"] is not None
+            if row.metric_stated and task in row.scores and row.scores[task][metric == "acc_norm"] is not None
         ]  # fmt: skip
         names = [content["model"]["name"], *(name for name, _ in others)]
         values = [100 * value, *(other for _, other in others)]
@@ -266,9 +257,9 @@ def plot(content: Record, path: Path) -> None:
         heights = range(len(names))[::-1]
         axis.errorbar(values[1:], heights[1:], fmt="o", color="#6b7280", markersize=4)
         axis.errorbar(values[:1], heights[:1], xerr=errors[:1], fmt="o", color="#1f4e8c", capsize=3)
-        if not is_mass(entry):
-            axis.axvline(100 * entry["chance"], color="#c2410c", linestyle=":", linewidth=1, label="chance")
-            axis.legend(frameon=False, fontsize=7, loc="lower right")
+        if entry["chance"] is not None:
+            axis.axvline(100 * entry["chance"], color="#c2410c", linestyle=":", linewidth=1)
+            axis.set_xlabel(f"dotted: chance, {100 * entry['chance']:.1f}", fontsize=7)
         axis.set_yticks(list(heights), names, fontsize=7)
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.set_title(f"{task} {metric}, %", fontsize=9)

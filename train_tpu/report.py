@@ -69,6 +69,7 @@ def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
     restart = "" if end < steps else f" --schedule restart --steps {2 * steps}"
     commands = [
         ("generate text", "core.generate", f"{out} --prompt 'The'"),
+        ("evaluate it", "eval.run", f"{out}"),
         ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
         ("grow it", "stacking.grow", f"{out} --out {out}-grown{restart}"),
         ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
