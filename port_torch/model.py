@@ -1,7 +1,8 @@
 """The decoder of core/model.py in PyTorch: the same parts under the same names, the same numbers.
 
 Shapes: B batch, S positions, D d_model, H heads, K head size, V vocabulary, L layers. It runs in the type of
-its weights; norms, rotations and logits are float32 whatever that is.
+its weights; norms, rotations and logits are float32 whatever that is. On a GPU norms, rotations and the loss
+run on the kernels of kernels_cuda once `kernels_cuda.library.load` has been called.
 """
 
 from pathlib import Path
@@ -13,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from core.config import ModelConfig
+from kernels_cuda import ops
+from kernels_cuda.loss import LossSums, linear_cross_entropy
 from port_torch.folder import open_folder
 from port_torch.hf_config import model_config
 from port_torch.names import Leaf, exported_tensors
@@ -26,17 +29,22 @@ class KVCache(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019).
+
+    Of x, or of x plus what a branch adds to it; then that sum is returned too.
+    """
 
     def __init__(self, d: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "*batch D"], branch: Float[Tensor, "*batch D"] | None = None
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+        if branch is None:
+            return ops.rms_norm(x, self.weight, self.eps), x
+        return ops.add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -56,9 +64,7 @@ class Attention(nn.Module):
         positions: Int[Tensor, "B S"] | None,
     ) -> Float[Tensor, "B S D"]:
         b, s, d = x.shape
-        q, k, v = (m(x).view(b, s, self.n_heads, -1) for m in (self.q, self.k, self.v))
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.projections(x, rotation)
         visible = None
         if cache is not None:
             rows = torch.arange(b, device=x.device)[:, None]
@@ -68,6 +74,16 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=cache is None)
         return self.o(y.transpose(1, 2).reshape(b, s, d))
+
+    def projections(
+        self, x: Float[Tensor, "B S D"], rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Float[Tensor, "B S H K"], ...]:
+        """Queries, keys and values, turned to their positions."""
+        parts = (self.q, self.k, self.v)
+        if rotation is None:
+            return tuple(part(x).view(*x.shape[:2], self.n_heads, -1) for part in parts)
+        weights, biases = (part.weight for part in parts), (part.bias for part in parts)
+        return ops.rotated_projections(x, tuple(weights), tuple(biases), *rotation, self.n_heads)
 
 
 class MLP(nn.Module):
@@ -87,7 +103,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+    """One layer: x + attention(norm x), then x + mlp(norm x).
+
+    What its last branch adds is left to the next norm, which adds it in passing.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -100,16 +119,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
+        branch: Float[Tensor, "B S D"] | None,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions: Int[Tensor, "B S"] | None,
-    ) -> Float[Tensor, "B S D"]:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotation, cache, positions))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
+        normed, x = self.attn_norm(x, branch)
+        branch = self.dropout(self.attn(normed, rotation, cache, positions))
+        normed, x = self.mlp_norm(x, branch)
+        return x, self.dropout(self.mlp(normed))
 
 
 class Decoder(nn.Module):
-    """Embedding, `n_layers` blocks, final norm; `logits` applies the head."""
+    """Embedding, `n_layers` blocks, final norm; `logits` applies the head, `loss` compares with targets."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -138,17 +160,27 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(index)
-        x = self.dropout(x)
+        x, branch = self.dropout(x), None
         rotation = rotary_angles(index, self.config) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
-            x = layer(x, rotation, of_layer, positions)
-        return self.norm(x)
+            x, branch = layer(x, branch, rotation, of_layer, positions)
+        return self.norm(x, branch)[0]
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Float32 scores of every token."""
-        table = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden, table).float()
+        return F.linear(hidden, self.table).float()
+
+    def loss(
+        self, hidden: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"], z_loss: float = 0.0
+    ) -> LossSums:
+        """Cross-entropy summed over the targets, as core/loss.py has it; a target of -1 does not count."""
+        return linear_cross_entropy(hidden, self.table, targets, z_loss)
+
+    @property
+    def table(self) -> Float[Tensor, "V D"]:
+        """The head: the embedding itself where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences of up to `length` tokens, of the weights' type and device."""
@@ -158,17 +190,11 @@ class Decoder(nn.Module):
 
 
 def rotary_angles(positions: Int[Tensor, "B S"], config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
+    """cos and sin [B, S, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
     half = config.head_dim // 2
     step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    angle = (positions.float()[..., None] * config.rope_theta**-step)[:, :, None]
+    angle = positions.float()[..., None] * config.rope_theta**-step
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Float[Tensor, "B S H K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B S H K"]:
-    """Rotary embedding in the half-split layout: element i turns with element i + K/2."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def parameter_name(leaf: Leaf) -> str:

@@ -1,6 +1,7 @@
 """How the tests run: on the CPU unless told otherwise, with the shapes in the signatures checked.
 
-`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU.
+`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU; those of kernels_cuda need PyTorch alone to
+see one.
 """
 
 import os
@@ -16,6 +17,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from tests.train_tpu.processes import make_text  # noqa: E402
 
@@ -32,9 +34,13 @@ jaxtyping.install_import_hook(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs a GPU says so where there is none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and jax.default_backend() != "gpu":
-        for item in marked:
+    for item in items:
+        if not item.get_closest_marker("gpu"):
+            continue
+        if "kernels_cuda" in item.path.parts:
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a GPU; PyTorch sees none"))
+        elif jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU; JAX runs on a {jax.default_backend()}"))
 
 

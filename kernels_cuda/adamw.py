@@ -1,0 +1,110 @@
+"""AdamW in few launches, with learning rate, clipping and skipping read from the device (csrc/adamw.cu)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_cuda import library  # noqa: F401  declares torch.ops.mtlm.adamw_
+
+
+class AdamW(torch.optim.Optimizer):
+    """The updates of torch.optim.AdamW, on parameters of any device.
+
+    A parameter in bfloat16 gets a float32 master, which is updated; the parameter is its rounded copy.
+    Learning rate and step counter are tensors on the device: a step waits for nothing, and a CUDA graph that
+    records one goes on counting. Whoever changes the rate uses `set_lr`.
+
+    Args:
+        params: tensors, named tensors or groups, as of any optimizer. A group's tensors share a device.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW has them.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        if not (lr >= 0 and all(0 < beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
+            raise ValueError(
+                f"lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} make no AdamW"
+            )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._prepare(p)
+            device = group["params"][0].device
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            group["step"] = torch.zeros((), device=device)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of every group from the next step on."""
+        for group in self.param_groups:
+            group["lr"].fill_(lr)
+
+    @torch.no_grad()
+    def step(self, *, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            grad_scale: one float32 on the device that multiplies the gradients, such as
+                `clip_scale(norm, max_norm)`.
+            skip: one bool on the device; where it is true nothing changes, the step counter neither.
+        """
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            device = params[0].device
+            scale = torch.ones((), device=device) if grad_scale is None else grad_scale
+            skipped = torch.zeros((), dtype=torch.bool, device=device) if skip is None else skip
+            group["step"] += ~skipped
+            for narrow in (True, False):
+                chosen = [p for p in params if ("master" in self.state[p]) is narrow]
+                states = [self.state[p] for p in chosen]
+                torch.ops.mtlm.adamw_(
+                    [s["master"] for s in states] if narrow else chosen,
+                    [p.grad.contiguous() for p in chosen],
+                    [s["exp_avg"] for s in states],
+                    [s["exp_avg_sq"] for s in states],
+                    chosen if narrow else [],
+                    group["lr"],
+                    group["step"],
+                    scale,
+                    skipped,
+                    *group["betas"],
+                    group["eps"],
+                    group["weight_decay"],
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer; what it holds keeps float32, whatever the parameters' type."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for name, value in state_dict["state"][number].items():
+                self.state[p][name] = value.to(p.device, copy=True)
+        for group in self.param_groups:
+            device = group["params"][0].device
+            for name in ("lr", "step"):
+                group[name] = torch.as_tensor(group[name], dtype=torch.float32).to(device, copy=True)
+
+    def _prepare(self, p: Tensor) -> None:
+        """State at its start; there from the beginning, so that a graph can be captured at any step."""
+        wide = torch.promote_types(p.dtype, torch.float32)
+        state = self.state[p]
+        state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if p.dtype != wide:
+            state["master"] = p.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What takes gradients of this global norm down to `max_norm`; at most 1 (torch's clip_grad_norm_)."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()

@@ -1,0 +1,184 @@
+"""Compiles the kernels into one file: `python -m kernels_cuda.build`. Needs nvcc and PyTorch, but no GPU.
+
+The file lies in the package (a wheel takes it along) and serves every PyTorch from 2.10 on: it uses the
+stable ABI of LibTorch and carries its own CUDA runtime. Beside it a .json says what it is made of.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from core.errors import UserError, run_command
+
+PACKAGE = Path(__file__).parent
+SOURCES = PACKAGE / "csrc"
+BUILT = PACKAGE / "mtlm_kernels.so"
+ARCHITECTURES = ("8.0", "9.0+PTX")  # A100; H100 and H200; newer ones compile the PTX when they load it
+COMPILER_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "--threads", "1")
+# The oldest PyTorch that the file will serve, in the ABI's notation: 2.10.
+TORCH_FLAGS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of $CUDA_HOME, of the PATH, of /usr/local/cuda or of the wheel nvidia-cuda-nvcc; None without."""
+    candidates = [
+        Path(home) / "bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home
+    ]
+    if on_path := shutil.which("nvcc"):
+        candidates.insert(0 if "CUDA_HOME" not in os.environ else 1, Path(on_path))
+    candidates += (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def sources_hash() -> str:
+    """Of everything that is compiled."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def generate_code(architectures: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for architectures as PyTorch writes them: "9.0", "9.0+PTX".
+
+    Raises:
+        UserError: one is none, or older than 8.0.
+    """
+    flags = []
+    for architecture in architectures:
+        number, _, suffix = architecture.partition("+")
+        major, _, minor = number.partition(".")
+        if not (major.isdigit() and minor.isdigit() and suffix in ("", "PTX")):
+            raise UserError(f"{architecture!r} is no architecture: write 8.0, 9.0 or 9.0+PTX")
+        if int(major) < 8:
+            raise UserError(f"architecture {architecture} is older than 8.0, the first with bfloat16")
+        name = major + minor
+        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+        if suffix:
+            flags += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
+    return flags
+
+
+def serves(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU of this compute capability."""
+    for architecture in architectures:
+        number, _, ptx = architecture.partition("+")
+        major, minor = map(int, number.split("."))
+        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
+def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
+    """Compiles and links csrc into `output`, and writes what it is made of beside it.
+
+    Raises:
+        UserError: no nvcc, or an architecture that is none.
+    """
+    code = generate_code(architectures)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise UserError(
+            "no nvcc found: install the CUDA toolkit 12.4 or newer, and put its bin folder on the PATH "
+            "or its folder into CUDA_HOME"
+        )
+    torch_folder = Path(torch.__file__).parent
+    with TemporaryDirectory() as folder:
+        objects = []
+        commands = []
+        for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+            objects.append(Path(folder) / f"{source.name}.o")
+            specific = code if source.suffix == ".cu" else [*TORCH_FLAGS, "-I", torch_folder / "include"]
+            commands.append([nvcc, *COMPILER_FLAGS, *specific, "-c", source.name, "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        linked = Path(folder) / output.name
+        # libtorch.so names the libraries that the symbols are in; which those are differs between builds.
+        torch_library = ["-L", torch_folder / "lib", "-Xlinker", "--no-as-needed", "-ltorch"]
+        _run([nvcc, "-shared", *objects, "-o", linked, *torch_library])
+        facts = {
+            "architectures": list(architectures),
+            "sources": sources_hash(),
+            "nvcc": _version(nvcc),
+            "torch": torch.__version__,
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _put(json.dumps(facts, indent=1).encode(), output.with_suffix(".json"))
+        _put(linked.read_bytes(), output)
+
+
+def kept_file(capability: tuple[int, int]) -> Path:
+    """Where a file compiled for one GPU and these sources is kept."""
+    cache = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache/mtlm"))
+    return cache / "kernels" / f"{sources_hash()[:16]}-sm_{capability[0]}{capability[1]}.so"
+
+
+def build_kept(output: Path, capability: tuple[int, int]) -> None:
+    """`build` for one GPU; of several processes that ask at once, one compiles and the others wait."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            build(output, (f"{capability[0]}.{capability[1]}",))
+
+
+def _run(command: list) -> None:
+    """Runs a compiler among the sources; what it says is shown only if it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=SOURCES, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
+
+
+def _version(nvcc: Path) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return next((word.rstrip(",") for word in said.split() if word.startswith("V")), "unknown").removeprefix(
+        "V"
+    )
+
+
+def _put(data: bytes, path: Path) -> None:
+    """Written whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_cuda.build",
+        description="Compile the CUDA kernels into the package. Needs nvcc, but no GPU.",
+    )
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        default=ARCHITECTURES,
+        metavar="X.Y",
+        help="compute capabilities; +PTX behind one serves newer ones too (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    build(BUILT, tuple(arguments.architectures))
+    seconds, size = time.monotonic() - start, BUILT.stat().st_size / 2**20
+    print(f"built {BUILT} for {' '.join(arguments.architectures)}: {size:.1f} MiB, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+// What the .cu files offer: raw pointers, strides in elements, a stream; no torch. Callers check the shapes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace mtlm {
+
+enum class Type { float32, bfloat16 };
+
+// A matrix whose rows are contiguous inside; `stride` elements from row to row.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// rms_norm.cu. `branch` and `sum` are null for the norm alone, of `residual`.
+struct RMSNormForward {
+  Rows branch;          // [rows, d] of `type`
+  Rows residual;        // [rows, d] of `residual_type`
+  const void* weight;   // [d] of `weight_type`
+  float eps;
+  void* normed;         // [rows, d] of `type`, contiguous
+  void* sum;            // [rows, d] of `residual_type`, contiguous
+  float* rstd;          // [rows]
+};
+
+struct RMSNormBackward {
+  Rows d_normed;        // [rows, d] of `type`
+  Rows d_sum;           // [rows, d] of `residual_type`, or null
+  Rows x;               // [rows, d] of `residual_type`: what was normalised
+  const float* rstd;    // [rows]
+  const void* weight;   // [d] of `weight_type`
+  void* d_x;            // [rows, d] of `residual_type`, contiguous
+  void* d_branch;       // the same in `type`, or null
+  float* partials;      // [rms_norm_partials(rows), d]
+  void* d_weight;       // [d] of `weight_type`
+};
+
+cudaError_t rms_norm_forward(const RMSNormForward& a, int64_t rows, int64_t d, Type type, Type residual_type,
+                             Type weight_type, cudaStream_t stream);
+int64_t rms_norm_partials(int64_t rows);
+cudaError_t rms_norm_backward(const RMSNormBackward& a, int64_t rows, int64_t d, Type type, Type residual_type,
+                              Type weight_type, cudaStream_t stream);
+
+// rotary.cu. One of q, k, v: [batch, seq, heads, head size], the last contiguous. In place where src is dst.
+struct HeadsView {
+  const void* src;
+  int64_t src_batch, src_seq, src_head;
+  void* dst;
+  int64_t dst_batch, dst_seq, dst_head;
+};
+
+struct Rotary {
+  HeadsView views[3];   // q, k and, to be copied, v
+  int count;            // how many of them: 2 or 3
+  const float* cos;     // [1 or batch, seq, head size / 2]
+  const float* sin;
+  int64_t angle_batch;  // elements from batch to batch of cos and sin, 0 for one of all
+  int64_t batch, seq;
+  int heads, half;
+  bool conjugate;
+};
+
+cudaError_t rotary(const Rotary& a, Type type, cudaStream_t stream);
+
+// softmax_loss.cu
+struct SoftmaxLoss {
+  void* logits;           // [rows, vocab], replaced by their gradient if `gradients`
+  int64_t stride;
+  const int64_t* targets; // [rows]
+  float* total;           // [rows]
+  float* nll;             // [rows]
+  float z_loss;
+  bool gradients;
+};
+
+cudaError_t softmax_loss(const SoftmaxLoss& a, int64_t rows, int64_t vocab, Type type, cudaStream_t stream);
+
+// adamw.cu
+struct AdamWTensor {
+  float* param;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  void* copy;  // bfloat16, or null
+  int64_t size;
+  Type grad_type;
+};
+
+struct AdamWSettings {
+  const float* lr;          // device scalars
+  const float* step;        // the number of this update, from 1
+  const float* grad_scale;  // multiplies every gradient
+  const bool* skip;         // nothing is changed
+  float beta1, beta2, log_beta1, log_beta2, eps, weight_decay;
+};
+
+cudaError_t adamw(const AdamWTensor* tensors, int64_t count, const AdamWSettings& settings, cudaStream_t stream);
+
+}  // namespace mtlm

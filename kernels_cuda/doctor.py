@@ -1,0 +1,52 @@
+"""What is built, for which GPUs, and what will be used here and why: `python -m kernels_cuda.doctor`."""
+
+import json
+
+import torch
+
+from core.errors import run_command
+from kernels_cuda import build, library
+
+
+def main() -> None:
+    """The command."""
+    for name, value in facts():
+        print(f"{name:<10} {value}")
+
+
+def facts() -> list[tuple[str, str]]:
+    """What there is, one line a fact; the last says what will be used."""
+    lines = [("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines.append(
+                (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}")
+            )
+    else:
+        lines.append(("GPU", "none visible"))
+    lines.append(("nvcc", str(build.find_nvcc() or "none")))
+    lines.append(("built", _built()))
+    lines.append(("used", library.find(compile_missing=False).reason))
+    return lines
+
+
+def _built() -> str:
+    """The file in the package, and what it is made of."""
+    if not build.BUILT.exists():
+        return "no file (python -m kernels_cuda.build makes it)"
+    try:
+        made_of = json.loads(build.BUILT.with_suffix(".json").read_text())
+    except (FileNotFoundError, ValueError):
+        return f"{build.BUILT}, of unknown sources: build it again"
+    current = (
+        "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"
+    )
+    return (
+        f"{build.BUILT} for {' '.join(made_of['architectures'])}, of {current}, "
+        f"nvcc {made_of['nvcc']}, PyTorch {made_of['torch']}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

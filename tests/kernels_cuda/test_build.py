@@ -1,0 +1,156 @@
+"""The build without a GPU: what nvcc makes of the kernels, and what is said where there is no nvcc."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from kernels_cuda import build, doctor, library
+from tests.several_devices import ROOT
+
+NVCC = build.find_nvcc()
+needs_nvcc = pytest.mark.skipif(
+    NVCC is None, reason="needs nvcc, of the CUDA toolkit or the wheel nvidia-cuda-nvcc"
+)
+# Registers a thread beyond which fewer warps would be resident than each file's header counts on.
+REGISTERS = {"rms_norm": 128, "rotary": 64, "softmax_loss": 40, "adamw": 64}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTERS)
+def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_path: Path):
+    warnings = ["-Xptxas", "-v,--warn-on-local-memory-usage,--warn-on-spills", "-Xptxas", "-Werror"]
+    for architecture in ("8.0", "9.0"):
+        code = build.generate_code((architecture,))
+        cubin = tmp_path / f"{name}-{architecture}.cubin"
+        command = [
+            NVCC,
+            *build.COMPILER_FLAGS,
+            *code,
+            *warnings,
+            "-cubin",
+            build.SOURCES / f"{name}.cu",
+            "-o",
+            cubin,
+        ]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        used = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+        assert used and max(used) <= REGISTERS[name], (architecture, max(used))
+    disassembler = find_disassembler()
+    if disassembler is None:
+        pytest.skip(
+            "spills and registers are fine; the disassembly needs nvdisasm (wheel nvidia-cuda-nvdisasm)"
+        )
+    for kernel, lines in kernels_of(disassembler, cubin).items():
+        if re.search(r"in_registers|in_shared|Li[48]E", kernel):  # the paths that read and write vectors
+            loads = sum(bool(re.search(r"LDG\.\S*128|LDGSTS\.\S*128", line)) for line in lines)
+            # Beside 16 bytes of float32, four bfloat16 are 8.
+            stores = sum(bool(re.search(r"STG\.\S*(128|64)", line)) for line in lines)
+            narrow = sum(bool(re.search(r"STG\.\S*(U16|U8)|LDG\.\S*(U16|U8)", line)) for line in lines)
+            assert loads and stores, f"{kernel}: {loads} loads and {stores} stores of 16 bytes"
+            if re.search(r"in_registers|rotate", kernel):
+                assert not narrow, f"{kernel}: {narrow} accesses of an element"
+        assert not any("LDL" in line or "STL" in line for line in lines), kernel
+
+
+def find_disassembler() -> str | None:
+    return next(
+        (str(path) for folder in sys.path if (path := Path(folder) / "nvidia/cu13/bin/nvdisasm").is_file()),
+        shutil.which("nvdisasm"),
+    )
+
+
+def kernels_of(disassembler: str, cubin: Path) -> dict[str, list[str]]:
+    """The instructions of each kernel, by its mangled name."""
+    command = [disassembler, "-c", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, *sections = re.split(r"^//-+ \.text\.(\S+) +-+$", said, flags=re.M)
+    return {name: body.splitlines() for name, body in zip(sections[::2], sections[1::2], strict=True)}
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
+    built = tmp_path / "kernels.so"
+    build.build(built, ("9.0",))
+    facts = json.loads(built.with_suffix(".json").read_text())
+    assert facts["architectures"] == ["9.0"] and facts["sources"] == build.sources_hash()
+    data = built.read_bytes()
+    for op in library._SCHEMAS:
+        assert op.encode() in data
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_nvcc_one_sentence_and_exit_code_2(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from kernels_cuda import build; build.find_nvcc = lambda: None; "
+         "sys.argv = ['build']; build.run_command(build.main)"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: no nvcc found: install the CUDA toolkit")
+        and done.stderr.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("hopper", "'hopper' is no architecture"),
+        ("9.0+SASS", "is no architecture"),
+        ("7.5", "older than 8.0"),
+    ],
+)
+def test_wrong_architectures(given: str, said: str):
+    with pytest.raises(UserError, match=re.escape(said)):
+        build.generate_code((given,))
+
+
+def test_which_gpus_a_file_serves():
+    assert build.generate_code(("9.0+PTX",)) == [
+        "-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90",
+    ]  # fmt: skip
+    assert build.serves(["8.0", "9.0+PTX"], (8, 6))  # machine code of the same major version
+    assert build.serves(["8.0", "9.0+PTX"], (12, 0))  # the PTX
+    assert not build.serves(["9.0"], (8, 0))
+    assert not build.serves(["9.0"], (10, 0))
+
+
+def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert library.load().file is None
+    assert library.load().file is None
+    assert capsys.readouterr().err.count("plain PyTorch, because") == 1  # said once
+    with pytest.raises(UserError, match="backend cuda is not possible"):
+        library.load("cuda")
+    assert not library.kernels_loaded()
+    assert dict(doctor.facts())["used"].startswith("plain PyTorch, because")
+
+
+def test_a_built_file_is_used_only_for_its_sources_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    built = tmp_path / "mtlm_kernels.so"
+    monkeypatch.setattr(build, "BUILT", built)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+
+    def found(facts: dict | None) -> library.Source:
+        if facts is not None:
+            built.touch()
+            built.with_suffix(".json").write_text(json.dumps(facts))
+        return library.find()
+
+    current = build.sources_hash()
+    assert "no file is built and there is no nvcc" in found(None).reason
+    assert "of other sources" in found({"architectures": ["9.0"], "sources": "other"}).reason
+    assert "is for 8.0, not for (9, 0)" in found({"architectures": ["8.0"], "sources": current}).reason
+    assert found({"architectures": ["8.0", "9.0"], "sources": current}).file == built

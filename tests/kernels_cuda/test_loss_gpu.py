@@ -1,0 +1,151 @@
+"""The loss on a GPU: the pass over logits, and the whole of head and loss."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels_cuda import loss, reference
+from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, run_twice, wide
+
+pytestmark = pytest.mark.gpu
+
+# One thread's share and less, unaligned, of each preset and tokenizer, more than shared memory holds.
+VOCABULARIES = (1, 7, 8, 259, 4096, 32000, 32001, 65536, 131072)
+
+
+def softmax_loss(
+    implementation, logits: Tensor, targets: Tensor, z_loss: float, gradients: bool
+) -> list[Tensor]:
+    """Totals, losses and gradients, from memory that was poisoned."""
+    guarded = Guarded()
+    wide_type = torch.promote_types(logits.dtype, torch.float32)
+    rows = logits.new_empty(logits.shape[0], dtype=wide_type)
+    total, nll, x = guarded.like(rows), guarded.like(rows), guarded.like(logits, keep=True)
+    implementation.softmax_loss_(x, targets, total, nll, z_loss, gradients)
+    guarded.check()
+    return [total, nll, x]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_as_exact_as_pytorch_at_every_size(vocab: int, dtype: torch.dtype):
+    for rows in (0, 1, 2, 31, 33, 199):
+        logits = (torch.randn(rows, vocab, device="cuda") * 4 + 20).to(dtype)
+        targets = torch.randint(vocab, (rows,), device="cuda")
+        targets[1::5] = reference.IGNORE
+        for z_loss in (0.0, 1e-3):
+            got = run_twice(lambda x=logits, t=targets, z=z_loss: softmax_loss(torch.ops.mtlm, x, t, z, True))
+            plain = softmax_loss(reference, logits, targets, z_loss, True)
+            assert_as_good(
+                got, plain, softmax_loss(reference, logits.double(), targets, z_loss, True), f"{rows} rows"
+            )
+            assert not got[2][1::5].any() and not got[0][1::5].any()
+            without = softmax_loss(torch.ops.mtlm, logits, targets, z_loss, False)
+            assert_equal_bits(without, [got[0], got[1], logits])
+
+
+def test_rows_apart_and_alone():
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(32000, (64,), device="cuda")
+    expected = softmax_loss(torch.ops.mtlm, logits, targets, 1e-4, True)
+    apart = torch.full((64, 32000 + 64), torch.nan, device="cuda", dtype=torch.bfloat16)
+    apart[:, :32000] = logits
+    total, nll = torch.empty(2, 64, device="cuda")
+    torch.ops.mtlm.softmax_loss_(apart[:, :32000], targets, total, nll, 1e-4, True)
+    assert_equal_bits([total, nll, apart[:, :32000].contiguous()], expected)
+    assert apart[:, 32000:].isnan().all()
+    alone = softmax_loss(torch.ops.mtlm, logits[40:41].clone(), targets[40:41], 1e-4, True)
+    assert_equal_bits([t[40:41] for t in expected], alone)
+
+
+def test_extreme_logits():
+    logits = torch.tensor(
+        [[3e38, 0, 0, 0], [-3e38] * 4, [-torch.inf, 1, 2, 3], [80, -80, 0, 0]], device="cuda"
+    )
+    logits = torch.cat([logits, torch.full((4, 4), -torch.inf, device="cuda")], 1)
+    targets = torch.tensor([0, 1, 3, 1], device="cuda")
+    got = softmax_loss(torch.ops.mtlm, logits, targets, 0.0, True)
+    exact = softmax_loss(reference, logits.double(), targets, 0.0, True)
+    # float32's own error at the size of the numbers in a difference
+    torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got[2].double(), exact[2], rtol=1e-5, atol=1e-7)
+
+
+def test_a_target_that_is_none_is_nan_and_a_nan_stays_in_its_row():
+    logits = torch.randn(5, 32000, device="cuda", dtype=torch.bfloat16)
+    logits[4, 17] = torch.nan
+    targets = torch.tensor([3, 32000, -2, 5, 6], device="cuda")
+    total, nll, gradient = softmax_loss(torch.ops.mtlm, logits, targets, 0.0, True)
+    assert nll.isnan().tolist() == total.isnan().tolist() == [False, True, True, False, True]
+    assert gradient.isnan().all(1).tolist() == [False, True, True, False, True]
+    assert not gradient[[0, 3]].isnan().any()
+
+
+def test_more_than_2_to_the_31_elements():
+    rows = 2**31 // 32000 + 100
+    logits = torch.empty(rows, 32000, device="cuda", dtype=torch.bfloat16).normal_()
+    targets = torch.randint(32000, (rows,), device="cuda")
+    last = softmax_loss(torch.ops.mtlm, logits[-3:].clone(), targets[-3:], 0.0, True)
+    total, nll = torch.empty(2, rows, device="cuda")
+    torch.ops.mtlm.softmax_loss_(logits, targets, total, nll, 0.0, True)
+    assert_equal_bits([total[-3:], nll[-3:], logits[-3:]], last)
+
+
+def head(
+    n: int, d: int, vocab: int, dtype: torch.dtype, table_type: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(n, d, device="cuda").to(dtype)
+    table = (torch.randn(vocab, d, device="cuda") / d**0.5).to(table_type)
+    targets = torch.randint(vocab, (n,), device="cuda")
+    targets[::7] = reference.IGNORE
+    return hidden, table, targets
+
+
+def sums_and_gradients(
+    function, hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float
+) -> list[Tensor]:
+    hidden, table = hidden.detach().requires_grad_(), table.detach().requires_grad_()
+    total, nll = function(hidden, table, targets, z_loss)
+    return [total.detach(), nll.detach(), *torch.autograd.grad(total / 3, (hidden, table))]
+
+
+@pytest.mark.parametrize("n", [0, 1, 33, 1000])
+@pytest.mark.parametrize(
+    "types", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2]
+)
+def test_head_and_loss(n: int, types: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch):
+    for most in (8192, 256):  # whole, and in chunks of 256 rows
+        monkeypatch.setattr(loss, "FEWEST_ROWS", most)
+        monkeypatch.setattr(loss, "LOGITS_BYTES", most * 2000)
+        given = head(n, 384, 1000, *types)
+        got = run_twice(lambda given=given: sums_and_gradients(loss.linear_cross_entropy, *given, 1e-4))
+        plain = sums_and_gradients(reference.linear_cross_entropy, *given, 1e-4)
+        exact = sums_and_gradients(reference.linear_cross_entropy, *wide(*given), 1e-4)
+        assert_as_good(got[2:], plain[2:], exact[2:], f"at most {most} rows")
+        # A sum is one number, whose error may by chance be nothing. bfloat16 rounds each logit, of about 1,
+        # by up to 4e-3 while a loss is about 7; float32 sums of up to 1000 terms.
+        for mine, true in zip(got[:2], exact[:2], strict=True):
+            assert abs(mine - true) <= (2e-6 if types[0] == torch.float32 else 2e-3) * true
+
+
+def test_no_more_than_a_gibibyte_beyond_inputs_and_gradients():
+    hidden, table, targets = head(32768, 768, 32000, torch.bfloat16, torch.bfloat16)
+    sums_and_gradients(
+        loss.linear_cross_entropy, *(t[:8] for t in (hidden, table, targets % 8)), 0.0
+    )  # cuBLAS's own
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    *_, d_hidden, d_table = sums_and_gradients(loss.linear_cross_entropy, hidden, table, targets, 0.0)
+    gradients = d_hidden.nbytes + d_table.nbytes
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 2**30
+
+
+def test_no_wait_for_the_device():
+    hidden, table, targets = head(512, 384, 1000, torch.bfloat16, torch.float32)
+    sums_and_gradients(loss.linear_cross_entropy, hidden, table, targets, 1e-4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums_and_gradients(loss.linear_cross_entropy, hidden, table, targets, 1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,192 @@
+"""The ops on a CPU, against formulas written another way, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels_cuda import library, loss, ops
+from kernels_cuda.adamw import AdamW, clip_scale
+
+EPS = 1e-6
+MTLM = torch.ops.mtlm
+F64 = torch.float64
+
+
+def random(*shape: int, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=F64, generator=generator).requires_grad_(grad)
+
+
+def angles(seq: int, half: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(seq, dtype=F64)[:, None] * 10000 ** -(torch.arange(half, dtype=F64) / half)
+    return angle.cos()[None], angle.sin()[None]
+
+
+def test_norm_is_torchs():
+    x, branch, weight = random(7, 12), random(7, 12) + 1, random(12)
+    expected = F.rms_norm(x + branch, (12,), weight, EPS)
+    normed, total, rstd = MTLM.add_rms_norm(x, branch, weight, EPS)
+    torch.testing.assert_close(normed, expected)
+    torch.testing.assert_close(total, x + branch)
+    torch.testing.assert_close(MTLM.rms_norm(total, weight, EPS, F64), (normed, rstd))
+    assert MTLM.rms_norm(total.float(), weight.float(), EPS, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_rotation_is_multiplication_by_a_complex_number():
+    q, k, v = (random(2, 5, 3, 8) + i for i in range(3))
+    cos, sin = angles(5, 4)
+    turn = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))[:, :, None]
+
+    def turned(x: Tensor, by: Tensor) -> Tensor:
+        y = torch.complex(x[..., :4], x[..., 4:]) * by
+        return torch.cat([y.real, y.imag], -1)
+
+    packed = torch.stack([q, k, v], 2)
+    MTLM.rotary_(packed[:, :, 0], packed[:, :, 1], cos, sin, False)
+    torch.testing.assert_close(packed, torch.stack([turned(q, turn), turned(k, turn), v], 2))
+    back = MTLM.rotary_pack(*packed.unbind(2), cos, sin, True)
+    torch.testing.assert_close(back, torch.stack([q, k, v], 2))
+
+
+def test_loss_is_torchs_with_ignored_targets_and_z_loss():
+    hidden, table = random(9, 6, grad=True), random(11, 6, grad=True)
+    targets = torch.tensor([0, 10, -1, 3, 3, -1, 7, 2, 1])
+    logits = hidden @ table.T
+    nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    lse = torch.logsumexp(logits, 1)
+    total = nll + 0.01 * (lse[targets != -1] ** 2).sum()
+    expected = torch.autograd.grad(total / 7, (hidden, table))
+    for way in (loss.linear_cross_entropy, loss.LinearCrossEntropy.apply):
+        sums = way(hidden, table, targets, 0.01)
+        torch.testing.assert_close(torch.stack(tuple(sums)), torch.stack([total, nll]))
+        torch.testing.assert_close(torch.autograd.grad(sums[0] / 7, (hidden, table)), expected)
+
+
+def test_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch):
+    hidden, table, targets = random(600, 4), random(10, 4), torch.arange(600) % 11 - 1
+    whole = MTLM.linear_cross_entropy(hidden, table, targets, 0.01, True)
+    monkeypatch.setattr(loss, "FEWEST_ROWS", 256)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 0)
+    torch.testing.assert_close(MTLM.linear_cross_entropy(hidden, table, targets, 0.01, True), whole)
+    without = MTLM.linear_cross_entropy(hidden, table, targets, 0.01, False)
+    torch.testing.assert_close(without[0], whole[0])
+    assert without[1].numel() == without[2].numel() == 0
+
+
+def test_chunks_are_even_and_wide():
+    assert loss.rows_at_once(32768, 64000) == 11008
+    assert loss.rows_at_once(40000, 64000) == 10240  # a quarter, up to the next 256
+    assert loss.rows_at_once(100, 64000) == 100
+    assert loss.rows_at_once(32768, 262144) == 8192  # a large vocabulary still gets the fewest rows
+    assert loss.rows_at_once(0, 64000) == 0
+
+
+def test_a_target_that_is_none_makes_its_row_nan():
+    logits = random(4, 6)
+    total, nll = torch.zeros(2, 4, dtype=F64)
+    MTLM.softmax_loss_(logits, torch.tensor([0, 6, -2, -1]), total, nll, 0.0, True)
+    assert total.isnan().tolist() == nll.isnan().tolist() == [False, True, True, False]
+    assert logits.isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_gradients_are_those_of_differences():
+    x, branch, weight = random(2, 3, 8, grad=True), random(2, 3, 8, grad=True), random(8, grad=True)
+    check = torch.autograd.gradcheck
+    assert check(lambda *a: ops.AddRMSNorm.apply(*a, EPS), (x, branch, weight))
+    assert check(lambda *a: ops.AddRMSNorm.apply(*a, EPS)[1], (x, branch, weight.detach()))  # the sum alone
+    assert check(lambda *a: ops.RMSNorm.apply(*a, EPS, F64), (x, weight))
+    packed, bias = random(24, 8, grad=True), random(24, grad=True)
+    cos, sin = angles(3, 2)
+    assert check(lambda *a: ops.RotatedProjections.apply(*a, cos, sin, 2), (x, packed, bias))
+    hidden, table = random(5, 4, grad=True), random(7, 4, grad=True)
+    targets = torch.tensor([0, 6, -1, 3, 3])
+    assert check(lambda *a: loss.LinearCrossEntropy.apply(*a, targets, 0.1)[0], (hidden, table))
+
+
+def test_ops_keep_pytorchs_contracts():
+    x, weight, rstd = random(3, 8).float(), random(8).float(), torch.rand(3)
+    q, k, v = (random(1, 3, 2, 4).float() for _ in range(3))
+    cos, sin = (t.float() for t in angles(3, 2))
+    targets = torch.tensor([0, 4, -1])
+    scalars = [torch.tensor(value) for value in (1e-2, 1.0, 1.0, False)]
+    cases = {
+        "rms_norm": (x, weight, EPS, torch.bfloat16),
+        "add_rms_norm": (x, x.bfloat16(), weight, EPS),
+        "rms_norm_backward": (x.bfloat16(), x, x, rstd, weight, True),
+        "rotary_": (q.clone(), k.clone(), cos, sin, True),
+        "rotary_pack": (q, k, v, cos, sin, False),
+        "softmax_loss_": (random(3, 5).float(), targets, torch.zeros(3), torch.zeros(3), 0.1, True),
+        "linear_cross_entropy": (x, random(5, 8).float(), targets, 0.1, True),
+        "adamw_": ([x.clone()], [x], [x * 0], [x * 0], [x.bfloat16()], *scalars, 0.9, 0.95, 1e-8, 0.1),
+    }
+    assert set(cases) == {*library._SCHEMAS, "linear_cross_entropy"}
+    for name, arguments in cases.items():
+        torch.library.opcheck(getattr(MTLM, name).default, arguments)
+
+
+def a_layer(x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, table: Tensor) -> Tensor:
+    """Every autograd function, as a model chains them."""
+    b, s, d = x.shape
+    cos, sin = (t.float() for t in angles(s, d // 4))
+    normed, x = ops.AddRMSNorm.apply(x, branch, weight, EPS)
+    q, k, v = (t.transpose(1, 2) for t in ops.RotatedProjections.apply(normed, packed, None, cos, sin, 2))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
+    normed, _ = ops.AddRMSNorm.apply(x, y, weight, EPS)
+    targets = torch.arange(b * s) % table.shape[0]
+    return loss.LinearCrossEntropy.apply(normed.reshape(b * s, d), table, targets, 1e-3)[0] / (b * s)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole(backend: str):
+    shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (11, 16))
+    leaves = [random(*shape).float().requires_grad_() for shape in shapes]
+    expected = torch.autograd.grad(a_layer(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(a_layer, backend=backend, fullgraph=True)(*leaves), leaves)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_adamw_is_torchs(narrow: bool):
+    """20 updates with two groups, a schedule, clipping and a skipped step; the state saved and loaded."""
+    start = [random(5, 3), random(7) * 10, random(1)]
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8}
+
+    def groups(params):
+        return [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:], "weight_decay": 0.0}]
+
+    ours = [torch.nn.Parameter(p.bfloat16() if narrow else p.clone()) for p in start]
+    theirs = [torch.nn.Parameter(p.detach().double()) for p in ours]
+    optimizer = AdamW(groups(ours), lr=1.0, **settings)
+    peer = torch.optim.AdamW(groups(theirs), lr=1.0, **settings)
+    for step in range(20):
+        lr = 0.1 * math.cos(step / 15)
+        optimizer.set_lr(lr)
+        for group in peer.param_groups:
+            group["lr"] = lr
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = (random(*p.shape) * (step + 1)).to(p.dtype)
+            q.grad = p.grad.double()
+        norm = torch.linalg.vector_norm(torch.cat([q.grad.flatten() for q in theirs])).float()
+        skip = step == 3
+        optimizer.step(grad_scale=clip_scale(norm, 1.0), skip=torch.tensor(skip))
+        if not skip:
+            torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+            peer.step()
+        if step == 10:
+            saved = optimizer.state_dict()
+            optimizer = AdamW(groups(ours), lr=0.5, **settings)
+            optimizer.load_state_dict(saved)
+    for p, q in zip(ours, theirs, strict=True):
+        exact = optimizer.state[p]["master"].double() if narrow else p.detach()
+        # 20 updates in float32 (a master's, or the scalars'), each rounding by 6e-8 of values up to 30.
+        torch.testing.assert_close(exact, q.detach(), rtol=0, atol=2e-5)
+        if narrow:
+            assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
+
+
+def test_adamw_refuses_what_is_none():
+    with pytest.raises(ValueError, match=r"betas \(0.9, 1.0\)"):
+        AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 1.0))
