@@ -63,7 +63,7 @@ def evaluate_task(
             "metrics": _metrics(found["results"][task]),
         }
         if rolling:
-            record["tasks"][task] |= _rolling(questions[task], model.bos_nats)
+            record["tasks"][task] |= _rolling(questions[task], model.bos_nats * len(rows))
     for group, values in found.get("groups", {}).items():
         record["groups"][group] = {"metrics": _metrics(values)}
     return record, questions
@@ -111,7 +111,7 @@ def _rolling(questions: list[Record], bos_nats: float) -> Record:
         "bytes": int(n_bytes.sum()),
         "bits_per_byte_stderr": math.sqrt(spread) / n_bytes.sum() / math.log(2),
         "bos_nats": bos_nats,
-        "word_perplexity_without_bos": math.exp((nats.sum() - bos_nats) / n_words),
+        "word_perplexity_without_bos": float(np.exp((nats.sum() - bos_nats) / n_words)),
         "bits_per_byte_without_bos": (nats.sum() - bos_nats) / n_bytes.sum() / math.log(2),
     }
 

@@ -49,7 +49,7 @@ class HarnessModel(TemplateLM):
         self.n_truncated = 0
         """Requests, since this was last set, that were longer than the context and lost their beginning."""
         self.bos_nats = 0.0
-        """Of rolling log-likelihoods, since this was last set: what scoring `<s>` itself cost."""
+        """What scoring `<s>` itself cost in the last rolling log-likelihoods, of each document."""
 
     @property
     def eot_token_id(self) -> int:
@@ -126,13 +126,9 @@ class HarnessModel(TemplateLM):
         logprobs, _ = self._score(rows, "windows")
         totals = np.zeros(len(requests))
         np.add.at(totals, document, logprobs)
-        self.bos_nats -= self._bos_logprob() * len(requests)
-        return totals.tolist()
-
-    def _bos_logprob(self) -> float:
-        """log P(<s> | <s>)."""
         bos = self.mtlm_tokenizer.bos
-        return float(score_rows(self.backend_model, [Row([bos], [bos])])[0][0])
+        self.bos_nats = -float(score_rows(self.backend_model, [Row([bos], [bos])])[0][0])
+        return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts behind the contexts, up to a stop text, `</s>` or a number of tokens."""

@@ -140,7 +140,7 @@ def measure(
 
 def measure_words(harness: HarnessModel, text: str) -> dict[str, float | int]:
     """The per-word perplexity of a text as one document, by the harness's rolling windows."""
-    harness.task, harness.bos_nats = "word", 0.0
+    harness.task = "word"
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     (logprob,) = harness.loglikelihood_rolling([request])
     return _words(-logprob, harness.bos_nats, count_words(text), len(text.encode()))

@@ -6,6 +6,7 @@ done is written at once; the same command goes on behind it.
 
 import dataclasses
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +73,7 @@ def main() -> int:
         settings = {
             "backend": model.identity["kind"], "dtype": config.dtype, "shots": config.shots,
             "limit": config.limit, "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "bos": True,
+            "lm_eval": metadata.version("lm_eval"),
         }  # fmt: skip
         results = Results(config.out or model.results, model.identity, settings)
         print(describe(model, config.dtype))
