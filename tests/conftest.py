@@ -45,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where transformers copies a folder's code before importing it: one place for all tests of a process."""
+    import transformers.dynamic_module_utils as dynamic
+
+    folder = tmp_path_factory.mktemp("modules")
+    dynamic.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the training runs that tests start keep prepared data and compiled functions."""
     return tmp_path_factory.mktemp("cache")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +53,8 @@ class Evaluated(NamedTuple):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """transformers copies a folder's code before it imports it."""
-    import transformers.dynamic_module_utils as dynamic
-
-    folder = tmp_path_factory.mktemp("modules")
-    dynamic.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = str(folder)
-    return folder
+def remote_code(modules: Path) -> None:
+    """The code of exported folders is copied to where it is removed again."""
 
 
 @pytest.fixture(scope="session")

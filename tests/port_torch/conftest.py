@@ -1,6 +1,5 @@
 """Every test here may use runs that were trained for all of them, and remote code is removed."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,8 @@ torch.set_num_threads(1)  # small products: threads only wait for each other
 
 
 @pytest.fixture(scope="session", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """transformers copies a folder's code before it imports it."""
-    import transformers.dynamic_module_utils as dynamic
-
-    folder = tmp_path_factory.mktemp("modules")
-    dynamic.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = str(folder)
-    return folder
+def remote_code(modules: Path) -> None:
+    """The code of exported folders is copied to where it is removed again."""
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -200,6 +200,7 @@ def test_ctrl_c_keeps_what_is_done(folder, cache, tmp_path):
     assert sorted(tmp_path.iterdir()) == [given, out]
 
 
+@pytest.mark.slow
 def test_a_terminal_is_asked_again_and_again(folder, cache):
     """On a terminal of its own: two texts, the second stopped by nothing, then Ctrl-D."""
     ours, theirs = pty.openpty()

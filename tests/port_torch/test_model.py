@@ -167,6 +167,7 @@ def test_a_cache_does_not_change_the_logits(kind: str):
     assert torch.allclose(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 def test_compiled_without_a_graph_break(kind: str):
     config = BOTH[kind]

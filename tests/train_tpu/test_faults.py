@@ -117,6 +117,7 @@ def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text,
     assert losses(folder) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(cache, text, tmp_path):
     prepared, folder = tmp_path / "prepared", tmp_path / "run"
     large = make_text(tmp_path, repeats=3000)  # a second and more to evaluate, four windows at a time
