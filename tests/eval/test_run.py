@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_results(folder: Path, sets: Sets, capsys):
     for name, evaluation in content["evaluations"].items():
         assert evaluation["settings"] == {
             "backend": "folder", "dtype": "float32", "shots": None, "limit": None, "fewshot_seed": 1234,
-            "bootstrap": 1000, "bos": True,
+            "bootstrap": 1000, "bos": True, "lm_eval": metadata.version("lm_eval"),
         }  # fmt: skip
         assert {"lm_eval", "datasets", "torch", "transformers", "jax"} <= set(evaluation["versions"])
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", evaluation["date"])
