@@ -172,6 +172,7 @@ def test_a_cache_does_not_change_the_logits(kind: str):
 def test_compiled_without_a_graph_break(kind: str):
     config = BOTH[kind]
     model = mirror(config, random_params(config))
+    torch.compiler.reset()  # what other tests of this process compiled counts to its limit of recompilations
     compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")(model)
     tokens = torch.tensor(np.asarray(random_tokens(config, 2, 16)), dtype=torch.long)
     with torch.no_grad():
@@ -186,7 +187,6 @@ def test_compiled_without_a_graph_break(kind: str):
 def test_compiled_by_inductor(kind: str):
     config = BOTH[kind]
     model = mirror(config, random_params(config))
-    torch.compiler.reset()  # what other tests of this process compiled counts to its limit of recompilations
     torch.compiler.reset()  # what other tests of this process compiled counts to its limit of recompilations
     compiled = torch.compile(model, fullgraph=True)
     tokens = torch.tensor(np.asarray(random_tokens(config, 2, 16)), dtype=torch.long)
