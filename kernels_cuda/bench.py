@@ -237,6 +237,7 @@ def updates(parameters: int) -> Made:
 
 
 def bind(function: Callable, *arguments: Tensor) -> Callable[[], object]:
+    """A call of the function on these arguments, whatever the names mean later."""
     return lambda: function(*arguments)
 
 

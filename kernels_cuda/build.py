@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -117,6 +118,14 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         _put(json.dumps(facts, indent=1).encode(), output.with_suffix(".json"))
         _put(linked.read_bytes(), output)
+
+
+def made_of(file: Path) -> dict[str, Any]:
+    """What `build` wrote beside a file: architectures, sources, nvcc, torch. Empty if not known."""
+    try:
+        return json.loads(file.with_suffix(".json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def kept_file(capability: tuple[int, int]) -> Path:

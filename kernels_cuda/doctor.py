@@ -1,7 +1,5 @@
 """What is built, for which GPUs, and what will be used here and why: `python -m kernels_cuda.doctor`."""
 
-import json
-
 import torch
 
 from core.errors import run_command
@@ -35,9 +33,8 @@ def _built() -> str:
     """The file in the package, and what it is made of."""
     if not build.BUILT.exists():
         return "no file (python -m kernels_cuda.build makes it)"
-    try:
-        made_of = json.loads(build.BUILT.with_suffix(".json").read_text())
-    except (FileNotFoundError, ValueError):
+    made_of = build.made_of(build.BUILT)
+    if not made_of:
         return f"{build.BUILT}, of unknown sources: build it again"
     current = (
         "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"

@@ -4,7 +4,6 @@ Declared at import, so that every op exists everywhere; `load` adds the CUDA imp
 file, or of one compiled on the spot, and says which it is.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +160,7 @@ def _why_not(file: Path, capability: tuple[int, int]) -> str | None:
     """Why a built file cannot serve this GPU, None if it can."""
     if not file.exists():
         return "no file is built"
-    facts = json.loads(file.with_suffix(".json").read_text()) if file.with_suffix(".json").exists() else {}
+    facts = build.made_of(file)
     if facts.get("sources") != build.sources_hash():
         return f"{file.name} is of other sources"
     if not build.serves(facts["architectures"], capability):
