@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: one sentence that says what, where and what to do.
@@ -24,7 +26,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` closed our output: nothing is left to say
         sys.stderr.close()
         code = 1

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from core.errors import UserError, run_command
+from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from eval.card import check_card, update_card
 from eval.evaluate import BOOTSTRAP, Record, evaluate_task
 from eval.harness import HarnessModel
@@ -20,7 +20,6 @@ from eval.models import Device, describe, is_checkpoint, open_model
 from eval.results import Results, figures, shown
 from eval.tasks import FEWSHOT_SEED, open_tasks, task_names
 
-EXIT_INTERRUPTED = 130
 DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
 
 

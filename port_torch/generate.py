@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from core.errors import UserError, run_command
+from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
 from core.generate import Sampling, pieces, show
 from core.manifest import EXPORT_MANIFEST, load_manifest
@@ -27,8 +27,6 @@ from core.tokenizer import Tokenizer
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.formats import exported
 from port_torch.model import Decoder, load
-
-EXIT_INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
