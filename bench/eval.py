@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import UserError, run_command
+from eval.run import DEFAULT_TASKS
+from eval.tasks import open_tasks, task_names
 
-TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
 ROWS = ("hf", "torch", "jax")
 DTYPES = ("float32", "bfloat16")
 
@@ -36,7 +37,7 @@ class EvalBenchConfig:
     """Where the tasks' data lies (see eval.run)."""
     run: Path | None = None
     """The run that it was exported from, for the row of Flax."""
-    tasks: str = TASKS
+    tasks: str = DEFAULT_TASKS
     batch: int = 64
     """Of the `hf` model: requests at once."""
     dtypes: tuple[str, ...] = DTYPES
@@ -51,9 +52,8 @@ def measure(config: EvalBenchConfig, row: str, dtype: str) -> dict[str, Any]:
     from eval.evaluate import evaluate_task
     from eval.harness import HarnessModel
     from eval.models import open_model
-    from eval.tasks import open_tasks
 
-    names = config.tasks.split(",")
+    names = task_names(config.tasks)
     with open_tasks(names, config.data_dir) as tasks:
         started = time.monotonic()
         if row == "hf":
@@ -99,8 +99,6 @@ def agreement(ours: dict[str, list], theirs: dict[str, list]) -> str:
             distance = np.abs(np.subtract(a, b)).max()
             if len(a) == 1:  # a page: relative to its length
                 distance = distance / abs(b[0])
-                largest = max(largest, distance)
-                continue
             largest = max(largest, distance)
             if np.argmax(a) != np.argmax(b):
                 differing.append(f"{task} {number} ({abs(b[np.argmax(a)] - b[np.argmax(b)]):.1e})")
@@ -126,7 +124,7 @@ def main() -> int:
         for row in ROWS
         if row != "jax" or config.run
     }
-    names = config.tasks.split(",")
+    names = task_names(config.tasks)
     table = Table("", *names, "load", "whole process, s", "x hf")
     for (row, dtype), result in found.items():
         speed = found["hf", dtype]["wall"] / result["wall"]

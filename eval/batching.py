@@ -21,7 +21,7 @@ BUDGET, CPU_BUDGET = 12_288, 3072
 
 
 class Row(NamedTuple):
-    """One sequence; the last `n_scored` predictions count."""
+    """One sequence, of which the last predictions are scored."""
 
     inputs: Sequence[int]
     """What the model sees; it predicts the token behind each."""

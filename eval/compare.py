@@ -18,8 +18,8 @@ from scipy import stats
 
 from core.errors import UserError, run_command
 from core.folders import write_atomically
-from core.steps import find_step
-from eval.models import is_checkpoint
+from eval.models import results_folder
+from eval.ratio import ratio_of_sums
 from eval.results import RESULTS, all_tasks, figures, protocol, read_results, shown, table
 
 
@@ -48,16 +48,13 @@ class Compared(NamedTuple):
     only_second: int | None
 
 
-def results_folder(path: Path) -> Path:
-    """Where a model's results lie: the folder itself, or eval.run's default for a run or exported folder."""
+def evaluated_folder(path: Path) -> Path:
+    """Where a model's results lie: the folder itself, or where eval.run puts those of a run or a folder."""
     if (path / RESULTS).exists():
         return path
     if not path.exists():
         raise UserError(f"{path} is not there: give runs, exported folders or folders of results")
-    if is_checkpoint(path):
-        step_dir = find_step(path)
-        return step_dir.absolute().parent.parent / "eval" / f"step-{int(step_dir.name)}"
-    return path.absolute().with_name(f"{path.absolute().name}-eval")
+    return results_folder(path)
 
 
 def read_questions(folder: Path, task: str) -> dict[str, dict[str, Any]]:
@@ -103,11 +100,9 @@ def compare_pages(
     The difference is sum(second - first) / sum(bytes); its error that of the linearised ratio over documents.
     """
     bits = (second - first) / math.log(2)
-    ratio, n = bits.sum() / n_bytes.sum(), len(bits)
-    spread = ((bits - ratio * n_bytes) ** 2).sum() * n / max(n - 1, 1)
-    stderr = math.sqrt(spread) / n_bytes.sum()
-    p = float(2 * stats.t.sf(abs(ratio) / stderr, n - 1)) if stderr else float(ratio == 0)
-    return Compared(float(ratio), float(stderr), p, "paired t over pages", None, None)
+    ratio, stderr = ratio_of_sums(bits, n_bytes)
+    p = float(2 * stats.t.sf(abs(ratio) / stderr, len(bits) - 1)) if stderr else float(ratio == 0)
+    return Compared(ratio, stderr, p, "paired t over pages", None, None)
 
 
 def compare_task(first: Path, second: Path, task: str, metrics: list[str]) -> dict[str, Compared]:
@@ -142,7 +137,7 @@ def main() -> int:
     config = tyro.cli(CompareConfig, prog="python -m eval.compare")
     if len(config.models) < 2:
         raise UserError("give at least two models to compare")
-    folders = [results_folder(path) for path in config.models]
+    folders = [evaluated_folder(path) for path in config.models]
     contents = [read_results(folder) for folder in folders]
     text = report(folders, contents)
     print(text)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from eval.harness import HarnessModel
+from eval.ratio import ratio_of_sums
 from eval.tasks import Tasks
 
 BOOTSTRAP = 1000  # resamples for the standard error of metrics that have no formula for it
@@ -104,12 +105,10 @@ def _rolling(questions: list[Record], bos_nats: float) -> Record:
     nats = -np.array([row["logprob"] for row in questions])
     n_bytes = np.array([row["bytes"] for row in questions], float)
     n_words = sum(row["words"] for row in questions)
-    ratio, n = nats.sum() / n_bytes.sum(), len(questions)
-    spread = ((nats - ratio * n_bytes) ** 2).sum() * n / max(n - 1, 1)  # of a ratio of sums, to first order
     return {
         "words": n_words,
         "bytes": int(n_bytes.sum()),
-        "bits_per_byte_stderr": math.sqrt(spread) / n_bytes.sum() / math.log(2),
+        "bits_per_byte_stderr": ratio_of_sums(nats, n_bytes)[1] / math.log(2),
         "bos_nats": bos_nats,
         "word_perplexity_without_bos": float(np.exp((nats.sum() - bos_nats) / n_words)),
         "bits_per_byte_without_bos": (nats.sum() - bos_nats) / n_bytes.sum() / math.log(2),

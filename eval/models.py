@@ -57,6 +57,14 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / MANIFEST).exists() or bool(list_steps(path))
 
 
+def results_folder(path: Path) -> Path:
+    """Where results go if nothing else is said: eval/step-N in the run, or FOLDER-eval beside a folder."""
+    if is_checkpoint(path):
+        step_dir = find_step(path)
+        return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
+    return path.absolute().with_name(f"{path.absolute().name}-eval")
+
+
 def _open_checkpoint(path: Path, dtype: str) -> Model:
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
@@ -65,10 +73,9 @@ def _open_checkpoint(path: Path, dtype: str) -> Model:
     require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
     params = restore_params(step_dir, abstract_params(config))
     backend = FlaxBackend(config, params, dtype)
-    run = step_dir.absolute().parent.parent
-    known = _known(run.name, config, manifest)
+    known = _known(step_dir.absolute().parent.parent.name, config, manifest)
     identity = known | {"kind": "checkpoint", "sha256": _manifest_hash(step_dir / MANIFEST)}
-    return Model(backend, tokenizer, identity, run / "eval" / f"step-{manifest.step}")
+    return Model(backend, tokenizer, identity, results_folder(step_dir))
 
 
 def _open_folder(path: Path, dtype: str, device: Device) -> Model:
@@ -99,7 +106,7 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
         TorchBackend(models),
         tokenizer,
         identity | {"kind": "folder"},
-        path.absolute().with_name(f"{name}-eval"),
+        results_folder(path),
     )
 
 
