@@ -8,7 +8,7 @@ main() is the course up to what both training commands share (training/course.py
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import torch
@@ -17,16 +17,14 @@ import tyro
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.keys import Purpose, make_key
-from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import init_params
-from core.tokenizer import Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from port_torch.export import reader
-from port_torch.folder_tokenizer import folder_tokenizer
-from port_torch.formats import exported
-from port_torch.model import Decoder, load, parameter_name
+from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.course import Job, prepare_device, train
+from port_torch.training.course import Job, require_deterministic_operations, train
+from port_torch.training.origin import open_origin
 from port_torch.training.ranks import Ranks, open_ranks
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu import config as theirs
@@ -62,9 +60,10 @@ def main() -> int:
     """Runs the command; train_tpu.interrupt says what its exit codes mean."""
     config = parse(sys.argv[1:])
     jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
+    if config.deterministic:
+        require_deterministic_operations()
     with open_ranks(config.device) as ranks:
-        source = prepare_device(config, ranks)
-        return train(make_job(config, ranks), ranks, source)
+        return train(make_job(config, ranks), ranks)
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -94,7 +93,8 @@ def out_folder(config: TrainConfig) -> Path:
 def make_job(config: TrainConfig, ranks: Ranks) -> Job:
     """Model and data of a run."""
     if config.init_from:
-        decoder, tokenizer, lineage = from_folder(config)
+        require_no_overrides(config)
+        decoder, tokenizer, lineage = open_origin(config.init_from, "train", config.tokenizer)
         if config.steps is None and config.epochs is None:
             config = dataclasses.replace(config, epochs=1.0)
         dataset = open_data(config, tokenizer.name, decoder.config.context, ranks)
@@ -146,20 +146,14 @@ def open_data(config: TrainConfig, tokenizer: str, context: int, ranks: Ranks) -
     return dataset
 
 
-def from_folder(config: TrainConfig) -> tuple[Decoder, Tokenizer, list[dict[str, Any]]]:
-    """The model of an exported folder, its tokenizer and where it comes from."""
-    changed = [k for k, v in dataclasses.asdict(config.model).items() if v is not None]
+def require_no_overrides(config: TrainConfig) -> None:
+    """A UserError where the settings would change the model of a folder."""
+    changed = [name for name, value in dataclasses.asdict(config.model).items() if value is not None]
     if changed:
         raise UserError(
             f"--{changed[0].replace('_', '-')} and --from do not go together: the folder says what its model "
             "is"
         )
-    folder = config.init_from
-    decoder = load(folder)
-    manifest = load_manifest(folder, EXPORT_MANIFEST) if exported.recognises(folder) else None
-    tokenizer = folder_tokenizer(folder, manifest, config.tokenizer, decoder.config.vocab_size)
-    lineage = [*manifest.lineage] if manifest else []
-    return decoder, tokenizer, [*lineage, {"operation": "train from", "path": str(folder)}]
 
 
 def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:

@@ -68,21 +68,24 @@ class Job:
     """What the card says of a fine-tuned model."""
 
 
-def prepare_device(config: TrainerConfig, ranks: Ranks) -> library.Source:
-    """Loads the kernels and sets deterministic operations, before anything is computed."""
-    if config.deterministic and ranks.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
-    if ranks.device.type == "cpu" and config.kernels != "cuda":
-        return library.load("torch")
-    if not ranks.first:  # the first may have to compile them, and says what it found
+def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
+    """Takes the CUDA kernels where they are, and says on stderr which run.
+
+    The first rank goes before the others: it may have to compile them, and it alone says what it found.
+    """
+    if not ranks.first:
         ranks.wait()
-        with contextlib.redirect_stderr(io.StringIO()):
-            return library.load(config.kernels)
-    found = library.load(config.kernels)
-    ranks.wait()
-    return found
+    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
+        library.load(config.kernels)
+    if ranks.first:
+        ranks.wait()
+
+
+def require_deterministic_operations() -> None:
+    """Lets PyTorch use no operation on a GPU whose result varies; before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
 
 
 def console_of(ranks: Ranks) -> Console:
@@ -90,7 +93,7 @@ def console_of(ranks: Ranks) -> Console:
     return make_console() if ranks.first else Console(quiet=True)
 
 
-def train(job: Job, ranks: Ranks, source: library.Source) -> int:
+def train(job: Job, ranks: Ranks) -> int:
     """Runs the job to its end or to an interruption; returns the exit code of `train_tpu.interrupt`."""
     config, out, model = job.config, job.out, job.decoder.config
     console = console_of(ranks)
@@ -132,7 +135,8 @@ def train(job: Job, ranks: Ranks, source: library.Source) -> int:
         if ranks.first:
             write_config(out, job.record)
 
-        # 3. Parts that fit into the memory.
+        # 3. Kernels, and parts that fit into the memory.
+        load_kernels(config, ranks)
         part = rows.stop - rows.start
         parts = max(1, config.accumulate)
         if ranks.device.type == "cuda":
@@ -141,7 +145,7 @@ def train(job: Job, ranks: Ranks, source: library.Source) -> int:
             raise UserError(
                 f"--accumulate {parts} does not cut the {part} rows of a process into equal parts"
             )
-        describe(job, ranks, console, source, bf16, compiled)
+        describe(job, ranks, console, bf16, compiled)
         console.print(how, markup=False, highlight=False)
         if parts != config.accumulate:
             console.print(
@@ -206,13 +210,12 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
     if not list_steps(out / "checkpoints"):
         origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
-    step_dir = find_step(out)
     if job.config.fallback and ranks.first:
-        step_dir, skipped = newest_intact(out)
-        for damaged, why in skipped:
+        for damaged, why in newest_intact(out)[1]:
             aside = set_aside(damaged)
             console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
     ranks.wait()
+    require_same_origin(job, checkpoint.load_manifest(find_step(out)).lineage)
     old = checkpoint.restore(find_step(out), stepper)
     manifest = dataclasses.replace(
         manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
@@ -220,9 +223,17 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
     return manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
 
 
-def describe(
-    job: Job, ranks: Ranks, console: Console, source: library.Source, bf16: bool, compiled: bool
-) -> None:
+def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
+    """Refuses to resume on a folder whose weights are not those that the run was started from."""
+    before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
+    if before != now:
+        raise UserError(
+            f"the run in {job.out} was not started from the weights that are given now: give the same folder, "
+            "unchanged, or another --out"
+        )
+
+
+def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: bool) -> None:
     """The table a run begins with."""
     model, config = job.decoder.config, job.config
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
@@ -237,7 +248,6 @@ def describe(
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
                     f"{', compiled' if compiled else ''}"),
-        ("kernels", source.reason),
         ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
