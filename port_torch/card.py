@@ -63,7 +63,8 @@ def model_card(
         f"A small language model trained from scratch with MTLM. {tuning.what if tuning else UNTUNED} "
         "What it says may be wrong or offensive.",
         "## Use",
-        _usage(model, tuning),
+        _usage(model, tuning.prompt if tuning else "This function returns"),
+        *([tuning.format] if tuning else []),
         "## Model",
         _table(_model_rows(model)),
         "## Training",
@@ -87,9 +88,7 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in scores.values() if all(isinstance(row[metric], float) for metric in METRICS)]
 
 
-def _usage(model: ModelConfig, tuning: Tuning | None) -> str:
-    prompt = tuning.prompt if tuning else "This function returns"
-    form = f"\n\n{tuning.format}" if tuning else ""
+def _usage(model: ModelConfig, prompt: str) -> str:
     trust = "" if is_llama(model) else ", trust_remote_code=True"
     why = "" if is_llama(model) else "\nIts code is in this folder: `modeling_mtlm.py`.\n"
     return f"""```python
@@ -101,7 +100,7 @@ inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {why}
-The tokenizer puts `<s>` before a text, as every document in training had it; `<s>` inside a text is text.{form}"""
+The tokenizer puts `<s>` before a text, as every document in training had it; `<s>` inside a text is text."""
 
 
 def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:

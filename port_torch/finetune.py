@@ -1,4 +1,4 @@
-"""`python -m port_torch.finetune FOLDER --data FILE.jsonl --out DIR`: a folder's model trained further on rows.
+"""`python -m port_torch.finetune FOLDER --data FILE.jsonl --out DIR`: a folder's model trained on rows.
 
 Rows are texts, or prompts with responses, of which only the responses are learned (training/rows.py); they
 are packed without seeing each other (training/packing.py). All weights are trained, or LoRA adapters, which
@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from core.errors import UserError, run_command
+from core.loss import IGNORE
 from core.tokenizer import Tokenizer, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
 from port_torch.training.course import Job, require_deterministic_operations, train
@@ -24,7 +25,6 @@ from port_torch.training.ranks import Ranks, open_ranks
 from port_torch.training.rows import Row, RowFile, examples_of, instruction, read_rows, tuning
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu.data import record_at
-from train_tpu.loop import SAMPLE_TOKENS
 from train_tpu.run_folder import run_record
 
 EPOCHS = 3.0
@@ -36,11 +36,11 @@ VALID = "valid"
 class FinetuneConfig(TrainerConfig):
     """Fine-tune an exported model on rows of text, or of prompts and responses; the same command resumes."""
 
-    init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="folder")]
+    init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The exported folder to start from, or a Llama's of Hugging Face that fits."""
     data: Path
-    """A JSONL file: rows {"text"}, {"prompt", "response"} or {"instruction", "input", "output"}; only responses
-    are learned."""
+    """A JSONL file: rows {"text"}, {"prompt", "response"} or {"instruction", "input", "output"}; only
+    responses are learned."""
     out: Path
     """The run folder. The model comes to lie in its folder `model`."""
     validation: float = 0.05
@@ -115,10 +115,11 @@ def make_job(config: FinetuneConfig, ranks: Ranks) -> Job:
         heldout=divided.heldout,
         prompts=sample_prompts(config, file.form, divided.shown, tokenizer, model.context),
         table=[
-            ("started from", f"{config.init_from}" + (f", LoRA of rank {config.lora_rank}" * bool(config.lora_rank))),
+            ("started from", str(config.init_from)),
+            ("trained", f"LoRA adapters of rank {config.lora_rank}" if config.lora_rank else "all weights"),
             ("data", f"{config.data}: {len(file.rows):,} rows of {file.form!r}, packed into {n:,} sequences, "
                      f"{filled:.0%} filled"),
-            ("left out", f"{divided.n_long:,} rows, longer than the context" if divided.n_long else "nothing"),
+            ("left out", f"{divided.n_long:,} rows, which are longer than the context"),
         ],
         tuning=form,
     )  # fmt: skip
@@ -136,7 +137,7 @@ class Divided(NamedTuple):
 
 
 def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: FinetuneConfig) -> Divided:
-    """Holds out the share of the rows that the settings ask for, drawn by the seed, and packs both parts.
+    """Holds out the share of the rows that is asked for, drawn by the seed, and packs both parts.
 
     Raises:
         UserError: no row is left to train on or to score.
@@ -157,17 +158,17 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: FinetuneCo
                 shown.append(row)
         if not examples and (drawn or not held):
             raise UserError(
-                f"of the {n} rows of {config.data} none that fits into the context of {context} tokens is left "
-                f"to {'score' if held else 'train on'}: give more or shorter rows, or another --validation"
+                f"of the {n} rows of {config.data} none that fits into the context of {context} tokens is "
+                f"left to {'score' if held else 'train on'}: give more rows, shorter ones, or another "
+                "--validation"
             )
         packed[held] = pack(examples, context)
         n_bytes = sum(example.n_bytes for example in examples)
     heldout = []
     if drawn:
         scored = packed[True]
-        heldout = [
-            HeldOut(VALID, int((scored.targets >= 0).sum()), n_bytes, lambda limit: some(scored, limit))
-        ]
+        predicted = int((scored.targets != IGNORE).sum())
+        heldout = [HeldOut(VALID, predicted, n_bytes, lambda limit: some(scored, limit))]
     return Divided(packed[False], heldout, shown, n_long)
 
 
@@ -181,7 +182,7 @@ def some(rows: Rows, limit: int | None) -> Rows:
 def sample_prompts(
     config: FinetuneConfig, form: str, shown: list[Row], tokenizer: Tokenizer, context: int
 ) -> list[list[int]]:
-    """Ids that the samples go on from: what --prompts says in the form of the rows, or what rows begin with."""
+    """Ids that the samples go on from: --prompts in the form of the rows, or the beginnings of rows."""
     if config.prompts:
         texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
     else:
@@ -189,7 +190,7 @@ def sample_prompts(
     ids = [[tokenizer.bos, *map(int, tokenizer.encode(text))] for text in texts]
     if config.prompts:
         return ids
-    return [prompt for prompt in ids if len(prompt) + SAMPLE_TOKENS <= context][:SAMPLES]
+    return [prompt for prompt in ids if len(prompt) <= context // 2][:SAMPLES]
 
 
 if __name__ == "__main__":

@@ -48,10 +48,7 @@ def save(folder: Path, stepper: Stepper, manifest: Manifest, keep_last: int) -> 
     if final.exists():
         return
     tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state_tensors(stepper).items()}
-    tree = {
-        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-        for name, t in tensors.items()
-    }
+    tree = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     with new_folder(final) as partial, disk_errors(final):
@@ -71,21 +68,14 @@ def restore(step_dir: Path, stepper: Stepper) -> Manifest:
     verify(step_dir)
     manifest = load_manifest(step_dir)
     here = state_tensors(stepper)
-    wanted = {name: _Shape(list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in here.items()}
-    differing = differing_leaves(manifest.tree, wanted)
+    differing = differing_leaves(manifest.tree, here)
     if differing:
         name, (there, ours) = next(iter(differing.items()))
         raise UserError(
-            f"{step_dir} is of another model or trainer: {name} is {there} in the checkpoint and {ours} here; "
-            "use the command and the settings it was saved with"
+            f"{step_dir} is of another model or trainer: {name} is {there} in the checkpoint and {ours} "
+            "here; use the command and the settings it was saved with"
         )
     with safe_open(step_dir / STATE, framework="pt") as opened, torch.no_grad():
         for name, tensor in here.items():
             tensor.copy_(opened.get_tensor(name))
     return manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    shape: list[int]
-    dtype: str

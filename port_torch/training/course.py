@@ -132,9 +132,6 @@ def train(job: Job, ranks: Ranks) -> int:
             if ranks.first:
                 write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
             return EXIT_FINISHED
-        if ranks.first:
-            write_config(out, job.record)
-
         # 3. Kernels, and parts that fit into the memory.
         load_kernels(config, ranks)
         part = rows.stop - rows.start
@@ -145,6 +142,8 @@ def train(job: Job, ranks: Ranks) -> int:
             raise UserError(
                 f"--accumulate {parts} does not cut the {part} rows of a process into equal parts"
             )
+        if ranks.first:
+            write_config(out, job.record)
         describe(job, ranks, console, bf16, compiled)
         console.print(how, markup=False, highlight=False)
         if parts != config.accumulate:
@@ -228,8 +227,8 @@ def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
     before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
     if before != now:
         raise UserError(
-            f"the run in {job.out} was not started from the weights that are given now: give the same folder, "
-            "unchanged, or another --out"
+            f"the run in {job.out} was not started from the weights that are given now: give the same "
+            "folder, unchanged, or another --out"
         )
 
 
@@ -239,8 +238,8 @@ def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: boo
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
     rows = [
-        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, MLP {model.d_mlp}, "
-                  f"context {model.context}; {model.positions}, {model.mlp}"),
+        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
+                  f"MLP {model.d_mlp}, context {model.context}; {model.positions}, {model.mlp}"),
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
         *job.table,
         ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),

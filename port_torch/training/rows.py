@@ -57,7 +57,7 @@ class Example(NamedTuple):
 
 
 def read_rows(path: Path) -> RowFile:
-    """The rows of a JSONL file; a UserError names the line that is none, or of another form than the first."""
+    """The rows of a JSONL file; a UserError names the line that is none, or is of another form."""
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8").split("\n")
@@ -151,6 +151,6 @@ def tuning(form: str) -> Tuning:
     shown = INSTRUCTION_WITH_INPUT.format(instruction="{instruction}", input="{input}").rstrip("\n")
     return Tuning(
         "It was fine-tuned to follow instructions.", instruction("Name three colours."),
-        f"An instruction is put into this form, a line feed at its end; `### Input:` and its line are left out "
-        f"where there is none:\n\n```\n{shown}\n```\n\n{end}",
+        "An instruction is put into this form, a line feed at its end; `### Input:` and its line are left "
+        f"out where there is none:\n\n```\n{shown}\n```\n\n{end}",
     )  # fmt: skip
