@@ -20,7 +20,7 @@ from port_torch.training.batches import HeldOut, Rows, empty_rows
 from port_torch.training.course import Job, require_deterministic_operations, train
 from port_torch.training.lora import add_adapters
 from port_torch.training.origin import open_origin
-from port_torch.training.packing import pack, packed_batches
+from port_torch.training.packing import PADDING, pack, packed_batches
 from port_torch.training.ranks import Ranks, open_ranks
 from port_torch.training.rows import Row, RowFile, examples_of, instruction, read_rows, tuning
 from port_torch.training.settings import AdamWConfig, TrainerConfig
@@ -97,7 +97,7 @@ def make_job(config: FinetuneConfig, ranks: Ranks) -> Job:
     record = tokenizer_record(tokenizer)
     contents = [file.sha256, record["sha256"], model.context, config.validation, config.seed]
     fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    filled = float((divided.train.documents < divided.train.documents[:, -1:]).mean())
+    filled = float((divided.train.documents != PADDING).mean())
     form = tuning(file.form)
     return Job(
         config=config,

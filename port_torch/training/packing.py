@@ -15,6 +15,8 @@ from port_torch.training.batches import Batch, Rows
 from port_torch.training.rows import Example
 from train_tpu.data import record_at
 
+PADDING = 2**31 - 1  # the number of what fills a row up: behind every document's
+
 
 def pack(examples: list[Example], length: int) -> Rows:
     """The examples in as few rows of `length` as best-fit-decreasing needs; padding predicts nothing."""
@@ -31,7 +33,7 @@ def pack(examples: list[Example], length: int) -> Rows:
         bisect.insort(room, (free - n, row))
     tokens = np.zeros((len(rows), length), np.int32)
     targets = np.full((len(rows), length), IGNORE, np.int32)
-    documents = np.zeros((len(rows), length), np.int32)
+    documents = np.full((len(rows), length), PADDING, np.int32)
     for number, row in enumerate(rows):
         start = 0
         for count, i in enumerate(row, 1):
@@ -39,7 +41,6 @@ def pack(examples: list[Example], length: int) -> Rows:
             tokens[number, start:end], targets[number, start:end] = examples[i].tokens, examples[i].targets
             documents[number, start:end] = count
             start = end
-        documents[number, start:] = len(row) + 1
     return Rows(tokens, targets, documents)
 
 

@@ -18,7 +18,7 @@ from core.tokenizer import load_tokenizer
 from port_torch.model import Decoder, load
 from port_torch.training.batches import Rows
 from port_torch.training.lora import add_adapters, merged
-from port_torch.training.packing import pack, packed_batches
+from port_torch.training.packing import PADDING, pack, packed_batches
 from port_torch.training.rows import Example, Row, examples_of, instruction, read_rows
 from port_torch.training.settings import AdamWConfig
 from tests.models import random_params
@@ -127,7 +127,7 @@ def test_packing_holds_every_example_once(lengths: list[int]):
 def test_an_epoch_holds_every_row_once_in_another_order_each():
     packed = pack(examples(), 96)
     n = len(packed.tokens)
-    assert n == 7
+    assert n == 5
 
     def numbers(seed: int, start: int, rows: slice, count: int) -> list[int]:
         batches = packed_batches(packed, seed=seed, batch=2, start=start, rows=rows)
@@ -144,7 +144,7 @@ def test_packed_rows_train_as_single_ones_do_in_transformers(kind: str, folders)
     """Document masks, positions, targets, the sum over parts, AdamW: equal to each row on its own."""
     packed = pack(examples(), 96)
     assert len(ROWS) / len(packed.tokens) > 2.5
-    batches = [packed.part(slice(0, 4)), packed.part(slice(3, 7)), packed.part(slice(0, 4))]
+    batches = [packed.part(slice(0, 4)), packed.part(slice(1, 5)), packed.part(slice(0, 4))]
     rates = [OPTIM.lr] * 3
     ours = update_losses(make_stepper(load(folders[kind]), OPTIM, z_loss=1e-3), batches, rates, parts=2)
     theirs = plain_losses(
@@ -158,7 +158,7 @@ def alone(rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The documents of packed rows, each by itself, padding left out."""
     found = []
     for tokens, targets, documents in zip(*rows, strict=True):
-        for number in range(1, documents[-1]):
+        for number in set(documents) - {PADDING}:
             inside = documents == number
             found.append(tuple(torch.from_numpy(a[inside].astype(np.int64)) for a in (tokens, targets)))
     return found
@@ -170,7 +170,7 @@ def test_a_rows_loss_does_not_depend_on_its_neighbours(kind: str, folders):
     model = load(folders[kind])
     packed = pack(examples(), 96)
     tokens, _, documents = (torch.from_numpy(array[:1].astype(np.int64)) for array in packed)
-    assert documents[0, -1] > 3
+    assert set(documents[0].tolist()) >= {1, 2, 3}
     inside = documents[0] == 2
     other = torch.where(inside, tokens, (tokens + 7) % 258)
     hidden = [model(t, documents=documents)[0, inside] for t in (tokens, other)]
@@ -195,7 +195,7 @@ def test_lora_is_what_its_formula_says_and_merges_to_it(kind: str, folders):
     with torch.no_grad():
         for p in trained.values():
             p.normal_(0, 0.05)
-    expected = plain.state_dict()
+    expected = {name: weight.clone() for name, weight in plain.state_dict().items()}
     for name, a in trained.items():
         if ".lora_A." in name:
             b = trained[name.replace("lora_A", "lora_B")]
@@ -261,7 +261,8 @@ def test_the_first_loss_is_that_of_the_responses_alone(finished, folders, data):
     for row in file.rows:
         ids = [256, *row.prompt.encode(), *row.response.encode(), 257]
         labels = [-100] * (1 + len(row.prompt.encode())) + ids[1 + len(row.prompt.encode()) :]
-        loss = model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
+        with torch.inference_mode():
+            loss = model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
         nll[row], n[row] = float(loss) * (len(row.response) + 1), len(row.response) + 1
     # Which six rows are held out is drawn; the score is theirs: found among the samples and by their number.
     shown = {text.split("### Response")[0] for text in read_log(finished["gpt"], "sample")[0]["texts"]}
