@@ -236,7 +236,7 @@ def test_the_command_trains_and_tells_of_it(finished, folders, data):
     assert state < (folders["llama"] / "model.safetensors").stat().st_size  # the adapters and no more
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_equal_to_the_bit(kind: str, finished, folders, data, tmp_path: Path, monkeypatch):
     arguments = run_arguments(kind, folders, data, tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -273,6 +273,7 @@ def test_from_a_folder_and_on_with_a_finished_run(
     assert (folder / "model" / "model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_halted_with_its_last_good_state(data32: Path, tmp_path: Path, monkeypatch):
     arguments = (*TINY, "--data", data32, "--out", tmp_path / "run", "--lr", "1e30", "--warmup", "0")
     assert train_here(monkeypatch, *arguments, "--steps", "20") == EXIT_HALTED
@@ -306,6 +307,7 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_or_passed_over(
     finished: Path, data32: Path, tmp_path: Path, monkeypatch
 ):
@@ -321,6 +323,7 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(
     assert losses(folder) == losses(finished)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
     folder = tmp_path / "run"
 
@@ -359,8 +362,8 @@ def test_two_processes_equal_one(accumulate: str, data32: Path, cache: Path, tmp
     arguments = (*without(TINY, "--dropout"), "--data", data32, "--accumulate", accumulate)
     folders = [tmp_path / "one", tmp_path / "two"]
     assert train_here(monkeypatch, *arguments, "--out", folders[0]) == 0
-    launch = ("--nproc-per-node", "2", "--master-port", "0", "-m", "port_torch.train")
-    out, _ = run(cache, *launch, *arguments, "--out", folders[1], module="torch.distributed.run")
+    launch = ("--standalone", "--nproc-per-node", "2", "-m", "port_torch.train")
+    out, _ = run(cache, *launch, *arguments, "--out", folders[1], module="torch.distributed.run", timeout=150)
     assert out.count("starting a new run") == 1
     np.testing.assert_allclose(losses(folders[1]), losses(folders[0]), **TOLERANCE)
     ours, theirs = (read_log(folder, "eval") for folder in folders)
