@@ -1,4 +1,4 @@
-"""`python -m bench.train_mirror --data PREPARED --rows ROWS.jsonl --out DIR`: training of the mirror, on a GPU.
+"""`python -m bench.train_mirror --data PREPARED --rows ROWS.jsonl --out DIR`: the mirror trained on a GPU.
 
 What the tests cannot show on a CPU: 200 updates with the kernels give the loss curve of 200 without them,
 within what bfloat16 itself leaves open (two runs without, one of them with its sums in another order); a
@@ -68,12 +68,10 @@ def compare_kernels(config: Config) -> dict[str, Any]:
     plain, parts, ours = (curve(config.out / name) for name in ("plain", "plain-parts", "kernels"))
     # Single updates jump; a mean over ten is what a curve is read by.
     noise, apart = (np.abs(smooth(other) - smooth(plain)) for other in (parts, ours))
-    speed = {
-        name: float(
-            np.median([row["tokens_per_second"] for row in read_log(config.out / name, "train")][50:])
-        )
-        for name in ("plain", "kernels")
-    }
+    speed = {}
+    for name in ("plain", "kernels"):
+        rates = [row["tokens_per_second"] for row in read_log(config.out / name, "train")]
+        speed[name] = float(np.median(rates[len(rates) // 4 :]))
     return {
         "noise": float(noise.max()),
         "apart": float(apart.max()),
@@ -84,7 +82,7 @@ def compare_kernels(config: Config) -> dict[str, Any]:
 
 
 def compare_resume(config: Config) -> bool:
-    """Whether a deterministic run of 40 updates that was stopped at 23 equals one that was not, to the bit."""
+    """Whether a deterministic run of 40 updates, stopped at 23, equals one that was not, to the bit."""
     common = ("--steps", 40, "--batch", config.batch, "--deterministic", "--warmup", 10)
     train(config, "whole", *common)
     train(config, "stopped", *common, "--stop-at", 23)

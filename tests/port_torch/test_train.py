@@ -201,6 +201,13 @@ def test_an_update_that_is_not_finite_changes_nothing(dataset: Dataset):
     assert not torch.equal(stepper.decoder.embed.weight, before[0])
 
 
+def test_dropout_is_a_function_of_seed_and_step(dataset: Dataset):
+    config = dataclasses.replace(SMALL["gpt"], dropout=0.3)
+    stepper, rows = make_stepper(decoder_of(config), OPTIM), batches_of(dataset)[0]
+    made = [float(stepper.update(rows, 2, step, 0.0, (False, False))[0]) for step in (4, 5, 4)]
+    assert made[0] == made[2] != made[1]
+
+
 def test_a_run_writes_what_it_promises(finished: Path):
     assert [step for step, _, _ in losses(finished)] == list(range(12))
     evals = read_log(finished, "eval")
