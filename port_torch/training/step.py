@@ -80,7 +80,9 @@ class Stepper:
         device, ranks = self.ranks.device, self.ranks
         whole = rows.on(device)
         counted = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
-        sums = torch.tensor([0.0, 0.0, *map(float, wishes)]).to(device, non_blocking=True)
+        sums = torch.zeros(2 + len(wishes), device=device)
+        for number, wish in enumerate(wishes):
+            sums[2 + number].fill_(float(wish))  # a kernel's argument; a copy could wait
         for number, micro in enumerate(split(whole, parts)):
             last = number == parts - 1
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
