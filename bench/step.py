@@ -115,7 +115,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
     return {
         "rate": rate,
         "ms": median * 1e3,
-        "mfu": model_flops_utilization(rate, model.flops_per_token(), jax.devices()[0], 1),
+        "mfu": model_flops_utilization(rate, model.flops_per_token(), jax.devices()[0].device_kind, 1),
         "compile": compile_seconds,
         "peak": stats.get("peak_bytes_in_use", 0) / 2**30,
         "batch": batch,

@@ -27,7 +27,15 @@ import jax
 
 from core.errors import UserError
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, load_manifest, seal, sync_path, verify
-from core.steps import HIDDEN_NAME, find_step, list_steps, newest_intact, set_aside, step_path
+from core.steps import (
+    delete_step,
+    find_step,
+    list_steps,
+    newest_intact,
+    remove_unfinished,
+    set_aside,
+    step_path,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -80,9 +88,7 @@ class Checkpointer:
         self._keep_steps = keep_steps
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                if HIDDEN_NAME.fullmatch(path.name):
-                    shutil.rmtree(path)
+            remove_unfinished(self.folder)
         except OSError as error:
             _fail(self.folder, error)
         import orbax.checkpoint as ocp
@@ -154,7 +160,7 @@ class Checkpointer:
             partial.rename(final)
             sync_path(self.folder)
             for step in self._dispensable():
-                _delete(step_path(self.folder, step))
+                delete_step(step_path(self.folder, step))
         except BaseException as error:  # `wait` raises it where the caller can see it
             shutil.rmtree(partial, ignore_errors=True)
             self._error = error
@@ -332,13 +338,6 @@ def _save_args(leaves: dict[str, jax.Array]) -> Any:
     import orbax.checkpoint as ocp
 
     return ocp.args.PyTreeSave(nest(leaves))
-
-
-def _delete(step_dir: Path) -> None:
-    """Deletes a step under a hidden name, so that no half of it is ever taken for a checkpoint."""
-    hidden = step_dir.with_name(f".{step_dir.name}.deleted")
-    step_dir.rename(hidden)
-    shutil.rmtree(hidden)
 
 
 def _start_partial(partial: Path, leaves: dict[str, jax.Array]) -> None:

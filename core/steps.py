@@ -1,6 +1,7 @@
 """Which checkpoints a folder holds: the complete steps, the newest, the newest that is intact."""
 
 import re
+import shutil
 from pathlib import Path
 
 from core.errors import UserError
@@ -20,6 +21,20 @@ def list_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+
+
+def delete_step(step_dir: Path) -> None:
+    """Deletes a step under a hidden name, so that no half of it is ever taken for a checkpoint."""
+    hidden = step_dir.with_name(f".{step_dir.name}.deleted")
+    step_dir.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left half-written or half-deleted in a folder of checkpoints."""
+    for path in folder.iterdir():
+        if HIDDEN_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def find_step(path: Path) -> Path:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -13,16 +13,35 @@ from port_torch.hf_config import is_llama
 
 LICENSE = "mit"
 POSITIONS = {"rope": "rotary (half-split)", "learned": "a learned table"}
+UNTUNED = "It continues text; it is not tuned to follow instructions."
 METRICS = {"bits_per_byte": "bits a byte", "nll": "nats a token", "perplexity": "perplexity"}
 
 
-def model_card(name: str, model: ModelConfig, manifest: Manifest, held_out: list[dict[str, Any]]) -> str:
+class Tuning(NamedTuple):
+    """What the card tells of a fine-tuned model instead."""
+
+    what: str
+    """One sentence: what it was tuned to do."""
+    prompt: str
+    """An example of what it is given."""
+    format: str
+    """How that is put together, and how an answer ends."""
+
+
+def model_card(
+    name: str,
+    model: ModelConfig,
+    manifest: Manifest,
+    held_out: list[dict[str, Any]],
+    tuning: Tuning | None = None,
+) -> str:
     """The text of the card.
 
     Args:
         name: of the model, for its title.
         manifest: of the checkpoint; its counters, data and lineage are told.
         held_out: what `held_out_scores` gives.
+        tuning: of a fine-tuned model.
     """
     results = [
         EvalResult(
@@ -41,10 +60,11 @@ def model_card(name: str, model: ModelConfig, manifest: Manifest, held_out: list
     )
     lines = [
         f"# {name}",
-        "A small language model trained from scratch with MTLM. It continues text; it is not tuned to follow "
-        "instructions, and what it says may be wrong or offensive.",
+        f"A small language model trained from scratch with MTLM. {tuning.what if tuning else UNTUNED} "
+        "What it says may be wrong or offensive.",
         "## Use",
-        _usage(model),
+        _usage(model, tuning.prompt if tuning else "This function returns"),
+        *([tuning.format] if tuning else []),
         "## Model",
         _table(_model_rows(model)),
         "## Training",
@@ -68,7 +88,7 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in scores.values() if all(isinstance(row[metric], float) for metric in METRICS)]
 
 
-def _usage(model: ModelConfig) -> str:
+def _usage(model: ModelConfig, prompt: str) -> str:
     trust = "" if is_llama(model) else ", trust_remote_code=True"
     why = "" if is_llama(model) else "\nIts code is in this folder: `modeling_mtlm.py`.\n"
     return f"""```python
@@ -76,7 +96,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
-inputs = tokenizer("This function returns", return_tensors="pt")
+inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {why}

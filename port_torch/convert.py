@@ -8,42 +8,27 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import json
-import math
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
-import torch
 import tyro
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from core.checkpoint import find_step, flatten, load_manifest, restore_params
+from core.checkpoint import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folders import new_folder
-from core.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.memory import peak_memory
-from core.model import Params, abstract_params
+from core.model import abstract_params
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
-from port_torch import hf
 from port_torch.card import held_out_scores, model_card
-from port_torch.folder import CONFIG, INDEX, WEIGHTS
-from port_torch.hf_config import hf_config, is_llama
-from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.export import disk_errors, reader, write_rest, write_weights
 from port_torch.hub import push
-from port_torch.names import exported_tensors
 from port_torch.probe import compare, flax_logits, probe_tokens, require_finite, rounded
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
-LICENSE = Path(__file__).parents[1] / "LICENSE"
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.IGNORECASE)
 
 
@@ -98,25 +83,14 @@ def main() -> int:
     # 3. The files. The parameters go out of memory when their file is there.
     with new_folder(config.out) as folder, disk_errors(config.out):
         folder.mkdir(parents=True)
-        tree = write_weights(folder, model, params, config.dtype, config.max_shard_size)
+        tree = write_weights(folder, model, reader(params), config.dtype, config.max_shard_size)
         del params
         gc.collect()
-        write_json(folder / CONFIG, hf_config(model, tokenizer.bos, tokenizer.eos, config.dtype))
-        # Padding is never predicted; naming an id for it keeps `generate` from warning about it.
-        special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.eos}
-        write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in special.items()})
-        if not is_llama(model):
-            for name in CODE:
-                shutil.copy(Path(hf.__file__).with_name(name), folder)
-        write_tokenizer(folder, tokenizer, model.context)
         scores = held_out_scores(step_dir, manifest.step)
         card = model_card(config.out.name, model, manifest, scores)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        shutil.copy(LICENSE, folder)
         entry = {"operation": "convert", "step": manifest.step, "dtype": config.dtype}
-        lineage = [*manifest.lineage, entry]
-        exported = dataclasses.replace(manifest, kind="params", lineage=lineage, tree=tree, files={})
-        seal(folder, without_local_paths(exported), EXPORT_MANIFEST)
+        exported = dataclasses.replace(manifest, lineage=[*manifest.lineage, entry], tree=tree)
+        write_rest(folder, model, tokenizer, exported, config.dtype, card)
 
         # 4. Read back; what computes something else is removed.
         compare(folder, model, tokens, expected)
@@ -150,76 +124,6 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """safetensors has a word of its own for what the disk refuses."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"the weights cannot be written into {out.absolute().parent}: {error}") from error
-
-
-def without_local_paths(manifest: Manifest) -> Manifest:
-    """The manifest without the folders of whoever made it: of a path only the last part is told."""
-
-    def shortened(value: Any) -> Any:
-        if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
-            return value
-        return Path(value).name
-
-    config = dict(manifest.config)
-    if "run" in config:
-        paths = {
-            name: shortened(config["run"].get(name)) for name in ("data", "out", "init_from", "tokenizer")
-        }
-        config["run"] = config["run"] | paths
-    lineage = [
-        {k: shortened(v) if k == "path" else v for k, v in entry.items()} for entry in manifest.lineage
-    ]
-    tokenizer = manifest.tokenizer | {"name": shortened(manifest.tokenizer["name"])}
-    return dataclasses.replace(manifest, config=config, lineage=lineage, tokenizer=tokenizer)
-
-
-def write_weights(
-    folder: Path, model: ModelConfig, params: Params, dtype: str, max_shard_size: str
-) -> dict[str, dict[str, Any]]:
-    """Writes the parameters as safetensors, one file in memory at a time; gives every shape and type."""
-    leaves, names = flatten(params)[0], exported_tensors(model)
-    torch_dtype = getattr(torch, dtype)
-    needed = model.n_params * torch_dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: "
-            "free some space"
-        )
-
-    def tensor(name: str) -> torch.Tensor:
-        path, layer, transposed, shape = names[name]
-        array = torch.from_dlpack(leaves[path])  # the same memory, not a copy
-        array = array if layer is None else array[layer]
-        array = (array.T if transposed else array).to(torch_dtype).contiguous()
-        assert array.shape == shape, (name, array.shape, shape)
-        return array
-
-    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
-    split = split_state_dict_into_shards_factory(
-        names, filename_pattern=pattern, max_shard_size=max_shard_size,
-        get_storage_size=lambda leaf: math.prod(leaf.shape) * torch_dtype.itemsize,
-    )  # fmt: skip
-    for file, held in split.filename_to_tensors.items():
-        save_file({name: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # like the other files; safetensors writes for its owner alone
-    if split.is_sharded:
-        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    return {name: {"shape": list(leaf.shape), "dtype": dtype} for name, leaf in names.items()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes an object in the layout of every JSON file of the folder."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

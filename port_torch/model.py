@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from core.config import ModelConfig
 from kernels_cuda import ops
 from kernels_cuda.loss import LossSums, linear_cross_entropy
+from kernels_cuda.reference import rotate
 from port_torch.folder import open_folder
 from port_torch.hf_config import model_config
 from port_torch.names import Leaf, exported_tensors
@@ -62,17 +63,17 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions: Int[Tensor, "B S"] | None,
+        visible: Bool[Tensor, "B 1 S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         b, s, d = x.shape
         q, k, v = self.projections(x, rotation)
-        visible = None
         if cache is not None:
             rows = torch.arange(b, device=x.device)[:, None]
             cache.k[rows, positions], cache.v[rows, positions] = k, v
             k, v = cache
             visible = torch.arange(k.shape[1], device=x.device) <= positions[:, None, :, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=cache is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.o(y.transpose(1, 2).reshape(b, s, d))
 
     def projections(
@@ -80,8 +81,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B S H K"], ...]:
         """Queries, keys and values, turned to their positions."""
         parts = (self.q, self.k, self.v)
-        if rotation is None:
-            return tuple(part(x).view(*x.shape[:2], self.n_heads, -1) for part in parts)
+        adapted = any(type(part) is not nn.Linear for part in parts)  # LoRA adds to what the maps give
+        if rotation is None or adapted:
+            q, k, v = (part(x).view(*x.shape[:2], self.n_heads, -1) for part in parts)
+            return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
         weights, biases = (part.weight for part in parts), (part.bias for part in parts)
         return ops.rotated_projections(x, tuple(weights), tuple(biases), *rotation, self.n_heads)
 
@@ -123,9 +126,10 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions: Int[Tensor, "B S"] | None,
+        visible: Bool[Tensor, "B 1 S S"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
         normed, x = self.attn_norm(x, branch)
-        branch = self.dropout(self.attn(normed, rotation, cache, positions))
+        branch = self.dropout(self.attn(normed, rotation, cache, positions, visible))
         normed, x = self.mlp_norm(x, branch)
         return x, self.dropout(self.mlp(normed))
 
@@ -148,23 +152,32 @@ class Decoder(nn.Module):
         tokens: Int[Tensor, "B S"],
         positions: Int[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
+        documents: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Hidden states after the final norm, of whole sequences or of what comes after a cache.
 
         With a cache the new tokens stand at the given positions, see what it holds and are written into it.
         Its entries beyond a row's position are invisible to that row, so prompts of several lengths can be
         padded on the right and decoded on from their own ends.
+
+        With `documents`, numbers that rise along a row, each stretch of one number is a sequence of its own:
+        it sees nothing of the others, and its positions begin at 0.
         """
         assert (positions is None) == (cache is None), "positions are those of a cache's rows"
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
+        visible = None
+        if documents is not None:
+            visible = (documents[:, None, :, None] == documents[:, None, None, :]) & (index.mT >= index)
+            index = index - documents_start(documents)
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(index)
-        x, branch = self.dropout(x), None
+        # Rows are cast after the look-up, so that their gradients are summed in the table's type.
+        x, branch = self.dropout(x.to(ops.compute_type(x))), None
         rotation = rotary_angles(index, self.config) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
-            x, branch = layer(x, branch, rotation, of_layer, positions)
+            x, branch = layer(x, branch, rotation, of_layer, positions, visible)
         return self.norm(x, branch)[0]
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
@@ -195,6 +208,13 @@ def rotary_angles(positions: Int[Tensor, "B S"], config: ModelConfig) -> tuple[T
     step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     angle = positions.float()[..., None] * config.rope_theta**-step
     return angle.cos(), angle.sin()
+
+
+def documents_start(documents: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """Where in its row the document of each place begins."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def parameter_name(leaf: Leaf) -> str:

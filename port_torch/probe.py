@@ -62,9 +62,11 @@ def rounded(params: Params, dtype: str) -> Params:
     return jax.tree.map(leaf, params)
 
 
-def compare(folder: Path, model: ModelConfig, tokens: np.ndarray, expected: np.ndarray) -> None:
+def compare(
+    folder: Path, model: ModelConfig, tokens: np.ndarray, expected: np.ndarray, source: str = "Flax"
+) -> None:
     """Loads the folder with our mirror and with transformers, computes in float32, and prints by how much the
-    logits differ from `expected`.
+    logits differ from `expected`, which `source` computed.
 
     Raises:
         UserError: one of them differs by more than rounding explains.
@@ -84,10 +86,10 @@ def compare(folder: Path, model: ModelConfig, tokens: np.ndarray, expected: np.n
     for name, run in (("port_torch.model", mirror), ("transformers", transformers)):
         with torch.inference_mode():
             difference = float(np.abs(run().numpy() - expected).max())
-        print(f"logits of {name} against Flax: largest difference {difference:.1e} (limit {limit:.1e})")
+        print(f"logits of {name} against {source}: largest difference {difference:.1e} (limit {limit:.1e})")
         if not difference <= limit:
             raise UserError(
-                f"{name} computes logits from the exported folder that differ from Flax's by up to "
+                f"{name} computes logits from the exported folder that differ from {source}'s by up to "
                 f"{difference:.1e} where {limit:.1e} is allowed, so the folder was removed; this is a fault "
                 "of the export: please report it with the checkpoint's manifest"
             )

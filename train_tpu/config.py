@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from core.config import ModelConfig, preset
 from core.errors import UserError
@@ -178,19 +178,28 @@ def flatten(config: Any) -> dict[str, Any]:
 def unflatten(flat: dict[str, Any], kind: type = RunConfig) -> Any:
     """The settings that `flatten` made `flat` of; what it lacks, since it is older, has its default."""
     values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.default):
             values[field.name] = unflatten(flat, type(field.default))
         elif field.name in flat:
             value = flat[field.name]
-            if field.name in ("out", "init_from", "eval_data_dir") and value is not None:
+            if Path in (hints[field.name], *get_args(hints[field.name])) and value is not None:
                 value = Path(value)
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-def require_same(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], where: Path) -> None:
+def require_same(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    allowed: tuple[str, ...],
+    where: Path,
+    defaults: Any = RunConfig(),
+) -> None:
     """Refuses to resume a run under settings that would make it another run.
+
+    `defaults` are those of the command: what `old` lacks, since it is older, had them.
 
     Raises:
         UserError: a setting differs and is not named in `allowed`; both values are given.
@@ -198,7 +207,7 @@ def require_same(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, .
     unknown = sorted(set(allowed) - set(new))
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
-    old = flatten(RunConfig()) | old  # a setting that is younger than the run has its default
+    old = flatten(defaults) | old
     for name in sorted(set(old) | set(new)):
         if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
             continue

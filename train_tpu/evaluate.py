@@ -1,9 +1,7 @@
 """Held-out loss: nats a token, perplexity and bits a byte, by the code that training's loss uses."""
 
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +14,7 @@ from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
 from core.sharding import batch_sharding
 from train_tpu.data import Dataset, heldout_windows
-from train_tpu.metrics import bits_per_byte
-
-
-class Score(NamedTuple):
-    """The loss of a held-out set."""
-
-    nll: float
-    """Nats a predicted token."""
-    perplexity: float
-    bits_per_byte: float
-    """For part of a set: by the whole set's tokens a byte."""
-    tokens: int
-    """How many predictions were scored."""
+from train_tpu.metrics import Score, make_score
 
 
 class Evaluator:
@@ -61,10 +47,8 @@ class Evaluator:
             arrays = (np.pad(part, missing)[None], np.pad(counted, missing)[None])
             nll = self._sums(params, *jax.device_put(arrays, self._sharding))
             total, count = total + float(nll), count + int(counted.sum())
-        nll = total / count
         info = self.dataset.splits[split]
-        perplexity = math.exp(nll) if nll < 700 else math.inf
-        return Score(nll, perplexity, bits_per_byte(nll, info.tokens - 1, info.bytes), count)
+        return make_score(total, count, info.tokens - 1, info.bytes)
 
 
 def _sums(

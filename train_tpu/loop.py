@@ -43,6 +43,13 @@ class Cadence(NamedTuple):
     save: int
 
 
+def choose_cadence(config: Any, steps: int) -> Cadence:
+    """What the settings say, and a tenth of the run where they say nothing."""
+    tenth = max(1, math.ceil(steps / 10))
+    evaluate = config.eval_every or tenth
+    return Cadence(evaluate, config.sample_every or evaluate, config.save_every or tenth)
+
+
 class InFlight(NamedTuple):
     """A dispatched step whose metrics have not been read."""
 
@@ -210,7 +217,9 @@ class Loop:
         if len(bad):
             self.log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
             self.progress.say(f"step {done.step}: left out damaged training records {bad.tolist()}")
-        mfu = model_flops_utilization(rate, self.flops_per_token, jax.devices()[0], self.mesh.size)
+        mfu = model_flops_utilization(
+            rate, self.flops_per_token, jax.devices()[0].device_kind, self.mesh.size
+        )
         self.progress.step(done.step, float(metrics.nll), done.lr, rate, mfu, seconds)
 
     def _report_skip(self, done: InFlight, metrics: Metrics) -> None:

@@ -3,11 +3,10 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-
-# Peak dense bfloat16 FLOP/s of one device, by what JAX calls it; from the vendors' datasheets.
+# Peak dense bfloat16 FLOP/s of one device, by what JAX calls it, and PyTorch, too; from the vendors'
+# datasheets.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -31,10 +30,10 @@ CARRIED = "before_growth"
 
 
 def model_flops_utilization(
-    tokens_per_second: float, flops_per_token: int, device: jax.Device, n_devices: int
+    tokens_per_second: float, flops_per_token: int, device_kind: str, n_devices: int
 ) -> float | None:
     """The part of the devices' peak that the model's own FLOPs take (MFU); None where the peak is unknown."""
-    peak = PEAK_FLOPS.get(device.device_kind)
+    peak = PEAK_FLOPS.get(device_kind)
     return None if peak is None else tokens_per_second * flops_per_token / (peak * n_devices)
 
 
@@ -47,6 +46,25 @@ def bits_per_byte(nll_per_token: float, tokens: int, n_bytes: int) -> float:
         n_bytes: its length in UTF-8.
     """
     return nll_per_token / math.log(2) * tokens / n_bytes
+
+
+class Score(NamedTuple):
+    """The loss of a held-out set."""
+
+    nll: float
+    """Nats a predicted token."""
+    perplexity: float
+    bits_per_byte: float
+    """For part of a set: by the whole set's tokens a byte."""
+    tokens: int
+    """How many predictions were scored."""
+
+
+def make_score(nll: float, scored: int, tokens: int, n_bytes: int) -> Score:
+    """The score of a set of `tokens` predictions and `n_bytes`, of which `scored` have `nll` nats in all."""
+    nll /= scored
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    return Score(nll, perplexity, bits_per_byte(nll, tokens, n_bytes), scored)
 
 
 class RunLog:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 import time
 from pathlib import Path
@@ -41,7 +40,7 @@ from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import END, Cadence, Loop
+from train_tpu.loop import END, Loop, choose_cadence
 from train_tpu.metrics import RunLog, plot_curve, read_log
 from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
@@ -88,7 +87,7 @@ def main() -> int:
 
     # 4. The run folder: new, or that of the run to go on with. What it starts from is opened first, so that
     # a refusal leaves nothing behind.
-    record = run_record(config, model, steps, dataset)
+    record = run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint)
     source = None
     if config.init_from and not list_steps(out / "checkpoints"):
         source = open_source(config.init_from, step_config, record, mesh)
@@ -177,13 +176,13 @@ def main() -> int:
 
 def parse(argv: list[str]) -> RunConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
-    preset, out = _given(argv, "--preset") or RunConfig.preset, _given(argv, "--out")
+    preset, out = given_value(argv, "--preset") or RunConfig.preset, given_value(argv, "--out")
     default = settings.defaults(preset)
     record = read_config(Path(out) if out else Path("runs") / preset)
     if record:
         once = {name: getattr(default, name) for name in settings.ONCE}
         default = dataclasses.replace(settings.unflatten(record["run"]), **once)
-        if _given(argv, "--epochs"):
+        if given_value(argv, "--epochs"):
             default = dataclasses.replace(default, steps=None)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[RunConfig], default=default, args=argv, prog="python -m train_tpu.run",
@@ -191,7 +190,7 @@ def parse(argv: list[str]) -> RunConfig:
     )  # fmt: skip
 
 
-def _given(argv: list[str], flag: str) -> str | None:
+def given_value(argv: list[str], flag: str) -> str | None:
     """The value that the command line gives a flag, before it is parsed."""
     values = [value for name, value in itertools.pairwise(argv) if name == flag]
     values += [text.partition("=")[2] for text in argv if text.startswith(f"{flag}=")]
@@ -329,13 +328,6 @@ def starting_state(
         return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
     state = fresh_state(step_config, mesh, config.seed)
     return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
-
-
-def choose_cadence(config: RunConfig, steps: int) -> Cadence:
-    """A tenth of the run where nothing is said."""
-    tenth = max(1, math.ceil(steps / 10))
-    evaluate = config.eval_every or tenth
-    return Cadence(evaluate, config.sample_every or evaluate, config.save_every or tenth)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,19 @@ from core.errors import UserError
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.config import RunConfig
-from train_tpu.data import Dataset
+
+DEFAULTS = RunConfig()
 
 
-def run_record(config: RunConfig, model: ModelConfig, steps: int, dataset: Dataset) -> dict[str, Any]:
-    """What config.json and every manifest say of a run."""
+def run_record(
+    config: Any, model: ModelConfig, steps: int, tokenizer: dict[str, Any], fingerprint: str
+) -> dict[str, Any]:
+    """What config.json and every manifest say of a run: the command's settings, tokenizer and data."""
     return {
         "run": settings.flatten(config) | {"steps": steps, "epochs": None},
         "model": dataclasses.asdict(model),
-        "tokenizer": dataset.tokenizer_record,
-        "data": {"path": config.data, "fingerprint": dataset.fingerprint},
+        "tokenizer": tokenizer,
+        "data": {"path": str(config.data), "fingerprint": fingerprint},
     }
 
 
@@ -56,12 +59,14 @@ def read_config(out: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_run_folder(out: Path, record: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Refuses to go on with a run of other settings, model, tokenizer or data."""
+def check_run_folder(
+    out: Path, record: dict[str, Any], allowed: tuple[str, ...], defaults: Any = DEFAULTS
+) -> None:
+    """Refuses to go on with a run of other settings, model, tokenizer or data; see `require_same`."""
     old = read_config(out)
     if old:
         require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
-        settings.require_same(old["run"], record["run"], allowed, out)
+        settings.require_same(old["run"], record["run"], allowed, out, defaults)
         if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
             raise UserError(
                 f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "

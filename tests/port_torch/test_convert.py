@@ -14,7 +14,7 @@ from safetensors import safe_open
 from core.checkpoint import load_manifest, save_params
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST
-from port_torch import convert, probe
+from port_torch import convert, export, probe
 from port_torch.folder import open_folder
 from port_torch.hf_config import hf_config, model_config
 from port_torch.model import load
@@ -157,7 +157,7 @@ def test_what_computes_something_else_is_removed(tmp_path: Path, monkeypatch):
     """A wrong theta, as of a folder whose config says nothing of it."""
     config = SMALL["llama"]
     source = write_checkpoint(tmp_path / "source", config, random_params(config))
-    monkeypatch.setattr(convert, "hf_config", lambda *given: hf_config(*given) | {
+    monkeypatch.setattr(export, "hf_config", lambda *given: hf_config(*given) | {
         "rope_theta": 9000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}
     })  # fmt: skip
     with pytest.raises(UserError, match=r"differ from Flax's by up to .* the folder was removed"):
@@ -182,9 +182,10 @@ def test_killed_on_the_way_nothing_has_the_name(tmp_path: Path, monkeypatch):
     """Whatever stops it before the renaming leaves no folder; what a kill left is replaced."""
     config = SMALL["llama"]
     source = write_checkpoint(tmp_path / "source", config, random_params(config))
-    for step in ("write_weights", "write_tokenizer", "seal", "compare"):
+    steps = ((convert, "write_weights"), (export, "write_tokenizer"), (export, "seal"), (convert, "compare"))
+    for module, step in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(convert, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             run_here(patch, source, tmp_path / "out")
         assert names_in(tmp_path) == {"source"}
     (tmp_path / ".out.partial").mkdir()

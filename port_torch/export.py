@@ -1,0 +1,136 @@
+"""The files of an exported folder, whoever computed the parameters: Flax's checkpoint or the mirror."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from core.checkpoint import flatten
+from core.config import ModelConfig
+from core.errors import UserError
+from core.manifest import EXPORT_MANIFEST, Manifest, seal
+from core.model import Params
+from core.tokenizer import Tokenizer
+from port_torch import hf
+from port_torch.folder import CONFIG, INDEX, WEIGHTS
+from port_torch.hf_config import hf_config, is_llama
+from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.names import Leaf, exported_tensors
+
+CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
+LICENSE = Path(__file__).parents[1] / "LICENSE"
+
+
+def reader(params: Params) -> Callable[[Leaf], torch.Tensor]:
+    """What gives the tensor of a leaf out of parameters of core.model, in the same memory."""
+    leaves = flatten(params)[0]
+
+    def read(leaf: Leaf) -> torch.Tensor:
+        array = torch.from_dlpack(leaves[leaf.path])
+        array = array if leaf.layer is None else array[leaf.layer]
+        return array.T if leaf.transposed else array
+
+    return read
+
+
+def write_weights(
+    folder: Path,
+    model: ModelConfig,
+    read: Callable[[Leaf], torch.Tensor],
+    dtype: str,
+    max_shard_size: str = "5GB",
+) -> dict[str, dict[str, Any]]:
+    """Writes what `read` gives of every leaf as safetensors, one file in memory at a time.
+
+    Gives every tensor's shape and type.
+    """
+    names = exported_tensors(model)
+    torch_dtype = getattr(torch, dtype)
+    needed = model.n_params * torch_dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: "
+            "free some space"
+        )
+
+    def tensor(name: str) -> torch.Tensor:
+        array = read(names[name]).detach().to("cpu", torch_dtype).contiguous()
+        assert array.shape == names[name].shape, (name, array.shape, names[name].shape)
+        return array
+
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_state_dict_into_shards_factory(
+        names, filename_pattern=pattern, max_shard_size=max_shard_size,
+        get_storage_size=lambda leaf: math.prod(leaf.shape) * torch_dtype.itemsize,
+    )  # fmt: skip
+    for file, held in split.filename_to_tensors.items():
+        save_file({name: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # like the other files; safetensors writes for its owner alone
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return {name: {"shape": list(leaf.shape), "dtype": dtype} for name, leaf in names.items()}
+
+
+def write_rest(
+    folder: Path, model: ModelConfig, tokenizer: Tokenizer, manifest: Manifest, dtype: str, card: str
+) -> None:
+    """Writes everything but the weights, which are there: configuration, code, tokenizer, card, manifest.
+
+    manifest: of the checkpoint, with the lineage and the tree of the export; its local paths are left out.
+    """
+    write_json(folder / CONFIG, hf_config(model, tokenizer.bos, tokenizer.eos, dtype))
+    # Padding is never predicted; naming an id for it keeps `generate` from warning about it.
+    special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.eos}
+    write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in special.items()})
+    if not is_llama(model):
+        for name in CODE:
+            shutil.copy(Path(hf.__file__).with_name(name), folder)
+    write_tokenizer(folder, tokenizer, model.context)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copy(LICENSE, folder)
+    exported = dataclasses.replace(manifest, kind="params", files={})
+    seal(folder, without_local_paths(exported), EXPORT_MANIFEST)
+
+
+def without_local_paths(manifest: Manifest) -> Manifest:
+    """The manifest without the folders of whoever made it: of a path only the last part is told."""
+
+    def shortened(value: Any) -> Any:
+        if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
+            return value
+        return Path(value).name
+
+    config = dict(manifest.config)
+    if "run" in config:
+        named = {"data", "out", "init_from", "source", "tokenizer"} & config["run"].keys()
+        paths = {name: shortened(config["run"][name]) for name in named}
+        config["run"] = config["run"] | paths
+    lineage = [
+        {k: shortened(v) if k == "path" else v for k, v in entry.items()} for entry in manifest.lineage
+    ]
+    tokenizer = manifest.tokenizer | {"name": shortened(manifest.tokenizer["name"])}
+    return dataclasses.replace(manifest, config=config, lineage=lineage, tokenizer=tokenizer)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an object in the layout of every JSON file of the folder."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """safetensors has a word of its own for what the disk refuses."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"the weights cannot be written into {out.absolute().parent}: {error}") from error

@@ -1,0 +1,270 @@
+"""The course of a run, the same for both commands: folder, state, memory, loop, result.
+
+The commands say what is trained on what (`Job`); everything from there on is here, in order.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend
+
+from core.config import ModelConfig
+from core.errors import UserError
+from core.manifest import Manifest, code_version
+from core.model import compute_dtype
+from core.steps import find_step, list_steps, newest_intact, set_aside
+from core.tokenizer import Tokenizer
+from kernels_cuda import library
+from port_torch.card import Tuning
+from port_torch.model import Decoder
+from port_torch.training import checkpoint
+from port_torch.training.batches import Batch, HeldOut, Rows
+from port_torch.training.loop import Loop
+from port_torch.training.ranks import Ranks
+from port_torch.training.result import FOLDER, write_result
+from port_torch.training.settings import TrainerConfig
+from port_torch.training.step import Stepper
+from train_tpu.interrupt import EXIT_FINISHED, Interrupt
+from train_tpu.loop import END, choose_cadence
+from train_tpu.metrics import RunLog, plot_curve, read_log
+from train_tpu.progress import Progress, make_console
+from train_tpu.run_folder import check_run_folder, lock_folder, write_config
+
+
+@dataclasses.dataclass
+class Job:
+    """What is trained, on what, and where."""
+
+    config: TrainerConfig
+    out: Path
+    defaults: TrainerConfig
+    """The command's own, for settings that a run to be resumed is older than."""
+    decoder: Decoder
+    """On its device; what needs no gradient is not trained."""
+    tokenizer: Tokenizer
+    record: dict[str, Any]
+    """What config.json and the manifests say: `train_tpu.run_folder.run_record`."""
+    lineage: list[dict[str, Any]]
+    """What the parameters come from."""
+    steps: int
+    batches: Callable[[int], Iterator[Batch]]
+    """This rank's batches from the global batch on whose first sequence has that index."""
+    example: Callable[[int], Rows]
+    """That many rows as training has them, to try the memory with."""
+    heldout: list[HeldOut]
+    prompts: list[list[int]]
+    """Ids that the samples go on from."""
+    table: list[tuple[str, str]]
+    """What is told about model and data."""
+    tuning: Tuning | None = None
+    """What the card says of a fine-tuned model."""
+
+
+def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
+    """Takes the CUDA kernels where they are, and says on stderr which run.
+
+    The first rank goes before the others: it may have to compile them, and it alone says what it found.
+    """
+    if not ranks.first:
+        ranks.wait()
+    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
+        library.load(config.kernels)
+    if ranks.first:
+        ranks.wait()
+
+
+def require_deterministic_operations() -> None:
+    """Lets PyTorch use no operation on a GPU whose result varies; before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
+
+
+def console_of(ranks: Ranks) -> Console:
+    """Standard output, of the first rank alone."""
+    return make_console() if ranks.first else Console(quiet=True)
+
+
+def train(job: Job, ranks: Ranks) -> int:
+    """Runs the job to its end or to an interruption; returns the exit code of `train_tpu.interrupt`."""
+    config, out, model = job.config, job.out, job.decoder.config
+    console = console_of(ranks)
+    rows = ranks.rows(config.batch)
+    bf16 = compute_dtype(config.dtype, "cpu" if ranks.device.type == "cpu" else "gpu") == "bfloat16"
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+    end = min(job.steps, config.stop_at or job.steps)
+
+    # 1. The run folder: new, or that of the run to go on with.
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(lock_folder(out))
+            check_run_folder(out, job.record, config.allow_change, job.defaults)
+        ranks.wait()
+        interrupt = stack.enter_context(Interrupt())
+
+        # 2. The state: the parameters given, or those of the newest checkpoint.
+        stepper = Stepper(
+            job.decoder,
+            config.optim,
+            ranks,
+            seed=config.seed,
+            z_loss=config.z_loss,
+            bf16=bf16,
+            compiled=compiled,
+        )
+        manifest, how = starting_state(job, stepper, console)
+        if manifest.step > job.steps:
+            raise UserError(
+                f"the run in {out} is at step {manifest.step} already, beyond the {job.steps} steps asked "
+                "for: give more --steps or another --out"
+            )
+        finished = manifest.step == job.steps and any(row["what"] == END for row in read_log(out, "event"))
+        if finished or (end < job.steps and manifest.step >= end):
+            console.print(f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}")
+            if ranks.first:
+                write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
+            return EXIT_FINISHED
+        # 3. Kernels, and parts that fit into the memory.
+        load_kernels(config, ranks)
+        part = rows.stop - rows.start
+        parts = max(1, config.accumulate)
+        if ranks.device.type == "cuda":
+            parts = stepper.fit(part, parts, job.example)
+        elif part % parts:
+            raise UserError(
+                f"--accumulate {parts} does not cut the {part} rows of a process into equal parts"
+            )
+        if ranks.first:
+            write_config(out, job.record)
+        describe(job, ranks, console, bf16, compiled)
+        console.print(how, markup=False, highlight=False)
+        if parts != config.accumulate:
+            console.print(
+                f"out of memory with {part // config.accumulate} sequences at once: going on with "
+                f"{part // parts} (--accumulate {parts}); the batch stays {config.batch}"
+            )
+
+        # 4. The loop.
+        batches = job.batches(manifest.sequences)
+        stack.callback(batches.close)
+        progress = Progress(console, end, manifest.step, config.log_every)
+        stack.callback(progress.close)
+        log = None
+        if ranks.first:
+            log = RunLog(out, manifest.step)
+            stack.callback(log.close)
+            log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
+        code = Loop(
+            config=config,
+            stepper=stepper,
+            parts=parts,
+            step=manifest.step,
+            steps=job.steps,
+            end=end,
+            batches=batches,
+            heldout=job.heldout,
+            rows=part // parts,
+            context=model.context,
+            tokenizer=job.tokenizer,
+            prompts=job.prompts,
+            folder=out,
+            manifest=manifest,
+            log=log,
+            progress=progress,
+            interrupt=interrupt,
+            cadence=choose_cadence(config, job.steps),
+            flops_per_token=model.flops_per_token(),
+        ).run()
+
+    # 5. The result.
+    if code == EXIT_FINISHED and ranks.first:
+        step_dir = find_step(out)
+        last = checkpoint.load_manifest(step_dir)
+        folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
+        console.print(
+            f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}\n"
+            f"the model: {folder}, a folder for transformers, proved by its logits\n"
+            f"next: python -m port_torch.generate {folder} --prompt 'The'",
+            highlight=False,
+        )
+    return code
+
+
+def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manifest, str]:
+    """The manifest of the state that the stepper then has, and in words where that comes from."""
+    out, record, ranks = job.out, job.record, stepper.ranks
+    manifest = Manifest(
+        kind="train", step=0, sequences=0, tokens=0, config={name: record[name] for name in ("model", "run")},
+        tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
+        lineage=job.lineage, code=code_version() | {"torch": torch.__version__},
+    )  # fmt: skip
+    if not list_steps(out / "checkpoints"):
+        origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
+        return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
+    if job.config.fallback and ranks.first:
+        for damaged, why in newest_intact(out)[1]:
+            aside = set_aside(damaged)
+            console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
+    ranks.wait()
+    require_same_origin(job, checkpoint.load_manifest(find_step(out)).lineage)
+    old = checkpoint.restore(find_step(out), stepper)
+    manifest = dataclasses.replace(
+        manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
+    )
+    return manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+
+
+def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
+    """Refuses to resume on a folder whose weights are not those that the run was started from."""
+    before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
+    if before != now:
+        raise UserError(
+            f"the run in {job.out} was not started from the weights that are given now: give the same "
+            "folder, unchanged, or another --out"
+        )
+
+
+def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: bool) -> None:
+    """The table a run begins with."""
+    model, config = job.decoder.config, job.config
+    trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
+    tokens = job.steps * config.batch * model.context
+    rows = [
+        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
+                  f"MLP {model.d_mlp}, context {model.context}; {model.positions}, {model.mlp}"),
+        ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
+        *job.table,
+        ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
+        ("optimizer", f"AdamW, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+                      f"warmup {config.optim.warmup}"),
+        ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
+                    f"{', compiled' if compiled else ''}"),
+        ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
+    ]  # fmt: skip
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def device_name(ranks: Ranks) -> str:
+    """What PyTorch calls the device."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
+    """Which of PyTorch's attentions will run."""
+    shape = (1, model.n_heads, model.context, model.head_dim)
+    q = torch.zeros(shape, device=device, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
+    mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=device) if packed else None
+    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, mask, 0.0, not packed))
+    kind = "a mask of documents" if packed else "causal"
+    return f"PyTorch's {backend.name.removesuffix('_ATTENTION').lower()} ({kind})"

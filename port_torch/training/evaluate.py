@@ -1,0 +1,51 @@
+"""Held-out loss, with the model and the loss of training, in the figures of `train_tpu`."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from core.loss import IGNORE
+from port_torch.training.batches import HeldOut, Rows
+from port_torch.training.step import Stepper
+from train_tpu.metrics import Score, make_score
+
+
+@torch.no_grad()
+def score(
+    stepper: Stepper,
+    heldout: HeldOut,
+    size: int,
+    limit: int | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Score | None:
+    """The loss on a held-out set, or on about `limit` rows spread over it; None if interrupted on the way.
+
+    size: rows scored at once. Every rank takes its part of them; they are not interrupted, since each would
+    have to be at the same place.
+    """
+    ranks, rows = stepper.ranks, heldout.read(limit)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    counted = 0
+    stepper.decoder.eval()
+    for start in range(0, len(rows.tokens), size * ranks.size):
+        if ranks.size == 1 and interrupted():
+            return None
+        first = start + ranks.rank * size
+        part = filled(rows.part(slice(first, first + size)), size)
+        with stepper.autocast():
+            # z-loss is no part of the figure; `nll` is.
+            _, nll = stepper.losses(*part.on(ranks.device))
+        total += nll
+        counted += int((part.targets != IGNORE).sum())
+    sums = ranks.sum(torch.stack([total, torch.full_like(total, counted)]))
+    return make_score(float(sums[0]), int(sums[1]), heldout.tokens, heldout.n_bytes)
+
+
+def filled(rows: Rows, size: int) -> Rows:
+    """The rows and as many that predict nothing as make `size`: the compiled loss knows one shape."""
+    missing = ((0, size - len(rows.tokens)), (0, 0))
+    documents = None if rows.documents is None else np.pad(rows.documents, missing)
+    return Rows(
+        np.pad(rows.tokens, missing), np.pad(rows.targets, missing, constant_values=IGNORE), documents
+    )

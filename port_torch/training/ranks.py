@@ -1,0 +1,87 @@
+"""One process, or one for each GPU under `torchrun`: who I am, on which device, and sums over all.
+
+A global batch is cut into equal blocks of rows, rank after rank. What a command prints, writes and samples is
+rank 0's; everything that a decision hangs on is made the same on every rank by a sum.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.errors import UserError
+from port_torch.generate import choose_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints, writes and samples."""
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """This rank's rows of a global batch; a UserError if it has no equal parts."""
+        if batch % self.size:
+            raise UserError(
+                f"--batch {batch} is not divisible by the {self.size} processes: the nearest that is, is "
+                f"{max(1, round(batch / self.size)) * self.size}"
+            )
+        part = batch // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in its place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, value: int) -> int:
+        """The largest of a number over all ranks."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.size > 1:
+            self.largest(0)
+
+
+@contextlib.contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """The processes that torchrun started, or this one alone; their connection ends with the context.
+
+    device: "auto", "cpu" or "cuda", as on the command line.
+    """
+    kind = choose_device(device)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started a process for GPU {local}, and there are {torch.cuda.device_count()}: "
+                f"give --nproc-per-node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    here = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if size == 1:
+        yield Ranks(0, 1, here)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, size, here)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,98 @@
+"""The settings that both commands share, on the command line and in a run folder's config.json."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from core.errors import UserError
+from train_tpu.config import RunConfig
+from train_tpu.optimizer import OptimizerConfig
+
+Hidden = tyro.conf.Suppress
+_THEIRS = RunConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW and the course of the learning rate, without what is Muon's or growing's."""
+
+    optimizer: Hidden[Literal["adamw"]] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    momentum: Hidden[float] = 0.95
+    schedule_start: Hidden[int] = 0
+    rewarm: Hidden[int] = 0
+    rewarm_at: Hidden[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 0:
+                raise UserError(f"{name} is 0; it must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """How a run is computed, watched and kept."""
+
+    seed: int = 0
+    steps: int | None = None
+    """Updates in all, instead of --epochs."""
+    epochs: float | None = None
+    """Passes over the training data."""
+    batch: int = 32
+    """Sequences an update, over all GPUs."""
+    accumulate: int = 1
+    """Parts that a GPU computes its rows in, one after the other: less memory, the same result. More of them
+    are made where the memory does not suffice."""
+    optim: AdamWConfig = AdamWConfig()
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations; auto is bfloat16 on a GPU, float32 on a CPU. Parameters stay float32."""
+    kernels: Literal["auto", "cuda", "torch"] = "auto"
+    """Our CUDA kernels where they are, nothing but them, or plain PyTorch."""
+    compile: bool | None = None
+    """torch.compile: a minute at the start for faster steps. Default: on a GPU."""
+    deterministic: bool = False
+    """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
+
+    eval_every: int | None = None
+    """Updates between evaluations, besides those before the first update and after the last.
+    Default: a tenth of the run."""
+    eval_windows: int = 512
+    """Windows of each held-out set that evaluations during the run read; the first and last read all."""
+    sample_every: int | None = None
+    """Updates between samples. Default: as --eval-every."""
+    prompts: tuple[str, ...] = _THEIRS.prompts
+    """What the samples go on from."""
+    save_every: int | None = None
+    """Updates between checkpoints. Default: a tenth of the run."""
+    save_minutes: float = 10.0
+    """Also save when this much time has passed since the last checkpoint."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    stop_at: int | None = None
+    """Stop when this step is reached, saved; the schedule stays that of all steps."""
+    log_every: int = 10
+    """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
+
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""
+    fallback: bool = False
+    """If the newest checkpoint is damaged, resume from the newest intact one."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("give --steps or --epochs, not both")
+        for name in ("steps", "epochs", "batch", "accumulate", "eval_every", "eval_windows", "sample_every",
+                     "save_every", "save_minutes", "keep_last", "stop_at", "log_every"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}; it must lie in [0, 2^32)")

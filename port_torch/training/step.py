@@ -1,0 +1,171 @@
+"""One update: the loss of every part of the batch, gradients, clipping, AdamW. Nothing waits for the device.
+
+Every part is divided by the targets of the whole global batch, so that parts and ranks sum up to the big
+batch's mean. An update whose loss or gradient is not finite changes nothing; that is decided on the device.
+Parameters and gradients are float32; products run in bfloat16 under autocast.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from core.errors import UserError
+from core.loss import IGNORE
+from kernels_cuda.adamw import AdamW, clip_scale
+from port_torch.model import Decoder
+from port_torch.training.batches import Rows
+from port_torch.training.ranks import Ranks
+from port_torch.training.settings import AdamWConfig
+
+FIGURES = ("loss", "nll", "grad_norm", "skipped", "interrupted", "late")
+"""What an update reports, in this order: what was minimised and its cross-entropy part, nats a counted token;
+the gradient's norm before clipping; 1 if nothing was changed; how many ranks were asked to stop, and how
+many find that a checkpoint is due."""
+
+
+class Losses(nn.Module):
+    """Tokens and targets to the two sums of the loss: what is compiled, and what DDP wraps."""
+
+    def __init__(self, decoder: Decoder, z_loss: float):
+        super().__init__()
+        self.decoder, self.z_loss = decoder, z_loss
+
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.decoder.loss(self.decoder(tokens, documents=documents), targets, self.z_loss)
+
+
+class Stepper:
+    """The model with its optimizer, on one device of one or several ranks."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optim: AdamWConfig,
+        ranks: Ranks,
+        *,
+        seed: int,
+        z_loss: float = 0.0,
+        bf16: bool = False,
+        compiled: bool = False,
+    ):
+        """decoder: on the device; what of it needs no gradient stays as it is."""
+        self.decoder, self.ranks, self._clip, self._bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
+        self.parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters, optim)
+        self.losses: nn.Module = Losses(decoder, z_loss)
+        if compiled:
+            self.losses = torch.compile(self.losses, dynamic=False)
+        self._wrapped = self.losses
+        if ranks.size > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(self.losses, device_ids=ids)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 products, where that is the type of activations."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def update(self, rows: Rows, parts: int, step: int, lr: float, wishes: tuple[bool, bool]) -> Tensor:
+        """Makes update `step` (0-based) on this rank's rows, in `parts`; gives the `FIGURES`, on the device.
+
+        wishes: whether this rank was asked to stop, and whether it finds that a checkpoint is due; from the
+            sums every rank learns of them at the same step.
+        """
+        self.decoder.train()
+        seed_dropout(self._seed, step, self.ranks.rank)
+        device, ranks = self.ranks.device, self.ranks
+        whole = rows.on(device)
+        counted = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
+        sums = torch.zeros(2 + len(wishes), device=device)
+        for number, wish in enumerate(wishes):
+            sums[2 + number].fill_(float(wish))  # a kernel's argument; a copy could wait
+        for number, micro in enumerate(split(whole, parts)):
+            last = number == parts - 1
+            with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
+                with self.autocast():
+                    total, nll = self._wrapped(*micro)
+                (total * (ranks.size / counted)).backward()  # DDP takes the mean over the ranks
+            sums[:2] += torch.stack([total.detach(), nll.detach()]) / counted
+        ranks.sum(sums)
+        norm = get_total_norm([p.grad for p in self.parameters.values()])
+        skip = ~(torch.isfinite(norm) & torch.isfinite(sums[0]))
+        scale = clip_scale(norm, self._clip) if self._clip else None
+        self.optimizer.set_lr(lr)
+        self.optimizer.step(grad_scale=scale, skip=skip)
+        self.optimizer.zero_grad()
+        return torch.cat([sums[:2], norm[None], skip[None], sums[2:]])
+
+    def fit(self, rows: int, parts: int, example: Callable[[int], Rows]) -> int:
+        """The fewest parts, at least `parts`, in which `rows` rows fit into every rank's memory.
+
+        Tried out before the first update: shapes, and so the memory, are the same in all. Finding out in
+        one of them would leave the other ranks waiting.
+
+        example: makes that many rows as training has them.
+
+        Raises:
+            UserError: a single row does not fit.
+        """
+        while True:
+            if rows % parts:
+                raise UserError(
+                    f"--accumulate {parts} does not cut the {rows} rows of a process into equal parts: give "
+                    f"a divisor of {rows}"
+                )
+            try:
+                self._try(example(rows // parts))
+                needed = parts
+            except torch.OutOfMemoryError:
+                larger = [n for n in range(2 * parts, rows + 1) if rows % n == 0]
+                needed = larger[0] if larger else rows + 1
+            self._forget()
+            needed = self.ranks.largest(needed)
+            if needed == parts:
+                return parts
+            if needed > rows:
+                raise UserError(
+                    f"a sequence of {example(1).tokens.shape[1]} tokens does not fit into this GPU's memory "
+                    "beside the model: take a smaller model or a smaller --context"
+                )
+            parts = needed
+
+    def _try(self, rows: Rows) -> None:
+        self.decoder.train()
+        with self.autocast():
+            total, _ = self.losses(*rows.on(self.ranks.device))
+        (total * 0.0).backward()
+
+    def _forget(self) -> None:
+        """Behind the handler of an exception, whose traceback holds tensors."""
+        self.optimizer.zero_grad()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def make_optimizer(parameters: dict[str, Tensor], config: AdamWConfig) -> AdamW:
+    """AdamW as `train_tpu.optimizer` has it: matrices and tables decay, norm scales and biases do not."""
+    decayed = [p for p in parameters.values() if p.dim() > 1]
+    others = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if group
+    ]
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def split(rows: tuple[Tensor, Tensor, Tensor | None], parts: int) -> Iterator[tuple[Tensor | None, ...]]:
+    """The rows in equal parts, in order."""
+    size = len(rows[0]) // parts
+    for start in range(0, size * parts, size):
+        yield tuple(None if t is None else t[start : start + size] for t in rows)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Masks are a function of (seed, step, rank): a resumed run draws those of the uninterrupted one."""
+    digest = hashlib.sha256(f"dropout, seed {seed}, step {step}, rank {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") % 2**63)

@@ -1,0 +1,341 @@
+"""Fine-tuning: rows and packing, against transformers on single rows; LoRA; the command."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from core.loss import IGNORE
+from core.manifest import EXPORT_MANIFEST, load_manifest
+from core.tokenizer import load_tokenizer
+from port_torch.model import Decoder, load
+from port_torch.training.batches import Rows
+from port_torch.training.lora import add_adapters, merged
+from port_torch.training.packing import PADDING, pack, packed_batches
+from port_torch.training.rows import Example, Row, examples_of, instruction, read_rows
+from port_torch.training.settings import AdamWConfig
+from tests.models import random_params
+from tests.port_torch.folders import SMALL, write_export
+from tests.port_torch.small_training import (
+    Killed,
+    finetune_here,
+    kill,
+    losses,
+    make_stepper,
+    plain_losses,
+    stop_before,
+    theirs_of,
+    update_losses,
+)
+from tests.port_torch.trained import transformers_model
+from tests.train_tpu.processes import refusal
+from train_tpu.interrupt import EXIT_SAVED
+from train_tpu.metrics import read_log
+
+BYTES = load_tokenizer("bytes")
+OPTIM = AdamWConfig(lr=3e-3, clip=0.5, eps=1e-6)
+ROWS = [Row(f"{i} squared?", f"{i * i}, " * (1 + i % 5)) for i in range(18)]
+SMALL_RUN = (
+    "--steps", "6", "--batch", "2", "--lr", "0.003", "--validation", "0.2", "--eval-every", "3",
+    "--save-every", "2", "--log-every", "1",
+)  # fmt: skip
+
+
+def examples() -> list[Example]:
+    return [example for row in ROWS for example in examples_of(row, BYTES, 96)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An exported folder of each kind, with parameters that each matter."""
+    root = tmp_path_factory.mktemp("origins")
+    made = {k: write_export(root / k, config, random_params(config, std=0.1)) for k, config in SMALL.items()}
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"instruction": f"Square {i}.", "output": str(i * i)} for i in range(30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folders, data, tmp_path_factory) -> dict[str, Path]:
+    """Uninterrupted runs, of LoRA on the Llama and of all weights of the other."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        assert finetune_here(patch, *run_arguments("llama", folders, data, root / "llama")) == 0
+        assert finetune_here(patch, *run_arguments("gpt", folders, data, root / "gpt")) == 0
+    return {kind: root / kind for kind in SMALL}
+
+
+def run_arguments(kind: str, folders: dict[str, Path], data: Path, out: Path) -> tuple:
+    lora = ("--lora-rank", "4") if kind == "llama" else ()
+    return (folders[kind], "--data", data, "--out", out, *SMALL_RUN, *lora)
+
+
+def test_only_the_response_and_its_end_are_learned():
+    (example,) = examples_of(Row("ab?", "cd"), BYTES, 96)
+    a, b, q, c, d = b"ab?cd"
+    assert example.tokens.tolist() == [BYTES.bos, a, b, q, c, d]
+    assert example.targets.tolist() == [IGNORE, IGNORE, IGNORE, c, d, BYTES.eos]
+    assert example.n_bytes == 2
+    (text,) = examples_of(Row("", "cd"), BYTES, 96)
+    assert text.tokens.tolist() == [BYTES.bos, c, d] and text.targets.tolist() == [c, d, BYTES.eos]
+
+
+def test_what_is_longer_than_the_context():
+    fits, too_long = Row("a" * 50, "b" * 45), Row("a" * 50, "b" * 46)
+    assert len(examples_of(fits, BYTES, 96)[0].tokens) == 96 and examples_of(too_long, BYTES, 96) == []
+    pieces = examples_of(Row("", "abc" * 70), BYTES, 96)
+    assert [len(p.tokens) for p in pieces] == [96, 96, 19]
+    learned = [token for p in pieces for token in p.targets.tolist()]
+    assert learned == [*(b"abc" * 70), BYTES.eos] and sum(p.n_bytes for p in pieces) == 210
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40))
+def test_packing_holds_every_example_once(lengths: list[int]):
+    made = [
+        Example(np.full(n, i + 1, np.int32), np.arange(n, dtype=np.int32), n) for i, n in enumerate(lengths)
+    ]
+    packed = pack(made, 12)
+    found = []
+    for tokens, targets, documents in zip(*packed, strict=True):
+        assert (np.diff(documents) >= 0).all()
+        for number in np.unique(documents):
+            inside = documents == number
+            if tokens[inside].any():
+                found.append(int(tokens[inside][0]) - 1)
+                assert np.array_equal(tokens[inside], made[found[-1]].tokens)
+                assert np.array_equal(targets[inside], made[found[-1]].targets)
+            else:
+                assert (targets[inside] == IGNORE).all()
+    assert sorted(found) == list(range(len(lengths)))
+    assert sum(2 * (row == 0).sum() > 12 for row in packed.tokens) <= 1  # no two rows would fit into one
+
+
+def test_an_epoch_holds_every_row_once_in_another_order_each():
+    packed = pack(examples(), 96)
+    n = len(packed.tokens)
+    assert n == 5
+
+    def numbers(seed: int, start: int, rows: slice, count: int) -> list[int]:
+        batches = packed_batches(packed, seed=seed, batch=2, start=start, rows=rows)
+        return [int(r) for _ in range(count) for r in next(batches).records]
+
+    order = numbers(0, 0, slice(0, 2), n)
+    assert sorted(order[:n]) == sorted(order[n:]) == list(range(n)) and order[:n] != order[n:]
+    assert numbers(0, 6, slice(0, 2), 2) == order[6:10] and numbers(1, 0, slice(0, 2), n) != order
+    assert numbers(0, 0, slice(1, 2), 3) == order[1:6:2]
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_packed_rows_train_as_single_ones_do_in_transformers(kind: str, folders):
+    """Document masks, positions, targets, the sum over parts, AdamW: equal to each row on its own."""
+    packed = pack(examples(), 96)
+    assert len(ROWS) / len(packed.tokens) > 2.5
+    batches = [packed.part(slice(0, 4)), packed.part(slice(1, 5)), packed.part(slice(0, 4))]
+    rates = [OPTIM.lr] * 3
+    ours = update_losses(make_stepper(load(folders[kind]), OPTIM, z_loss=1e-3), batches, rates, parts=2)
+    theirs = plain_losses(
+        theirs_of(folders[kind], SMALL[kind]), [alone(b) for b in batches], rates, OPTIM, z_loss=1e-3
+    )
+    # Single rows and packed ones add their sums in other orders: see test_train.TOLERANCE.
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+def alone(rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents of packed rows, each by itself, padding left out."""
+    found = []
+    for tokens, targets, documents in zip(*rows, strict=True):
+        for number in set(documents) - {PADDING}:
+            inside = documents == number
+            found.append(tuple(torch.from_numpy(a[inside].astype(np.int64)) for a in (tokens, targets)))
+    return found
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_rows_loss_does_not_depend_on_its_neighbours(kind: str, folders):
+    """To the bit, and so do no gradients flow: neighbours before and behind are exchanged for others."""
+    model = load(folders[kind])
+    packed = pack(examples(), 96)
+    tokens, _, documents = (torch.from_numpy(array[:1].astype(np.int64)) for array in packed)
+    assert set(documents[0].tolist()) >= {1, 2, 3}
+    inside = documents[0] == 2
+    other = torch.where(inside, tokens, (tokens + 7) % 258)
+    hidden = [model(t, documents=documents)[0, inside] for t in (tokens, other)]
+    assert torch.equal(*hidden)
+    assert not torch.equal(model(tokens)[0, inside], model(other)[0, inside])  # without documents they leak
+    single = model(tokens[:, inside])[0]
+    assert torch.allclose(hidden[0], single, atol=2e-5)
+    embedded = model.embed.weight
+    (gradient,) = torch.autograd.grad(model(tokens, documents=documents)[0, inside].sum(), embedded)
+    assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) <= set(tokens[0, inside].tolist())
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_lora_is_what_its_formula_says_and_merges_to_it(kind: str, folders):
+    plain, adapted = load(folders[kind]), load(folders[kind])
+    add_adapters(adapted, 4, 12.0, seed=1)
+    tokens = torch.arange(64)[None] % 258
+    assert torch.allclose(adapted(tokens), plain(tokens), atol=1e-5)  # at first they add nothing
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    maps = 7 if kind == "llama" else 6
+    assert len(trained) == 2 * maps * 3 and all(".lora_" in name for name in trained)
+    with torch.no_grad():
+        for p in trained.values():
+            p.normal_(0, 0.05)
+    expected = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    for name, a in trained.items():
+        if ".lora_A." in name:
+            b = trained[name.replace("lora_A", "lora_B")]
+            expected[name.replace(".lora_A.default", "")] += 12.0 / 4 * b.detach() @ a.detach()
+    found = merged(adapted)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
+    whole = Decoder(SMALL[kind])
+    whole.load_state_dict(found)
+    ours, theirs = whole.logits(whole(tokens)), adapted.logits(adapted(tokens))
+    assert (theirs - plain.logits(plain(tokens))).abs().max() > 0.5
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    adapted.logits(adapted(tokens)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+
+
+def test_the_command_trains_and_tells_of_it(finished, folders, data):
+    for kind, folder in finished.items():
+        evals = read_log(folder, "eval")
+        assert [row["step"] for row in evals] == [0, 3, 6] and evals[-1]["nll"] < evals[0]["nll"] - 0.1
+        samples = read_log(folder, "sample")
+        assert [row["step"] for row in samples] == [0, 3, 6] and len(samples[0]["texts"]) == 3
+        assert all(text.startswith("### Instruction:\nSquare ") for text in samples[0]["texts"])
+        card = (folder / "model" / "README.md").read_text()
+        assert "fine-tuned to follow instructions" in card and "### Input:\n{input}" in card
+        manifest = load_manifest(folder / "model", EXPORT_MANIFEST)
+        assert [entry["operation"] for entry in manifest.lineage] == ["test", "finetune", "export"]
+        assert str(folder.parent) not in card + manifest.to_json()
+        ids = torch.arange(60)[None]
+        ours, before = load(folder / "model"), load(folders[kind])
+        theirs = transformers_model(folder / "model")(ids).logits
+        assert torch.allclose(ours.logits(ours(ids)), theirs, atol=2e-5)
+        frozen = torch.equal(ours.embed.weight, before.embed.weight)
+        assert frozen is (kind == "llama")  # LoRA leaves the embedding
+        assert not torch.equal(ours.layers[0].attn.q.weight, before.layers[0].attn.q.weight)
+    state = (finished["llama"] / "checkpoints" / "00000006" / "state.safetensors").stat().st_size
+    assert state < (folders["llama"] / "model.safetensors").stat().st_size  # the adapters and no more
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt", marks=pytest.mark.slow)])
+def test_a_resumed_run_is_equal_to_the_bit(kind: str, finished, folders, data, tmp_path: Path, monkeypatch):
+    arguments = run_arguments(kind, folders, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_before(patch, 5, kill)
+        with pytest.raises(Killed):
+            finetune_here(patch, *arguments)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert finetune_here(patch, *arguments) == EXIT_SAVED
+    assert finetune_here(monkeypatch, *arguments) == 0
+    assert losses(tmp_path / "run") == losses(finished[kind])
+    ours, theirs = (f / "model" / "model.safetensors" for f in (tmp_path / "run", finished[kind]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_first_loss_is_that_of_the_responses_alone(finished, folders, data):
+    """By transformers, one row after the other, over the rows that the first batch held."""
+    log = read_log(finished["gpt"], "eval")[0]
+    file = read_rows(data)
+    model = theirs_of(folders["gpt"], SMALL["gpt"])
+    nll, n = {}, {}
+    for row in file.rows:
+        ids = [256, *row.prompt.encode(), *row.response.encode(), 257]
+        labels = [-100] * (1 + len(row.prompt.encode())) + ids[1 + len(row.prompt.encode()) :]
+        with torch.inference_mode():
+            loss = model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
+        nll[row], n[row] = float(loss) * (len(row.response) + 1), len(row.response) + 1
+    # Which six rows are held out is drawn; the score is theirs: found among the samples and by their number.
+    shown = {text.split("### Response")[0] for text in read_log(finished["gpt"], "sample")[0]["texts"]}
+    assert len(shown) == 3 and log["scored_tokens"] <= sum(n.values())
+    means = sorted(nll[row] / n[row] for row in file.rows)
+    assert means[0] <= log["nll"] <= means[-1]
+
+
+def test_the_forms_of_rows(tmp_path: Path):
+    def rows_of(*lines: dict) -> tuple[list[Row], str]:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+        file = read_rows(path)
+        return file.rows, file.form
+
+    assert rows_of({"text": "a\u2028b", "id": 3}) == ([Row("", "a\u2028b")], "text")
+    assert rows_of({"prompt": "a", "response": "b"}) == ([Row("a", "b")], "prompt")
+    bare = "### Instruction:\nDo.\n\n### Response:\n"
+    for fields in ({"output": "b"}, {"response": "b"}, {"output": "b", "input": ""}):
+        assert rows_of({"instruction": "Do.", **fields}) == ([Row(bare, "b")], "instruction")
+    (row,), _ = rows_of({"instruction": "Do {x}.", "input": "{y}", "output": "b"})
+    assert row.prompt == "### Instruction:\nDo {x}.\n\n### Input:\n{y}\n\n### Response:\n"
+    assert instruction("Do.") == bare
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a"}', "{"], "line 2 is not JSON"),
+        (["[1]"], "line 1 is no JSON object"),
+        (['{"prompt": "a"}'], r'line 1 has the fields prompt: give \{"text"\}'),
+        (['{"text": 3}'], "line 1: text is no text but 3"),
+        (['{"prompt": "a", "response": " "}'], "line 1 has nothing to learn: its response is empty"),
+        (
+            ['{"text": "a"}', '{"prompt": "a", "response": "b"}'],
+            "row of 'prompt', and those before are of 'text'",
+        ),
+        ([""], "is empty"),
+        (['{"prompt": "' + "a" * 200 + '", "response": "b"}'] * 2, "none that fits into the context of 96"),
+    ],
+)
+def test_rows_that_are_refused(lines, message, folders, tmp_path: Path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        finetune_here(monkeypatch, folders["gpt"], "--data", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
+    out = tmp_path / "out"
+    for arguments, message in (
+        ((folders["gpt"], "--data", tmp_path / "no", "--out", out), "--data .* cannot be read"),
+        ((tmp_path, "--data", data, "--out", out), "holds no config.json"),
+        ((folders["gpt"], "--data", data, "--out", out, "--validation", "1"), "--validation is 1.0"),
+        ((folders["gpt"], "--data", data, "--out", out, "--lora-alpha", "1"), "give --lora-rank with it"),
+        ((folders["gpt"], "--data", data, "--out", out, "--lora-rank", "0"), "--lora-rank is 0"),
+        (run_arguments("gpt", folders, data, finished["llama"]), "started with --lora-rank 4, not None"),
+        (
+            (*run_arguments("llama", folders, data, finished["llama"]), "--validation", "0.1"),
+            "--validation 0.2",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune_here(monkeypatch, *arguments)
+    changed = write_export(tmp_path / "other", SMALL["llama"], random_params(SMALL["llama"], seed=1))
+    arguments = run_arguments("llama", {"llama": changed}, data, finished["llama"])
+    with pytest.raises(UserError, match="was not started from the weights that are given now"):
+        finetune_here(monkeypatch, *arguments)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_refusal_is_one_sentence_and_help_helps(cache: Path, folders, tmp_path: Path):
+    message = refusal(cache, folders["gpt"], "--data", "no", "--out", tmp_path, module="port_torch.finetune")
+    assert "--data no cannot be read" in message
