@@ -34,7 +34,7 @@ def decode_qkv_(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """Queries q [B, D] of the normed x [B, D]; keys and values go to `position` [B] of the caches [B, S, H, K].
+    """Queries q [B, D] of the normed x [B, D]; keys and values go to `position` [B] of caches [B, S, H, K].
 
     Args:
         weight, bias: of q, k and v one after the other: [3 D, D], [3 D] or None.
@@ -73,7 +73,7 @@ def decode_mlp_(
     """The MLP's inside, hidden [B, F], of the normed x [B, D].
 
     Args:
-        weight, bias: gate and up one after the other, [2 F, D], if `gated` (SwiGLU); else [F, D] (GELU, tanh).
+        weight, bias: gate and up one after the other, [2 F, D], if `gated` (SwiGLU); else [F, D] (GELU).
     """
     y = F.linear(_normed(x, norm, eps), weight, bias)
     if gated:
@@ -93,8 +93,8 @@ def decode_sample_(
 ) -> None:
     """Chooses a token [B] a row from softmax(logits / temperature), cut to the top k and the top p.
 
-    The draw is an exponential race, argmax p / -log(1 - u), with u of Philox: a function of the seed, the row's
-    number, the position of the new token and the token alone. Tokens of equal p are kept all or none.
+    The draw is an exponential race, argmax p / -log(1 - u), with u of Philox: a function of the seed, the
+    row's number, the position of the new token and the token alone. Tokens of equal p are kept all or none.
 
     Args:
         real: temperature (0: the likeliest token), top_p.
