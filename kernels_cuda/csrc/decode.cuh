@@ -26,8 +26,8 @@ __device__ __forceinline__ void launch_next() {
 #endif
 }
 
-// Volatile, as all reads here: the compiler moves none of them over the wait, nor behind it.
-// 16 bytes of what no kernel writes.
+// 16 bytes of what no kernel writes, for several warps of a block: from the first-level cache. ptxas puts such reads
+// behind the wait, whatever the source says.
 __device__ __forceinline__ uint4 read_weights(const bf16* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -36,7 +36,8 @@ __device__ __forceinline__ uint4 read_weights(const bf16* p) {
   return v;
 }
 
-// 16 bytes of what another kernel wrote: from the second-level cache, where its stores are.
+// 16 bytes from the second-level cache, where other kernels' stores are. Strong and volatile: these reads stay on
+// their side of the wait, so they also serve for weights that are to be asked for before it.
 __device__ __forceinline__ uint4 read_fresh(const bf16* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"

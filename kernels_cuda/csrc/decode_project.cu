@@ -139,10 +139,11 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
 }
 
 // SLICES warps share out the columns; GROUPS of them the batch, TILES of 8 rows each. A block has WIDE tiles of W.
-// AHEAD turns of a warp are in flight at once, those of W from before the wait on. The largest block must fit twice
-// on a multiprocessor: gate and up of 2176 rows are 136 of them.
+// AHEAD turns of a warp are in flight at once, those of W from before the wait on if no other warp needs them too.
+// The largest block must fit twice on a multiprocessor: gate and up of 2176 rows are 136 of them.
 template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
-__global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) void project(const __grid_constant__ DecodeProjection a) {
+__global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) void project(
+    const __grid_constant__ DecodeProjection a) {
   constexpr int ROW = 8 * TILES * GROUPS + 4;  // floats from row to row of the sums, over all banks
   __shared__ float sums[SLICES][WIDE][16][ROW];
   __shared__ float squares[SLICES][8 * TILES * GROUPS];
@@ -166,6 +167,7 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
   const auto column_of = [&](int turn) { return (turn * SLICES + slice) * COLUMNS + t * 8; };
   constexpr uint4 ZERO = {0, 0, 0, 0};
   uint4 weights[AHEAD][WIDE][2], scales[AHEAD];
+  const auto read = [](const bf16* p) { return GROUPS == 1 ? read_fresh(p) : read_weights(p); };
   const auto fetch = [&](int turn, uint4 (&of_rows)[WIDE][2], uint4& scale) {
     const int column = column_of(turn);
     const bool inside = column < a.columns;
@@ -173,10 +175,10 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        of_rows[w][i] = inside && rows[w][i] != nullptr ? read_weights(rows[w][i] + column) : ZERO;
+        of_rows[w][i] = inside && rows[w][i] != nullptr ? read(rows[w][i] + column) : ZERO;
       }
     }
-    if constexpr (NORMED<INTO>) scale = inside ? read_weights(static_cast<const bf16*>(a.norm) + column) : ZERO;
+    if constexpr (NORMED<INTO>) scale = inside ? read(static_cast<const bf16*>(a.norm) + column) : ZERO;
   };
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) fetch(i, weights[i], scales[i]);

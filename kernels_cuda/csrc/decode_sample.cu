@@ -1,8 +1,8 @@
 // The two ends of a decoding step: the embedding of the newest token, and the choice of the next one.
 //
-// A choice is an exponential race. With p_i = exp((s_i - max s) / T) of the tokens that are kept and E_i = -log(1 - u_i)
-// of independent uniform u_i, argmax_i p_i / E_i is drawn from p / sum p: Gumbel-max, without logarithms of p. u_i is
-// Philox-4x32-10 (Salmon et al. 2011) of key (seed, number of the row) and counter (i / 4, position), so a draw
+// A choice is an exponential race. With p_i = exp((s_i - max s) / T) of the tokens that are kept and E_i =
+// -log(1 - u_i) of independent uniform u_i, argmax_i p_i / E_i is drawn from p / sum p: Gumbel-max, without
+// logarithms of p. u_i is Philox-4x32-10 (Salmon et al. 2011) of key (seed, number of the row) and counter (i / 4, position), so a draw
 // depends on nothing else. Temperature 0 takes the likeliest token, the first of several.
 //
 // top-k and top-p keep the tokens with p_i >= t; nothing is sorted. The bits of a positive float are ordered as it
