@@ -107,7 +107,7 @@ def decode_sample_(
     vocab = logits.shape[1]
     position.copy_((position + 1).clamp(max=last))
     x = logits.to(_wide(logits.dtype))
-    p = ((x - x.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)).exp()
+    p = ((x - x.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature.clamp(min=1e-6), 1)).exp()
     ranked = p.sort(dim=-1, descending=True).values
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
     least = ranked.gather(1, (k - 1).expand(len(p), 1))

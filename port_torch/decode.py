@@ -21,9 +21,9 @@ from port_torch.streams import require_room, until_ended
 MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
 HEAD_SIZES = (32, 64, 128)
 CACHE_UNIT = 128  # a cache's length is a multiple of it, so that a graph serves requests of like lengths
-# The prompts of a pass of the mirror and the least they are padded to. A product's shape decides how a
+# Tokens of a pass of the mirror, and the least that a prompt is padded to. A product's shape decides how a
 # library adds up; here it is one of the prompt's own length alone.
-PREFILL_ROWS, MIN_PREFILL = 8, 16
+PREFILL_TOKENS, MIN_PREFILL = 2048, 16
 
 
 def why_not(model: Decoder) -> str | None:
@@ -115,6 +115,7 @@ class Step:
             self.read = [torch.empty(batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
             self.is_read = [torch.cuda.Event() for _ in range(2)]
 
+    @torch.no_grad()
     def launch(self) -> None:
         """The step's ops: five kernels a layer, and three."""
         ops, config = torch.ops.mtlm, self.model.config
@@ -174,7 +175,7 @@ class Generator:
         self.model = model
         with torch.no_grad():
             self.layers = layers_of(model)
-        self._steps: dict[tuple[int, int], Step] = {}  # of the first row's number and how many there are
+        self.steps: dict[tuple[int, int], Step] = {}  # of the first row's number and how many there are
 
     @torch.inference_mode()
     def stream(
@@ -207,10 +208,10 @@ class Generator:
 
     def _step(self, first: int, batch: int, length: int) -> Step:
         """The step of these rows, with a cache of at least this length."""
-        step = self._steps.get((first, batch))
+        step = self.steps.get((first, batch))
         if step is None or step.length < length:
-            self._steps.pop((first, batch), None)  # its memory, before the new one's
-            step = self._steps[first, batch] = Step(self.model, self.layers, batch, length)
+            self.steps.pop((first, batch), None)  # its memory, before the new one's
+            step = self.steps[first, batch] = Step(self.model, self.layers, batch, length)
         return step
 
     def _read_prompts(self, prompts: list[list[int]], step: Step) -> None:
@@ -224,25 +225,22 @@ class Generator:
         for row, prompt in enumerate(prompts):
             by_width.setdefault(prefill_width(len(prompt), self.model.config), []).append(row)
         for width, of_width in by_width.items():
-            positions = torch.arange(width, device=device).expand(PREFILL_ROWS, -1)
-            for first in range(0, len(of_width), PREFILL_ROWS):
-                rows = of_width[first : first + PREFILL_ROWS]
-                ids = torch.zeros(PREFILL_ROWS, width, dtype=torch.int64)
+            rows_at_once = max(1, PREFILL_TOKENS // width)
+            for first in range(0, len(of_width), rows_at_once):
+                rows = of_width[first : first + rows_at_once]
+                ids = torch.zeros(rows_at_once, width, dtype=torch.int64)
+                ends = torch.zeros(rows_at_once, dtype=torch.int64)
                 for at, row in enumerate(rows):
                     ids[at, : len(prompts[row])] = torch.tensor(prompts[row])
-                cache = self.model.empty_cache(PREFILL_ROWS, width)
+                    ends[at] = len(prompts[row]) - 1
+                positions = torch.arange(width, device=device).expand(rows_at_once, -1)
+                cache = self.model.empty_cache(rows_at_once, width)
                 hidden = self.model(ids.to(device), positions, cache)
-                index = torch.tensor(rows, device=device)
-                at, kept = torch.arange(len(rows), device=device), min(width, step.length)
-                step.scores[index] = self.scores_of(hidden[at, step.position[index]])
+                scores = self.model.logits(hidden[torch.arange(rows_at_once), ends.to(device)])
+                index, kept = torch.tensor(rows, device=device), min(width, step.length)
+                step.scores[index] = scores[: len(rows)]
                 for whole, part in zip(step.cache, cache, strict=True):
                     whole[:, index, :kept] = part[:, : len(rows), :kept]
-
-    def scores_of(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """The mirror's scores, of as many rows as ever, so that the library adds them up alike."""
-        padded = hidden.new_zeros(PREFILL_ROWS, hidden.shape[1])
-        padded[: len(hidden)] = hidden
-        return self.model.logits(padded)[: len(hidden)]
 
 
 def prefill_width(n_tokens: int, config: ModelConfig) -> int:

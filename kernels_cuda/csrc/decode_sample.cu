@@ -2,8 +2,9 @@
 //
 // A choice is an exponential race. With p_i = exp((s_i - max s) / T) of the tokens that are kept and E_i =
 // -log(1 - u_i) of independent uniform u_i, argmax_i p_i / E_i is drawn from p / sum p: Gumbel-max, without
-// logarithms of p. u_i is Philox-4x32-10 (Salmon et al. 2011) of key (seed, number of the row) and counter (i / 4, position), so a draw
-// depends on nothing else. Temperature 0 takes the likeliest token, the first of several.
+// logarithms of p. u_i is a word of Philox-4x32-10 (Salmon et al. 2011) of key (seed, number of the row) and counter
+// (i / 4, position), so a draw depends on nothing else. Temperature 0 takes the likeliest token, the first of
+// several.
 //
 // top-k and top-p keep the tokens with p_i >= t; nothing is sorted. The bits of a positive float are ordered as it
 // is, so t is found by bisection over bits: the largest t that k tokens reach, or that tokens of top_p of the mass
@@ -124,7 +125,7 @@ __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ Decode
   best = greatest(best, shared);
   if (temperature > 0.f) {
     const float highest = from_ordered(static_cast<unsigned>(best >> 32));
-    const float scale = 1.4426950408889634f / temperature;
+    const float scale = 1.4426950408889634f / fmaxf(temperature, 1e-6f);
     const auto weigh = [&](float s) { return exp2f((s - highest) * scale); };  // nothing beyond the vocabulary
     if constexpr (HELD) {
 #pragma unroll
