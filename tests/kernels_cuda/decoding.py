@@ -18,12 +18,13 @@ SMALL = {name: dataclasses.replace(base, **FIT) for name, base in (("llama", LLA
 
 def random_decoder(config: ModelConfig, dtype: torch.dtype, device: str = "cpu", std: float = 0.2) -> Decoder:
     """A model whose every parameter matters: norms are not all 1, nor biases 0."""
-    generator = torch.Generator().manual_seed(1)
-    model = Decoder(config)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.data = 1 + 0.3 * noise if "norm" in name else std * noise
-    return model.to(device, dtype).eval()
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.device(device):
+        model = Decoder(config)
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.data = 1 + 0.3 * noise if "norm" in name else std * noise
+    return model.to(dtype).eval()
 
 
 def complete(steps: Iterable[list[int | None]]) -> list[list[int]]:

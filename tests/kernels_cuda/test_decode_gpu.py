@@ -200,12 +200,13 @@ DRAWS = [
 def test_draws_are_the_references(vocab: int, sampling: Sampling):
     scores = torch.randn(64, vocab, device="cuda") * 3
     got = run_twice(lambda: [draw(scores, sampling, 7, 30)])[0]
-    real = torch.tensor([sampling.temperature, sampling.top_p])
-    whole = torch.tensor([sampling.top_k, sampling.seed, 7])
-    token, position = torch.zeros(64, dtype=torch.int64), torch.full((64,), 30)
-    reference.decode_sample_(scores.cpu().double(), real, whole, 999, position, token)
+    with torch.device("cuda"):
+        real = torch.tensor([sampling.temperature, sampling.top_p])
+        whole = torch.tensor([sampling.top_k, sampling.seed, 7])
+        token, position = torch.zeros(64, dtype=torch.int64), torch.full((64,), 30)
+        reference.decode_sample_(scores.double(), real, whole, 999, position, token)
     # p / E of the first two may be nearer than float32 tells: less than one row in a hundred thousand.
-    assert (got.cpu() != token).sum() <= (0 if sampling.temperature == 0 else 1)
+    assert (got != token).sum() <= (0 if sampling.temperature == 0 else 1)
     assert torch.equal(draw(scores[5:6].clone(), sampling, 12, 30), got[5:6])
 
 
