@@ -19,7 +19,8 @@
 //
 // A block is one tile of 16 rows (8 pairs), so that even 768 rows are spread over 48 multiprocessors. Its warps
 // share out the columns, 32 at a time in turns, and add up their sums in a fixed order. Nothing of that depends on
-// the batch, so neither does a row's result, to the bit.
+// the batch, so neither does a row's result, to the bit. A library's product would leave norm, rotation, cache and
+// activation to kernels of their own, and picks the order of its sums by the batch.
 #include <cuda_bf16.h>
 
 #include "decode.cuh"
@@ -28,19 +29,15 @@
 namespace mtlm {
 namespace {
 
-constexpr int COLUMNS = 32;  // of a warp's turn: four lanes by 8
+constexpr int COLUMNS = 32;    // of a warp's turn: four lanes by 8
 constexpr int MOST_TILES = 8;  // of 8 rows of the batch
 
 template <DecodeInto INTO>
 constexpr bool NORMED = INTO != DecodeInto::residual;
 
-// Pairs of rows of W in a tile, by INTO; the tile's first pair.
-template <DecodeInto INTO>
-__host__ __device__ __forceinline__ int tiles_of(const DecodeProjection& a) {
-  return INTO == DecodeInto::logits || INTO == DecodeInto::residual || INTO == DecodeInto::gelu ? (a.rows + 15) / 16
-                                                                                                 : a.rows / 16;
-}
+__host__ __device__ __forceinline__ int tiles_of(const DecodeProjection& a) { return (a.rows + 15) / 16; }
 
+// The first row of a tile's first or second eight.
 template <DecodeInto INTO>
 __device__ __forceinline__ int row_of(const DecodeProjection& a, int tile, bool second) {
   if constexpr (INTO == DecodeInto::qkv) {
@@ -149,7 +146,7 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
   __shared__ float squares[SLICES][8 * TILES * GROUPS];
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32 % SLICES, group = threadIdx.x / 32 / SLICES;
   const int g = lane / 4, t = lane % 4;
-  const int tiles = tiles_of<INTO>(a);
+  const int tiles = tiles_of(a);
   const int turns = ((a.columns + COLUMNS - 1) / COLUMNS + SLICES - 1) / SLICES;
   // Attention behind it reads the cache before its wait: what is there was written by earlier steps.
   if constexpr (INTO != DecodeInto::qkv) launch_next();
@@ -271,7 +268,7 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
 
 template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
 cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
-  const int blocks = (tiles_of<INTO>(a) + WIDE - 1) / WIDE;
+  const int blocks = (tiles_of(a) + WIDE - 1) / WIDE;
   return launch_chained(project<INTO, SLICES, GROUPS, TILES, WIDE, AHEAD>, a, blocks, 32 * SLICES * GROUPS, 1, stream);
 }
 
