@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from kernels_cuda import build, reference
+from kernels_cuda import build, decode_reference, reference
 
 Backend = Literal["auto", "cuda", "torch"]
 
@@ -30,11 +30,25 @@ _SCHEMAS = {
     " Tensor(d!)[] copies, Tensor lr, Tensor step, Tensor grad_scale, Tensor skip, float beta1, float beta2,"
     " float eps, float weight_decay) -> ()",
 }
+# One decoding step; all write into what they are given.
+_DECODE_SCHEMAS = {
+    "decode_embed_": "(Tensor token, Tensor position, Tensor table, Tensor? learned, Tensor(a!) x) -> ()",
+    "decode_qkv_": "(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias, Tensor? cos, Tensor? sin,"
+    " Tensor position, Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache) -> ()",
+    "decode_attention_": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, Tensor(a!) out) -> ()",
+    "decode_add_projection_": "(Tensor a, Tensor weight, Tensor? bias, Tensor(a!) x) -> ()",
+    "decode_mlp_": "(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias, bool gated,"
+    " Tensor(a!) hidden) -> ()",
+    "decode_logits_": "(Tensor x, Tensor norm, float eps, Tensor table, Tensor(a!) logits) -> ()",
+    "decode_sample_": "(Tensor logits, Tensor real, Tensor whole, int last, Tensor(a!) position,"
+    " Tensor(b!) token) -> ()",
+}
 LIBRARY = torch.library.Library("mtlm", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # For every device and type; the CUDA implementations, where they are loaded, come before it.
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _schemas, _module in ((_SCHEMAS, reference), (_DECODE_SCHEMAS, decode_reference)):
+    for _name, _schema in _schemas.items():
+        LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # For every device and type; the CUDA implementations, where they are loaded, come before it.
+        LIBRARY.impl(_name, getattr(_module, _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mtlm::rms_norm", lib=LIBRARY)
@@ -76,6 +90,14 @@ def _(
     params, grads, exp_avgs, exp_avg_sqs, copies, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
     pass
+
+
+def _nothing(*arguments) -> None:
+    """What an op gives that only writes into its arguments."""
+
+
+for _name in _DECODE_SCHEMAS:
+    torch.library.register_fake(f"mtlm::{_name}", _nothing, lib=LIBRARY)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,12 @@ from core.generate import Sampling, pieces, show
 from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import compute_dtype
 from core.tokenizer import Tokenizer
+from kernels_cuda import library
+from port_torch import decode
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.formats import exported
 from port_torch.model import Decoder, load
+from port_torch.streams import require_room, until_ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ class GenerateConfig:
     """auto is the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 on a GPU, float32 on a CPU."""
+    backend: library.Backend = "auto"
+    """What makes the tokens: auto is the CUDA kernels where they can (bfloat16 on a GPU), else PyTorch."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
 
@@ -75,7 +80,8 @@ def main() -> int:
     ours = exported.recognises(config.folder)  # and verified by `load`
     manifest = load_manifest(config.folder, EXPORT_MANIFEST) if ours else None
     tokenizer = folder_tokenizer(config.folder, manifest, config.tokenizer, model.config.vocab_size)
-    writer = Writer(model, tokenizer, config.sampling, config.max_new_tokens)
+    generator = choose_generator(model, config.backend)
+    writer = Writer(model, tokenizer, config.sampling, config.max_new_tokens, generator)
     if config.out:
         return write_batches(writer, lines, config.batch, config.out)
     if not config.prompt and sys.stdin.isatty():
@@ -91,6 +97,24 @@ def choose_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return requested
+
+
+def choose_generator(model: Decoder, backend: library.Backend) -> decode.Generator | None:
+    """The kernels' generator, or None for plain PyTorch; says which on stderr where there is a choice.
+
+    Raises:
+        UserError: "cuda", and the kernels are not to be had or cannot run this model.
+    """
+    if backend == "torch":
+        return None
+    reason = decode.why_not(model)
+    if reason is None and library.load(backend).file is not None:
+        return decode.Generator(model)
+    if backend == "cuda":
+        raise UserError(f"--backend cuda is not possible: {reason}")
+    if reason is not None and model.embed.weight.is_cuda:
+        print(f"decoding: plain PyTorch, because {reason}", file=sys.stderr)
+    return None
 
 
 def choose(
@@ -131,41 +155,30 @@ def stream(
         UserError: a prompt is empty or leaves no room in the context.
     """
     context, device = model.config.context, model.embed.weight.device
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) < 1:
-        raise UserError("a prompt has no tokens; give at least the begin-of-sequence token")
-    if longest >= context:
-        raise UserError(
-            f"a prompt is {longest} tokens long, but the model's context is {context}: shorten it to at most "
-            f"{context - 1}"
-        )
+    require_room(prompts, context)
     draws = [np.random.default_rng((sampling.seed, first_row + row)) for row in range(len(prompts))]
 
     def choose_next(hidden: Float[Tensor, "B D"]) -> Int[Tensor, " B"]:
         uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=device)
         return choose(model.logits(hidden), sampling, uniform)
 
-    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    length = min(context, longest + max_new_tokens)
-    cache = model.empty_cache(len(prompts), length)
-    position = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    all_positions = torch.arange(longest, device=device).expand(len(prompts), -1)
-    hidden = model(torch.tensor(padded, device=device), all_positions, cache)
-    token = choose_next(hidden[torch.arange(len(prompts)), position - 1])
-    room = np.array([context - len(prompt) for prompt in prompts])
-    ended = np.zeros(len(prompts), bool)
-    for made in range(1, max_new_tokens + 1):
-        new = token.tolist()
-        if eos is not None:
-            ended |= np.array(new) == eos
-        yield [None if done else t for done, t in zip(ended, new, strict=True)]
-        ended |= made >= room
-        if ended.all() or made == max_new_tokens:
-            return
-        hidden = model(token[:, None], position[:, None], cache)
-        # A row that has ended idles at the last position; what it makes there is not read.
-        position = (position + 1).clamp(max=length - 1)
-        token = choose_next(hidden[:, 0])
+    def steps() -> Iterator[list[int]]:
+        longest = max(map(len, prompts))
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+        length = min(context, longest + max_new_tokens)
+        cache = model.empty_cache(len(prompts), length)
+        position = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        all_positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+        hidden = model(torch.tensor(padded, device=device), all_positions, cache)
+        token = choose_next(hidden[torch.arange(len(prompts)), position - 1])
+        while True:
+            yield token.tolist()
+            hidden = model(token[:, None], position[:, None], cache)
+            # A row that has ended idles at the last position; what it makes there is not read.
+            position = (position + 1).clamp(max=length - 1)
+            token = choose_next(hidden[:, 0])
+
+    yield from until_ended(steps(), prompts, context, max_new_tokens, eos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +189,8 @@ class Writer:
     tokenizer: Tokenizer
     sampling: Sampling
     max_new_tokens: int
+    generator: decode.Generator | None = None
+    """Plain PyTorch if None."""
 
     def encode(self, text: str) -> list[int]:
         """The ids that the model sees: the beginning of a document, then those of the text."""
@@ -184,8 +199,9 @@ class Writer:
     def added(self, texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
         """What is added to each text, step by step, in whole characters."""
         prompts = [self.encode(text) for text in texts]
-        tokens = stream(
-            self.model, prompts, self.sampling, self.max_new_tokens, self.tokenizer.eos, first_row
+        arguments = (prompts, self.sampling, self.max_new_tokens, self.tokenizer.eos, first_row)
+        tokens = (
+            stream(self.model, *arguments) if self.generator is None else self.generator.stream(*arguments)
         )
         return pieces(self.tokenizer, prompts, tokens)
 

@@ -1,87 +1,20 @@
 // The CUDA implementations of the ops that kernels_cuda/library.py declares, over LibTorch's stable ABI: one file
 // for every PyTorch from 2.10 on. Here inputs are checked and outputs allocated; the kernels know no torch.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "binding.h"
 
 #include <cmath>
-#include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
-
 namespace mtlm::op {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-Type type_of(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, name,
-                  " must be bfloat16 or float32, not the scalar type ", static_cast<int>(type));
-  return type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float32;
-}
-
-// What every input must be: on the device of the first, of this shape.
-void check(const Tensor& t, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, " is on another device");
-  bool equal = t.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
-  for (const int64_t size : sizes) equal = equal && t.size(i++) == size;
-  std::string wanted = "[";
-  for (const int64_t size : sizes) wanted += (wanted.size() > 1 ? ", " : "") + std::to_string(size);
-  STD_TORCH_CHECK(equal, name, " must be ", wanted, "], not ", shape(t));
-}
-
-// The tensor itself if the elements of its last dimension are neighbours; else a copy whose are.
-Tensor with_whole_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-
-// The device and the stream that PyTorch works on, for as long as this lives.
-struct Place {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-
-  explicit Place(const Tensor& t) : guard(t.get_device_index()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-};
-
-void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, "mtlm::", op, ": ", cudaGetErrorString(error));
-}
 
 // What the norm's input and output types can be: alike, or a float32 residual beside bfloat16.
 void check_types(Type type, Type residual, const char* op) {
   STD_TORCH_CHECK(type == residual || residual == Type::float32, "mtlm::", op,
                   ": a bfloat16 residual beside a float32 branch or output is not supported");
 }
-
-constexpr int64_t MOST_BLOCKS = std::numeric_limits<int32_t>::max();  // of a CUDA grid
 
 void check_matrix(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2, name, " must be [rows, d], not ", shape(x));

@@ -99,4 +99,66 @@ struct AdamWSettings {
 
 cudaError_t adamw(const AdamWTensor* tensors, int64_t count, const AdamWSettings& settings, cudaStream_t stream);
 
+// decode_project.cu: a product with a weight matrix for one new token a row, and what is done with it.
+enum class DecodeInto { qkv, residual, gated, gelu, logits };
+
+// Everything bfloat16 and contiguous but for what says otherwise; columns a multiple of 8.
+struct DecodeProjection {
+  const void* in;        // [batch, columns]
+  const void* norm;      // [columns]; unused for `residual`
+  float eps;
+  const void* weight;    // [rows, columns]: q, k, v; or gate, up for `gated`
+  const void* bias;      // [rows] or null; null for `gated` and `logits`
+  void* out;             // q [batch, rows / 3]; x; hidden [batch, rows, or half of it]; float32 logits
+  int batch, rows, columns;
+  // Of `qkv` alone; the head size a multiple of 16.
+  int head_size;
+  const int64_t* position;  // [batch]
+  const float* cos;         // [positions, head size / 2] or null
+  const float* sin;
+  void* k_cache;            // [batch, positions, heads, head size], heads and their elements contiguous
+  void* v_cache;
+  int64_t cache_batch, cache_position;  // elements from row to row, from position to position
+};
+
+cudaError_t decode_project(const DecodeProjection& a, DecodeInto into, cudaStream_t stream);
+
+// decode_attention.cu; head sizes of 32, 64 and 128.
+struct DecodeAttention {
+  const void* q;            // [batch, heads, head size]
+  const void* k_cache;      // as above
+  const void* v_cache;
+  const int64_t* position;  // [batch]: the last one that is seen
+  void* out;                // [batch, heads, head size]
+  float scale;              // log2(e) / sqrt(head size)
+  int batch, heads;
+  int64_t cache_batch, cache_position;
+};
+
+cudaError_t decode_attention(const DecodeAttention& a, int head_size, cudaStream_t stream);
+
+// decode_sample.cu
+struct DecodeEmbedding {
+  const int64_t* token;     // [batch]
+  const int64_t* position;  // [batch]
+  const void* table;        // [vocabulary, d] bfloat16
+  const void* learned;      // [positions, d] bfloat16 or null
+  void* x;                  // [batch, d] bfloat16
+  int batch, d;
+};
+
+cudaError_t decode_embed(const DecodeEmbedding& a, cudaStream_t stream);
+
+struct DecodeSample {
+  const float* logits;     // [batch, vocab]
+  const float* real;       // temperature, top_p
+  const int64_t* whole;    // top_k, seed, number of the first row
+  int64_t* position;       // [batch], moved on by one, at most to `last`
+  int64_t* token;          // [batch]: the draws
+  int64_t last;
+  int batch, vocab;
+};
+
+cudaError_t decode_sample(const DecodeSample& a, cudaStream_t stream);
+
 }  // namespace mtlm

@@ -18,7 +18,15 @@ needs_nvcc = pytest.mark.skipif(
     NVCC is None, reason="needs nvcc, of the CUDA toolkit or the wheel nvidia-cuda-nvcc"
 )
 # Registers a thread beyond which fewer warps would be resident than each file's header counts on.
-REGISTERS = {"rms_norm": 128, "rotary": 64, "softmax_loss": 40, "adamw": 64}
+REGISTERS = {
+    "rms_norm": 128,
+    "rotary": 64,
+    "softmax_loss": 40,
+    "adamw": 64,
+    "decode_project": 160,
+    "decode_attention": 104,
+    "decode_sample": 128,
+}
 
 
 @needs_nvcc
@@ -49,7 +57,9 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
             "spills and registers are fine; the disassembly needs nvdisasm (wheel nvidia-cuda-nvdisasm)"
         )
     for kernel, lines in kernels_of(disassembler, cubin).items():
-        if re.search(r"in_registers|in_shared|Li[48]E", kernel):  # the paths that read and write vectors
+        if "Decode" in kernel:
+            check_decode(kernel, lines)
+        elif re.search(r"in_registers|in_shared|Li[48]E", kernel):  # the paths that read and write vectors
             loads = sum(bool(re.search(r"LDG\.\S*128|LDGSTS\.\S*128", line)) for line in lines)
             # Beside 16 bytes of float32, four bfloat16 are 8.
             stores = sum(bool(re.search(r"STG\.\S*(128|64)", line)) for line in lines)
@@ -58,6 +68,18 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
             if re.search(r"in_registers|rotate", kernel):
                 assert not narrow, f"{kernel}: {narrow} accesses of an element"
         assert not any("LDL" in line or "STL" in line for line in lines), kernel
+
+
+def check_decode(kernel: str, lines: list[str]) -> None:
+    """Products on tensor cores; weights and cache are asked for before the wait for the kernel before."""
+    (wait,) = (number for number, line in enumerate(lines) if "ACQBULK" in line)
+    early = sum("LDG" in line and ".128" in line for line in lines[:wait])
+    if "project" in kernel:
+        assert any("HMMA.16816.F32.BF16" in line for line in lines), kernel
+        of_one_warp = re.search(r"IntoE\dELi\dELi1E", kernel)  # SLICES, GROUPS
+        assert early >= 4 or not of_one_warp, f"{kernel}: {early} loads of 16 bytes before the wait"
+    elif "attend" in kernel:
+        assert early == 8, f"{kernel}: {early} loads of 16 bytes before the wait"
 
 
 def find_disassembler() -> str | None:
@@ -83,7 +105,7 @@ def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
     facts = json.loads(built.with_suffix(".json").read_text())
     assert facts["architectures"] == ["9.0"] and facts["sources"] == build.sources_hash()
     data = built.read_bytes()
-    for op in library._SCHEMAS:
+    for op in [*library._SCHEMAS, *library._DECODE_SCHEMAS]:
         assert op.encode() in data
     assert not list(tmp_path.glob("*.partial"))
 

@@ -1,0 +1,319 @@
+"""`python -m bench.decode`: a token's time on our kernels, in plain PyTorch and in Hugging Face's generate.
+
+Random weights in bfloat16, greedy, every text of the same length; a row is the time of a whole call, the
+prompt's pass too, over its new tokens. What must move for a token is every weight once and the keys and
+values so far; the share of the copy's bandwidth says how near that is.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from core.config import ModelConfig, preset
+from core.errors import UserError, run_command
+from core.generate import Sampling
+from kernels_cuda import library
+from port_torch.decode import Generator
+from port_torch.generate import stream
+from port_torch.model import Decoder
+
+GREEDY = Sampling(temperature=0)
+SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95)
+HUGGING_FACE: dict[str, dict[str, str]] = {
+    "HF generate": {},
+    "HF generate, static cache, compiled": {"cache_implementation": "static"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBenchConfig:
+    """Time generation on one GPU."""
+
+    preset: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """Default: mtlm1-200m. Hugging Face's Llama stands beside those that are one."""
+    batch: Annotated[list[int], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
+    """Default: 1 and 64."""
+    prompt: int = 32
+    new: int = 256
+    calls: int = 3
+    """Timed calls of ours and of plain PyTorch's graph; the median counts. The slower ones are timed once."""
+    peers: bool = True
+    """Whether Hugging Face's generate is timed too; compiling it takes a minute."""
+    sampled: bool = True
+    """Whether ours is also timed with temperature, top-k and top-p."""
+    profile: Path | None = None
+    """Write the times of our kernels into this folder, by torch.profiler."""
+    json: Path | None = None
+    plot: Path | None = None
+
+
+Call = Callable[[list[list[int]], int], object]
+
+
+def seconds(call: Call, prompts: list[list[int]], new: int, calls: int) -> list[float]:
+    """Of each call, after one that compiles and captures."""
+    call(prompts, new)
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(prompts, new)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def random_model(config: ModelConfig) -> Decoder:
+    """As a new model is drawn, on the GPU in bfloat16."""
+    torch.manual_seed(0)
+    model = Decoder(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, config.init_std)
+    return model.to("cuda", torch.bfloat16).eval()
+
+
+def eager(model: Decoder) -> Call:
+    """The mirror, as --backend torch runs it."""
+    return lambda prompts, new: list(stream(model, prompts, GREEDY, new))
+
+
+def graphed(model: Decoder) -> Call:
+    """Plain PyTorch with the launches taken away: the mirror's step on a whole cache, in a CUDA graph."""
+    kept: dict[tuple[int, int], tuple] = {}
+
+    def capture(batch: int, length: int) -> tuple:
+        cache = model.empty_cache(batch, length)
+        token, position = torch.zeros(2, batch, dtype=torch.int64, device="cuda").unbind()
+
+        def step() -> None:
+            hidden = model(token[:, None], position[:, None], cache)
+            token.copy_(model.logits(hidden[:, 0]).argmax(-1))
+            position.add_(1)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return cache, token, position, graph
+
+    @torch.inference_mode()
+    def call(prompts: list[list[int]], new: int) -> None:
+        batch, n = len(prompts), len(prompts[0])
+        key = batch, n + new
+        if key not in kept:
+            kept[key] = capture(*key)
+        cache, token, position, graph = kept[key]
+        ids = torch.tensor(prompts, device="cuda")
+        hidden = model(ids, torch.arange(n, device="cuda").expand(batch, -1), cache)
+        token.copy_(model.logits(hidden[:, -1]).argmax(-1))
+        position.fill_(n)
+        for _ in range(new - 1):
+            token.tolist()
+            graph.replay()
+        token.tolist()
+
+    return call
+
+
+def hugging_face(config: ModelConfig, **how: str) -> Call:
+    """Its Llama of the same shape with its generate."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(
+        hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_heads, intermediate_size=config.d_mlp, vocab_size=config.vocab_size,
+        tie_word_embeddings=config.tied, max_position_embeddings=config.context, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(llama).to("cuda", torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def call(prompts: list[list[int]], new: int) -> None:
+        ids = torch.tensor(prompts, device="cuda")
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0, **how,
+        )  # fmt: skip
+
+    return call
+
+
+def ours(generator: Generator, sampling: Sampling) -> Call:
+    return lambda prompts, new: list(generator.stream(prompts, sampling, new))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy: the median of 20."""
+    x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        y.copy_(x)
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return 2 * x.nbytes / statistics.median(begin.elapsed_time(end) for begin, end in times) * 1e3
+
+
+def bytes_a_step(config: ModelConfig, batch: int, mean_length: float) -> float:
+    """Weights once (of the tables only the head), keys and values of every row."""
+    weights = config.n_params - config.n_embedding_params + config.vocab_size * config.d_model
+    return 2 * weights + 4 * config.n_layers * config.d_model * batch * mean_length
+
+
+def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
+    """All rows; plain PyTorch before the kernels are loaded, which the mirror would use."""
+    names, batches = config.preset or ["mtlm1-200m"], config.batch or [1, 64]
+    rows = []
+
+    def add(name: str, batch: int, way: str, call: Call, calls: int) -> None:
+        shape = preset(name)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(shape.vocab_size, (batch, config.prompt), generator=generator).tolist()
+        times = [t / config.new for t in seconds(call, prompts, config.new, calls)]
+        step = statistics.median(times)
+        moved = bytes_a_step(shape, batch, config.prompt + config.new / 2) / step
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "way": way,
+                "microseconds": step * 1e6,
+                "spread": (max(times) - min(times)) * 1e6,
+                "tokens a second": batch / step,
+                "bytes a second": moved,
+                "of copy": moved / copy,
+            }
+        )
+        print(f"{name}, batch {batch}, {way}: {step * 1e6:.0f} us a step", flush=True)
+
+    for name in names:
+        shape = preset(name)
+        if config.prompt + config.new > shape.context:
+            raise UserError(
+                f"{config.prompt} + {config.new} tokens are more than the context of {name}, {shape.context}"
+            )
+        model = random_model(shape)
+        for batch in batches:
+            add(name, batch, "plain PyTorch", eager(model), 1)
+            add(name, batch, "plain PyTorch, CUDA graph", graphed(model), config.calls)
+            for way, how in HUGGING_FACE.items() if config.peers and shape.mlp == "swiglu" else ():
+                try:
+                    add(name, batch, way, hugging_face(shape, **how), 1)
+                except Exception as error:  # a peer's affair: it is left out
+                    print(f"{way} failed: {error!r}"[:300], file=sys.stderr)
+                torch._dynamo.reset()
+                torch.cuda.empty_cache()
+    library.load("cuda")
+    for name in names:
+        generator = Generator(random_model(preset(name)))
+        for batch in batches:
+            add(name, batch, "ours", ours(generator, GREEDY), config.calls)
+            if config.sampled:
+                add(name, batch, "ours, sampled", ours(generator, SAMPLED), config.calls)
+            if config.profile:
+                profile(generator, batch, config.profile / f"{name}-{batch}.txt")
+    order = {(name, batch): i for i, (name, batch) in enumerate((n, b) for n in names for b in batches)}
+    return sorted(rows, key=lambda row: order[row["model"], row["batch"]])
+
+
+@torch.inference_mode()
+def profile(generator: Generator, batch: int, path: Path) -> None:
+    """The step alone, at the middle of a text, and its kernels' mean times, as they run in the graph.
+
+    They overlap: a kernel's time holds its wait for the one before.
+    """
+    (step,) = (step for (_, rows), step in generator.steps.items() if rows == batch)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(times: int) -> float:
+        step.position.fill_(160 - times // 2)
+        begin.record()
+        for _ in range(times):
+            step.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / times * 1e3
+
+    lines = [f"{run(100):9.1f} us  a step, replayed 100 times"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(20)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:12]:
+        mean = event.self_device_time_total / max(event.count, 1)
+        lines.append(f"{mean:9.2f} us  {event.count / 20:6.1f} a step  {event.key[:110]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One row a way; "ours" is how many times as long as ours it takes."""
+    table = Table("model", "batch", "", "us a step", "spread", "tokens/s", "TB/s", "of copy", "ours")
+    for row in rows:
+        of_ours = [
+            r for r in rows if r["way"] == "ours" and (r["model"], r["batch"]) == (row["model"], row["batch"])
+        ]
+        table.add_row(
+            row["model"], str(row["batch"]), row["way"], f"{row['microseconds']:.0f}", f"{row['spread']:.0f}",
+            f"{row['tokens a second']:,.0f}", f"{row['bytes a second'] / 1e12:.2f}", f"{row['of copy']:.0%}",
+            f"{row['microseconds'] / of_ours[0]['microseconds']:.2f}x",
+        )  # fmt: skip
+    Console(width=130).print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    """Bars: tokens a second of each way, a panel a model and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(8, 2.2 * len(panels)), layout="constrained", squeeze=False
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
+        bars = axis.barh([row["way"] for row in of_panel], [row["tokens a second"] for row in of_panel])
+        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axis.margins(x=0.12)
+        axis.invert_yaxis()
+        axis.set_title(f"{panel[0]}, batch {panel[1]}: tokens a second, {device}", fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(DecodeBenchConfig, prog="python -m bench.decode")
+    if not torch.cuda.is_available():
+        raise UserError("bench.decode needs an NVIDIA GPU, and PyTorch finds none here")
+    copy = copy_bandwidth()
+    device = torch.cuda.get_device_name()
+    facts = f"{device}, PyTorch {torch.__version__}, copy {copy / 1e12:.2f} TB/s"
+    print(f"{facts}; prompts of {config.prompt} tokens and {config.new} new ones, bfloat16")
+    rows = measure(config, copy)
+    print_table(rows)
+    if config.json:
+        config.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1))
+    if config.plot:
+        plot(rows, config.plot, device)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,94 @@
+// Parts of the kernels of one decoding step: reads that stay where they are written, and programmatic dependent
+// launch. A step is a chain of small kernels, each waiting for the one before; on compute capability 9.0 the next
+// one's blocks are placed early, fetch what no kernel writes (weights), and only then wait.
+//
+// Before `wait_for_previous` a kernel reads only what no kernel writes that may still run: the weights.
+// The kernels of embedding and qkv let the next one be launched only after their own wait: so when qkv begins the
+// step before is over, and when attention begins, so are the layers before. Positions can be read before every wait
+// but the embedding's, and by attention the older entries of the cache.
+#pragma once
+
+#include "common.cuh"
+
+namespace mtlm {
+
+// All kernels before this one are over, and what they wrote can be read.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may be placed once every block of this one has come here or ended.
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes of what no kernel writes, for several warps of a block: from the first-level cache. ptxas puts such reads
+// behind the wait, whatever the source says.
+__device__ __forceinline__ uint4 read_weights(const bf16* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// 16 bytes from the second-level cache, where other kernels' stores are. Strong and volatile: these reads stay on
+// their side of the wait, so they also serve for weights that are to be asked for before it.
+__device__ __forceinline__ uint4 read_fresh(const bf16* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// One element of the same.
+__device__ __forceinline__ float read_fresh_element(const bf16* p) {
+  unsigned short bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(p));
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+__device__ __forceinline__ int64_t read_fresh(const int64_t* p) {
+  int64_t value;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(p));
+  return value;
+}
+
+__device__ __forceinline__ void as_floats(const uint4& v, float (&out)[8]) {
+  const unsigned word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(word[i] << 16);
+    out[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+  }
+}
+
+// Launches a kernel of the chain; `cluster` blocks form one cluster.
+template <typename Args>
+cudaError_t launch_chained(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, int cluster,
+                           cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    if (cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs].val.clusterDim.x = cluster;
+      attributes[config.numAttrs].val.clusterDim.y = 1;
+      attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
+  }
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace mtlm

@@ -1,0 +1,248 @@
+"""Generation on the decode kernels: the mirror reads the prompts, one captured CUDA graph makes every token.
+
+A step's inputs (tokens, positions, cache, how to sample) stay on the GPU, so the graph is captured once for a
+batch and launched again and again; the host reads a step's tokens while the next one runs. No sum's order
+depends on the batch: a row's text is the same whatever else is in it.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from core.config import ModelConfig
+from core.generate import Sampling
+from port_torch.model import Decoder, KVCache, rotary_angles
+from port_torch.streams import require_room, until_ended
+
+MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
+HEAD_SIZES = (32, 64, 128)
+CACHE_UNIT = 128  # a cache's length is a multiple of it, so that a graph serves requests of like lengths
+# Tokens of a pass of the mirror, and the least that a prompt is padded to. A product's shape decides how a
+# library adds up; here it is one of the prompt's own length alone.
+PREFILL_TOKENS, MIN_PREFILL = 2048, 16
+
+
+def why_not(model: Decoder) -> str | None:
+    """Why the decode kernels cannot run this model, None if they can."""
+    config, like = model.config, model.embed.weight
+    if not like.is_cuda:
+        return f"the model is on the device {like.device.type}"
+    if like.dtype != torch.bfloat16:
+        return f"the weights are {str(like.dtype).removeprefix('torch.')}, not bfloat16"
+    if config.head_dim not in HEAD_SIZES:
+        return f"the head size is {config.head_dim}, not one of {', '.join(map(str, HEAD_SIZES))}"
+    for name in ("d_model", "d_mlp"):
+        if getattr(config, name) % 8:
+            return f"{name} is {getattr(config, name)}, no multiple of 8"
+    return None
+
+
+class Layer(NamedTuple):
+    """A block's weights as the kernels read them."""
+
+    attn_norm: Float[Tensor, " D"]
+    qkv: Float[Tensor, "3*D D"]
+    qkv_bias: Float[Tensor, " 3*D"] | None
+    o: Float[Tensor, "D D"]
+    o_bias: Float[Tensor, " D"] | None
+    mlp_norm: Float[Tensor, " D"]
+    up: Float[Tensor, "F_or_2*F D"]
+    up_bias: Float[Tensor, " F"] | None
+    down: Float[Tensor, "D F"]
+    down_bias: Float[Tensor, " D"] | None
+
+
+def packed(parts: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of linear layers one after the other; the layers' own become views of them."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    for part, view in zip(parts, weight.split([part.out_features for part in parts]), strict=True):
+        part.weight.data = view
+    bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+    return weight, bias
+
+
+def layers_of(model: Decoder) -> list[Layer]:
+    """Every block's weights, packed."""
+    layers = []
+    for block in model.layers:
+        attn, mlp = block.attn, block.mlp
+        up = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
+        layers.append(
+            Layer(
+                block.attn_norm.weight.detach(),
+                *packed([attn.q, attn.k, attn.v]),
+                *packed([attn.o]),
+                block.mlp_norm.weight.detach(),
+                *packed(up),
+                *packed([mlp.down]),
+            )
+        )
+    return layers
+
+
+class Step:
+    """One decoding step for a batch: what it reads and writes, and on a GPU its graph."""
+
+    def __init__(self, model: Decoder, layers: list[Layer], batch: int, length: int):
+        """
+        Args:
+            length: positions of the cache.
+        """
+        config, like = model.config, model.embed.weight
+        self.model, self.layers, self.length = model, layers, length
+        self.cache: KVCache = model.empty_cache(batch, length)
+        self.angles = (None, None)
+        if config.positions == "rope":
+            positions = torch.arange(length, device=like.device)[None]
+            self.angles = tuple(t[0].contiguous() for t in rotary_angles(positions, config))
+        hidden = (config.d_model, config.d_model, config.d_model, config.d_mlp)
+        self.x, self.q, self.y, self.h = (like.new_zeros(batch, width) for width in hidden)
+        self.scores = like.new_zeros(batch, config.vocab_size, dtype=torch.float32)
+        self.token, self.position = like.new_zeros(2, batch, dtype=torch.int64).unbind()
+        self.real = self.scores.new_tensor([0.0, 1.0])
+        self.whole = self.token.new_zeros(3)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if like.is_cuda:
+            self.launch()  # loads the kernels, which a capture may not
+            torch.cuda.synchronize(like.device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.launch()
+            self.read = [torch.empty(batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+            self.is_read = [torch.cuda.Event() for _ in range(2)]
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """The step's ops: five kernels a layer, and three."""
+        ops, config = torch.ops.mtlm, self.model.config
+        eps, gated = config.norm_eps, config.mlp == "swiglu"
+        learned = None if self.model.positions is None else self.model.positions.weight
+        ops.decode_embed_(self.token, self.position, self.model.embed.weight, learned, self.x)
+        for w, k, v in zip(self.layers, *self.cache, strict=True):
+            ops.decode_qkv_(
+                self.x, w.attn_norm, eps, w.qkv, w.qkv_bias, *self.angles, self.position, self.q, k, v
+            )
+            ops.decode_attention_(self.q, k, v, self.position, self.y)
+            ops.decode_add_projection_(self.y, w.o, w.o_bias, self.x)
+            ops.decode_mlp_(self.x, w.mlp_norm, eps, w.up, w.up_bias, gated, self.h)
+            ops.decode_add_projection_(self.h, w.down, w.down_bias, self.x)
+        ops.decode_logits_(self.x, self.model.norm.weight, eps, self.model.table, self.scores)
+        self.sample()
+
+    def sample(self) -> None:
+        """Chooses the next tokens from the scores, and moves the positions to them."""
+        torch.ops.mtlm.decode_sample_(
+            self.scores, self.real, self.whole, self.length - 1, self.position, self.token
+        )
+
+    def run(self) -> None:
+        """One step."""
+        if self.graph is None:
+            self.launch()
+        else:
+            self.graph.replay()
+
+    def set_sampling(self, sampling: Sampling, first_row: int) -> None:
+        self.real.copy_(torch.tensor([sampling.temperature, sampling.top_p]))
+        self.whole.copy_(torch.tensor([sampling.top_k, sampling.seed, first_row]))
+
+    def tokens(self) -> Iterator[list[int]]:
+        """The tokens there are, then those of one step after the other."""
+        if self.graph is None:
+            while True:
+                yield self.token.tolist()
+                self.run()
+        self._read(0)
+        for number in count():
+            self.run()  # while the host looks at the last one's tokens
+            self._read((number + 1) % 2)
+            self.is_read[number % 2].synchronize()
+            yield self.read[number % 2].tolist()
+
+    def _read(self, slot: int) -> None:
+        self.read[slot].copy_(self.token, non_blocking=True)
+        self.is_read[slot].record()
+
+
+class Generator:
+    """Generation with one model, whose weights it packs; keeps its steps. One `stream` at a time."""
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        with torch.no_grad():
+            self.layers = layers_of(model)
+        self.steps: dict[tuple[int, int], Step] = {}  # of the first row's number and how many there are
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos: int | None = None,
+        first_row: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """What `port_torch.generate.stream` yields, of other random numbers.
+
+        Raises:
+            UserError: a prompt is empty or leaves no room in the context.
+        """
+        context = self.model.config.context
+        require_room(prompts, context)
+        needed = max(map(len, prompts)) + max_new_tokens
+        length = min(context, -(-needed // CACHE_UNIT) * CACHE_UNIT)
+        parts = []
+        for first in range(0, len(prompts), MOST_ROWS):
+            part = prompts[first : first + MOST_ROWS]
+            step = self._step(first, len(part), length)
+            step.set_sampling(sampling, first_row + first)
+            self._read_prompts(part, step)
+            step.sample()
+            parts.append(step.tokens())
+        steps = ([token for new in of_parts for token in new] for of_parts in zip(*parts, strict=True))
+        yield from until_ended(steps, prompts, context, max_new_tokens, eos)
+
+    def _step(self, first: int, batch: int, length: int) -> Step:
+        """The step of these rows, with a cache of at least this length."""
+        step = self.steps.get((first, batch))
+        if step is None or step.length < length:
+            self.steps.pop((first, batch), None)  # its memory, before the new one's
+            step = self.steps[first, batch] = Step(self.model, self.layers, batch, length)
+        return step
+
+    def _read_prompts(self, prompts: list[list[int]], step: Step) -> None:
+        """Fills the cache and the scores, and puts the positions to the prompts' ends.
+
+        What a row's padding leaves in the cache is overwritten before it is seen.
+        """
+        device = step.token.device
+        step.position.copy_(torch.tensor([len(prompt) - 1 for prompt in prompts]))
+        by_width: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_width.setdefault(prefill_width(len(prompt), self.model.config), []).append(row)
+        for width, of_width in by_width.items():
+            rows_at_once = max(1, PREFILL_TOKENS // width)
+            for first in range(0, len(of_width), rows_at_once):
+                rows = of_width[first : first + rows_at_once]
+                ids = torch.zeros(rows_at_once, width, dtype=torch.int64)
+                ends = torch.zeros(rows_at_once, dtype=torch.int64)
+                for at, row in enumerate(rows):
+                    ids[at, : len(prompts[row])] = torch.tensor(prompts[row])
+                    ends[at] = len(prompts[row]) - 1
+                positions = torch.arange(width, device=device).expand(rows_at_once, -1)
+                cache = self.model.empty_cache(rows_at_once, width)
+                hidden = self.model(ids.to(device), positions, cache)
+                scores = self.model.logits(hidden[torch.arange(rows_at_once), ends.to(device)])
+                index, kept = torch.tensor(rows, device=device), min(width, step.length)
+                step.scores[index] = scores[: len(rows)]
+                for whole, part in zip(step.cache, cache, strict=True):
+                    whole[:, index, :kept] = part[:, : len(rows), :kept]
+
+
+def prefill_width(n_tokens: int, config: ModelConfig) -> int:
+    """What a prompt is padded to: a power of two, or the context."""
+    return min(config.context, max(MIN_PREFILL, 1 << (n_tokens - 1).bit_length()))
