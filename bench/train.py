@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.train_rows import VARIANTS, measure
 from core.config import ModelConfig, preset
@@ -129,10 +129,8 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[Row]) -> None:
     """One line a row; the last two columns are its tokens a second over a peer's."""
-    table = Table(
-        "model", "step", "ms", "tokens/s", "MFU", "peak GiB", "loss, first and last", "first step s",
-        "of plain", "of Liger",
-    )  # fmt: skip
+    table = Table("model", Column("step", no_wrap=True), "ms", "tokens/s", "MFU", "peak GiB",
+                  "loss, first, last", "first step s", "of plain", "of Liger")  # fmt: skip
     rates = {(row["case"], row["variant"]): row.get("tokens_per_second") for row in rows}
     for row in rows:
         case, title = row["case"], VARIANTS[row["variant"]].title
@@ -233,6 +231,8 @@ def main() -> None:
         if config.json:
             config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
+    if "plain-bf16" in config.variants:
+        print("narrow: the residual stream in bfloat16, as ours is; autocast alone leaves it in float32")
     for case, model in models.items():
         if not is_llama(model):
             print(f"{case}: Hugging Face has no model like it, so its rows are ours and plain PyTorch's")
