@@ -1,0 +1,244 @@
+"""One row of `bench.train`: a way to train, made, warmed up, timed and, where asked for, profiled.
+
+All ways start from the same weights, read the same batches and make the same update: AdamW with the settings
+of `port_torch.train`, matrices decayed, the gradient clipped. The tokens are random, of a fixed seed, and
+frequent as words are (the n-th id 1/n times as often as the first): what there is to learn shows within a few
+steps, and the embedding's gradient has its hot rows.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from bench.plain_torch import GPT
+from core.config import ModelConfig
+from core.errors import UserError
+from kernels_cuda import library
+from port_torch.hf_config import hf_config, is_llama
+from port_torch.model import Decoder, parameter_name
+from port_torch.names import exported_tensors
+from port_torch.train import fresh_decoder
+from port_torch.training.batches import Rows
+from port_torch.training.ranks import Ranks
+from port_torch.training.settings import AdamWConfig
+from port_torch.training.step import Stepper
+from train_tpu.metrics import model_flops_utilization
+
+LR = 3e-4
+BATCHES = 4
+"""Different ones, read in turn."""
+WARM_UP = 5
+"""Steps before the clock starts; the first compiles."""
+PROFILED = 3
+
+Step = Callable[[int], Tensor]
+"""Makes an update on batch i; gives the loss before it, on the device."""
+Make = Callable[[Decoder, list[Rows], torch.device], Step]
+
+
+class Variant(NamedTuple):
+    """A way to train."""
+
+    title: str
+    make: Make
+    llama: bool = False
+    """Whether it is a Llama's alone."""
+    profiled: bool = False
+
+    def serves(self, model: ModelConfig) -> bool:
+        """Whether it can train this model."""
+        return is_llama(model) or not self.llama
+
+
+def ours(kernels: library.Backend, compiled: bool) -> Make:
+    """The mirror, as port_torch.train runs it; batches come from the host. Without the kernels AdamW is the
+    plain formula, an operation at a time."""
+
+    def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
+        if kernels == "cuda" and device.type != "cuda":
+            raise UserError("our kernels run on a GPU alone")
+        library.load(kernels)
+        bf16 = device.type == "cuda"
+        ranks = Ranks(0, 1, device)
+        stepper = Stepper(mirror.to(device), AdamWConfig(), ranks, seed=0, bf16=bf16, compiled=compiled)
+
+        def step(i: int) -> Tensor:
+            return stepper.update(batches[i % BATCHES], 1, i, LR, (False, False))[0]
+
+        return step
+
+    return make
+
+
+def plain(narrow: bool) -> Make:
+    """`bench.plain_torch`, compiled."""
+
+    def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
+        model = GPT(mirror.config, narrow).take_weights(mirror).to(device)
+        return peer(model, torch.compile(model), batches, device)
+
+    return make
+
+
+def hugging_face(compiled: bool, liger: bool) -> Make:
+    """Its Llama, with labels as its users give them: the last place of a row predicts nothing."""
+
+    def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
+        model = llama(mirror, liger).to(device)
+        call = torch.compile(model) if compiled else model
+        return peer(model, lambda tokens, _: call(input_ids=tokens, labels=tokens).loss, batches, device)
+
+    return make
+
+
+def llama(mirror: Decoder, liger: bool) -> nn.Module:
+    """Transformers' Llama with the mirror's weights, float32; Liger changes its classes for this process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    config = LlamaConfig.from_dict(hf_config(mirror.config, 1, 2, "float32") | {"use_cache": False})
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config)
+    leaves, weights = exported_tensors(mirror.config), mirror.state_dict()
+    missing, unexpected = model.load_state_dict(
+        {name: weights[parameter_name(leaf)] for name, leaf in leaves.items()}, strict=False
+    )
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return model.train()
+
+
+def peer(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], batches: list[Rows], device: torch.device
+) -> Step:
+    """The update as PyTorch's own parts make it; the batches lie on the device."""
+    optim = AdamWConfig()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, LR, (optim.beta1, optim.beta2), optim.eps, fused=True)
+    on_device = [rows.on(device)[:2] for rows in batches]
+
+    def step(i: int) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(*on_device[i % BATCHES])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+VARIANTS = {
+    "ours": Variant("ours: kernels, compiled", ours("cuda", compiled=True), profiled=True),
+    "ours-eager": Variant("ours: kernels, not compiled", ours("cuda", compiled=False), profiled=True),
+    "ours-no-kernels": Variant("ours: no kernels, compiled", ours("torch", compiled=True), profiled=True),
+    "plain": Variant("plain torch, compiled", plain(narrow=False), profiled=True),
+    "plain-bf16": Variant("plain torch, narrow, compiled", plain(narrow=True)),
+    "hf": Variant("HF Llama", hugging_face(compiled=False, liger=False), llama=True),
+    "hf-compile": Variant("HF Llama, compiled", hugging_face(compiled=True, liger=False), llama=True),
+    "hf-liger": Variant("HF Llama + Liger", hugging_face(compiled=False, liger=True), llama=True),
+}
+
+
+def measure(
+    model: ModelConfig, batch: int, variant: str, steps: int, device: torch.device, profile: Path | None
+) -> dict[str, Any]:
+    """A row's figures; `profile` is a file to write the kernels' times into."""
+    cuda = device.type == "cuda"
+    step = VARIANTS[variant].make(fresh_decoder(model, 0), random_batches(model, batch), device)
+    started = time.perf_counter()
+    first_loss = float(step(0))
+    first_step = time.perf_counter() - started
+    for i in range(1, WARM_UP):
+        step(i)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times, loss = timed(step, steps, cuda)
+    median = statistics.median(times)
+    rate = batch * model.context / median * 1e3
+    kind = torch.cuda.get_device_name() if cuda else "cpu"
+    row = {
+        "milliseconds": median,
+        "fastest": min(times),
+        "slowest": max(times),
+        "tokens_per_second": rate,
+        "mfu": model_flops_utilization(rate, model.flops_per_token(), kind, 1),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "first_step_seconds": first_step,
+        "first_loss": first_loss,
+        "loss": loss,
+    }
+    if profile is not None:
+        write_profile(step, median, cuda, profile)
+    return row
+
+
+def random_batches(model: ModelConfig, batch: int) -> list[Rows]:
+    """Ids by Zipf's law."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, model.vocab_size + 1)
+    size = BATCHES, batch, model.context + 1
+    tokens = rng.choice(model.vocab_size, size, p=share / share.sum())
+    return [Rows(rows[:, :-1], rows[:, 1:], None) for rows in tokens]
+
+
+def timed(step: Step, steps: int, cuda: bool) -> tuple[list[float], float]:
+    """Milliseconds of each step and the last one's loss. Nothing waits for the device in between."""
+
+    def mark() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    marks = [mark()]
+    for i in range(WARM_UP, WARM_UP + steps):
+        loss = step(i)
+        marks.append(mark())
+    last = float(loss)
+    if not cuda:
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(marks)], last
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)], last
+
+
+def write_profile(step: Step, milliseconds: float, cuda: bool, path: Path) -> None:
+    """A line a kernel (on a CPU an operation): microseconds a step, share of all, calls a step, name."""
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for i in range(PROFILED):
+            step(i)
+        if cuda:
+            torch.cuda.synchronize()
+    lines = []
+    for event in profiler.key_averages():
+        on_device = event.device_type != DeviceType.CPU
+        if on_device == cuda and not event.is_user_annotation:
+            total = event.self_device_time_total if cuda else event.self_cpu_time_total
+            lines.append((total / PROFILED, event.count / PROFILED, event.key))
+    lines.sort(reverse=True)
+    whole = sum(microseconds for microseconds, _, _ in lines)
+    text = [f"a step: {milliseconds:.2f} ms; what runs in it: {whole / 1e3:.2f} ms, mean of {PROFILED}"]
+    text += [
+        f"{microseconds:10.1f} us {microseconds / whole:6.1%} {calls:7.1f} calls  {name}"
+        for microseconds, calls, name in lines
+        if microseconds
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
