@@ -3,13 +3,15 @@
 What the tests cannot show on a CPU: 200 updates with the kernels give the loss curve of 200 without them,
 within what bfloat16 itself leaves open (two runs without, one of them with its sums in another order); a
 deterministic run resumes to the bit; a batch too large for the memory is computed in parts; fine-tuning, of
-all weights and with LoRA. Writes report.json and exits with 1 if one of them fails.
+all weights and with LoRA. Writes report.json and exits with 1 if one of them fails. Runs that do not need
+each other go at once: nothing here is timed (`bench.train` does that).
 """
 
 import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class Config:
     """Folder for the runs and report.json; it must not exist."""
     preset: str = "mtlm2-40m"
     steps: int = 200
-    batch: int = 64
+    batch: int = 32
     too_large: int = 2048
     """A batch that does not fit into the memory at once."""
 
@@ -42,16 +44,17 @@ def main() -> int:
     config = tyro.cli(Config, prog="python -m bench.train_mirror")
     config.out.mkdir(parents=True)
     report: dict[str, Any] = {}
-    report["kernels"] = compare_kernels(config)
-    report["resume"] = compare_resume(config)
+    with ThreadPoolExecutor() as pool:
+        kernels, resume = (pool.submit(compare, config) for compare in (compare_kernels, compare_resume))
+        report["kernels"], report["resume"] = kernels.result(), resume.result()
     report["memory"] = "out of memory with" in train(
         config, "large", "--steps", 2, "--batch", config.too_large, "--warmup", 1
     )
     model = config.out / "kernels" / "model"
-    report["finetune"] = {
-        name: finetune(config, model, name, *arguments)
-        for name, arguments in (("full", ()), ("lora", ("--lora-rank", 16, "--lr", 1e-3)))
-    }
+    with ThreadPoolExecutor() as pool:
+        full = pool.submit(finetune, config, model, "full")
+        lora = pool.submit(finetune, config, model, "lora", "--lora-rank", 16, "--lr", 1e-3)
+        report["finetune"] = {"full": full.result(), "lora": lora.result()}
     (config.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     good = report["kernels"]["within"] and report["resume"] and report["memory"]
@@ -62,31 +65,36 @@ def main() -> int:
 def compare_kernels(config: Config) -> dict[str, Any]:
     """How far the loss curves lie apart: with kernels and without, and without and without."""
     common = ("--steps", config.steps, "--batch", config.batch, "--warmup", 20)
-    train(config, "plain", *common, "--kernels", "torch")
-    train(config, "plain-parts", *common, "--kernels", "torch", "--accumulate", 2)
-    train(config, "kernels", *common, "--kernels", "cuda")
+    ways = {
+        "plain": ("--kernels", "torch"),
+        "plain-parts": ("--kernels", "torch", "--accumulate", 2),
+        "kernels": ("--kernels", "cuda"),
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: train(config, name, *common, *ways[name]), ways))
     plain, parts, ours = (curve(config.out / name) for name in ("plain", "plain-parts", "kernels"))
     # Single updates jump; a mean over ten is what a curve is read by.
     noise, apart = (np.abs(smooth(other) - smooth(plain)) for other in (parts, ours))
-    speed = {}
-    for name in ("plain", "kernels"):
-        rates = [row["tokens_per_second"] for row in read_log(config.out / name, "train")]
-        speed[name] = float(np.median(rates[len(rates) // 4 :]))
     return {
         "noise": float(noise.max()),
         "apart": float(apart.max()),
         "within": bool(apart.max() <= 2 * noise.max() + 1e-3),
         "last": {"plain": float(plain[-10:].mean()), "kernels": float(ours[-10:].mean())},
-        "tokens_per_second": speed,
     }
 
 
 def compare_resume(config: Config) -> bool:
     """Whether a deterministic run of 40 updates, stopped at 23, equals one that was not, to the bit."""
     common = ("--steps", 40, "--batch", config.batch, "--deterministic", "--warmup", 10)
-    train(config, "whole", *common)
-    train(config, "stopped", *common, "--stop-at", 23)
-    train(config, "stopped", *common)
+
+    def stopped_and_resumed() -> None:
+        train(config, "stopped", *common, "--stop-at", 23)
+        train(config, "stopped", *common)
+
+    with ThreadPoolExecutor() as pool:
+        parts = pool.submit(train, config, "whole", *common), pool.submit(stopped_and_resumed)
+        for part in parts:
+            part.result()
     whole, stopped = (config.out / name for name in ("whole", "stopped"))
     files = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     return bool(np.array_equal(curve(whole), curve(stopped))) and files[0] == files[1]
@@ -114,9 +122,8 @@ def finetune(config: Config, model: Path, name: str, *arguments: Any) -> dict[st
 def run(module: str, *arguments: Any) -> str:
     """A command in a process of its own; it must succeed."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    print("$", *command[1:], flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout, flush=True)
+    print(f"$ {' '.join(command[1:])}\n{done.stdout}", flush=True)
     done.check_returncode()
     return done.stdout
 

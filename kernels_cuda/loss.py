@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.torch_version import TorchVersion
 
 from kernels_cuda import library, reference
 from kernels_cuda.ops import compute_type, on_kernels
@@ -50,8 +51,27 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if not on_kernels(hidden, table):
         return LossSums(*reference.linear_cross_entropy(hidden, table, targets, z_loss))
+    if torch.compiler.is_compiling():
+        introduce_to_inductor()
     sums = LinearCrossEntropy.apply(hidden.to(compute_type(hidden)), table, targets, z_loss)
     return LossSums(sums[0], sums[1].detach())
+
+
+@torch.compiler.assume_constant_result
+def introduce_to_inductor() -> bool:
+    """Makes the op known to torch.compile's Inductor as one to be called, while a graph is traced.
+
+    Before PyTorch 2.13 an op that Inductor meets unprepared goes into a log line, shown or not, with all that
+    its arguments were computed from, once for every way that leads there. This op stands behind all layers:
+    from eight on the line would never end (pytorch/pytorch, pull request 185951).
+    """
+    if TorchVersion(torch.__version__) < "2.13":
+        from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
+
+        op = torch.ops.mtlm.linear_cross_entropy.default
+        if op not in lowerings:
+            make_fallback(op, constrain_to_fx_strides)
+    return True
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -75,6 +75,18 @@ def test_compiled_whole(kind: str):
         assert torch.isfinite(gradients(wide, tokens, torch.compile(loss_of, fullgraph=True))[0])
 
 
+def test_the_loss_is_compiled_behind_many_layers(monkeypatch: pytest.MonkeyPatch):
+    """Inductor prints no argument of its op: behind many layers that would take for ever."""
+    from torch._inductor.exc import OperatorIssue
+
+    printed = []
+    monkeypatch.setattr(OperatorIssue, "operator_str", staticmethod(lambda op, *_: printed.append(op) or ""))
+    model, tokens = model_and_tokens("gpt", torch.bfloat16)
+    torch._dynamo.reset()
+    gradients(model, tokens, torch.compile(loss_of, fullgraph=True))
+    assert torch.ops.mtlm.linear_cross_entropy.default not in printed
+
+
 def test_in_a_graph_and_on_another_stream():
     model, tokens = model_and_tokens("llama", torch.bfloat16)
     expected = gradients(model, tokens)
