@@ -228,18 +228,27 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
             if config.sampled:
                 add(name, batch, "ours, sampled", ours(generator, SAMPLED), config.calls)
             if config.profile:
-                profile(generator, batch, config.profile / f"{name}-{batch}.txt")
+                profile(generator, batch, config.prompt, config.profile / f"{name}-{batch}.txt")
     order = {(name, batch): i for i, (name, batch) in enumerate((n, b) for n in names for b in batches)}
     return sorted(rows, key=lambda row: order[row["model"], row["batch"]])
 
 
 @torch.inference_mode()
-def profile(generator: Generator, batch: int, path: Path) -> None:
-    """The step alone, at the middle of a text, and its kernels' mean times, as they run in the graph.
+def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
+    """The prompts' pass; the greedy step, at the middle of a text; and its kernels' mean times in the graph.
 
-    They overlap: a kernel's time holds its wait for the one before.
+    These overlap: a kernel's time holds its wait for the one before.
     """
     (step,) = (step for (_, rows), step in generator.steps.items() if rows == batch)
+    step.set_sampling(GREEDY, 0)
+    texts = [[1] * prompt] * batch
+    generator.read_prompts(texts, step)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        generator.read_prompts(texts, step)
+    torch.cuda.synchronize()
+    of_prompts = (time.perf_counter() - start) / 10 * 1e6
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(times: int) -> float:
@@ -251,7 +260,8 @@ def profile(generator: Generator, batch: int, path: Path) -> None:
         end.synchronize()
         return begin.elapsed_time(end) / times * 1e3
 
-    lines = [f"{run(100):9.1f} us  a step, replayed 100 times"]
+    lines = [f"{of_prompts:9.1f} us  the prompts' pass, of {batch} x {prompt} tokens"]
+    lines.append(f"{run(100):9.1f} us  a step, replayed 100 times")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run(20)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)

@@ -1,10 +1,14 @@
 """Generation on the decode kernels: the mirror reads the prompts, one captured CUDA graph makes every token.
 
+The mirror's launches take the host several times as long as the GPU needs for them, so its pass is a graph
+too, one for each width that prompts are padded to.
+
 A step's inputs (tokens, positions, cache, how to sample) stay on the GPU, so the graph is captured once for a
 batch and launched again and again; the host reads a step's tokens while the next one runs. No sum's order
 depends on the batch: a row's text is the same whatever else is in it.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
@@ -22,8 +26,9 @@ MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more promp
 HEAD_SIZES = (32, 64, 128)
 CACHE_UNIT = 128  # a cache's length is a multiple of it, so that a graph serves requests of like lengths
 # Tokens of a pass of the mirror, and the least that a prompt is padded to. A product's shape decides how a
-# library adds up; here it is one of the prompt's own length alone.
-PREFILL_TOKENS, MIN_PREFILL = 2048, 16
+# library adds up; here it is one of the prompt's own length alone. As few as keep the GPU at work: a single
+# prompt takes the same time as a full pass.
+PREFILL_TOKENS, MIN_PREFILL = 1024, 16
 
 
 def why_not(model: Decoder) -> str | None:
@@ -168,6 +173,54 @@ class Step:
         self.is_read[slot].record()
 
 
+class PromptPass:
+    """The mirror's pass over prompts padded to one width, always of the same shape; on a GPU its graph.
+
+    What a graph reads and writes is kept here; what it needs in between is memory that all passes share,
+    since one runs at a time.
+    """
+
+    def __init__(self, model: Decoder, width: int, cache: KVCache, pool: tuple[int, int] | None):
+        """
+        Args:
+            cache: what the pass fills, [L, rows, width, H, K].
+            pool: of the graphs' memory; None where there are none.
+        """
+        self.model, self.width, self.cache = model, width, cache
+        rows, device = cache.k.shape[1], cache.k.device
+        self.ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.ends = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.every = torch.arange(rows, device=device)
+        self.positions = torch.arange(width, device=device).expand(rows, -1)
+        self.scores = cache.k.new_zeros(rows, model.config.vocab_size, dtype=torch.float32)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if pool is not None:
+            self.launch()  # loads the libraries, which a capture may not
+            torch.cuda.synchronize(device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.launch()
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """The pass, in PyTorch's own launches: fills the cache, and the scores behind each row's end."""
+        hidden = self.model(self.ids, self.positions, self.cache)
+        self.scores.copy_(self.model.logits(hidden[self.every, self.ends]))
+
+    def run(self, prompts: list[list[int]]) -> None:
+        """One pass over at most as many prompts as it has rows; the rows behind them read zeros."""
+        ids = torch.zeros(self.ids.shape, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        ends = [len(prompt) - 1 for prompt in prompts]
+        self.ids.copy_(ids)
+        self.ends.copy_(torch.tensor(ends + [0] * (len(ids) - len(ends))))
+        if self.graph is None:
+            self.launch()
+        else:
+            self.graph.replay()
+
+
 class Generator:
     """Generation with one model, whose weights it packs; keeps its steps. One `stream` at a time."""
 
@@ -176,6 +229,9 @@ class Generator:
         with torch.no_grad():
             self.layers = layers_of(model)
         self.steps: dict[tuple[int, int], Step] = {}  # of the first row's number and how many there are
+        self.passes: dict[int, PromptPass] = {}  # of the width
+        self.pool = torch.cuda.graph_pool_handle() if model.embed.weight.is_cuda else None
+        self.room: KVCache | None = None  # the cache of every pass
 
     @torch.inference_mode()
     def stream(
@@ -200,7 +256,7 @@ class Generator:
             part = prompts[first : first + MOST_ROWS]
             step = self._step(first, len(part), length)
             step.set_sampling(sampling, first_row + first)
-            self._read_prompts(part, step)
+            self.read_prompts(part, step)
             step.sample()
             parts.append(step.tokens())
         steps = ([token for new in of_parts for token in new] for of_parts in zip(*parts, strict=True))
@@ -214,33 +270,37 @@ class Generator:
             step = self.steps[first, batch] = Step(self.model, self.layers, batch, length)
         return step
 
-    def _read_prompts(self, prompts: list[list[int]], step: Step) -> None:
+    def read_prompts(self, prompts: list[list[int]], step: Step) -> None:
         """Fills the cache and the scores, and puts the positions to the prompts' ends.
 
         What a row's padding leaves in the cache is overwritten before it is seen.
         """
-        device = step.token.device
         step.position.copy_(torch.tensor([len(prompt) - 1 for prompt in prompts]))
         by_width: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             by_width.setdefault(prefill_width(len(prompt), self.model.config), []).append(row)
         for width, of_width in by_width.items():
-            rows_at_once = max(1, PREFILL_TOKENS // width)
-            for first in range(0, len(of_width), rows_at_once):
-                rows = of_width[first : first + rows_at_once]
-                ids = torch.zeros(rows_at_once, width, dtype=torch.int64)
-                ends = torch.zeros(rows_at_once, dtype=torch.int64)
-                for at, row in enumerate(rows):
-                    ids[at, : len(prompts[row])] = torch.tensor(prompts[row])
-                    ends[at] = len(prompts[row]) - 1
-                positions = torch.arange(width, device=device).expand(rows_at_once, -1)
-                cache = self.model.empty_cache(rows_at_once, width)
-                hidden = self.model(ids.to(device), positions, cache)
-                scores = self.model.logits(hidden[torch.arange(rows_at_once), ends.to(device)])
-                index, kept = torch.tensor(rows, device=device), min(width, step.length)
-                step.scores[index] = scores[: len(rows)]
-                for whole, part in zip(step.cache, cache, strict=True):
+            one = self._pass(width)
+            kept = min(width, step.length)
+            for first in range(0, len(of_width), len(one.ids)):
+                rows = of_width[first : first + len(one.ids)]
+                one.run([prompts[row] for row in rows])
+                index = torch.tensor(rows, device=step.token.device)
+                step.scores[index] = one.scores[: len(rows)]
+                for whole, part in zip(step.cache, one.cache, strict=True):
                     whole[:, index, :kept] = part[:, : len(rows), :kept]
+
+    def _pass(self, width: int) -> PromptPass:
+        """The pass of this width, captured where it is new."""
+        if self.room is None:
+            self.room = self.model.empty_cache(1, max(PREFILL_TOKENS, self.model.config.context))
+        if width not in self.passes:
+            rows = max(1, PREFILL_TOKENS // width)
+            layers, _, _, *heads = self.room.k.shape
+            shape = (layers, rows, width, *heads)
+            cache = KVCache(*(t.view(-1)[: math.prod(shape)].view(shape) for t in self.room))
+            self.passes[width] = PromptPass(self.model, width, cache, self.pool)
+        return self.passes[width]
 
 
 def prefill_width(n_tokens: int, config: ModelConfig) -> int:

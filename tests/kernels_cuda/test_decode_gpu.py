@@ -308,6 +308,34 @@ def test_greedy_text_is_pytorchs_up_to_rounding(kind: str):
         assert (exact.argmax(-1).tolist() == text) or spread > 0
 
 
+@torch.inference_mode()
+def test_the_prompts_graph_is_the_mirror_to_the_bit():
+    """Widths captured in one pool, each replayed behind the others: the same kernels, the same bits."""
+    model = gpu_decoder("40m")
+    generator = decode.Generator(model)
+    step = decode.Step(model, generator.layers, 6, 256)
+    texts = [[prompt * (1 + 9 * i) for i in range(6)] for prompt in ([3], [5], [7, 11, 2])]
+    assert len({decode.prefill_width(len(text), model.config) for text in texts[0]}) >= 3
+    for prompts in [*texts, *texts]:
+        for t in (*step.cache, step.scores):
+            t.fill_(POISON)
+        generator.read_prompts(prompts, step)
+        for row, prompt in enumerate(prompts):
+            width, n = decode.prefill_width(len(prompt), model.config), len(prompt)
+            rows = decode.PREFILL_TOKENS // width
+            ids = torch.zeros(rows, width, dtype=torch.int64, device="cuda")
+            same_width = [p for p in prompts if decode.prefill_width(len(p), model.config) == width]
+            ids[same_width.index(prompt), :n] = torch.tensor(prompt, device="cuda")
+            cache = model.empty_cache(rows, width)
+            hidden = model(ids, torch.arange(width, device="cuda").expand(rows, -1), cache)
+            at = same_width.index(prompt)
+            ends = torch.full((rows,), n - 1, device="cuda")
+            scores = model.logits(hidden[torch.arange(rows, device="cuda"), ends])
+            expected = [scores[at], *(t[:, at, :n].contiguous() for t in cache)]
+            assert_equal_bits(expected, [step.scores[row], *(t[:, row, :n].contiguous() for t in step.cache)])
+        assert step.position.tolist() == [len(prompt) - 1 for prompt in prompts]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_text_does_not_depend_on_the_batch(kind: str):
     model = gpu_decoder(kind)
