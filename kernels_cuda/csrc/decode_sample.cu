@@ -6,11 +6,17 @@
 // (i / 4, position), so a draw depends on nothing else. Temperature 0 takes the likeliest token, the first of
 // several.
 //
-// top-k and top-p keep the tokens with p_i >= t; nothing is sorted. The bits of a positive float are ordered as it
-// is, so t is found by bisection over bits: the largest t that k tokens reach, or that tokens of top_p of the mass
-// reach (of those that top-k kept). It ends when one token is left between the bounds, after 15 to 20 counts as a
-// rule. Tokens of equal p are kept all or none. Counts are integers and sums of floats are taken in one order, each
-// monotone in t.
+// top-k and top-p keep the tokens with p_i >= t, those of equal p all or none; nothing is sorted. Most rows are cut
+// among a few candidates. Every thread has the largest p of its tokens, and a bound that k of these reach is reached
+// by k tokens at least, and by few more: tokens lie in threads as they come. Those that reach it are put together,
+// one a thread, and each sums up the candidates above it: it is kept if they are fewer than k and have less than
+// top_p of the mass (of those that top-k kept). Without top-k the bound is for half as many as there is room for;
+// if the candidates have top_p of the mass, whoever is below them is out.
+//
+// Where they do not, or are too many (k is large, or many are equal), t is found by bisection over all tokens. The
+// bits of a positive float are ordered as it is: the largest t that k tokens reach, or that tokens of top_p of the
+// mass reach. It ends when one token is left between the bounds, after 15 to 20 counts as a rule. Counts are
+// integers and sums of floats are taken in one order, each monotone in t.
 //
 // A row is a block of 512 threads, which hold its p in registers up to 32768 tokens; larger rows are read again
 // for every count. Logits, 128 KB of float32 a row, go from the kernel before through the second-level cache.
@@ -22,6 +28,7 @@ namespace {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int GROUPS = 16;  // of 4 neighbouring tokens that a thread holds
+constexpr int SLACK = 16;   // threads that may reach a bound beyond those that have to
 
 __global__ void embed(const __grid_constant__ DecodeEmbedding a) {
   wait_for_previous();
@@ -86,10 +93,18 @@ struct Tally {
   float mass;
 };
 
+// The race's time of a token, as a rank: the first one has the greatest.
+__device__ __forceinline__ uint64_t rank_in_race(float p, unsigned word, int token) {
+  const float u = fmaf(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
+  return ranked(__float_as_uint(p / -log1pf(-u)), token);
+}
+
 template <bool HELD>
 __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ DecodeSample a) {
   __shared__ uint64_t shared[WARPS];
   __shared__ Tally tallies[2][WARPS];
+  __shared__ float candidate_p[THREADS];
+  __shared__ int candidate_token[THREADS];
   wait_for_previous();
   const int row = blockIdx.x;
   const float* logits = a.logits + static_cast<int64_t>(row) * a.vocab;
@@ -122,6 +137,7 @@ __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ Decode
       if (first_of(group) + i < a.vocab && rank > best) best = rank;
     }
   }
+  const uint64_t own_best = best;  // 0 without tokens
   best = greatest(best, shared);
   if (temperature > 0.f) {
     const float highest = from_ordered(static_cast<unsigned>(best >> 32));
@@ -145,8 +161,17 @@ __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ Decode
       }
     };
     int turn = 0;
-    // How many tokens reach a threshold, and their mass.
-    const auto tally = [&](unsigned threshold) {
+    // Over the block, in every thread.
+    const auto total = [&](Tally mine) {
+      Tally(&all)[WARPS] = tallies[turn++ % 2];  // a warp that is ahead writes into the other one
+      mine = {__reduce_add_sync(ALL_LANES, mine.count), sum_over_lanes<32>(mine.mass)};
+      if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = mine;
+      __syncthreads();
+      mine = threadIdx.x % 32 < WARPS ? all[threadIdx.x % 32] : Tally{0, 0.f};
+      return Tally{__reduce_add_sync(ALL_LANES, mine.count), sum_over_lanes<32>(mine.mass)};
+    };
+    // The tokens of this thread that reach a threshold, and their mass.
+    const auto reached = [&](unsigned threshold) {
       Tally mine = {0, 0.f};
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
@@ -159,54 +184,128 @@ __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ Decode
           mine.mass += reaches ? p[i] : 0.f;
         }
       }
-      Tally(&all)[WARPS] = tallies[turn++ % 2];  // a warp that is ahead writes into the other one
-      mine = {__reduce_add_sync(ALL_LANES, mine.count), sum_over_lanes<32>(mine.mass)};
-      if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = mine;
-      __syncthreads();
-      mine = threadIdx.x % 32 < WARPS ? all[threadIdx.x % 32] : Tally{0, 0.f};
-      return Tally{__reduce_add_sync(ALL_LANES, mine.count), sum_over_lanes<32>(mine.mass)};
+      return mine;
     };
-    // The largest threshold that is enough, `low` being so; all reach 0, none `high`.
-    const auto search = [&](unsigned low, int count_low, auto enough) {
-      unsigned high = __float_as_uint(1.f) + 1;
-      int count_high = 0;
-      while (high - low > 1 && count_low - count_high > 1) {
-        const unsigned middle = low + (high - low) / 2;
-        const Tally found = tally(middle);
-        if (enough(found)) {
-          low = middle;
-          count_low = found.count;
+    const auto tally = [&](unsigned threshold) { return total(reached(threshold)); };
+    const auto words_of = [&](int token) {
+      const uint2 key = {static_cast<unsigned>(a.whole[1]), static_cast<unsigned>(a.whole[2] + row)};
+      return philox({static_cast<unsigned>(token) / 4, static_cast<unsigned>(position), 0, 0}, key);
+    };
+    const bool by_count = top_k > 0 && top_k < a.vocab, by_mass = top_p < 1.f;
+    const int64_t least = by_count ? top_k : THREADS / 2;
+    bool drawn = false;
+    uint64_t winner = 0;
+    if ((by_count || by_mass) && least <= THREADS / 2) {
+      const unsigned largest =
+          own_best == 0 ? 0u : __float_as_uint(weigh(from_ordered(static_cast<unsigned>(own_best >> 32))));
+      unsigned bound = 0, above = __float_as_uint(1.f) + 1;  // enough threads reach it; too few do
+      int reaching = THREADS;
+      while (above - bound > 1 && reaching > least + SLACK) {
+        const unsigned middle = bound + (above - bound) / 2;
+        const int count = __syncthreads_count(largest >= middle);
+        if (count >= least) {
+          bound = middle;
+          reaching = count;
         } else {
-          high = middle;
-          count_high = found.count;
+          above = middle;
         }
       }
-      return low;
-    };
-    unsigned threshold = 1;  // above 0
-    if (top_k > 0 && top_k < a.vocab) {
-      threshold = max(threshold, search(0, a.vocab, [&](const Tally& found) { return found.count >= top_k; }));
-    }
-    if (top_p < 1.f) {
-      const Tally kept = tally(threshold);
-      const float wanted = top_p * kept.mass;
-      threshold = search(threshold, kept.count, [&](const Tally& found) { return found.mass >= wanted; });
-    }
-    const uint2 key = {static_cast<unsigned>(a.whole[1]), static_cast<unsigned>(a.whole[2] + row)};
-    uint64_t winner = 0;
+      bound = max(bound, 1u);
+      const Tally mine = reached(bound), all = total(mine);
+      const float everything = by_count || !by_mass ? 0.f : tally(1).mass;
+      if (all.count <= THREADS && (by_count || all.mass >= top_p * everything)) {
+        int end = mine.count;  // of the thread's candidates, which lie in the order of threads and tokens
 #pragma unroll
-    for (int group = 0; group < groups; ++group) {
-      float p[4];
-      weights(group, p);
-      const int first = first_of(group);
-      const uint4 bits = philox({static_cast<unsigned>(first) / 4, static_cast<unsigned>(position), 0, 0}, key);
-      const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const int before = __shfl_up_sync(ALL_LANES, end, offset);
+          if (threadIdx.x % 32 >= offset) end += before;
+        }
+        Tally(&of_warps)[WARPS] = tallies[turn++ % 2];
+        if (threadIdx.x % 32 == 31) of_warps[threadIdx.x / 32].count = end;
+        __syncthreads();
+        const bool warp_before = threadIdx.x % 32 < threadIdx.x / 32;
+        const int at_warp = __reduce_add_sync(ALL_LANES, warp_before ? of_warps[threadIdx.x % WARPS].count : 0);
+        int at = at_warp + end - mine.count;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (__float_as_uint(p[i]) < threshold) continue;
-        const float u = fmaf(static_cast<float>(words[i]), 0x1p-32f, 0x1p-33f);
-        const uint64_t rank = ranked(__float_as_uint(p[i] / -log1pf(-u)), first + i);
-        if (rank > winner) winner = rank;
+        for (int group = 0; group < groups; ++group) {
+          float p[4];
+          weights(group, p);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (__float_as_uint(p[i]) < bound) continue;
+            candidate_p[at] = p[i];
+            candidate_token[at++] = first_of(group) + i;
+          }
+        }
+        __syncthreads();
+        const bool there = static_cast<int>(threadIdx.x) < all.count;
+        const float p = there ? candidate_p[threadIdx.x] : 0.f;
+        Tally higher = {0, 0.f};
+        if (there) {
+          for (int other = 0; other < all.count; ++other) {
+            const float q = candidate_p[other];
+            higher.count += q > p;
+            higher.mass += q > p ? q : 0.f;
+          }
+        }
+        bool kept = there && (!by_count || higher.count < top_k);
+        if (by_mass) {
+          const float mass = by_count ? total({0, kept ? p : 0.f}).mass : everything;
+          kept = kept && (higher.count == 0 || higher.mass < top_p * mass);
+        }
+        if (kept) {
+          const int token = candidate_token[threadIdx.x];
+          const uint4 words = words_of(token);
+          const unsigned low = token & 1 ? words.y : words.x, high = token & 1 ? words.w : words.z;
+          winner = rank_in_race(p, token & 2 ? high : low, token);
+        }
+        drawn = true;
+      }
+    }
+    if (!drawn) {
+      // The largest threshold that is enough, `low` being so; all reach 0, none `high`.
+      const auto search = [&](unsigned low, int count_low, auto enough) {
+        unsigned high = __float_as_uint(1.f) + 1;
+        int count_high = 0;
+        while (high - low > 1 && count_low - count_high > 1) {
+          const unsigned middle = low + (high - low) / 2;
+          const Tally found = tally(middle);
+          if (enough(found)) {
+            low = middle;
+            count_low = found.count;
+          } else {
+            high = middle;
+            count_high = found.count;
+          }
+        }
+        return low;
+      };
+      unsigned threshold = 1;  // above 0
+      if (by_count) {
+        threshold = max(threshold, search(0, a.vocab, [&](const Tally& found) { return found.count >= top_k; }));
+      }
+      if (by_mass) {
+        const Tally kept = tally(threshold);
+        const float wanted = top_p * kept.mass;
+        threshold = search(threshold, kept.count, [&](const Tally& found) { return found.mass >= wanted; });
+      }
+#pragma unroll
+      for (int group = 0; group < groups; ++group) {
+        float p[4];
+        weights(group, p);
+        const int first = first_of(group);
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) any |= __float_as_uint(p[i]) >= threshold;
+        if (!any) continue;
+        const uint4 bits = words_of(first);
+        const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (__float_as_uint(p[i]) < threshold) continue;
+          const uint64_t rank = rank_in_race(p[i], words[i], first + i);
+          if (rank > winner) winner = rank;
+        }
       }
     }
     best = greatest(winner, shared);

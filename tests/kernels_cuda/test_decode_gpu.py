@@ -192,13 +192,21 @@ DRAWS = [
     Sampling(temperature=1.3, top_p=0.9),
     Sampling(temperature=0.8, top_k=100, top_p=0.5),
     Sampling(temperature=0.5, top_k=1),
+    Sampling(temperature=0.3, top_p=0.9),  # among the candidates, without top-k
+    Sampling(temperature=0.8, top_k=256, top_p=0.95),  # the most that candidates serve
+    Sampling(temperature=0.8, top_k=257, top_p=0.95),
+    Sampling(temperature=0.8, top_k=2000),
 ]
 
 
 @pytest.mark.parametrize("sampling", DRAWS, ids=str)
 @pytest.mark.parametrize("vocab", [1, 3, 97, 4096, 32000, 32001, 50257, 65536])
-def test_draws_are_the_references(vocab: int, sampling: Sampling):
+@pytest.mark.parametrize("grid", [0, 0.25, 2])
+def test_draws_are_the_references(vocab: int, sampling: Sampling, grid: float):
+    """Also of scores on a grid: with few or very many equal ones at the cut."""
     scores = torch.randn(64, vocab, device="cuda") * 3
+    if grid:
+        scores = (scores / grid).round() * grid
     got = run_twice(lambda: [draw(scores, sampling, 7, 30)])[0]
     with torch.device("cuda"):
         real = torch.tensor([sampling.temperature, sampling.top_p])
@@ -208,6 +216,22 @@ def test_draws_are_the_references(vocab: int, sampling: Sampling):
     # p / E of the first two may be nearer than float32 tells: less than one row in a hundred thousand.
     assert (got != token).sum() <= (0 if sampling.temperature == 0 else 1)
     assert torch.equal(draw(scores[5:6].clone(), sampling, 12, 30), got[5:6])
+
+
+def test_draws_from_rows_with_few_or_neighbouring_tokens():
+    """Candidates of one thread, more than fit, and rows where only some tokens can come at all."""
+    scores = torch.full((64, 32000), -torch.inf, device="cuda")
+    scores[:16, 500:504] = torch.randn(16, 4, device="cuda")
+    scores[16:32, :3000] = torch.randn(16, 3000, device="cuda")
+    scores[32:48, ::512] = 1.5
+    scores[48:] = torch.linspace(0, 5, 32000, device="cuda")
+    for sampling in DRAWS[1:]:
+        with torch.device("cuda"):
+            real = torch.tensor([sampling.temperature, sampling.top_p])
+            whole = torch.tensor([sampling.top_k, sampling.seed, 0])
+            token, position = torch.zeros(64, dtype=torch.int64), torch.full((64,), 30)
+            reference.decode_sample_(scores.double(), real, whole, 999, position, token)
+        assert (draw(scores, sampling, 0, 30) != token).sum() <= 1
 
 
 def test_greedy_takes_the_first_of_equals():
