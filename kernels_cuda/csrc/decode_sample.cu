@@ -55,9 +55,9 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-// Unsigned integers ordered as the floats are.
+// Unsigned integers ordered as the floats are; both zeros are one.
 __device__ __forceinline__ unsigned ordered(float x) {
-  const unsigned bits = __float_as_uint(x);
+  const unsigned bits = __float_as_uint(x + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
