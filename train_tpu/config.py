@@ -66,6 +66,12 @@ class RunConfig:
     init_from: Path | None = None
     """Start from the parameters of this run or checkpoint instead of random ones."""
 
+    mesh: str | None = None
+    """How the devices are arranged: data=8, fsdp=8, or fsdp=4,tensor=2. Along `data` each holds the whole
+    model, along `fsdp` a part of it that is gathered when it is used, along `tensor` some heads, MLP width
+    and vocabulary to compute with. The same result up to rounding. Default: all devices along `data`."""
+    show_sharding: bool = False
+    """Print how every parameter lies on the devices, and stop before training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -151,10 +157,10 @@ def defaults(name: str) -> RunConfig:
 FREE_SETTINGS = frozenset((
     "out", "data", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
-    "stop_at", "log_every", "init_from", "allow_change", "fallback",
+    "stop_at", "log_every", "init_from", "allow_change", "fallback", "show_sharding",
 ))  # fmt: skip
 # Settings that a run folder does not pass on to the next start: they are of one start only.
-ONCE = ("allow_change", "fallback", "stop_at")
+ONCE = ("allow_change", "fallback", "show_sharding", "stop_at")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:

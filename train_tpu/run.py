@@ -32,7 +32,7 @@ from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
-from core.sharding import make_mesh, replicated, require_deterministic_operations
+from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
 from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
@@ -44,7 +44,7 @@ from train_tpu.loop import END, Loop, choose_cadence
 from train_tpu.metrics import RunLog, plot_curve, read_log
 from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
-from train_tpu.report import describe, memory, next_commands
+from train_tpu.report import describe, describe_layout, memory, next_commands
 from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
 from train_tpu.step import (
     StepConfig,
@@ -77,11 +77,15 @@ def main() -> int:
     steps = count_steps(config, dataset)
 
     # 3. Devices, and what will compute on them.
-    mesh = make_mesh()
-    check_batch(config, mesh)
+    shape = parse_mesh(config.mesh, jax.device_count())
+    check_mesh(model, shape, config.batch, config.accumulate)
+    mesh = make_mesh(shape)
     compute, attention = choose_compute(config, model, mesh)
     step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
+    if config.show_sharding:
+        console.print(describe_layout(abstract_state(step_config, mesh), mesh))
+        return EXIT_FINISHED
 
     tasks = open_tasks(config, model, compute, tokenizer)
 
@@ -216,16 +220,6 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     return steps
 
 
-def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """The batch must fall into equal parts: micro-batches, and rows of one for every device."""
-    if config.batch % (config.accumulate * mesh.size):
-        raise UserError(
-            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate "
-            f"{config.accumulate}: the nearest that is, is "
-            f"{max(1, round(config.batch / (mesh.size * config.accumulate))) * mesh.size * config.accumulate}"
-        )
-
-
 def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Compute, Choice]:
     """Type, attention and loop unrolling for the devices at hand."""
     platform = mesh.devices.flat[0].platform
@@ -321,7 +315,9 @@ def starting_state(
     if source:
         step_dir, old, params = source
         state = jax.jit(
-            functools.partial(init_state, step_config), out_shardings=replicated(mesh), donate_argnums=0
+            functools.partial(init_state, step_config),
+            out_shardings=state_shardings(mesh, abstract),
+            donate_argnums=0,
         )(params)
         entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
         manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])

@@ -23,7 +23,7 @@ heads = int(sys.argv[1])
 topology = topologies.get_topology_desc(
     platform="tpu", topology_name="v5e:2x4", chips_per_host_bounds=(2, 4, 1)
 )
-mesh = make_mesh(list(np.ravel(topology.devices)))
+mesh = make_mesh(devices=list(np.ravel(topology.devices)))
 assert mesh.size == 8 and mesh.devices[0].platform == "tpu"
 model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
 attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_dim, context=model.context)

@@ -71,7 +71,7 @@ def open_state(folder):
     manifest = load_manifest(step_dir)
     settings_of = settings.unflatten(manifest.config["run"])
     model = ModelConfig(**manifest.config["model"])
-    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(jax.devices()[:1]))
+    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(devices=jax.devices()[:1]))
     step = StepConfig(model, settings_of.optim, settings_of.guard, compute, 0.0, settings_of.loss_chunk)
     return restore(step_dir, abstract_state(step, compute.mesh)), manifest, settings_of, step
 
