@@ -295,7 +295,7 @@ def _relaid(x: Array, kept: NamedSharding, used: NamedSharding) -> Array:
 
 
 def _relaid_forward(x: Array, kept: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
-    return _relaid(x, kept, used), None
+    return jax.lax.with_sharding_constraint(x, used), None
 
 
 def _relaid_backward(kept: NamedSharding, used: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
