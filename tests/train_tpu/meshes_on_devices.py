@@ -83,7 +83,7 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[s
 
 
 assert jax.device_count() == 8
-# XLA says on stderr (file descriptor 2; Python keeps the old one) where it can only go on by giving every device everything.
+# XLA says on stderr where it can only go on by giving every device everything; Python keeps the old one.
 sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
 ONE = MeshShape()
