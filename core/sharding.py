@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import sharding_constraint_p
@@ -155,6 +156,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For batches [micro batches, rows, ...]: rows are split over the devices."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def local_rows(sharding: NamedSharding, accumulate: int, rows: int) -> np.ndarray:
+    """Which rows of a micro-batch of `rows` this process's devices need, in order; all, where it is alone."""
+    places = sharding.addressable_devices_indices_map((accumulate, rows)).values()
+    return np.unique(np.concatenate([np.arange(rows)[at] for _, at in places]))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every process has whole, laid over all devices; each process gives its part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def place_rows(array: np.ndarray, rows: np.ndarray, n_rows: int, sharding: NamedSharding) -> Array:
+    """A batch [micro-batches, rows, ...] of which this process has `rows` (`local_rows`) of `n_rows`."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    shape = (array.shape[0], n_rows, *array.shape[2:])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return array[:, np.searchsorted(rows, np.arange(n_rows)[index[1]])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def split_axes(names: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:

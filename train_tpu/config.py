@@ -115,6 +115,14 @@ class RunConfig:
     log_every: int = 10
     """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
 
+    coordinator: str | None = None
+    """To train with several processes: HOST:PORT of the first, the same in all of them; or auto, for what a
+    TPU pod, Slurm or MPI says. All must see the disk that --out is on. Default: this process alone."""
+    num_processes: int | None = None
+    """How many they are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""
     fallback: bool = False

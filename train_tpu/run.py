@@ -17,6 +17,7 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from core import processes
 from core.attention import Choice, choose
 from core.checkpoint import (
     Checkpointer,
@@ -40,8 +41,8 @@ from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import END, Loop, choose_cadence
-from train_tpu.metrics import RunLog, plot_curve, read_log
+from train_tpu.loop import END, Loop, choose_cadence, own_rows
+from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
 from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, describe_layout, memory, next_commands
@@ -58,20 +59,21 @@ from train_tpu.step import (
 
 def main() -> int:
     """Runs the command; returns its exit code (train_tpu.interrupt says what each means)."""
-    console = make_console()
-
     # 1. Settings: those of the run in --out, or the preset's own, so that --help shows them; over them what
     # the command line says.
     config = parse(sys.argv[1:])
     out = config.out or Path("runs") / config.preset
     if config.deterministic:
         require_deterministic_operations()
+    processes.join(config.coordinator, config.num_processes, config.process_id)
+    refuse_alone(config)
+    console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
     given = settings.TRAINING_DEFAULTS[config.preset]
     tokenizer_name = config.tokenizer or prepared_tokenizer(config.data) or given["tokenizer"]
     context = config.model.context or PRESETS[config.preset].context
-    dataset = open_or_prepare(config.data, tokenizer_name, context, CACHE)
+    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer_name, context, CACHE))
     tokenizer = load_tokenizer(dataset.tokenizer_record["name"])
     model = settings.model_config(config, tokenizer.vocab_size)
     steps = count_steps(config, dataset)
@@ -91,12 +93,16 @@ def main() -> int:
 
     # 4. The run folder: new, or that of the run to go on with. What it starts from is opened first, so that
     # a refusal leaves nothing behind.
-    record = run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint)
+    alone = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
+    record = run_record(alone, model, steps, dataset.tokenizer_record, dataset.fingerprint)
     source = None
     if config.init_from and not list_steps(out / "checkpoints"):
         source = open_source(config.init_from, step_config, record, mesh)
-    lock = lock_folder(out)
-    check_run_folder(out, record, config.allow_change)
+    processes.require_equal(f"{out} {record}", "settings or data")
+    lock = contextlib.nullcontext()
+    if processes.is_first():
+        lock = lock_folder(out)
+        check_run_folder(out, record, config.allow_change)
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
     end = min(steps, config.stop_at or steps)
 
@@ -125,7 +131,8 @@ def main() -> int:
             )
             return EXIT_FINISHED
 
-        write_config(out, record)
+        if processes.is_first():
+            write_config(out, record)
 
         # 6. Compilation, once.
         started = time.monotonic()
@@ -137,10 +144,11 @@ def main() -> int:
         # 7. The loop.
         batches = train_batches(
             dataset, seed=config.seed, batch=config.batch, start=manifest.sequences,
+            rows=own_rows(config.batch, config.accumulate, mesh).ravel().tolist(),
             vocab_size=model.vocab_size, on_bad=config.on_bad_record,
         )  # fmt: skip
         rows = config.batch // config.accumulate
-        log = RunLog(out, manifest.step)
+        log = RunLog(out, manifest.step) if processes.is_first() else NoLog()
         log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
         progress = Progress(console, end, manifest.step, config.log_every)
         try:
@@ -171,11 +179,18 @@ def main() -> int:
             log.close()
             batches.close()
             checkpointer.close()
-            lock.close()
-    if code == EXIT_FINISHED:
+            lock.__exit__(None, None, None)
+    if code == EXIT_FINISHED and processes.is_first():
         console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
         console.print(next_commands(out, config, steps, end), highlight=False)
     return code
+
+
+def refuse_alone(config: RunConfig) -> None:
+    """Refuses what only a process that is alone can do."""
+    for flag, given in (("--eval-tasks", config.eval_tasks), ("--fallback", config.fallback)):
+        if given and processes.are_several():
+            raise UserError(f"{flag} cannot be used with several processes: leave it out, or use one process")
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -326,5 +341,11 @@ def starting_state(
     return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
 
 
+def main_of_several() -> int:
+    """`main`, for a process on which others may wait."""
+    with processes.leaving_at_once():
+        return main()
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main_of_several)
