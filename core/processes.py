@@ -8,6 +8,7 @@ results, or it is agreed on here.
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -21,6 +22,7 @@ from core.errors import UserError
 ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
 ARRIVAL = 300  # seconds within which all processes must have started
 SILENCE = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
+LOST = re.compile("connection|peer|heartbeat|coordination", re.IGNORECASE)  # in what JAX says of it
 FAREWELL = 60  # seconds that the first to finish waits for the last
 
 _joined = False
@@ -134,6 +136,13 @@ def leaving_at_once() -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             code = 2
+        elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            said = str(error).splitlines()[0]
+            print(
+                f"error: another process of this run has ended ({said}): the last checkpoint is kept; "
+                "start all of them again",
+                file=sys.stderr,
+            )
         elif not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
         sys.stdout.flush()

@@ -52,7 +52,9 @@ def test_two_processes_make_the_run_of_one(cache, text):
     ended = finish(start_two(cache, *COMMON, "--data", text, "--out", folder, "--stop-at", "7"))
     assert [code for code, _, _ in ended] == [0, 0], ended
     (_, said, _), (_, other, _) = ended
-    assert "devices     4 x cpu (cpu), fsdp=2,tensor=2" in said and other == ""  # the first speaks for both
+    assert "devices     4 x cpu (cpu), fsdp=2,tensor=2" in said
+    # The first speaks for both; Gloo, which carries what CPUs exchange, speaks for itself.
+    assert all(line.startswith("[Gloo]") for line in other.splitlines()), other
     # Their checkpoint is one of one process, which goes on with it.
     verify(find_step(folder))
     assert load_manifest(find_step(folder)).data["cursor"] == 7 * 8
@@ -60,12 +62,10 @@ def test_two_processes_make_the_run_of_one(cache, text):
     run(cache, *TINY, "--batch", "8", "--data", text, "--out", alone)
     # As in test_run.py: sums in another order, amplified by 12 updates.
     np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(alone)), rtol=2e-5)
-    for kind, key in (("eval", "nll"), ("sample", "texts")):
-        ours, theirs = (read_log(where, kind) for where in (folder, alone))
-        assert [row["step"] for row in ours if row["step"] < 7] == [
-            r["step"] for r in theirs if r["step"] < 7
-        ]
-        assert ours[0][key] == pytest.approx(theirs[0][key], rel=1e-6) if kind == "eval" else ours[0][key]
+    ours, theirs = (read_log(where, "eval")[0] for where in (folder, alone))
+    assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-6)
+    # Samples of the same parameters from the same keys, on a device of the first process.
+    assert read_log(folder, "sample")[0]["texts"] == read_log(alone, "sample")[0]["texts"]
 
 
 def test_a_signal_to_one_stops_both_and_the_same_command_goes_on(cache, text):
@@ -92,9 +92,8 @@ def test_one_that_dies_ends_the_other_and_the_last_checkpoint_is_kept(cache, tex
     _, _, err = finish([processes[1 - victim]], timeout=3 * SILENCE)[0]
     assert time.monotonic() - begun < 2 * SILENCE
     assert processes[1 - victim].returncode not in (0, None)
-    assert any(word in err for word in ("Connection closed", "heartbeat", "coordination service")), err[
-        -3000:
-    ]
+    # Of its own exchange with the one that died, or from the service that the first runs for all.
+    assert "another process of this run has ended" in err or "coordination service" in err, err[-3000:]
     processes[victim].wait()
     verify(find_step(folder))
 
@@ -102,7 +101,7 @@ def test_one_that_dies_ends_the_other_and_the_last_checkpoint_is_kept(cache, tex
 def test_processes_that_were_given_different_things_are_refused(cache, text):
     command = (*COMMON, "--data", text, "--out", cache / "different")
     ended = finish(start_two(cache, *command, second=("--lr", "0.02")))
-    assert [code for code, _, _ in ended][0] == 2
+    assert ended[0][0] == 2
     assert "processes [1] have other settings or data than process 0" in ended[0][2]
     assert not (cache / "different").exists()
 
