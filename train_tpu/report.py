@@ -30,6 +30,8 @@ def describe(
     device = mesh.devices.flat[0]
     tokens = steps * config.batch * model.context
     along = f", {config.mesh}" if splits_weights(mesh) else ""
+    if jax.process_count() > 1:
+        along += f", of {jax.process_count()} processes"
     parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
     heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
     rows = [
