@@ -165,10 +165,10 @@ def defaults(name: str) -> RunConfig:
 FREE_SETTINGS = frozenset((
     "out", "data", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
-    "stop_at", "log_every", "init_from", "allow_change", "fallback", "show_sharding",
+    "stop_at", "log_every", "init_from", "allow_change", "fallback",
 ))  # fmt: skip
 # Settings that a run folder does not pass on to the next start: they are of one start only.
-ONCE = ("allow_change", "fallback", "show_sharding", "stop_at")
+ONCE = ("allow_change", "fallback", "stop_at")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
