@@ -58,7 +58,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
     batch = config.batch or BATCH.get(name, 32)
     if ours and config.deterministic:
         require_deterministic_operations()
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     platform = jax.default_backend()
     dtype = compute_dtype("auto", platform)
     attention = choose(

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from core.errors import UserError
-from core.sharding import BATCH_AXES
+from core.sharding import BATCH_AXES, is_parallel
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -98,10 +98,20 @@ def causal_attention(
     Args:
         q, k, v: batch, sequence, heads, head size. The softmax is in float32 whatever their type.
         implementation: see `choose`.
-        mesh: needed by splash, a custom kernel that XLA cannot split over devices by itself.
+        mesh: if of several devices, each works on its own rows and heads, which need nothing of the others.
+            XLA could not split a custom kernel by itself.
     """
+    local = functools.partial(_attend, implementation)
+    if not is_parallel(mesh):
+        return local(q, k, v)
+    spec = P(BATCH_AXES, None, "tensor")
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _attend(implementation: Implementation, q: Array, k: Array, v: Array) -> Array:
+    """One device's rows and heads."""
     if implementation == "splash":
-        return _splash(q, k, v, mesh)
+        return _splash(q, k, v)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     length = q.shape[1]
@@ -123,17 +133,11 @@ def masked_attention(
     return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
 
 
-def _splash(q, k, v, mesh: Mesh | None):
+def _splash(q, k, v):
+    # The kernel takes one sequence as [heads, sequence, head size], scaled by us.
     kernel = _splash_kernel(q.shape[2], q.shape[1])
-
-    def local(q, k, v):  # the kernel takes one sequence as [heads, sequence, head size], scaled by us
-        q, k, v = ((x.swapaxes(1, 2)) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
-
-    if mesh is None or mesh.size == 1:
-        return local(q, k, v)
-    spec = P(BATCH_AXES)
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,6 +27,7 @@ import jax
 
 from core.errors import UserError
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, load_manifest, seal, sync_path, verify
+from core.processes import is_first, wait_for_all
 from core.steps import (
     delete_step,
     find_step,
@@ -66,6 +67,9 @@ TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
 class Checkpointer:
     """Saves the steps of one run into `folder`, in the background, and deletes the old ones.
 
+    Of several processes each writes what its devices hold, and the first commits it: `folder` must lie on
+    a disk that all of them see.
+
     Use it as a context manager, or call `close`: a save still in flight is then committed, not lost.
     """
 
@@ -81,16 +85,17 @@ class Checkpointer:
         What killed processes left unfinished in `folder` is removed.
         """
         assert keep_last >= 1 and (keep_every is None or keep_every >= 1), (keep_last, keep_every)
-        assert jax.process_count() == 1, "only one process may commit; the others must wait for it"
         self.folder = folder.absolute()
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._keep_steps = keep_steps
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.folder)
+            if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.folder)
         except OSError as error:
             _fail(self.folder, error)
+        wait_for_all("the folder of checkpoints is there")
         import orbax.checkpoint as ocp
 
         self._orbax = ocp.AsyncCheckpointer(_handler())
@@ -117,6 +122,7 @@ class Checkpointer:
         full or refuses; the steps committed before are untouched by that.
         """
         self.wait()
+        wait_for_all("the checkpoint before is committed")
         latest = self.latest_committed
         if latest == step:
             return
@@ -126,7 +132,9 @@ class Checkpointer:
         manifest = _complete(manifest, leaves)
         partial = self.folder / f".{step:08d}.partial"
         try:
-            _start_partial(partial, leaves)
+            if is_first():
+                _start_partial(partial, leaves)
+            wait_for_all("a checkpoint may be written")
             self._orbax.save(partial / STATE, args=_save_args(leaves))
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -155,7 +163,9 @@ class Checkpointer:
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         """In the background: waits for Orbax, makes the step whole, then deletes what is no longer kept."""
         try:
-            self._orbax.wait_until_finished()
+            self._orbax.wait_until_finished()  # until every process has written its part
+            if not is_first():
+                return
             seal(partial, manifest)
             partial.rename(final)
             sync_path(self.folder)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from core.sharding import BATCH_AXES
+from core.sharding import BATCH_AXES, is_parallel, split_axes
 
 IGNORE = -1  # a target that does not count
 
@@ -45,8 +45,8 @@ def cross_entropy(
         table: the head, one row an id. Logits, softmax and the table's gradient are float32.
         z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
         chunk: rows whose logits are held at once on a device.
-        mesh: if of several devices, each works on its own rows and the table's gradient is summed
-            over them once.
+        mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of
+            the vocabulary where that can be divided; the table's gradient is summed over them once.
     """
     return LossSums(*_sums(hidden, table, targets, z_loss, chunk, mesh))
 
@@ -73,33 +73,45 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
     local = functools.partial(_chunked, with_gradients=with_gradients, z_loss=z_loss, chunk=chunk)
-    if mesh is None or mesh.size == 1:
+    table = table.astype(hidden.dtype)  # before the devices exchange it
+    if not is_parallel(mesh):
         return local(hidden, table, targets)
+    kept = split_axes(("embed", "table"), table.shape, mesh.shape)
+    vocabulary, width = kept if kept else (None, None)
 
     def summed(hidden, table, targets):
-        total, nll, *gradients = local(hidden, table, targets)
+        total, nll, *gradients = local(hidden, table, targets, vocabulary=vocabulary)
         total, nll = jax.lax.psum((total, nll), BATCH_AXES)
         if not with_gradients:
             return total, nll
         d_hidden, d_table = gradients
-        return total, nll, d_hidden, jax.lax.psum(d_table, BATCH_AXES)
+        if width is None:
+            return total, nll, d_hidden, jax.lax.psum(d_table, BATCH_AXES)
+        d_table = jax.lax.psum_scatter(d_table, width, scatter_dimension=1, tiled=True)
+        return total, nll, d_hidden, jax.lax.psum(d_table, "data")
 
     rows = P(BATCH_AXES)
-    outputs = (P(), P(), rows, P()) if with_gradients else (P(), P())
-    shard = jax.shard_map(summed, mesh=mesh, in_specs=(rows, P(), rows), out_specs=outputs, check_vma=False)
+    inputs = (rows, P(vocabulary), rows)
+    outputs = (P(), P(), rows, kept) if with_gradients else (P(), P())
+    shard = jax.shard_map(summed, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
     return shard(hidden, table, targets)
 
 
-def _chunked(hidden, table, targets, *, with_gradients, z_loss, chunk):
-    """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows."""
+def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabulary=None):
+    """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows.
+
+    vocabulary: the axis of the mesh that the table's rows are split over; what is computed of them is then
+    put together, but for the table's gradient.
+    """
     shape = hidden.shape
     n = shape[0] * shape[1]
     chunk = min(chunk, n)
     padding = -n % chunk
     hidden = jnp.pad(hidden.reshape(n, -1), ((0, padding), (0, 0))).reshape(-1, chunk, shape[-1])
     targets = jnp.pad(targets.reshape(n), (0, padding), constant_values=IGNORE).reshape(-1, chunk)
-    weights = table.astype(hidden.dtype)
     zero = jnp.zeros((), jnp.float32)
+    size = weights.shape[0]
+    first = 0 if vocabulary is None else size * jax.lax.axis_index(vocabulary)
 
     def one(carry, rows):
         total, nll, d_table = carry
@@ -107,20 +119,28 @@ def _chunked(hidden, table, targets, *, with_gradients, z_loss, chunk):
         logits = jnp.dot(h, weights.T, preferred_element_type=jnp.float32)
         counted = target != IGNORE
         lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
+        # A target beyond the last row is filled with NaN.
+        picked = jnp.take_along_axis(logits, jnp.maximum(target - first, 0)[:, None], axis=-1)[:, 0]
+        if vocabulary is not None:
+            lse = jax.nn.logsumexp(jax.lax.all_gather(lse, vocabulary), axis=0)
+            is_last = first == size * (jax.lax.axis_size(vocabulary) - 1)
+            is_ours = (target >= first) & ((target < first + size) | is_last)
+            picked = jax.lax.psum(jnp.where(is_ours, picked, 0), vocabulary)
         nll_rows = jnp.where(counted, lse - picked, 0)
         nll += nll_rows.sum()
         total += (nll_rows + jnp.where(counted, z_loss * lse**2, 0)).sum()
         if not with_gradients:
             return (total, nll, d_table), None
+        is_target = (target - first)[:, None] == jnp.arange(size)  # nowhere, for what does not count
         softmax_weight = jnp.where(counted, 1 + 2 * z_loss * lse, 0)[:, None]
-        is_target = target[:, None] == jnp.arange(logits.shape[-1])
         d_logits = (softmax_weight * jnp.exp(logits - lse[:, None]) - is_target).astype(h.dtype)
-        d_h = jnp.dot(d_logits, weights, preferred_element_type=jnp.float32).astype(h.dtype)
+        d_h = jnp.dot(d_logits, weights, preferred_element_type=jnp.float32)
+        if vocabulary is not None:
+            d_h = jax.lax.psum(d_h, vocabulary)
         d_table += jnp.dot(d_logits.T, h, preferred_element_type=jnp.float32)
-        return (total, nll, d_table), d_h
+        return (total, nll, d_table), d_h.astype(h.dtype)
 
-    d_table = jnp.zeros(table.shape, jnp.float32) if with_gradients else None
+    d_table = jnp.zeros(weights.shape, jnp.float32) if with_gradients else None
     (total, nll, d_table), d_hidden = jax.lax.scan(one, (zero, zero, d_table), (hidden, targets))
     if not with_gradients:
         return total, nll

@@ -19,6 +19,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from core.attention import Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
+from core.sharding import (
+    gathered,
+    gathers_weights,
+    keep_all_but_gathered,
+    lay_activations,
+    look_up,
+    splits_weights,
+)
 
 Params = dict[str, Any]
 
@@ -106,8 +114,11 @@ class Attention(nnx.Module):
         positions: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         b, s, d = x.shape
-        qkv = fused_linear(x, self.q, self.k, self.v).reshape(b, s, 3, self.n_heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if splits_weights(compute.mesh):  # side by side the parts would have to be exchanged first
+            q, k, v = (m(x).reshape(b, s, self.n_heads, -1) for m in (self.q, self.k, self.v))
+        else:
+            qkv = fused_linear(x, self.q, self.k, self.v).reshape(b, s, 3, self.n_heads, -1)
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:
@@ -160,8 +171,9 @@ class Block(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         y, cache = self.attn(self.attn_norm(x), rotation, compute, cache, positions)
-        x = x + drop(y, self.dropout, dropout_keys, site=0)
-        return x + drop(self.mlp(self.mlp_norm(x)), self.dropout, dropout_keys, site=1), cache
+        x = lay_activations(x + drop(y, self.dropout, dropout_keys, site=0), compute.mesh)
+        y = self.mlp(self.mlp_norm(x))
+        return lay_activations(x + drop(y, self.dropout, dropout_keys, site=1), compute.mesh), cache
 
 
 class Table(nnx.Module):
@@ -198,9 +210,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         # Rows are cast after the look-up, so that their gradients are summed in float32.
-        x = self.embed(tokens)
+        x = look_up(self.embed.table[...], tokens, compute.mesh)
         if self.positions is not None:
-            x += self.positions(index)
+            x += gathered(self.positions, compute.dtype, compute.mesh)(index)
+        x = lay_activations(x, compute.mesh)
         x = drop(x.astype(compute.dtype), config.dropout, dropout_keys, site=0)
         rotation = rotary_angles(index, config) if config.positions == "rope" else None
 
@@ -209,12 +222,15 @@ class Decoder(nnx.Module):
             keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(
                 dropout_keys, number + 1
             )  # fmt: skip
+            block = gathered(block, compute.dtype, compute.mesh)
             return block(x, rotation, compute, keys, cache, positions)
 
-        if compute.remat != "none":
-            policy = None
-            if compute.remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        if compute.remat != "none" or gathers_weights(compute.mesh):
+            policy = {
+                "none": keep_all_but_gathered,
+                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                "full": None,
+            }[compute.remat]
             # Inside an unrolled loop common-subexpression elimination would undo the rematerialisation.
             layer = jax.checkpoint(layer, prevent_cse=compute.unroll > 1, policy=policy)
         inputs = (self.layers, jnp.arange(config.n_layers), cache)

@@ -1,29 +1,142 @@
 """Where arrays lie: the device mesh, and how parameters, optimizer state and batches are laid over it.
 
-This is the only module that knows the mesh. Parameters are replicated and the batch is split over
-the axis `data`; every rule is a function of a leaf's path, so that optimizer moments, whose paths end
-in the parameter's, follow their parameter.
+This is the only module that knows the mesh. It always has three axes, of size 1 where nothing is said:
+
+    data     rows of a batch; every device along it holds the same weights
+    fsdp     rows of a batch, too, but each device keeps a part of every weight and of its moments, and
+             weights are gathered a layer at a time while they are used (Rajbhandari et al. 2020, ZeRO-3)
+    tensor   the same rows; each device computes some heads, some of the MLP's width and some of the
+             vocabulary (Shoeybi et al. 2019, Megatron-LM)
+
+Every rule is a function of a leaf's path, so that optimizer moments, whose paths end in the parameter's,
+follow their parameter. `fsdp` always splits the axis of the model's width, `tensor` the other one: q, k, v,
+gate and up by their outputs, o and down by their inputs, so that between the two products of attention and
+of the MLP nothing is exchanged and after them one sum. Norms and biases are a thousandth of the parameters:
+every device holds them, which saves an exchange for each. The axis of layers is never split: the loop over
+it would fetch every layer from another device, and growing takes layers out of it.
 """
 
+import functools
+import math
 import os
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import sharding_constraint_p
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-BATCH_AXES = "data"  # what the first axis of a batch is split over
+from core.config import ModelConfig
+from core.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")  # what the rows of a batch are split over
+
+# What the last two axes of a leaf are split over, by the end of its path; other leaves are replicated.
+BY_OUTPUT, BY_INPUT = ("fsdp", "tensor"), ("tensor", "fsdp")
+RULES: dict[tuple[str, str], tuple[str | None, str]] = {
+    ("q", "kernel"): BY_OUTPUT,
+    ("k", "kernel"): BY_OUTPUT,
+    ("v", "kernel"): BY_OUTPUT,
+    ("o", "kernel"): BY_INPUT,
+    ("gate", "kernel"): BY_OUTPUT,
+    ("up", "kernel"): BY_OUTPUT,
+    ("down", "kernel"): BY_INPUT,
+    ("embed", "table"): ("tensor", "fsdp"),
+    ("head", "kernel"): ("fsdp", "tensor"),
+    ("positions", "table"): (None, "fsdp"),
+}
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices (or those given) along `data`.
+class MeshShape(NamedTuple):
+    """Devices along each axis of the mesh."""
 
-    Axes are `Auto`: XLA places what we do not, where JAX's new default would ask for a sharding at
-    every gather.
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __str__(self) -> str:
+        named = [f"{axis}={size}" for axis, size in self._asdict().items() if size > 1]
+        return ",".join(named) or "data=1"
+
+
+AXES = MeshShape._fields
+
+
+def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
+    """The mesh that `text` ("fsdp=4,tensor=2") describes; None lays all devices along `data`.
+
+    Raises:
+        UserError: the text is malformed, names an axis that there is not or one twice, or is of another
+            number of devices.
+    """
+    if text is None:
+        return MeshShape(data=n_devices)
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise UserError(
+                f"--mesh {text!r} cannot be read at {part.strip()!r}: "
+                "write axes and their sizes, like fsdp=4,tensor=2"
+            )
+        if axis not in AXES:
+            raise UserError(f"--mesh {text!r} names the axis {axis!r}; there are {', '.join(AXES)}")
+        if axis in sizes:
+            raise UserError(f"--mesh {text!r} names the axis {axis!r} twice")
+        sizes[axis] = int(size)
+    shape = MeshShape(**sizes)
+    n = math.prod(shape)
+    if n != n_devices:
+        advice = "the sizes must multiply to that"
+        if n_devices % n == 0:
+            advice = f"--mesh {shape._replace(data=shape.data * (n_devices // n))} takes them all"
+        raise UserError(f"--mesh {text!r} is of {n} devices, and there are {n_devices}: {advice}")
+    return shape
+
+
+def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or those given); without a shape all of them lie along `data`.
+
+    On a TPU the axes follow the links between the chips. They are `Auto`: XLA places what we do not, where
+    JAX's new default would ask for a sharding at every gather.
     """
     devices = jax.devices() if devices is None else devices
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    shape = MeshShape(data=len(devices)) if shape is None else shape
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, accumulate: int = 1) -> None:
+    """Refuses a mesh that a model, or a batch in `accumulate` parts, cannot be divided over equally.
+
+    Raises:
+        UserError: says which of them, and by how much.
+    """
+    for what, size, axis, parts in (
+        ("heads", model.n_heads, "tensor", shape.tensor),
+        ("d_mlp", model.d_mlp, "tensor", shape.tensor),
+        ("d_model", model.d_model, "fsdp", shape.fsdp),
+    ):
+        if size % parts:
+            fitting = max(n for n in range(1, parts) if size % n == 0)
+            raise UserError(
+                f"--mesh {shape}: the model's {what} {size} cannot be divided over {axis}={parts}: "
+                f"the largest {axis} below that fits is {fitting}"
+            )
+    parts = shape.data * shape.fsdp
+    if batch % (parts * accumulate):
+        nearest = max(1, round(batch / (parts * accumulate))) * parts * accumulate
+        axes = "" if shape.tensor == 1 else f" (--mesh {shape}: data x fsdp)"
+        raise UserError(
+            f"--batch {batch} is not divisible by {parts} devices{axes} x --accumulate {accumulate}: "
+            f"the nearest that is, is {nearest}"
+        )
 
 
 def require_deterministic_operations() -> None:
@@ -45,6 +158,183 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
+def local_rows(sharding: NamedSharding, accumulate: int, rows: int) -> np.ndarray:
+    """Which rows of a micro-batch of `rows` this process's devices need, in order; all, where it is alone."""
+    places = sharding.addressable_devices_indices_map((accumulate, rows)).values()
+    return np.unique(np.concatenate([np.arange(rows)[at] for _, at in places]))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every process has whole, laid over all devices; each process gives its part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def place_rows(array: np.ndarray, rows: np.ndarray, n_rows: int, sharding: NamedSharding) -> Array:
+    """A batch [micro-batches, rows, ...] of which this process has `rows` (`local_rows`) of `n_rows`."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    shape = (array.shape[0], n_rows, *array.shape[2:])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return array[:, np.searchsorted(rows, np.arange(n_rows)[index[1]])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def split_axes(names: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """What each axis of a leaf is split over, by its path and shape; `sizes` are those of the mesh.
+
+    Axes of size 1 are left out. So is one that does not divide the dimension: `check_mesh` lets only the
+    vocabulary come here like that, whose tables are then held whole along `tensor`.
+    """
+    rule = RULES.get(names[-2:])
+    if rule is None:
+        return P()
+    axes = (None,) * (len(shape) - 2) + rule
+    kept = [
+        axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    ]
+    return P(*kept) if any(kept) else P()
+
+
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every leaf of parameters, moments or a whole training state."""
-    return jax.tree.map(lambda _: replicated(mesh), tree)
+    """A sharding for every leaf of parameters, gradients, moments or a whole training state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, split_axes(_names(path), leaf.shape, mesh.shape)), tree
+    )
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    """("layers", "attn", "q", "kernel"), of a dict of parameters and of Flax's modules."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return tuple(names[:-1] if names[-1] == "value" else names)
+
+
+class Layout(NamedTuple):
+    """How one leaf lies."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: P
+    device_bytes: int
+    """Of this leaf, on each device."""
+
+
+def layouts(mesh: Mesh | AbstractMesh, tree: Any) -> Iterator[Layout]:
+    """How every leaf of a tree (of arrays, or of shapes and types) lies on a mesh."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = _names(path)
+        spec = split_axes(names, leaf.shape, mesh.shape)
+        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        yield Layout("/".join(names), leaf.shape, spec, math.prod(part) * leaf.dtype.itemsize)
+
+
+# --- inside a compiled function ---
+
+
+def is_parallel(mesh: Mesh | None) -> bool:
+    """Whether there is more than one device to compute on."""
+    return mesh is not None and mesh.size > 1
+
+
+def splits_weights(mesh: Mesh | None) -> bool:
+    """Whether a device holds less than all of every weight."""
+    return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+
+def gathers_weights(mesh: Mesh | None) -> bool:
+    """Whether weights are gathered before they are used."""
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def lay_activations(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
+    """Rows over the devices and nothing else, said at the residual stream.
+
+    Left to itself XLA may follow the weights instead, and have every device hold some of the width of all
+    rows.
+    """
+    if not is_parallel(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def lay_parameters(tree: Any, mesh: Mesh | None) -> Any:
+    """A tree of parameters, gradients or moments, laid as `state_shardings` says."""
+    if not is_parallel(mesh):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
+
+
+def gathered(module: Any, dtype: str, mesh: Mesh | None) -> Any:
+    """A module's weights whole along `fsdp`, as they are needed to compute with; kernels as `dtype`.
+
+    Their gradients are summed straight into the parts that are kept. Kernels are cast before, not where
+    they are used, which for bfloat16 halves what is exchanged; tables stay as they are, since the gradients
+    of their rows are summed in float32.
+    """
+    if not gathers_weights(mesh):
+        return module
+
+    def whole(path: tuple, leaf: Array) -> Array:
+        names = _names(path)
+        kept = split_axes(names, leaf.shape, mesh.shape)
+        if "fsdp" not in kept:
+            return leaf
+        used = P(*(None if axis == "fsdp" else axis for axis in kept))
+        x = leaf.astype(dtype) if names[-1] == "kernel" else leaf
+        return _relaid(x, NamedSharding(mesh, kept), NamedSharding(mesh, used))
+
+    return jax.tree_util.tree_map_with_path(whole, module)
+
+
+def look_up(table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | None) -> Float[Array, "B S D"]:
+    """Rows of the embedding. Where devices hold parts of the vocabulary, each gives what it has and their
+    sum is whole; XLA by itself would give every device all rows of the batch first.
+    """
+    if not splits_weights(mesh):
+        return table[index]
+    kept = split_axes(("embed", "table"), table.shape, mesh.shape)
+    vocabulary, width = kept if kept else (None, None)
+
+    def local(table: Array, index: Array) -> Array:
+        if width is not None:
+            table = jax.lax.all_gather(table, width, axis=1, tiled=True)
+        if vocabulary is None:
+            return table[index]
+        place = index - jax.lax.axis_index(vocabulary) * len(table)
+        here = (place >= 0) & (place < len(table))
+        rows = table[jnp.clip(place, 0, len(table) - 1)]
+        return jax.lax.psum(jnp.where(here[..., None], rows, 0), vocabulary)
+
+    rows = P(BATCH_AXES)
+    return jax.shard_map(local, mesh=mesh, in_specs=(kept, rows), out_specs=rows, check_vma=False)(
+        table, index
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relaid(x: Array, kept: NamedSharding, used: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _relaid_forward(x: Array, kept: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
+    return jax.lax.with_sharding_constraint(x, used), None
+
+
+def _relaid_backward(kept: NamedSharding, used: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, kept),)
+
+
+_relaid.defvjp(_relaid_forward, _relaid_backward)
+
+
+def keep_all_but_gathered(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass computes nothing again but gathers weights again.
+
+    Otherwise every layer's whole weights would be kept for it, which is what `fsdp` is to avoid.
+    """
+    return primitive is not sharding_constraint_p

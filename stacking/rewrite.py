@@ -51,7 +51,7 @@ def abstract_leaves(model: ModelConfig, run: RunConfig | None) -> dict[str, jax.
     if run is None:
         return flatten({"params": abstract_params(model)})[0]
     step_config = StepConfig(model, run.optim, run.guard, Compute(), run.z_loss, run.loss_chunk)
-    return flatten(abstract_state(step_config, make_mesh(jax.devices()[:1])))[0]
+    return flatten(abstract_state(step_config, make_mesh(devices=jax.devices()[:1])))[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,12 @@ class RunConfig:
     init_from: Path | None = None
     """Start from the parameters of this run or checkpoint instead of random ones."""
 
+    mesh: str | None = None
+    """How the devices are arranged: data=8, fsdp=8, or fsdp=4,tensor=2. Along `data` each holds the whole
+    model, along `fsdp` a part of it that is gathered when it is used, along `tensor` some heads, MLP width
+    and vocabulary to compute with. The same result up to rounding. Default: all devices along `data`."""
+    show_sharding: bool = False
+    """Print how every parameter lies on the devices, and stop before training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -108,6 +114,14 @@ class RunConfig:
     has not been decayed: a trunk, to grow or to go on with."""
     log_every: int = 10
     """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
+
+    coordinator: str | None = None
+    """To train with several processes: HOST:PORT of the first, the same in all of them; or auto, for what a
+    TPU pod, Slurm or MPI says. All must see the disk that --out is on. Default: this process alone."""
+    num_processes: int | None = None
+    """How many they are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
 
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -150,7 +150,7 @@ def file_sha256(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This host's rows of one global batch."""
+    """This process's rows of one global batch."""
 
     tokens: np.ndarray
     """uint16 [rows, context + 1]."""
@@ -239,13 +239,13 @@ def train_batches(
     seed: int,
     batch: int,
     start: int = 0,
-    rows: slice | None = None,
+    rows: slice | Sequence[int] = slice(None),
     vocab_size: int,
     on_bad: Literal["fail", "skip"] = "fail",
 ) -> Iterator[Batch]:
     """Endless batches of `batch` windows, the first one beginning at window `start` of the sequence.
 
-    rows: the rows of every global batch that this host reads; default: all.
+    rows: which rows of every global batch this process reads; default: all.
     vocab_size: ids at or above it make a record unusable.
     on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row.
 
@@ -254,7 +254,7 @@ def train_batches(
     import grain
 
     windows = Windows(dataset, TRAIN)
-    offsets = range(batch)[rows or slice(None)]
+    offsets = np.arange(batch)[rows].tolist()
 
     def read(number: int) -> Batch:
         first = start + number * batch

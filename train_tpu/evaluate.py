@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from core.config import ModelConfig
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
-from core.sharding import batch_sharding
+from core.sharding import batch_sharding, place
 from train_tpu.data import Dataset, heldout_windows
 from train_tpu.metrics import Score, make_score
 
@@ -45,7 +45,7 @@ class Evaluator:
             part, counted = tokens[start : start + self.rows], mask[start : start + self.rows]
             missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
             arrays = (np.pad(part, missing)[None], np.pad(counted, missing)[None])
-            nll = self._sums(params, *jax.device_put(arrays, self._sharding))
+            nll = self._sums(params, *(place(array, self._sharding) for array in arrays))
             total, count = total + float(nll), count + int(counted.sum())
         info = self.dataset.splits[split]
         return make_score(total, count, info.tokens - 1, info.bytes)

@@ -19,17 +19,20 @@ from core.checkpoint import Checkpointer
 from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.manifest import Manifest
-from core.sharding import batch_sharding, replicated
+from core.model import Params
+from core.processes import any_of, are_several, is_first
+from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from core.tokenizer import Tokenizer
 from train_tpu.config import RunConfig
 from train_tpu.data import Batch as LoadedBatch
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from train_tpu.metrics import RunLog, model_flops_utilization
+from train_tpu.metrics import NoLog, RunLog, model_flops_utilization
 from train_tpu.optimizer import learning_rate
 from train_tpu.progress import Progress
 from train_tpu.step import Batch, Controls, Metrics, TrainState
 
+AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
 SAMPLE_TOKENS = 96
 END = "end"  # the event that a finished run logs last
@@ -87,7 +90,7 @@ class Loop:
     checkpointer: Checkpointer
     manifest: Manifest
     """What every checkpoint's manifest says, but for the counters."""
-    log: RunLog
+    log: RunLog | NoLog
     progress: Progress
     interrupt: Interrupt
     mesh: Mesh
@@ -103,13 +106,33 @@ class Loop:
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
         self._clock = self._last_save = time.monotonic()
+        self._agreed_to_stop = self._agreed_late = False
+
+    @property
+    def _stopping(self) -> bool:
+        return self._agreed_to_stop if are_several() else self.interrupt.requested is not None
+
+    @property
+    def _late(self) -> bool:
+        late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
+        return self._agreed_late if are_several() else late
+
+    def _agree(self) -> None:
+        """Signals reach single processes, and clocks differ; but all must stop, or save, at the same step."""
+        if are_several() and self.step % AGREE_EVERY == 0:
+            late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
+            asked = self.interrupt.requested is not None
+            self._agreed_to_stop, self._agreed_late = any_of(asked, late)
 
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
         try:
-            while not self.interrupt.requested:
+            while True:
+                self._agree()
+                if self._stopping:
+                    break
                 self._before_step()
-                if self.step == self.end or self.interrupt.requested:
+                if self.step == self.end or self._stopping:
                     break
                 self._dispatch()
                 self._read_metrics(leave=METRICS_LAG)
@@ -120,7 +143,7 @@ class Loop:
             self.log.write(self.step, "event", what="halt", why=str(halted))
             self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
             return EXIT_HALTED
-        if self.step == self.end and not self.interrupt.requested:
+        if self.step == self.end and not self._stopping:
             self._save()
             self.checkpointer.wait()
             whole = self.end == self.steps
@@ -133,7 +156,8 @@ class Loop:
         if started:
             self._save()
         self.checkpointer.wait()
-        self.log.write(self.step, "event", what=f"interrupted by {self.interrupt.requested}")
+        by = self.interrupt.requested or "another process"
+        self.log.write(self.step, "event", what=f"interrupted by {by}")
         newest = self.checkpointer.latest_committed
         if started:
             self.progress.say(f"saved step {self.step}: the same command goes on from there")
@@ -146,16 +170,15 @@ class Loop:
         step, last, grown = self.step, self.step == self.end, self.step == self._grown_at
         evaluate = last or grown or step % self.cadence.evaluate == 0
         sample = bool(self.config.prompts) and (last or step % self.cadence.sample == 0)
-        late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
-        save = step > 0 and (step % self.cadence.save == 0 or late or step in self.config.keep_steps)
+        save = step > 0 and (step % self.cadence.save == 0 or self._late or step in self.config.keep_steps)
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)
         if evaluate:
             self._evaluate(limit=None if step == 0 or last or grown else self.config.eval_windows)
-            if self.tasks and not self.interrupt.requested:
+            if self.tasks and not self._stopping:
                 self._evaluate_tasks(limit=None if last else self.config.eval_questions)
-        if sample and not self.interrupt.requested:
+        if sample and not self._stopping:
             self._sample()
         if save:
             self._save()
@@ -165,8 +188,9 @@ class Loop:
         try:
             loaded = next(self.batches)
         except UserError:  # a damaged record: what was learned until here is kept
-            self._read_metrics(leave=0)
-            self._save()
+            if not are_several():  # the others do not know of it, and saving is the work of all
+                self._read_metrics(leave=0)
+                self._save()
             raise
         assert loaded.first == self.cursor, f"batch starts at {loaded.first}, the cursor is at {self.cursor}"
         rate = learning_rate(self.config.optim, self.step, self.steps)
@@ -176,8 +200,8 @@ class Loop:
             halt_after=np.int32(self.config.guard.halt_after),
             seed=np.uint32(self.config.seed),
         )
-        batch = place_batch(loaded, self.config.accumulate, self.mesh)
-        controls = jax.device_put(controls, replicated(self.mesh))
+        batch = place_batch(loaded, self.config.batch, self.config.accumulate, self.mesh)
+        controls = Controls(*(place(value, replicated(self.mesh)) for value in controls))
         self.state, metrics = self.compiled_step(self.state, batch, controls)
         self._in_flight.append(InFlight(self.step, loaded, rate, metrics))
         self.step += 1
@@ -243,9 +267,7 @@ class Loop:
 
     def _evaluate(self, limit: int | None) -> None:
         for split in self.evaluator.dataset.heldout:
-            score = self.evaluator.score(
-                self.state.params, split, limit, lambda: self.interrupt.requested is not None
-            )
+            score = self.evaluator.score(self.state.params, split, limit, lambda: self._stopping)
             if score is None:
                 return
             tokens = self.cursor * self._context
@@ -268,8 +290,13 @@ class Loop:
     def _sample(self) -> None:
         """Goes on from fixed prompts with fixed keys: what changes is the model."""
         prompts = [[self.tokenizer.bos, *map(int, self.tokenizer.encode(p))] for p in self.config.prompts]
+        params = self.state.params
+        if are_several():
+            params = own_copy(params, self.mesh)
+            if not is_first():
+                return
         made = self.generator.complete(
-            self.state.params, prompts, Sampling(seed=self.config.seed), SAMPLE_TOKENS, self.tokenizer.eos
+            params, prompts, Sampling(seed=self.config.seed), SAMPLE_TOKENS, self.tokenizer.eos
         )
         texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(prompts, made, strict=True)]
         self.log.sample(self.step, texts)
@@ -290,15 +317,29 @@ class Loop:
         self._last_save = time.monotonic()
 
 
-def place_batch(loaded: LoadedBatch, accumulate: int, mesh: Mesh) -> Batch:
-    """A loaded batch as the step takes it: cut into micro-batches, spread over the devices."""
+def own_copy(params: Params, mesh: Mesh) -> Params:
+    """The whole parameters on one device of this process; every process must ask."""
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
-    def split(rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(accumulate, -1, *rows.shape[1:])
 
-    index = np.arange(loaded.first, loaded.first + len(loaded.tokens), dtype=np.uint32)
-    parts: Any = Batch(split(loaded.tokens), split(loaded.bad), split(index))
-    return jax.device_put(parts, batch_sharding(mesh))
+def own_rows(batch: int, accumulate: int, mesh: Mesh) -> np.ndarray:
+    """[accumulate, n]: the rows of a global batch that this process's devices work on; alone, all of them."""
+    rows = batch // accumulate
+    return np.arange(accumulate)[:, None] * rows + local_rows(batch_sharding(mesh), accumulate, rows)
+
+
+def place_batch(loaded: LoadedBatch, batch: int, accumulate: int, mesh: Mesh) -> Batch:
+    """This process's rows of a global batch of `batch` as the step takes them: cut into micro-batches,
+    spread over the devices."""
+    own = own_rows(batch, accumulate, mesh)
+
+    def placed(values: np.ndarray) -> jax.Array:
+        cut = values.reshape(*own.shape, *values.shape[1:])
+        return place_rows(cut, own[0], batch // accumulate, batch_sharding(mesh))
+
+    index = (loaded.first + own.ravel()).astype(np.uint32)
+    return Batch(placed(loaded.tokens), placed(loaded.bad), placed(index))
 
 
 def blame_leaves(norms: dict[str, np.ndarray], most: int = 3) -> list[str]:

@@ -109,6 +109,16 @@ class RunLog:
         self._board.close()
 
 
+class NoLog:
+    """The log of a process that is not the first of several: nothing."""
+
+    def write(self, step: int, kind: str, **values: Any) -> None: ...
+
+    def sample(self, step: int, texts: list[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind of a run folder's metrics.jsonl, in order.
 

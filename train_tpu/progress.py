@@ -49,6 +49,8 @@ class Progress:
         self._bar.stop()
 
 
-def make_console() -> Console:
-    """Standard output; lines are never cut to a width where it is not a terminal."""
+def make_console(quiet: bool = False) -> Console:
+    """Standard output, or nothing; lines are never cut to a width where it is not a terminal."""
+    if quiet:
+        return Console(quiet=True)
     return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)

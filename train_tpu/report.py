@@ -10,8 +10,10 @@ from rich.table import Table
 from core.attention import Choice
 from core.config import ModelConfig
 from core.model import Compute
+from core.sharding import layouts, splits_weights
 from train_tpu.config import RunConfig
 from train_tpu.data import Dataset
+from train_tpu.step import TrainState
 
 
 def describe(
@@ -27,6 +29,9 @@ def describe(
     train = dataset.splits["train"]
     device = mesh.devices.flat[0]
     tokens = steps * config.batch * model.context
+    along = f", {config.mesh}" if splits_weights(mesh) else ""
+    if jax.process_count() > 1:
+        along += f", of {jax.process_count()} processes"
     parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
     heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
     rows = [
@@ -43,12 +48,32 @@ def describe(
                      f"{tokens / model.n_params:.1f} tokens a parameter"),
         ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
-        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}), {compute.dtype}"),
+        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}){along}, {compute.dtype}"),
         ("attention", f"{attention.name}: {attention.why}"),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def describe_layout(state: TrainState, mesh: Mesh) -> Table:
+    """How every parameter lies on the devices, with the bytes of it and of its moments on each.
+
+    state: arrays, or shapes and types.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("parameter", "shape", "split over", "bytes a device", "with its moments"):
+        table.add_column(name, justify="right" if "bytes" in name or "moments" in name else "left")
+    moments = list(layouts(mesh, state.opt_state))
+    totals = [0, 0]
+    for leaf in layouts(mesh, state.params):
+        its = sum(m.device_bytes for m in moments if m.path.endswith(f"/{leaf.path}"))
+        sizes = [leaf.device_bytes, leaf.device_bytes + its]
+        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
+        axes = ", ".join(axis or "-" for axis in leaf.spec) or "every device holds it"
+        table.add_row(leaf.path, " x ".join(map(str, leaf.shape)), axes, *(f"{size:,}" for size in sizes))
+    table.add_row("in all", "", "", *(f"{total:,}" for total in totals), end_section=True)
     return table
 
 

@@ -17,6 +17,7 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from core import processes
 from core.attention import Choice, choose
 from core.checkpoint import (
     Checkpointer,
@@ -32,7 +33,7 @@ from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
-from core.sharding import make_mesh, replicated, require_deterministic_operations
+from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
 from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
@@ -40,11 +41,11 @@ from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import END, Loop, choose_cadence
-from train_tpu.metrics import RunLog, plot_curve, read_log
+from train_tpu.loop import END, Loop, choose_cadence, own_rows
+from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
 from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
-from train_tpu.report import describe, memory, next_commands
+from train_tpu.report import describe, describe_layout, memory, next_commands
 from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
 from train_tpu.step import (
     StepConfig,
@@ -58,41 +59,50 @@ from train_tpu.step import (
 
 def main() -> int:
     """Runs the command; returns its exit code (train_tpu.interrupt says what each means)."""
-    console = make_console()
-
     # 1. Settings: those of the run in --out, or the preset's own, so that --help shows them; over them what
     # the command line says.
     config = parse(sys.argv[1:])
     out = config.out or Path("runs") / config.preset
     if config.deterministic:
         require_deterministic_operations()
+    processes.join(config.coordinator, config.num_processes, config.process_id)
+    refuse_alone(config)
+    console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
     given = settings.TRAINING_DEFAULTS[config.preset]
     tokenizer_name = config.tokenizer or prepared_tokenizer(config.data) or given["tokenizer"]
     context = config.model.context or PRESETS[config.preset].context
-    dataset = open_or_prepare(config.data, tokenizer_name, context, CACHE)
+    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer_name, context, CACHE))
     tokenizer = load_tokenizer(dataset.tokenizer_record["name"])
     model = settings.model_config(config, tokenizer.vocab_size)
     steps = count_steps(config, dataset)
 
     # 3. Devices, and what will compute on them.
-    mesh = make_mesh()
-    check_batch(config, mesh)
+    shape = parse_mesh(config.mesh, jax.device_count())
+    check_mesh(model, shape, config.batch, config.accumulate)
+    mesh = make_mesh(shape)
     compute, attention = choose_compute(config, model, mesh)
     step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
+    if config.show_sharding:
+        console.print(describe_layout(abstract_state(step_config, mesh), mesh))
+        return EXIT_FINISHED
 
     tasks = open_tasks(config, model, compute, tokenizer)
 
     # 4. The run folder: new, or that of the run to go on with. What it starts from is opened first, so that
     # a refusal leaves nothing behind.
-    record = run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint)
+    alone = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
+    record = run_record(alone, model, steps, dataset.tokenizer_record, dataset.fingerprint)
     source = None
     if config.init_from and not list_steps(out / "checkpoints"):
         source = open_source(config.init_from, step_config, record, mesh)
-    lock = lock_folder(out)
-    check_run_folder(out, record, config.allow_change)
+    processes.require_equal(f"{out} {record}", "settings or data")
+    lock = contextlib.nullcontext()
+    if processes.is_first():
+        lock = lock_folder(out)
+        check_run_folder(out, record, config.allow_change)
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
     end = min(steps, config.stop_at or steps)
 
@@ -121,7 +131,8 @@ def main() -> int:
             )
             return EXIT_FINISHED
 
-        write_config(out, record)
+        if processes.is_first():
+            write_config(out, record)
 
         # 6. Compilation, once.
         started = time.monotonic()
@@ -133,10 +144,11 @@ def main() -> int:
         # 7. The loop.
         batches = train_batches(
             dataset, seed=config.seed, batch=config.batch, start=manifest.sequences,
+            rows=own_rows(config.batch, config.accumulate, mesh).ravel().tolist(),
             vocab_size=model.vocab_size, on_bad=config.on_bad_record,
         )  # fmt: skip
         rows = config.batch // config.accumulate
-        log = RunLog(out, manifest.step)
+        log = RunLog(out, manifest.step) if processes.is_first() else NoLog()
         log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
         progress = Progress(console, end, manifest.step, config.log_every)
         try:
@@ -167,11 +179,18 @@ def main() -> int:
             log.close()
             batches.close()
             checkpointer.close()
-            lock.close()
-    if code == EXIT_FINISHED:
+            lock.__exit__(None, None, None)
+    if code == EXIT_FINISHED and processes.is_first():
         console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
         console.print(next_commands(out, config, steps, end), highlight=False)
     return code
+
+
+def refuse_alone(config: RunConfig) -> None:
+    """Refuses what only a process that is alone can do."""
+    for flag, given in (("--eval-tasks", config.eval_tasks), ("--fallback", config.fallback)):
+        if given and processes.are_several():
+            raise UserError(f"{flag} cannot be used with several processes: leave it out, or use one process")
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -214,16 +233,6 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
             f"{config.batch}: give more text, a smaller --batch or a smaller --context"
         )
     return steps
-
-
-def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """The batch must fall into equal parts: micro-batches, and rows of one for every device."""
-    if config.batch % (config.accumulate * mesh.size):
-        raise UserError(
-            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate "
-            f"{config.accumulate}: the nearest that is, is "
-            f"{max(1, round(config.batch / (mesh.size * config.accumulate))) * mesh.size * config.accumulate}"
-        )
 
 
 def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Compute, Choice]:
@@ -321,7 +330,9 @@ def starting_state(
     if source:
         step_dir, old, params = source
         state = jax.jit(
-            functools.partial(init_state, step_config), out_shardings=replicated(mesh), donate_argnums=0
+            functools.partial(init_state, step_config),
+            out_shardings=state_shardings(mesh, abstract),
+            donate_argnums=0,
         )(params)
         entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
         manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
@@ -330,5 +341,11 @@ def starting_state(
     return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
 
 
+def main_of_several() -> int:
+    """`main`, for a process on which others may wait."""
+    with processes.leaving_at_once():
+        return main()
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main_of_several)

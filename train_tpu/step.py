@@ -23,7 +23,7 @@ from core.errors import UserError
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
-from core.sharding import batch_sharding, replicated, state_shardings
+from core.sharding import batch_sharding, lay_parameters, replicated, state_shardings
 from train_tpu.optimizer import OptimizerConfig, make_optimizer, path_names
 
 
@@ -167,13 +167,15 @@ def train_step(
         # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
         return sums.total / counted, sums.nll / counted
 
-    def add_micro(carry, micro):
+    def micro_gradients(micro: Batch) -> tuple[Array, Array, Params]:
         (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(state.params, micro)
-        return jax.tree.map(jnp.add, carry, (loss, nll, gradients)), None
+        return loss, nll, lay_parameters(gradients, config.compute.mesh)
+
+    def add_micro(carry, micro):
+        return jax.tree.map(jnp.add, carry, micro_gradients(micro)), None
 
     if batch.tokens.shape[0] == 1:
-        only = jax.tree.map(lambda x: x[0], batch)
-        (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(state.params, only)
+        loss, nll, gradients = micro_gradients(jax.tree.map(lambda x: x[0], batch))
     else:
         zero = jnp.zeros((), jnp.float32)
         start = (zero, zero, jax.tree.map(jnp.zeros_like, state.params))
@@ -240,12 +242,8 @@ def abstract_batch(rows: int, accumulate: int, context: int, mesh: Mesh) -> Batc
     return Batch(leaf(jnp.uint16, context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
 
 
-def compile_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles `train_step` for batches of `rows` sequences; the state is donated.
-
-    Returns:
-        A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
-    """
+def lower_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Lowered:
+    """`train_step` for batches of `rows` sequences over a mesh, before it is compiled; no arrays are made."""
     state = abstract_state(config, mesh)
     batch = abstract_batch(rows, accumulate, config.model.context, mesh)
     types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
@@ -255,4 +253,13 @@ def compile_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> 
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
-    return step.lower(state, batch, controls).compile()
+    return step.lower(state, batch, controls)
+
+
+def compile_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles `train_step` for batches of `rows` sequences; the state is donated.
+
+    Returns:
+        A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
+    """
+    return lower_step(config, rows, accumulate, mesh).compile()

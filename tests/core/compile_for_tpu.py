@@ -13,18 +13,18 @@ from jax.experimental import topologies
 from core.attention import choose
 from core.config import ModelConfig
 from core.model import Compute
-from core.sharding import make_mesh
+from core.sharding import make_mesh, parse_mesh
 from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
 
 CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
-heads = int(sys.argv[1])
+heads, shape = int(sys.argv[1]), parse_mesh(sys.argv[2], 8)
 
 topology = topologies.get_topology_desc(
     platform="tpu", topology_name="v5e:2x4", chips_per_host_bounds=(2, 4, 1)
 )
-mesh = make_mesh(list(np.ravel(topology.devices)))
-assert mesh.size == 8 and mesh.devices[0].platform == "tpu"
+mesh = make_mesh(shape, list(np.ravel(topology.devices)))
+assert mesh.size == 8 and mesh.devices.flat[0].platform == "tpu"
 model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
 attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_dim, context=model.context)
 assert attention.name == "splash", attention
@@ -41,11 +41,13 @@ assert alias, text[:500]
 n_leaves = len(jax.tree.leaves(abstract_state(config, mesh)))
 assert alias.group(1).count("alias") == n_leaves, alias.group(1)
 
-# A chip holds the scores of one chunk of rows, of its own 4 sequences of 512 or of all 32 never.
+# A chip holds the scores of one chunk of rows, of all its own sequences of 512 or of all 32 never; and of its
+# part of the vocabulary.
+part = VOCAB // shape.tensor
 arrays = [
     (name, tuple(map(int, dims.split(",")))) for name, dims in re.findall(r"\b(\w+)\[([0-9,]+)\]", text)
 ]
-scores = {dims for name, dims in arrays if name == "f32" and VOCAB in dims and 256 not in dims}
-sizes = {int(np.prod(dims)) // VOCAB for dims in scores}
+scores = {dims for name, dims in arrays if name == "f32" and part in dims and not {256, 64} & {*dims}}
+sizes = {int(np.prod(dims)) // part for dims in scores}
 assert max(sizes) == CHUNK, scores
-print(f"compiled for {mesh.size} x {mesh.devices[0].device_kind}")
+print(f"compiled for {mesh.size} x {mesh.devices.flat[0].device_kind}")

@@ -5,17 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.loss import IGNORE, cross_entropy
-from core.sharding import make_mesh
+from core.sharding import make_mesh, parse_mesh
 
 rng = np.random.default_rng(0)
 hidden = jnp.asarray(rng.standard_normal((16, 9, 24)), jnp.float32)
-table = jnp.asarray(rng.standard_normal((101, 24)), jnp.float32)
-targets = rng.integers(0, 101, (16, 9))
-targets[:5] = IGNORE  # two devices have nothing to count, one only half
-targets = jnp.asarray(targets)
 
 
-def run(mesh):
+def run(mesh, table, targets):
     def loss(hidden, table):
         sums = cross_entropy(hidden, table, targets, z_loss=0.01, chunk=4, mesh=mesh)
         return sums.total / 7, sums
@@ -25,9 +21,19 @@ def run(mesh):
     return *sums, *gradients, forward_only
 
 
-mesh = make_mesh()
-assert mesh.size == 8, mesh
-for one, eight in zip(run(None), run(mesh), strict=True):
-    # Up to the order of summation: a few roundings of 6e-8.
-    np.testing.assert_allclose(eight, one, rtol=2e-6, atol=2e-6)
-    assert len(eight.devices()) == 8
+assert jax.device_count() == 8
+# 101 rows cannot be divided over `tensor`, and are not.
+for vocabulary, texts in ((104, ("data=8", "data=2,fsdp=2,tensor=2")), (101, ("fsdp=4,tensor=2",))):
+    table = jnp.asarray(rng.standard_normal((vocabulary, 24)), jnp.float32)
+    targets = rng.integers(0, vocabulary, (16, 9))
+    targets[:5] = IGNORE  # some devices have nothing to count, one only half
+    targets = jnp.asarray(targets)
+    one = run(None, table, targets)
+    for text in texts:
+        mesh = make_mesh(parse_mesh(text, 8))
+        for a, b in zip(run(mesh, table, targets), one, strict=True):
+            # Up to the order of summation: a few roundings of 6e-8.
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+            assert len(a.devices()) == 8
+    # What is not in the vocabulary is no token's, also where each device sees a part of it.
+    assert np.isnan(run(mesh, table, targets.at[7, 2].set(vocabulary))[0])

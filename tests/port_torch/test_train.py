@@ -129,7 +129,7 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset):
     theirs = []
     for loaded, lr in zip(train_batches(dataset, seed=3, batch=BATCH, vocab_size=258), RATES, strict=False):
         controls = Controls(np.float32(lr), np.float32(0), np.int32(10), np.uint32(5))
-        state, metrics = step(state, place_batch(loaded, 1, mesh), controls)
+        state, metrics = step(state, place_batch(loaded, BATCH, 1, mesh), controls)
         theirs.append([float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)])
     made = np.array(update_losses(stepper, batches_of(dataset), RATES))
     np.testing.assert_allclose(made[:, :2], np.array(theirs)[:, :2], rtol=1e-5)  # the figure

@@ -71,7 +71,7 @@ def open_state(folder):
     manifest = load_manifest(step_dir)
     settings_of = settings.unflatten(manifest.config["run"])
     model = ModelConfig(**manifest.config["model"])
-    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(jax.devices()[:1]))
+    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(devices=jax.devices()[:1]))
     step = StepConfig(model, settings_of.optim, settings_of.guard, compute, 0.0, settings_of.loss_chunk)
     return restore(step_dir, abstract_state(step, compute.mesh)), manifest, settings_of, step
 
@@ -87,7 +87,7 @@ def train_here(state, manifest, run_config, step_config, data) -> list[tuple[int
     for step in range(manifest.step, run_config.steps):
         rate = learning_rate(run_config.optim, step, run_config.steps)
         controls = Controls(np.float32(rate), np.float32(run_config.guard.sigma), np.int32(10), np.uint32(0))
-        state, metrics = compiled(state, place_batch(next(batches), 1, mesh), controls)
+        state, metrics = compiled(state, place_batch(next(batches), run_config.batch, 1, mesh), controls)
         rows.append((step, float(metrics.loss), float(metrics.grad_norm)))
     batches.close()
     return rows

@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 
 def train(devices):
     """Losses, norms and parameters of a few steps."""
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices=devices)
     # See test_step.py for the large eps.
     config = StepConfig(
         MODEL, OptimizerConfig(optimizer=optimizer, eps=1e-3), GuardConfig(), Compute(mesh=mesh),

@@ -53,7 +53,7 @@ def compiled():
     def get(config: StepConfig = CONFIG, accumulate: int = 1):
         key = (config, accumulate)
         if key not in made:
-            made[key] = compile_step(config, ROWS, accumulate, make_mesh(jax.devices()[:1]))
+            made[key] = compile_step(config, ROWS, accumulate, make_mesh(devices=jax.devices()[:1]))
         return made[key]
 
     return get
@@ -331,7 +331,7 @@ def test_the_state_is_donated(compiled):
 
 
 def test_fresh_state_is_a_function_of_the_seed():
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     one, same, other = (copied(fresh_state(CONFIG, mesh, seed)) for seed in (0, 0, 1))
     assert_same(one, same)
     assert (one.params["embed"]["table"] != other.params["embed"]["table"]).any()

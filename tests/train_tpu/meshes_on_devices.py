@@ -1,0 +1,132 @@
+"""Run by test_meshes.py in a process of 8 devices: training on any mesh is training on one device."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from core.config import ModelConfig
+from core.model import Compute
+from core.sharding import MeshShape, batch_sharding, make_mesh, parse_mesh, replicated
+from tests.models import flat
+from tests.reference import logits64
+from train_tpu.optimizer import OptimizerConfig
+from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
+
+kind, optimizer, log = sys.argv[1:]
+ROWS, SEED = 16, 3
+LLAMA = ModelConfig(vocab_size=64, context=16, d_model=32, n_layers=2, n_heads=4, d_mlp=48)
+GPT = dataclasses.replace(LLAMA, positions="learned", mlp="gelu", biases=True, tied=False)
+MODEL = {"llama": LLAMA, "gpt": GPT, "odd": dataclasses.replace(GPT, vocab_size=61)}[kind]
+MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "data=2,tensor=4")
+BETA = 0.9
+
+
+def data(step: int, accumulate: int) -> Batch:
+    """A batch of random rows, of which some do not count."""
+    rng = np.random.default_rng(step)
+    shape = (accumulate, ROWS // accumulate)
+    tokens = rng.integers(0, MODEL.vocab_size, (*shape, MODEL.context + 1)).astype(np.uint16)
+    index = np.arange(step * ROWS, (step + 1) * ROWS, dtype=np.uint32).reshape(shape)
+    return Batch(tokens, rng.random(shape) < 0.1, index)
+
+
+def train(shape: MeshShape, model=MODEL, accumulate=1, remat="none", unroll=1):
+    """Losses and norms of two steps, the gradient of the first, and the parameters before and after."""
+    n = shape.data * shape.fsdp * shape.tensor
+    mesh = make_mesh(shape, jax.devices()[:n])
+    # See test_step.py for the large eps.
+    config = StepConfig(
+        model, OptimizerConfig(optimizer=optimizer, eps=1e-3, beta1=BETA, momentum=BETA, clip=0.0),
+        GuardConfig(), Compute(mesh=mesh, remat=remat, unroll=unroll), z_loss=1e-3, loss_chunk=20,
+    )  # fmt: skip
+    step = compile_step(config, ROWS, accumulate, mesh)
+    state = fresh_state(config, mesh, SEED)
+    controls = Controls(jnp.float32(0.01), jnp.float32(8), jnp.int32(3), jnp.uint32(7))
+    controls = jax.device_put(controls, replicated(mesh))
+    before, seen, gradients = flat(state.params), [], {}
+    for i in range(2):
+        state, metrics = step(state, jax.device_put(data(i, accumulate), batch_sharding(mesh)), controls)
+        assert metrics.applied
+        seen.append((float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)))
+        if i == 0:  # from zero, the first moment of both optimizers is (1 - beta) of the gradient
+            for path, moment in flat(state.opt_state).items():
+                for name in before:
+                    if path.endswith(f"mu/{name}"):
+                        gradients[name] = moment / (1 - BETA)
+    assert gradients.keys() == before.keys()
+    return np.array(seen), gradients, before, flat(state.params)
+
+
+def gradients64(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first step's gradient by the formulas, in float64."""
+    leaves = {
+        name: torch.tensor(leaf, dtype=torch.float64, requires_grad=True) for name, leaf in params.items()
+    }
+    batch = data(0, 1)
+    tokens = batch.tokens[0].astype(np.int64)
+    scores = logits64(MODEL, leaves, tokens[:, :-1])
+    lse = scores.logsumexp(-1)
+    nll = lse - scores.gather(-1, torch.tensor(tokens[:, 1:, None]))[..., 0]
+    counted = torch.tensor(~batch.ignored[0])
+    (nll + 1e-3 * lse**2)[counted].mean().backward()
+    return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+
+
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.linalg.norm(one[name] - other[name])) for name in one}
+
+
+assert jax.device_count() == 8
+# XLA says on stderr where it can only go on by giving every device everything; Python keeps the old one.
+sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+ONE = MeshShape()
+seen, gradients, before, after = train(ONE)
+noise = distance(gradients, gradients64(before))
+size = {name: float(np.linalg.norm(g)) for name, g in gradients.items()}
+# What float32 does to a gradient, measured on one device: about 1e-7 of it, and of a leaf whose gradient is 0
+# (the bias of k) the same part of its neighbours'. A mesh adds the same numbers in another order: its own
+# error is another draw of that size, so that the two differ by sqrt(2) of it; 4 leaves room for small leaves.
+assert all(noise[name] < 2e-6 * max(size[name], 0.1) for name in noise), noise
+# The two updates amplify it: AdamW divides it by eps = 1e-3; Muon raises what is small in a gradient to full
+# size, rounding included (its iteration multiplies small singular values by up to 3.4^5 = 470).
+amplified = {"adamw": 3e-6, "muon": 1e-4}[optimizer]
+
+
+def check(name, results, expected):
+    losses, gradient, start, end = results
+    losses1, gradient1, start1, end1 = expected
+    for leaf in start:
+        np.testing.assert_array_equal(start[leaf], start1[leaf], err_msg=f"{name}: {leaf} at the start")
+    apart = distance(gradient, gradient1)
+    worst = max(apart, key=lambda leaf: apart[leaf] / noise[leaf])
+    print(f"{name}: {apart[worst] / noise[worst]:.2f} of one device's own error at most, in {worst}")
+    assert apart[worst] <= 4 * noise[worst], (name, worst, apart[worst], noise[worst])
+    np.testing.assert_allclose(losses[0], losses1[0], rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(losses[1], losses1[1], rtol=amplified, err_msg=name)
+    for leaf in end:
+        np.testing.assert_allclose(end[leaf], end1[leaf], rtol=0, atol=amplified, err_msg=f"{name}: {leaf}")
+    moved = np.abs(end["embed/table"] - start["embed/table"]).max()
+    assert moved > 0.005, moved
+
+
+dropped = dataclasses.replace(MODEL, dropout=0.2)
+harder = train(ONE, dropped, accumulate=2)
+assert abs(harder[0][0, 0] - seen[0, 0]) > 1e-4  # the masks count
+for text in MESHES:
+    check(text, train(parse_mesh(text, 2 if text == "tensor=2" else 8)), (seen, gradients, before, after))
+# Masks, parts of the batch and what is computed again.
+for text, remat, unroll in (
+    ("fsdp=8", "dots", 2),
+    ("data=2,fsdp=2,tensor=2", "full", 1),
+    ("fsdp=4,tensor=2", "none", 2),
+):
+    check(f"{text} {remat}", train(parse_mesh(text, 8), dropped, 2, remat, unroll), harder)
+said = Path(log).read_text()
+assert "full rematerialization" not in said, said

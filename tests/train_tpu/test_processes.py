@@ -1,0 +1,134 @@
+"""One run by several processes: the same losses, one folder, and an end for all when one of them dies."""
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.checkpoint import find_step, list_steps, load_manifest, verify
+from core.errors import UserError
+from core.processes import SILENCE, join
+from tests.train_tpu.processes import TINY, losses, refusal, run, start
+from train_tpu.metrics import read_log
+
+pytestmark = pytest.mark.slow
+COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_two(cache: Path, *arguments: str | Path, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """Both processes of a run; `second` are further arguments of the second."""
+    several = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2")
+    more = ((), second)
+    return [start(cache, *arguments, *several, "--process-id", str(i), *more[i], devices=2) for i in range(2)]
+
+
+def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    done = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, done, strict=True)]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Returns when a run has logged an update."""
+    for _ in range(1200):
+        if (folder / "metrics.jsonl").exists() and any(s >= step for s, _, _ in losses(folder)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} has not come to step {step}")
+
+
+def test_two_processes_make_the_run_of_one(cache, text):
+    folder, alone = cache / "two", cache / "alone"
+    ended = finish(start_two(cache, *COMMON, "--data", text, "--out", folder, "--stop-at", "7"))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    (_, said, _), (_, other, _) = ended
+    assert "devices     4 x cpu (cpu), fsdp=2,tensor=2" in said
+    # The first speaks for both; Gloo, which carries what CPUs exchange, speaks for itself.
+    assert all(line.startswith("[Gloo]") for line in other.splitlines()), other
+    # Their checkpoint is one of one process, which goes on with it.
+    verify(find_step(folder))
+    assert load_manifest(find_step(folder)).data["cursor"] == 7 * 8
+    run(cache, *COMMON, "--data", text, "--out", folder, devices=4)
+    run(cache, *TINY, "--batch", "8", "--data", text, "--out", alone)
+    # As in test_run.py: sums in another order, amplified by 12 updates.
+    np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(alone)), rtol=2e-5)
+    ours, theirs = (read_log(where, "eval")[0] for where in (folder, alone))
+    assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-6)
+    # Samples of the same parameters from the same keys, on a device of the first process.
+    assert read_log(folder, "sample")[0]["texts"] == read_log(alone, "sample")[0]["texts"]
+
+
+def test_a_signal_to_one_stops_both_and_the_same_command_goes_on(cache, text):
+    folder, whole = cache / "signalled", cache / "unsignalled"
+    command = (*COMMON, "--data", text, "--steps", "60", "--eval-every", "60")
+    processes = start_two(cache, *command, "--out", folder)
+    wait_for_step(folder, 4)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [code for code, _, _ in ended] == [3, 3], ended
+    assert 0 < list_steps(folder / "checkpoints")[-1] < 60
+    assert [code for code, _, _ in finish(start_two(cache, *command, "--out", folder))] == [0, 0]
+    assert [code for code, _, _ in finish(start_two(cache, *command, "--out", whole))] == [0, 0]
+    assert losses(folder) == losses(whole)  # to the bit
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_dies_ends_the_other_and_the_last_checkpoint_is_kept(cache, text, victim):
+    folder = cache / f"died-{victim}"
+    processes = start_two(cache, *COMMON, "--data", text, "--steps", "100000", "--out", folder)
+    wait_for_step(folder, 8)
+    processes[victim].kill()
+    begun = time.monotonic()
+    _, _, err = finish([processes[1 - victim]], timeout=3 * SILENCE)[0]
+    assert time.monotonic() - begun < 2 * SILENCE
+    assert processes[1 - victim].returncode not in (0, None)
+    # Of its own exchange with the one that died, or from the service that the first runs for all.
+    assert "another process of this run has ended" in err or "coordination service" in err, err[-3000:]
+    processes[victim].wait()
+    verify(find_step(folder))
+
+
+def test_processes_that_were_given_different_things_are_refused(cache, text):
+    command = (*COMMON, "--data", text, "--out", cache / "different")
+    ended = finish(start_two(cache, *command, second=("--lr", "0.02")))
+    assert ended[0][0] == 2
+    assert "processes [1] have other settings or data than process 0" in ended[0][2]
+    assert not (cache / "different").exists()
+
+
+def test_a_mistake_of_the_first_ends_both(cache, text):
+    """It alone looks into the run folder."""
+    (cache / "taken").mkdir()
+    (cache / "taken" / "other").touch()
+    ended = finish(start_two(cache, *COMMON, "--data", text, "--out", cache / "taken"))
+    assert ended[0][0] == 2 and "holds other things and no run of ours" in ended[0][2]
+    assert ended[1][0] not in (0, None)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("auto", 2, None), "from the environment"),
+        (("localhost", 2, 0), "the form HOST:PORT"),
+        (("localhost:1", 2, None), "a --process-id from 0 to N - 1"),
+        (("localhost:1", 2, 2), "a --process-id from 0 to N - 1"),
+    ],
+)
+def test_what_does_not_belong_together(given, says):
+    with pytest.raises(UserError, match=says):
+        join(*given)
+
+
+def test_no_environment_says_who_the_others_are(cache, text):
+    assert "did not come together" in refusal(cache, *TINY, "--data", text, "--coordinator", "auto")
