@@ -1,0 +1,62 @@
+"""What the step is compiled to on the devices at hand: type, attention, unrolling, rematerialisation, chunks.
+
+A setting that is given counts; here is what holds for the others, and why.
+"""
+
+from jax.sharding import Mesh
+
+from core.attention import Choice, choose
+from core.config import ModelConfig
+from core.errors import UserError
+from core.model import Compute, compute_dtype
+from train_tpu.config import RunConfig
+from train_tpu.step import StepConfig
+
+LOSS_CHUNK = 8192
+TPU_LOSS_CHUNK = 256
+TPU_ON_CHIP = (
+    112 * 2**20
+)  # what arrays may take of a v5e's or v6e's 128 MiB of vector memory; the rest is XLA's
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """The batch must fall into equal parts: micro-batches, and rows of one for every device."""
+    if config.batch % (config.accumulate * mesh.size):
+        raise UserError(
+            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate "
+            f"{config.accumulate}: the nearest that is, is "
+            f"{max(1, round(config.batch / (mesh.size * config.accumulate))) * mesh.size * config.accumulate}"
+        )
+
+
+def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[StepConfig, Choice]:
+    """All that is compiled into the step on the devices of `mesh`, and why that attention."""
+    platform = mesh.devices.flat[0].platform
+    dtype = compute_dtype(config.dtype, platform)
+    attention = choose(
+        config.attention,
+        platform=platform,
+        dtype=dtype,
+        head_dim=model.head_dim,
+        context=model.context,
+        deterministic=config.deterministic,
+    )
+    tpu = platform == "tpu"
+    # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
+    unroll = config.unroll or (1 if tpu else model.n_layers)
+    # On a TPU what is computed again from the products is cheaper than what would be written and read.
+    remat = config.remat or ("dots" if tpu else "none")
+    compute = Compute(dtype, attention.name, unroll, remat, mesh)
+    chunk = config.loss_chunk or (tpu_loss_chunk(model) if tpu else LOSS_CHUNK)
+    return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk), attention
+
+
+def tpu_loss_chunk(model: ModelConfig) -> int:
+    """Rows whose logits a TPU holds at once.
+
+    Few, if their logits (float32), the head (bfloat16) and its gradient (float32) all fit into the chip's
+    vector memory: the loop over the chunks then leaves HBM alone. If not, every chunk reads and writes
+    the gradient of the head, and chunks should be large.
+    """
+    on_chip = model.vocab_size * (model.d_model * (2 + 4) + TPU_LOSS_CHUNK * 4)
+    return TPU_LOSS_CHUNK if on_chip <= TPU_ON_CHIP else LOSS_CHUNK
