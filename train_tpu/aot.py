@@ -1,7 +1,7 @@
-"""`python -m train_tpu.aot`: compile the training step for a TPU slice without having one, and say what it needs.
+"""`python -m train_tpu.aot`: compile the training step for a TPU slice, without one, and say what it needs.
 
-Whether it fits, what a token costs in FLOPs and bytes of memory, what the chips send each other, and how many
-tokens a second these allow at most. Those are bounds from a compiled program and a data sheet, not measurements.
+Whether it fits, what a token costs in FLOPs and bytes of memory, what the chips send each other, and how
+many tokens a second these allow at most: bounds from a compiled program and a data sheet, not measurements.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class AotConfig:
     json: bool = False
     """Print all figures as one JSON object."""
     table: bool = False
-    """Instead: every preset on v5e:2x4, v5e:4x4 and v6e:2x4, a process each, as a Markdown table. Minutes each."""
+    """Instead: every preset on v5e:2x4, v5e:4x4 and v6e:2x4, as a Markdown table; minutes each."""
     out: Path | None = None
     """With --table: the file to write; it grows row by row."""
 
@@ -317,10 +317,10 @@ def print_report(report: dict[str, Any]) -> None:
         )
     show("tokens a second of the whole slice, at most", rows)
     console.print(
-        "These are bounds, not measurements: the compiled program's matrix FLOPs, HBM bytes and bytes sent over "
-        "the data sheet's peaks, each as if the others cost nothing. Loops count as often as they run. The "
-        "attention kernels are opaque to the compiler; their FLOPs and rereading are counted from their tiles. "
-        "The compiler's estimate is of what it schedules, the kernels and collectives left out."
+        "These are bounds, not measurements: the compiled program's matrix FLOPs, HBM bytes and bytes sent "
+        "over the data sheet's peaks, each as if the others cost nothing. Loops count as often as they run. "
+        "The attention kernels are opaque to the compiler; their FLOPs and rereading are counted from their "
+        "tiles. The compiler's estimate is of what it schedules, kernels and collectives left out."
     )
 
 
@@ -334,8 +334,9 @@ _MEMORY_WORDS = {
 
 # --- the table of all presets ---
 
-_COLUMNS = ("preset", "slice", "batch", "fits", "HBM a chip, GiB", "MFLOPs a token (model's)", "KB a token",
-            "MB sent a chip", "bound by arithmetic, tokens/s", "by memory", "by links", "compile, s")  # fmt: skip
+_COLUMNS = ("preset", "slice", "batch", "fits", "HBM a chip, GiB", "MFLOPs a token (model's)",
+            "KB of HBM a token", "MB sent a chip", "tokens/s at most by arithmetic", "by memory", "by links",
+            "compile, s")  # fmt: skip
 
 
 def make_table(config: AotConfig) -> int:
@@ -346,9 +347,9 @@ def make_table(config: AotConfig) -> int:
         print("\n".join(lines), file=file, flush=True)
         for topology in TABLE_TOPOLOGIES:
             for name in PRESETS:
-                command = [sys.executable, "-m", "train_tpu.aot", "--json", "--preset", name, "--topology", topology,
-                           "--batch", str(config.batch)]  # fmt: skip
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                command = [sys.executable, "-m", "train_tpu.aot", "--json", "--preset", name,
+                           "--topology", topology, "--batch", str(config.batch)]  # fmt: skip
+                done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode not in (0, EXIT_DOES_NOT_FIT):
                     raise UserError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
                 print(_table_row(json.loads(done.stdout)), file=file, flush=True)
