@@ -128,8 +128,10 @@ class Collective(NamedTuple):
     group_size: int
     times: int
     """How often a step runs it."""
-    bytes: int
+    elements: int
     """Of its results on a chip, each time."""
+    bytes: int
+    """That these take."""
     dtypes: tuple[str, ...]
     op_name: str
 
@@ -337,6 +339,7 @@ class Module:
                     groups=groups,
                     group_size=size,
                     times=times,
+                    elements=sum(a.size for a in outputs),
                     bytes=sum(a.size * bits(a.dtype) // 8 for a in outputs),
                     dtypes=tuple(sorted({a.dtype for a in outputs})),
                     op_name=instruction.op_name,
