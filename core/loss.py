@@ -90,6 +90,7 @@ def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
     return shard(hidden, table, targets)
 
 
+@jax.named_scope("loss")
 def _chunked(hidden, table, targets, *, with_gradients, z_loss, chunk):
     """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows."""
     shape = hidden.shape

@@ -221,7 +221,7 @@ def part_of(op_name: str) -> str:
     """The part of the step that an instruction comes from, told from JAX's name for it."""
     if "splash" in op_name and "pallas_call" in op_name:
         return "attention kernels"
-    if "shard_map/while" in op_name or "head_loss" in op_name:
+    if re.search(r"\bloss\b", op_name):  # a scope that core.loss opens
         return "head and loss"
     if "rematted_computation" in op_name:
         return "layers, computed again"

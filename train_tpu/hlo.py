@@ -442,7 +442,7 @@ def _parse_instruction(text: str) -> Instruction:
     start = _INSTRUCTION.match(text)
     at = start.end()
     end = _closing(text, at) if text[at] == "(" else text.index(" ", at)
-    outputs = tuple(_parse_array(m) for m in _ARRAY.finditer(text[at:end]))
+    outputs = tuple(parse_array(m.group()) for m in _ARRAY.finditer(text[at:end]))
     opening = text.index("(", end)
     closing = _closing(text, opening)
     literal = text[opening + 1 : closing - 1]
@@ -463,8 +463,9 @@ def _closing(text: str, at: int) -> int:
     raise AssertionError(f"no closing parenthesis in {text[:200]}")
 
 
-def _parse_array(found: re.Match) -> Array:
-    dtype, dims, order, layout = found.groups()
+def parse_array(text: str) -> Array:
+    """`bf16[32,64]{1,0:T(8,128)(2,1)S(1)}`: type, shape, axes from the innermost, tiles, memory space."""
+    dtype, dims, order, layout = _ARRAY.fullmatch(text).groups()
     shape = tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d)
     layout = layout or ""
     physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else list(shape)
