@@ -24,7 +24,7 @@ from rich.table import Table
 from core.config import PRESETS, preset
 from core.errors import UserError, run_command
 from core.sharding import make_mesh
-from train_tpu.backend import check_batch, choose_step
+from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import ModelOverrides, RunConfig, model_config
 from train_tpu.hlo import Collective, Module
 from train_tpu.memory_advice import advice
@@ -51,8 +51,9 @@ class AotConfig:
     """The slice: GENERATION:XxY, of v5e or v6e."""
     batch: int = 256
     """Sequences an update, over all chips."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other."""
+    accumulate: int | None = None
+    """Parts that a batch is computed in, one after the other. Default: as many as leave a chip 8,192
+    tokens."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
     z_loss: float = 0.0
@@ -104,7 +105,7 @@ def compile_and_read(config: AotConfig) -> dict[str, Any]:
     model = model_config(run, preset(config.preset).vocab_size)
     where = open_slice(config.topology)
     mesh = make_mesh(where.devices)
-    check_batch(run, mesh)
+    accumulate = split_batch(run, model, mesh)
     step, attention = choose_step(run, model, mesh)
     report: dict[str, Any] = {
         "preset": config.preset,
@@ -113,7 +114,7 @@ def compile_and_read(config: AotConfig) -> dict[str, Any]:
         "topology": config.topology,
         "chips": mesh.size,
         "batch": config.batch,
-        "accumulate": config.accumulate,
+        "accumulate": accumulate,
         "tokens_per_step": config.batch * model.context,
         "settings": {
             "optimizer": config.optim.optimizer,
@@ -127,7 +128,7 @@ def compile_and_read(config: AotConfig) -> dict[str, Any]:
     started = time.monotonic()
     rows = config.batch // mesh.size
     try:
-        compiled = compile_step(step, config.batch, config.accumulate, mesh)
+        compiled = compile_step(step, config.batch, accumulate, mesh)
     except jax.errors.JaxRuntimeError as error:
         needed = _memory_needed(str(error))
         if needed is None:
@@ -136,7 +137,7 @@ def compile_and_read(config: AotConfig) -> dict[str, Any]:
         return report | {
             "fits": False,
             "memory": {"total": needed, "limit": where.chip.hbm},
-            "advice": advice(step, rows, config.accumulate, missing),
+            "advice": advice(step, rows, accumulate, missing),
             "compile_seconds": time.monotonic() - started,
         }
     report["compile_seconds"] = time.monotonic() - started
@@ -144,7 +145,7 @@ def compile_and_read(config: AotConfig) -> dict[str, Any]:
     report["fits"] = memory["total"] <= where.chip.hbm
     report["advice"] = ""
     if not report["fits"]:
-        report["advice"] = advice(step, rows, config.accumulate, memory["total"] - where.chip.hbm)
+        report["advice"] = advice(step, rows, accumulate, memory["total"] - where.chip.hbm)
     return report | read_module(Module(compiled.as_text()), step, config.batch, mesh, where.chip)
 
 

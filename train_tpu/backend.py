@@ -1,6 +1,7 @@
-"""What the step is compiled to on the devices at hand: type, attention, unrolling, rematerialisation, chunks.
+"""What the step is compiled to on the devices at hand: parts of a batch, type, attention, unrolling, chunks.
 
-A setting that is given counts; here is what holds for the others, and why.
+A setting that is given counts; here is what holds for the others, and why. What holds on a TPU was chosen by
+what its compiler makes of it (train_tpu.aot, docs/LOG.md), and has not been run on one.
 """
 
 from jax.sharding import Mesh
@@ -14,19 +15,35 @@ from train_tpu.step import StepConfig
 
 LOSS_CHUNK = 8192
 TPU_LOSS_CHUNK = 256
+TPU_TOKENS = 8192
 TPU_ON_CHIP = (
     112 * 2**20
 )  # what arrays may take of a v5e's or v6e's 128 MiB of vector memory; the rest is XLA's
 
 
-def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """The batch must fall into equal parts: micro-batches, and rows of one for every device."""
-    if config.batch % (config.accumulate * mesh.size):
+def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
+    """Into how many micro-batches a batch is split: --accumulate, or what suits the devices.
+
+    On a TPU, parts of at most `TPU_TOKENS` tokens a chip: the activations of a layer then stay in its vector
+    memory.
+
+    Raises:
+        UserError: the batch does not fall into equal parts: micro-batches, and rows of one for every device.
+    """
+    rows, rest = divmod(config.batch, mesh.size)
+    parts = config.accumulate
+    if parts is None:
+        parts = 1
+        if not rest and mesh.devices.flat[0].platform == "tpu":
+            divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+            parts = next((n for n in divisors if rows // n * model.context <= TPU_TOKENS), rows)
+    if config.batch % (parts * mesh.size):
+        nearest = max(1, round(config.batch / (mesh.size * parts))) * mesh.size * parts
         raise UserError(
-            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate "
-            f"{config.accumulate}: the nearest that is, is "
-            f"{max(1, round(config.batch / (mesh.size * config.accumulate))) * mesh.size * config.accumulate}"
+            f"--batch {config.batch} is not divisible by {mesh.size} devices x --accumulate {parts}: the "
+            f"nearest that is, is {nearest}"
         )
+    return parts
 
 
 def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[StepConfig, Choice]:

@@ -54,8 +54,9 @@ class RunConfig:
     """Passes over the training data, instead of --steps."""
     batch: int = 32
     """Sequences an update, over all devices."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other: less memory, the same result."""
+    accumulate: int | None = None
+    """Parts that a batch is computed in, one after the other: less memory, the same result. Default: 1; on a
+    TPU as many as leave a chip 8,192 tokens at a time."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()

@@ -35,7 +35,7 @@ from core.sharding import make_mesh, replicated, require_deterministic_operation
 from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
-from train_tpu.backend import check_batch, choose_step
+from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
@@ -78,7 +78,7 @@ def main() -> int:
 
     # 3. Devices, and what will compute on them.
     mesh = make_mesh()
-    check_batch(config, mesh)
+    config = dataclasses.replace(config, accumulate=split_batch(config, model, mesh))
     step_config, attention = choose_step(config, model, mesh)
     compute = step_config.compute
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+import types
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from core.sharding import make_mesh
 from train_tpu import aot
-from train_tpu.backend import choose_step, tpu_loss_chunk
+from train_tpu.backend import choose_step, split_batch, tpu_loss_chunk
 from train_tpu.config import RunConfig
 from train_tpu.hlo import Module, parse_array
 from train_tpu.step import abstract_state, compile_step
@@ -176,6 +177,22 @@ def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):
         open_slice("v5e:2x4")
 
 
+@pytest.mark.parametrize(
+    ("platform", "batch", "given", "parts"),
+    [
+        ("tpu", 256, None, 4),
+        ("tpu", 64, None, 1),
+        ("tpu", 8 * 13, None, 13),
+        ("tpu", 256, 1, 1),
+        ("cpu", 256, None, 1),
+    ],
+)
+def test_parts_of_a_batch(platform, batch, given, parts):
+    devices = types.SimpleNamespace(flat=[types.SimpleNamespace(platform=platform)])
+    mesh = types.SimpleNamespace(size=8, devices=devices)
+    assert split_batch(RunConfig(batch=batch, accumulate=given), preset("mtlm2-40m"), mesh) == parts
+
+
 def test_small_chunks_only_where_the_head_fits_on_the_chip():
     assert tpu_loss_chunk(preset("mtlm2-40m")) == 256
     assert tpu_loss_chunk(preset("mtlm1-200m")) == 8192
@@ -263,10 +280,10 @@ def test_facts_of_the_compiled_step(name, accumulate):
 def test_a_loop_costs_what_its_layers_cost():
     """A module without loops is what XLA's own analysis can count; the one with loops must cost the same."""
     whole = ROWS // CHIPS * SMALL["context"]
-    run, model = small("mtlm2-40m", unroll=3, loss_chunk=whole)
+    run, model = small("mtlm2-40m", accumulate=1, unroll=3, loss_chunk=whole)
     _, compiled, unrolled = compiled_module(run, model)
     assert max(e.times for e in unrolled.executed()) == 1
-    _, _, looped = compiled_module(*small("mtlm2-40m"))
+    _, _, looped = compiled_module(*small("mtlm2-40m", accumulate=1))
     assert max(e.times for e in looped.executed()) >= 3
 
     def flops(module):
