@@ -20,6 +20,7 @@ Implementation = Literal["xla", "cudnn", "splash"]
 
 SPLASH_BLOCK = 512  # queries and keys a tile; 128 is slower than plain XLA on a TPU, 512 to 1024 faster
 SPLASH_LANES = 128  # the smallest tile the kernel takes
+RESIDUALS = "attention"  # the name of splash's output and normaliser, for a rematerialisation that keeps them
 
 
 class Choice(NamedTuple):
@@ -153,4 +154,6 @@ def _splash_kernel(n_heads: int, length: int):
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * n_heads)
     with jax.ensure_compile_time_eval():  # the mask's tables are constants, also when built inside a trace
-        return kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+        return kernel.make_splash_mha(
+            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=RESIDUALS
+        )

@@ -97,6 +97,7 @@ def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
     return shard(hidden, table, targets)
 
 
+@jax.named_scope("loss")
 def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabulary=None):
     """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows.
 

@@ -50,7 +50,8 @@ def abstract_leaves(model: ModelConfig, run: RunConfig | None) -> dict[str, jax.
     """The leaves by path of a run's training state, or without a run of parameters alone."""
     if run is None:
         return flatten({"params": abstract_params(model)})[0]
-    step_config = StepConfig(model, run.optim, run.guard, Compute(), run.z_loss, run.loss_chunk)
+    # How a step is run changes no shape of its state.
+    step_config = StepConfig(model, run.optim, run.guard, Compute(), run.z_loss, loss_chunk=1)
     return flatten(abstract_state(step_config, make_mesh(devices=jax.devices()[:1])))[0]
 
 

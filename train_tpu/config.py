@@ -54,8 +54,9 @@ class RunConfig:
     """Passes over the training data, instead of --steps."""
     batch: int = 32
     """Sequences an update, over all devices."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other: less memory, the same result."""
+    accumulate: int | None = None
+    """Parts that a batch is computed in, one after the other: less memory, the same result. Default: 1; on a
+    TPU as many as leave a chip 8,192 tokens at a time."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
@@ -77,10 +78,12 @@ class RunConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     unroll: int | None = None
     """Layers a step of the layer loop holds. Default: all on a CPU or GPU, 1 on a TPU."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again to save memory."""
-    loss_chunk: int = 8192
-    """Tokens whose logits are held at once on a device."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """What the backward pass computes again to save memory: nothing, all but matrix products and a TPU's
+    attention, or whole layers. Default: none on a CPU or GPU, dots on a TPU."""
+    loss_chunk: int | None = None
+    """Tokens whose logits are held at once on a device. Default: 8192; on a TPU 256 where the head is small
+    enough to stay on the chip with them."""
     deterministic: bool = False
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 

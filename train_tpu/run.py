@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from core import processes
-from core.attention import Choice, choose
 from core.checkpoint import (
     Checkpointer,
     find_step,
@@ -32,11 +31,12 @@ from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
-from core.model import Compute, Params, compute_dtype
+from core.model import Compute, Params
 from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
 from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
+from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
@@ -80,10 +80,11 @@ def main() -> int:
 
     # 3. Devices, and what will compute on them.
     shape = parse_mesh(config.mesh, jax.device_count())
-    check_mesh(model, shape, config.batch, config.accumulate)
     mesh = make_mesh(shape)
-    compute, attention = choose_compute(config, model, mesh)
-    step_config = StepConfig(model, config.optim, config.guard, compute, config.z_loss, config.loss_chunk)
+    config = dataclasses.replace(config, accumulate=split_batch(config, model, mesh))
+    check_mesh(model, shape, config.batch, config.accumulate)
+    step_config, attention = choose_step(config, model, mesh)
+    compute = step_config.compute
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
     if config.show_sharding:
         console.print(describe_layout(abstract_state(step_config, mesh), mesh))
@@ -161,7 +162,7 @@ def main() -> int:
                 cursor=manifest.sequences,
                 compiled_step=step,
                 batches=batches,
-                evaluator=Evaluator(model, compute, dataset, rows, config.loss_chunk, mesh),
+                evaluator=Evaluator(model, compute, dataset, rows, step_config.loss_chunk, mesh),
                 tasks=tasks,
                 generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
                 tokenizer=tokenizer,
@@ -233,23 +234,6 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
             f"{config.batch}: give more text, a smaller --batch or a smaller --context"
         )
     return steps
-
-
-def choose_compute(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Compute, Choice]:
-    """Type, attention and loop unrolling for the devices at hand."""
-    platform = mesh.devices.flat[0].platform
-    dtype = compute_dtype(config.dtype, platform)
-    attention = choose(
-        config.attention,
-        platform=platform,
-        dtype=dtype,
-        head_dim=model.head_dim,
-        context=model.context,
-        deterministic=config.deterministic,
-    )
-    # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
-    unroll = config.unroll or (1 if platform == "tpu" else model.n_layers)
-    return Compute(dtype, attention.name, unroll, config.remat, mesh), attention
 
 
 def open_tasks(config: RunConfig, model: ModelConfig, compute: Compute, tokenizer: Tokenizer) -> Any:

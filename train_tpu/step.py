@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from core.config import ModelConfig
@@ -23,7 +24,15 @@ from core.errors import UserError
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
-from core.sharding import batch_sharding, lay_parameters, replicated, state_shardings
+from core.sharding import (
+    BATCH_AXES,
+    batch_sharding,
+    is_parallel,
+    lay_parameters,
+    replicated,
+    splits_weights,
+    state_shardings,
+)
 from train_tpu.optimizer import OptimizerConfig, make_optimizer, path_names
 
 
@@ -147,39 +156,22 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update, or none if the guard objects. Pure; `compile_step` makes it run."""
     counted = jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
-
-    def micro_loss(params: Params, micro: Batch) -> tuple[Array, Array]:
-        inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)
-        targets = jnp.where(micro.ignored[:, None], IGNORE, targets)
-        keys = None
-        if config.model.dropout > 0:
-            draw = functools.partial(make_key, controls.seed, Purpose.DROPOUT)
-            keys = jax.vmap(draw)(micro.index)
-        hidden = forward(config.model, params, inputs, config.compute, keys)
-        sums = cross_entropy(
-            hidden,
-            head_table(config.model, params),
-            targets,
-            z_loss=config.z_loss,
-            chunk=config.loss_chunk,
-            mesh=config.compute.mesh,
-        )
-        # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
-        return sums.total / counted, sums.nll / counted
-
-    def micro_gradients(micro: Batch) -> tuple[Array, Array, Params]:
-        (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(state.params, micro)
-        return loss, nll, lay_parameters(gradients, config.compute.mesh)
-
-    def add_micro(carry, micro):
-        return jax.tree.map(jnp.add, carry, micro_gradients(micro)), None
-
-    if batch.tokens.shape[0] == 1:
-        loss, nll, gradients = micro_gradients(jax.tree.map(lambda x: x[0], batch))
+    mesh = config.compute.mesh
+    if is_parallel(mesh) and not splits_weights(mesh):
+        # Each device sums the gradients of its own rows, and the devices' sums are added once, in float32.
+        # Left to XLA they are added after every micro-batch, those of the layers in bfloat16, and those of a
+        # tied table twice.
+        own = dataclasses.replace(config, compute=dataclasses.replace(config.compute, mesh=None))
+        rows = P(None, BATCH_AXES)
+        loss, nll, gradients = jax.shard_map(
+            lambda *inputs: jax.lax.psum(_gradients(own, *inputs), BATCH_AXES),
+            mesh=mesh,
+            in_specs=(P(), rows, P(), P()),
+            out_specs=P(),
+            check_vma=False,
+        )(state.params, batch, counted, controls.seed)
     else:
-        zero = jnp.zeros((), jnp.float32)
-        start = (zero, zero, jax.tree.map(jnp.zeros_like, state.params))
-        (loss, nll, gradients), _ = jax.lax.scan(add_micro, start, batch)
+        loss, nll, gradients = _gradients(config, state.params, batch, counted, controls.seed)
 
     leaf_norms, norm = _norms(gradients)
     ok = _acceptable(state.guard, loss, norm, controls)
@@ -194,6 +186,43 @@ def train_step(
     guard = _remember(state.guard, loss, norm, ok)
     metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms)
     return TrainState(*kept, guard), metrics
+
+
+def _gradients(
+    config: StepConfig, params: Params, batch: Batch, counted: Array, seed: Array
+) -> tuple[Array, Array, Params]:
+    """Loss and cross-entropy a counted token, and the gradients, summed over the micro-batches in turn."""
+
+    def micro_loss(params: Params, micro: Batch) -> tuple[Array, Array]:
+        inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)
+        targets = jnp.where(micro.ignored[:, None], IGNORE, targets)
+        keys = None
+        if config.model.dropout > 0:
+            keys = jax.vmap(functools.partial(make_key, seed, Purpose.DROPOUT))(micro.index)
+        hidden = forward(config.model, params, inputs, config.compute, keys)
+        sums = cross_entropy(
+            hidden,
+            head_table(config.model, params),
+            targets,
+            z_loss=config.z_loss,
+            chunk=config.loss_chunk,
+            mesh=config.compute.mesh,
+        )
+        # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
+        return sums.total / counted, sums.nll / counted
+
+    def micro_gradients(micro: Batch) -> tuple[Array, Array, Params]:
+        (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
+        return loss, nll, lay_parameters(gradients, config.compute.mesh)
+
+    def add_micro(carry, micro):
+        return jax.tree.map(jnp.add, carry, micro_gradients(micro)), None
+
+    if batch.tokens.shape[0] == 1:
+        return micro_gradients(jax.tree.map(lambda x: x[0], batch))
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add_micro, start, batch)[0]
 
 
 def _norms(gradients: Params) -> tuple[dict[str, Array], Array]:

@@ -13,7 +13,6 @@ import stacking.rewrite
 from core.checkpoint import find_step, flatten, load_manifest, restore, save_params
 from core.config import ModelConfig
 from core.errors import UserError
-from core.model import Compute
 from core.sharding import make_mesh
 from core.steps import step_path
 from stacking import grow as command
@@ -21,11 +20,12 @@ from stacking.plan import make_plan
 from stacking.transform import grow
 from tests.train_tpu.processes import TINY, losses, refusal, run
 from train_tpu import config as settings
+from train_tpu.backend import choose_step
 from train_tpu.data import open_dataset, train_batches
 from train_tpu.loop import place_batch
 from train_tpu.metrics import read_log
 from train_tpu.optimizer import learning_rate
-from train_tpu.step import Controls, StepConfig, abstract_state, compile_step
+from train_tpu.step import Controls, abstract_state, compile_step
 
 GROWN_AT = 6
 
@@ -71,9 +71,8 @@ def open_state(folder):
     manifest = load_manifest(step_dir)
     settings_of = settings.unflatten(manifest.config["run"])
     model = ModelConfig(**manifest.config["model"])
-    compute = Compute("float32", "xla", model.n_layers, "none", make_mesh(devices=jax.devices()[:1]))
-    step = StepConfig(model, settings_of.optim, settings_of.guard, compute, 0.0, settings_of.loss_chunk)
-    return restore(step_dir, abstract_state(step, compute.mesh)), manifest, settings_of, step
+    step, _ = choose_step(settings_of, model, make_mesh(devices=jax.devices()[:1]))
+    return restore(step_dir, abstract_state(step, step.compute.mesh)), manifest, settings_of, step
 
 
 def train_here(state, manifest, run_config, step_config, data) -> list[tuple[int, float, float]]:

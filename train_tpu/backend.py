@@ -1,0 +1,66 @@
+"""What the step is compiled to on the devices at hand: parts of a batch, type, attention, unrolling, chunks.
+
+A setting that is given counts; here is what holds for the others, and why. What holds on a TPU was chosen by
+what its compiler makes of it (train_tpu.aot, docs/LOG.md), and has not been run on one.
+"""
+
+from jax.sharding import Mesh
+
+from core.attention import Choice, choose
+from core.config import ModelConfig
+from core.model import Compute, compute_dtype
+from train_tpu.config import RunConfig
+from train_tpu.step import StepConfig
+
+LOSS_CHUNK = 8192
+TPU_LOSS_CHUNK = 256
+TPU_TOKENS = 8192
+TPU_ON_CHIP = 112 * 2**20  # what arrays may take of a v5e's 128 MiB of vector memory; the rest is XLA's
+
+
+def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
+    """Into how many micro-batches a batch is split: --accumulate, or what suits the devices.
+
+    On a TPU, parts of at most `TPU_TOKENS` tokens a chip: the activations of a layer then stay in its vector
+    memory. Whether the batch falls into equal parts is `core.sharding.check_mesh`'s affair.
+    """
+    rows, rest = divmod(config.batch, mesh.shape["data"] * mesh.shape["fsdp"])
+    if config.accumulate is not None:
+        return config.accumulate
+    if rest or mesh.devices.flat[0].platform != "tpu":
+        return 1
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    return next((n for n in divisors if rows // n * model.context <= TPU_TOKENS), rows)
+
+
+def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[StepConfig, Choice]:
+    """All that is compiled into the step on the devices of `mesh`, and why that attention."""
+    platform = mesh.devices.flat[0].platform
+    dtype = compute_dtype(config.dtype, platform)
+    attention = choose(
+        config.attention,
+        platform=platform,
+        dtype=dtype,
+        head_dim=model.head_dim,
+        context=model.context,
+        deterministic=config.deterministic,
+    )
+    tpu = platform == "tpu"
+    # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
+    unroll = config.unroll or (1 if tpu else model.n_layers)
+    # On a TPU what is computed again from the products is cheaper than what would be written and read.
+    remat = config.remat or ("dots" if tpu else "none")
+    compute = Compute(dtype, attention.name, unroll, remat, mesh)
+    chunk = config.loss_chunk or (tpu_loss_chunk(model) if tpu else LOSS_CHUNK)
+    return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk), attention
+
+
+def tpu_loss_chunk(model: ModelConfig) -> int:
+    """Rows whose logits a TPU holds at once.
+
+    Few, if their logits (float32), the head (bfloat16) and its gradient (float32) all fit into the chip's
+    vector memory: the loop over the chunks then leaves HBM alone. If not, every chunk reads and writes
+    the gradient of the head, and chunks should be large.
+    """
+    on_chip = model.vocab_size * (model.d_model * (2 + 4) + TPU_LOSS_CHUNK * 4)
+    return TPU_LOSS_CHUNK if on_chip <= TPU_ON_CHIP else LOSS_CHUNK

@@ -1,0 +1,66 @@
+"""Which setting would make a step fit, without compiling it again.
+
+What the backward pass keeps is known before compilation: tracing gives the shapes. It is compared with
+what the settings at hand would keep, so that what the compiler makes of either need not be known.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from core.model import abstract_params, forward
+from train_tpu.step import StepConfig
+
+
+def kept_bytes(config: StepConfig, rows: int) -> int:
+    """Bytes that the backward pass of `rows` sequences on one device keeps from the forward pass."""
+    compute = dataclasses.replace(config.compute, mesh=None)
+    params = abstract_params(config.model)
+    tokens = jax.ShapeDtypeStruct((rows, config.model.context), jnp.int32)
+
+    def backward(params, tokens):
+        return jax.vjp(lambda params: forward(config.model, params, tokens, compute), params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(backward, params, tokens))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def candidates(config: StepConfig, accumulate: int, rows: int) -> Iterator[tuple[str, StepConfig, int]]:
+    """Settings that need less memory, those that cost least first: flags, config, accumulate."""
+    order = ("none", "dots", "full")
+    for remat in order[order.index(config.compute.remat) :]:
+        step = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+        flag = "" if remat == config.compute.remat else f"--remat {remat} "
+        for parts in _parts(accumulate, rows):
+            if flag or parts != accumulate:
+                yield (flag + (f"--accumulate {parts}" if parts != accumulate else "")).strip(), step, parts
+
+
+def _parts(accumulate: int, rows: int) -> list[int]:
+    """Numbers of micro-batches that leave whole rows a device; `rows` are those of a step on one."""
+    return [n for n in range(accumulate, rows + 1) if rows % n == 0 and n % accumulate == 0]
+
+
+def advice(config: StepConfig, rows: int, accumulate: int, missing: float) -> str:
+    """What to change so that `missing` bytes less a device are needed, by estimate.
+
+    rows: sequences of a step on one device.
+    """
+    now = kept_bytes(config, rows // accumulate)
+    # Accumulation needs room for the sum of the gradients.
+    gradients = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config.model)))
+    fitting = []
+    for flags, step, parts in candidates(config, accumulate, rows):
+        extra = gradients if parts > 1 and accumulate == 1 else 0
+        saved = now - kept_bytes(step, rows // parts) - extra
+        if saved >= missing:
+            fitting.append((parts, saved, flags))
+    if not fitting:
+        return (
+            "by estimate neither --remat full nor --accumulate would do: take a smaller --batch or more chips"
+        )
+    _, saved, flags = min(fitting, key=lambda entry: entry[0])
+    return f"{flags} would save about {saved / 2**30:.1f} GiB (an estimate from the shapes, not compiled)"
