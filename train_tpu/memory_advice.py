@@ -4,6 +4,7 @@ What the backward pass keeps is known before compilation: tracing gives the shap
 what the settings at hand would keep, so that what the compiler makes of either need not be known.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from core.errors import UserError
 from core.model import abstract_params, forward
 from train_tpu.step import StepConfig
 
@@ -64,3 +66,22 @@ def advice(config: StepConfig, rows: int, accumulate: int, missing: float) -> st
         )
     _, saved, flags = min(fitting, key=lambda entry: entry[0])
     return f"{flags} would save about {saved / 2**30:.1f} GiB (an estimate from the shapes, not compiled)"
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(batch: int, accumulate: int) -> Iterator[None]:
+    """Says what to do where a device has not the memory for the step; JAX may find out when it runs.
+
+    Raises:
+        UserError: a device is out of memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory with a batch of {batch} in {accumulate} part{'s' if accumulate > 1 else ''}: "
+            f"--accumulate {2 * accumulate} --allow-change accumulate halves what is computed at once, and "
+            "--remat full keeps less of it"
+        ) from error

@@ -42,6 +42,7 @@ from train_tpu.data import Dataset, open_dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Loop, choose_cadence, own_rows
+from train_tpu.memory_advice import out_of_memory_explained
 from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
 from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
@@ -137,7 +138,8 @@ def main() -> int:
 
         # 6. Compilation, once.
         started = time.monotonic()
-        step = compile_step(step_config, config.batch, config.accumulate, mesh)
+        with out_of_memory_explained(config.batch, config.accumulate):
+            step = compile_step(step_config, config.batch, config.accumulate, mesh)
         console.print(
             f"compiled the step in {time.monotonic() - started:.1f} s; it needs {memory(step)} a device"
         )
@@ -153,28 +155,29 @@ def main() -> int:
         log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
         progress = Progress(console, end, manifest.step, config.log_every)
         try:
-            code = Loop(
-                config=config,
-                state=state,
-                step=manifest.step,
-                steps=steps,
-                end=end,
-                cursor=manifest.sequences,
-                compiled_step=step,
-                batches=batches,
-                evaluator=Evaluator(model, compute, dataset, rows, step_config.loss_chunk, mesh),
-                tasks=tasks,
-                generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
-                tokenizer=tokenizer,
-                checkpointer=checkpointer,
-                manifest=manifest,
-                log=log,
-                progress=progress,
-                interrupt=interrupt,
-                mesh=mesh,
-                cadence=choose_cadence(config, steps),
-                flops_per_token=model.flops_per_token(),
-            ).run()
+            with out_of_memory_explained(config.batch, config.accumulate):
+                code = Loop(
+                    config=config,
+                    state=state,
+                    step=manifest.step,
+                    steps=steps,
+                    end=end,
+                    cursor=manifest.sequences,
+                    compiled_step=step,
+                    batches=batches,
+                    evaluator=Evaluator(model, compute, dataset, rows, step_config.loss_chunk, mesh),
+                    tasks=tasks,
+                    generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
+                    tokenizer=tokenizer,
+                    checkpointer=checkpointer,
+                    manifest=manifest,
+                    log=log,
+                    progress=progress,
+                    interrupt=interrupt,
+                    mesh=mesh,
+                    cadence=choose_cadence(config, steps),
+                    flops_per_token=model.flops_per_token(),
+                ).run()
         finally:
             progress.close()
             log.close()

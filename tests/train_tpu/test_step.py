@@ -17,6 +17,7 @@ from core.sharding import make_mesh
 from tests.compilations import listen
 from tests.models import flat, random_params
 from tests.several_devices import run_on_devices
+from train_tpu.memory_advice import out_of_memory_explained
 from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state, init_state
 
@@ -336,3 +337,11 @@ def test_fresh_state_is_a_function_of_the_seed():
     assert_same(one, same)
     assert (one.params["embed"]["table"] != other.params["embed"]["table"]).any()
     assert all((leaf == 0).all() for leaf in jax.tree.leaves((one.opt_state, one.guard)))
+
+
+def test_out_of_memory_is_told_with_a_way_out():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB")
+    with pytest.raises(UserError, match="--accumulate 4 --allow-change"), out_of_memory_explained(32, 2):
+        raise full
+    with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_explained(32, 2):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
