@@ -165,17 +165,20 @@ def test_what_computes_something_else_is_removed(tmp_path: Path, monkeypatch):
     assert names_in(tmp_path) == {"source"}
 
 
-def test_tolerance_tells_a_wrong_model_from_rounding(monkeypatch):
+def test_tolerance_tells_a_wrong_model_from_rounding(tmp_path: Path, monkeypatch):
     """The limit lies far above what is measured and far below what one wrong setting changes."""
     import dataclasses
 
     config = SMALL["llama"]
     params = random_params(config)
+    run_here(monkeypatch, write_checkpoint(tmp_path / "source", config, params), tmp_path / "out")
     tokens = probe.probe_tokens(config, 256)
     right = probe.flax_logits(config, params, tokens)
+    with torch.inference_mode():
+        _, noise = probe.mirror_logits(tmp_path / "out", torch.from_numpy(tokens))
     for change in ({"rope_theta": 9900.0}, {"norm_eps": 1e-3}):
         wrong = probe.flax_logits(dataclasses.replace(config, **change), params, tokens)
-        assert np.abs(wrong - right).max() > 20 * probe.tolerance(config, right)
+        assert np.abs(wrong - right).max() > 20 * probe.tolerance(config, right, noise)
 
 
 def test_killed_on_the_way_nothing_has_the_name(tmp_path: Path, monkeypatch):
