@@ -97,8 +97,8 @@ def test_grow_save_restore_train_equals_grow_train(stacked, base, trunk, cache):
     folder, _, _ = stacked
     state, manifest, _, _ = open_state(trunk)
     _, _, grown_run, grown_step = open_state(cache / "grow-untrained")
-    data = open_dataset(next((cache / "data").glob("text-jsonl-*")))
-    assert data.fingerprint == manifest.data["fingerprint"]
+    prepared = map(open_dataset, (cache / "data").glob("text-jsonl-*"))  # other tests have theirs there, too
+    data = next(found for found in prepared if found.fingerprint == manifest.data["fingerprint"])
     expected = train_here(grow(state, make_plan("stack", 3)), manifest, grown_run, grown_step, data)
     own = [row for row in losses(folder) if row[0] >= GROWN_AT]
     assert own == expected and len(own) == 6
