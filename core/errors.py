@@ -1,8 +1,12 @@
 """The one error for users' mistakes, and how every command ends."""
 
 import errno
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
 
@@ -19,6 +23,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     A full disk is a user's matter wherever it is met; Ctrl-C ends with 130 and no traceback.
     """
+    sys.unraisablehook = _interrupt_again
     try:
         code = main()
     except UserError as error:
@@ -37,3 +42,12 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: the disk is full{where}: free some space and run the command again", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _interrupt_again(lost: Any) -> None:
+    """For `sys.unraisablehook`: a Ctrl-C that came within a destructor or a garbage collection, where Python
+    drops every exception, comes again a moment later."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
