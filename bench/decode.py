@@ -153,6 +153,7 @@ def hugging_face(config: ModelConfig, **how: str) -> Call:
 
 
 def ours(generator: Generator, sampling: Sampling) -> Call:
+    """On the decode kernels, as --backend cuda runs it."""
     return lambda prompts, new: list(generator.stream(prompts, sampling, new))
 
 

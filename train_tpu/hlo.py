@@ -54,6 +54,8 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
+    """A line of a computation, as the module's text has it."""
+
     name: str
     opcode: str
     outputs: tuple[Array, ...]
@@ -353,6 +355,7 @@ class Module:
 
 
 def bits(dtype: str) -> int:
+    """Of one element."""
     return 8 if FLOAT8.fullmatch(dtype) else BITS[dtype]
 
 

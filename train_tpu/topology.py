@@ -48,6 +48,8 @@ HOST_CHIPS = 8  # of v5e and v6e, where a whole slice fits into one host
 
 
 class Slice(NamedTuple):
+    """A slice that is compiled for."""
+
     name: str
     devices: list[jax.Device]
     """Of a compile-only client: they hold no arrays."""
