@@ -1,12 +1,16 @@
 """Folders and files that appear whole, under their own names, or not at all."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import UserError
 from core.manifest import sync_path
+
+CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
+"""Where is kept what can be made again: prepared text, compiled programs, kernels."""
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import tyro
 from jaxtyping import Array, Float, Int, UInt32
 
 from core.checkpoint import find_step, load_manifest, restore_params
+from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.keys import Purpose, make_key
@@ -227,6 +228,7 @@ def main() -> int:
     config = tyro.cli(tyro.conf.OmitArgPrefixes[GenerateConfig], prog="python -m core.generate")
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
+    keep_compiled()
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)
     model = ModelConfig(**manifest.config["model"])

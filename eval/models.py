@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core.checkpoint import find_step, load_manifest, restore_params
+from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest
@@ -66,6 +67,7 @@ def results_folder(path: Path) -> Path:
 
 
 def _open_checkpoint(path: Path, dtype: str) -> Model:
+    keep_compiled()
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     config = ModelConfig(**manifest.config["model"])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from core.errors import UserError, run_command
+from core.folders import CACHE
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "csrc"
@@ -130,8 +131,7 @@ def made_of(file: Path) -> dict[str, Any]:
 
 def kept_file(capability: tuple[int, int]) -> Path:
     """Where a file compiled for one GPU and these sources is kept."""
-    cache = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache/mtlm"))
-    return cache / "kernels" / f"{sources_hash()[:16]}-sm_{capability[0]}{capability[1]}.so"
+    return CACHE / "kernels" / f"{sources_hash()[:16]}-sm_{capability[0]}{capability[1]}.so"
 
 
 def build_kept(output: Path, capability: tuple[int, int]) -> None:

@@ -16,6 +16,7 @@ import tyro
 
 from core.config import ModelConfig
 from core.errors import UserError, run_command
+from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
@@ -30,7 +31,7 @@ from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu import config as theirs
 from train_tpu.config import ModelOverrides
 from train_tpu.data import Dataset
-from train_tpu.prepare import CACHE, open_or_prepare
+from train_tpu.prepare import open_or_prepare
 from train_tpu.run import count_steps, given_value, prepared_tokenizer
 from train_tpu.run_folder import read_config, run_record
 

@@ -18,6 +18,7 @@ import tyro
 from rich.table import Table
 
 from core.checkpoint import Manifest, find_step, load_manifest, verify
+from core.compilation_cache import keep_compiled
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.folders import new_folder
@@ -74,6 +75,8 @@ def main() -> int:
     config = tyro.cli(
         GrowConfig, args=sys.argv[1:], prog="python -m stacking.grow", description=GrowConfig.__doc__
     )
+
+    keep_compiled()
 
     # 1. What is grown, and by which plan.
     step_dir = find_step(config.source)

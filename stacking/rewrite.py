@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from core.checkpoint import Manifest, differing_leaves, flatten, nest, read_leaves, save_tree
 from core.config import ModelConfig
 from core.errors import UserError
+from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.loss import cross_entropy
 from core.manifest import code_version
@@ -30,7 +31,7 @@ from train_tpu import config as settings
 from train_tpu.config import RunConfig
 from train_tpu.data import train_batches
 from train_tpu.optimizer import path_names
-from train_tpu.prepare import CACHE, open_or_prepare
+from train_tpu.prepare import open_or_prepare
 from train_tpu.step import StepConfig, abstract_state
 
 PROBE_ROWS = 1  # sequences; 200M parameters take seconds for 1024 tokens on a CPU, three times

@@ -25,6 +25,7 @@ import jax
 import tyro
 
 from core.errors import UserError, run_command
+from core.folders import CACHE
 from stacking.arms import ArmKey, Study, StudyConfig, Target
 from stacking.jobs import run_jobs
 from stacking.plan import make_plan
@@ -32,7 +33,7 @@ from stacking.policy import parse_schedule
 from stacking.report import write_report
 from train_tpu import config as settings
 from train_tpu import run as train
-from train_tpu.prepare import CACHE, open_or_prepare
+from train_tpu.prepare import open_or_prepare
 from train_tpu.progress import make_console
 
 

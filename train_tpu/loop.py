@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.manifest import Manifest
 from core.model import Params
-from core.processes import any_of, are_several, is_first
+from core.processes import age, any_of, are_several, is_first
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from core.tokenizer import Tokenizer
 from train_tpu.config import RunConfig
@@ -107,6 +107,7 @@ class Loop:
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
         self._clock = self._last_save = time.monotonic()
         self._agreed_to_stop = self._agreed_late = False
+        self._aside = 0.0  # seconds spent on other things than updates
 
     @property
     def _stopping(self) -> bool:
@@ -174,6 +175,7 @@ class Loop:
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)
+        began = time.monotonic()
         if evaluate:
             self._evaluate(limit=None if step == 0 or last or grown else self.config.eval_windows)
             if self.tasks and not self._stopping:
@@ -183,6 +185,7 @@ class Loop:
         if save:
             self._save()
         self._clock = time.monotonic()
+        self._aside += self._clock - began
 
     def _dispatch(self) -> None:
         try:
@@ -214,6 +217,8 @@ class Loop:
             now = time.monotonic()
             self._durations.append(now - self._clock)
             self._clock = now
+            if done.step == self._first_step:
+                self._report_start()
             self._report(done, metrics)
             if metrics.streak >= self.config.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the graph stops applying by itself
@@ -221,6 +226,14 @@ class Loop:
                     f"{metrics.streak} updates in a row were not applied, the last at step {done.step} "
                     f"with loss {metrics.loss:.4g} and gradient norm {metrics.grad_norm:.4g}"
                 )
+
+    def _report_start(self) -> None:
+        seconds = round(age(), 1)
+        self.log.write(
+            self._first_step, "event", what="first update", seconds=seconds, aside=round(self._aside, 1)
+        )
+        aside = f", {self._aside:.1f} s of them evaluating and sampling" if self._aside else ""
+        self.progress.say(f"the first update was made {seconds} s after the start{aside}")
 
     def _report(self, done: InFlight, metrics: Metrics) -> None:
         seconds = sum(self._durations) / len(self._durations)

@@ -31,8 +31,6 @@ from train_tpu import data as ds
 from train_tpu.packing import Packer, WindowWriter, encode_batches
 from train_tpu.sources import Source, cut_point, open_sources
 
-CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
-"""Where text that a command names directly is kept prepared."""
 VALID = "valid"
 VALID_FRACTION = 0.01
 # Hashing whole documents cannot hold out a small part of a few of them: then every document's end is.

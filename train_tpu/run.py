@@ -27,8 +27,10 @@ from core.checkpoint import (
     restore_params,
     set_aside,
 )
+from core.compilation_cache import found, keep_compiled
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
+from core.folders import CACHE
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params
@@ -44,7 +46,7 @@ from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Loop, choose_cadence, own_rows
 from train_tpu.memory_advice import out_of_memory_explained
 from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
-from train_tpu.prepare import CACHE, is_prepared, open_or_prepare
+from train_tpu.prepare import is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, describe_layout, memory, next_commands
 from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
@@ -68,6 +70,7 @@ def main() -> int:
         require_deterministic_operations()
     processes.join(config.coordinator, config.num_processes, config.process_id)
     refuse_alone(config)
+    keep_compiled()
     console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
@@ -137,12 +140,11 @@ def main() -> int:
             write_config(out, record)
 
         # 6. Compilation, once.
-        started = time.monotonic()
+        started, found_before = time.monotonic(), found()
         with out_of_memory_explained(config.batch, config.accumulate):
             step = compile_step(step_config, config.batch, config.accumulate, mesh)
-        console.print(
-            f"compiled the step in {time.monotonic() - started:.1f} s; it needs {memory(step)} a device"
-        )
+        how_made = "compiled the step" if found() == found_before else "took the step, compiled before,"
+        console.print(f"{how_made} in {time.monotonic() - started:.1f} s; it needs {memory(step)} a device")
 
         # 7. The loop.
         batches = train_batches(

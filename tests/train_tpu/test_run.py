@@ -47,6 +47,16 @@ def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
     assert losses(folder) == losses(finished[0])
 
 
+def test_a_second_start_takes_the_compiled_step_and_says_how_long_it_took(finished, cache, text):
+    folder = cache / "again"
+    out, _ = run(cache, *TINY, "--data", text, "--out", folder)
+    assert "compiled the step in" in finished[1] and "took the step, compiled before, in" in out
+    assert "the first update was made" in out
+    (start,) = [row for row in read_log(folder, "event") if row["what"] == "first update"]
+    assert 0 < start["aside"] < start["seconds"] < 300
+    assert losses(folder) == losses(finished[0])
+
+
 def test_the_same_command_resumes_and_a_finished_run_is_left_alone(finished, cache, text):
     folder = cache / "parts"
     arguments = (*TINY, "--data", text, "--out", folder)
