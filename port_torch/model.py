@@ -66,7 +66,7 @@ class Attention(nn.Module):
         visible: Bool[Tensor, "B 1 S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         b, s, d = x.shape
-        q, k, v = self.projections(x, rotation)
+        q, k, v = self.projections(x, rotation, stepwise=cache is not None)
         if cache is not None:
             rows = torch.arange(b, device=x.device)[:, None]
             cache.k[rows, positions], cache.v[rows, positions] = k, v
@@ -77,16 +77,23 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, s, d))
 
     def projections(
-        self, x: Float[Tensor, "B S D"], rotation: tuple[Tensor, Tensor] | None
+        self, x: Float[Tensor, "B S D"], rotation: tuple[Tensor, Tensor] | None, stepwise: bool
     ) -> tuple[Float[Tensor, "B S H K"], ...]:
-        """Queries, keys and values, turned to their positions."""
+        """Queries, keys and values, turned to their positions.
+
+        As one product; but token by token (`stepwise`) putting its weights together costs more than it saves.
+        """
         parts = (self.q, self.k, self.v)
         adapted = any(type(part) is not nn.Linear for part in parts)  # LoRA adds to what the maps give
-        if rotation is None or adapted:
+        if adapted or (rotation is None and stepwise):
             q, k, v = (part(x).view(*x.shape[:2], self.n_heads, -1) for part in parts)
             return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
-        weights, biases = (part.weight for part in parts), (part.bias for part in parts)
-        return ops.rotated_projections(x, tuple(weights), tuple(biases), *rotation, self.n_heads)
+        weights, biases = tuple(part.weight for part in parts), tuple(part.bias for part in parts)
+        if rotation is not None:
+            return ops.rotated_projections(x, weights, biases, *rotation, self.n_heads)
+        bias = None if biases[0] is None else torch.cat(biases)
+        packed = F.linear(x, torch.cat(weights), bias)
+        return packed.view(*x.shape[:2], 3, self.n_heads, -1).unbind(2)
 
 
 class MLP(nn.Module):

@@ -1,7 +1,7 @@
 """How the tests run: on the CPU unless told otherwise, with the shapes in the signatures checked.
 
-`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU; those of kernels_cuda need PyTorch alone to
-see one.
+`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU; those of kernels_cuda and
+port_torch need PyTorch alone to see one.
 """
 
 import os
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
-        if "kernels_cuda" in item.path.parts:
+        if {"kernels_cuda", "port_torch"} & set(item.path.parts):
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU; PyTorch sees none"))
         elif jax.default_backend() != "gpu":

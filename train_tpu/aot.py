@@ -271,11 +271,11 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
         console.print()
 
-    settings = report["settings"]
+    settings, parts = report["settings"], report["accumulate"]
     console.print(
         f"{report['preset']} ({report['parameters']:,} parameters) on {report['chips']} chips of "
         f"{report['topology']}: batch {report['batch']} = {report['tokens_per_step']:,} tokens in "
-        f"{report['accumulate']} part(s); {settings['optimizer']}, {settings['dtype']}, attention "
+        f"{parts} part{'s' if parts > 1 else ''}; {settings['optimizer']}, {settings['dtype']}, attention "
         f"{settings['attention']}, unroll {settings['unroll']}, remat {settings['remat']}, loss chunk "
         f"{settings['loss_chunk']}; compiled in {report['compile_seconds']:.0f} s\n"
     )

@@ -71,6 +71,7 @@ def main() -> int:
     processes.join(config.coordinator, config.num_processes, config.process_id)
     refuse_alone(config)
     keep_compiled()
+    shape = parse_mesh(config.mesh, jax.device_count())  # a wrong one is refused before the data is prepared
     console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
@@ -83,7 +84,6 @@ def main() -> int:
     steps = count_steps(config, dataset)
 
     # 3. Devices, and what will compute on them.
-    shape = parse_mesh(config.mesh, jax.device_count())
     mesh = make_mesh(shape)
     config = dataclasses.replace(config, accumulate=split_batch(config, model, mesh))
     check_mesh(model, shape, config.batch, config.accumulate)

@@ -73,6 +73,8 @@ def open_slice(name: str) -> Slice:
         )
     generation, shape = found.group(1), tuple(int(n) for n in found.group(2).split("x"))
     # The compiler is to ask no metadata server about the machine it runs on, and to let others compile.
+    # Of what kind that machine were does not matter, the slice is named below; but without a kind it warns.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

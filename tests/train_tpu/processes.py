@@ -1,6 +1,7 @@
 """Training runs as users start them: in processes of their own, on a model of seconds."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,26 @@ def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple
     code = process.returncode
     assert code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}"
     return out, err
+
+
+def start_two(
+    cache: Path, *arguments: str | Path, second: tuple[str, ...] = (), environs: Sequence[dict] = ({}, {})
+) -> list[subprocess.Popen]:
+    """Both processes of one run, of two CPU devices each; `second` are further arguments of the second."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    several = ("--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id")
+    return [
+        start(cache, *arguments, *several, str(i), *more, devices=2, environ=environs[i])
+        for i, more in enumerate(((), second))
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    done = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, done, strict=True)]
 
 
 def refusal(cache: Path, *arguments: str | Path, **kwargs) -> str:

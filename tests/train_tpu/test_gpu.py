@@ -1,28 +1,70 @@
-"""Whole runs on an NVIDIA GPU."""
+"""Whole runs on NVIDIA GPUs: `JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu`, so that
+the process of the tests leaves them their memory."""
 
+import jax
+import numpy as np
 import pytest
 
-from tests.train_tpu.processes import TINY, losses, make_text, run, without
+from tests.train_tpu.processes import TINY, finish, losses, make_text, run, start_two, without
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(jax.local_device_count() < 2, reason="needs two GPUs")
 
 GPU = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": ""}
+FIRST, SECOND = (GPU | {"CUDA_VISIBLE_DEVICES": number} for number in "01")
 WIDE = (*without(without(TINY, "--d-model"), "--n-heads"), "--d-model", "128", "--n-heads", "2")
+EXACT = ("--dtype", "float32", "--batch", "8")
+HIGHEST = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not in TensorFloat-32
 
 
 def test_a_deterministic_run_resumes_to_the_bit(tmp_path):
     text = make_text(tmp_path)
     arguments = (*WIDE, "--data", text, "--deterministic", "--decay", "0")
-    out, _ = run(tmp_path, *arguments, "--out", tmp_path / "whole", environ=GPU)
+    out, _ = run(tmp_path, *arguments, "--out", tmp_path / "whole", environ=FIRST)
     assert "xla: the reference, since cudnn cannot be used" in out
     for steps in ("7", "12"):
         more = ("--steps", steps, "--allow-change", "steps", "--out", tmp_path / "parts")
-        run(tmp_path, *arguments, *more, environ=GPU)
+        run(tmp_path, *arguments, *more, environ=FIRST)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_a_run_trains_with_cudnn_in_bfloat16(tmp_path):
-    out, _ = run(tmp_path, *WIDE, "--data", make_text(tmp_path), "--out", tmp_path / "run", environ=GPU)
+    out, _ = run(tmp_path, *WIDE, "--data", make_text(tmp_path), "--out", tmp_path / "run", environ=FIRST)
     assert "cudnn: the fastest on a GPU" in out and "bfloat16" in out
     first, *_, last = losses(tmp_path / "run")
     assert last[1] < first[1]
+
+
+@two_gpus
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
+def test_two_gpus_make_the_run_of_one(tmp_path, mesh):
+    arguments = (*WIDE, *EXACT, "--data", make_text(tmp_path))
+    run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST | HIGHEST)
+    out, _ = run(tmp_path, *arguments, "--mesh", mesh, "--out", tmp_path / "two", environ=GPU | HIGHEST)
+    assert "2 x" in out and mesh in out
+    # As in test_run.py: sums in another order, amplified by 12 updates.
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+
+
+@two_gpus
+def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path):
+    arguments = (*WIDE, *EXACT, "--data", make_text(tmp_path))
+    run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST | HIGHEST)
+    folder, environs = tmp_path / "two", (FIRST | HIGHEST, SECOND | HIGHEST)
+    for more in (("--stop-at", "7"), ()):
+        ended = finish(start_two(tmp_path, *arguments, "--out", folder, *more, environs=environs))
+        assert [code for code, _, _ in ended] == [0, 0], ended
+    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=2e-5)
+
+
+@two_gpus
+def test_cudnn_on_two_gpus(tmp_path):
+    """Each GPU computes the attention of its own rows: the first loss is that of one GPU in bfloat16."""
+    arguments = (*WIDE, "--batch", "8", "--data", make_text(tmp_path))
+    run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST)
+    out, _ = run(tmp_path, *arguments, "--out", tmp_path / "two", environ=GPU)
+    assert "cudnn: the fastest on a GPU" in out and "data=2" in out
+    (_, one, _), *_ = losses(tmp_path / "one")
+    (_, two, _), *_, (_, last, _) = losses(tmp_path / "two")
+    # A hidden state's rounding, 2^-9, in the mean of 256 tokens' losses.
+    assert two == pytest.approx(one, rel=2**-9) and last < two

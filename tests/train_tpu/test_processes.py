@@ -1,8 +1,6 @@
 """One run by several processes: the same losses, one folder, and an end for all when one of them dies."""
 
 import signal
-import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,30 +10,11 @@ import pytest
 from core.checkpoint import find_step, list_steps, load_manifest, verify
 from core.errors import UserError
 from core.processes import SILENCE, join
-from tests.train_tpu.processes import TINY, losses, refusal, run, start
+from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
 from train_tpu.metrics import read_log
 
 pytestmark = pytest.mark.slow
 COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def start_two(cache: Path, *arguments: str | Path, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    """Both processes of a run; `second` are further arguments of the second."""
-    several = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2")
-    more = ((), second)
-    return [start(cache, *arguments, *several, "--process-id", str(i), *more[i], devices=2) for i in range(2)]
-
-
-def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each."""
-    done = [process.communicate(timeout=timeout) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, done, strict=True)]
 
 
 def wait_for_step(folder: Path, step: int) -> None:
