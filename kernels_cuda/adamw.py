@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels_cuda import library  # noqa: F401  declares torch.ops.mtlm.adamw_
+from kernels_cuda.reference import wide_type
 
 
 class AdamW(torch.optim.Optimizer):
@@ -97,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _prepare(self, p: Tensor) -> None:
         """State at its start; there from the beginning, so that a graph can be captured at any step."""
-        wide = torch.promote_types(p.dtype, torch.float32)
+        wide = wide_type(p.dtype)
         state = self.state[p]
         state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])

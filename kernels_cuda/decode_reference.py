@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_cuda.reference import _wide, rms_norm, rotate
+from kernels_cuda.reference import rms_norm, rotate, wide_type
 
 
 def decode_embed_(token: Tensor, position: Tensor, table: Tensor, learned: Tensor | None, x: Tensor) -> None:
@@ -106,7 +106,7 @@ def decode_sample_(
     top_k, seed, first_row = whole.unbind()
     vocab = logits.shape[1]
     position.copy_((position + 1).clamp(max=last))
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(wide_type(logits.dtype))
     p = ((x - x.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature.clamp(min=1e-6), 1)).exp()
     ranked = p.sort(dim=-1, descending=True).values
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)

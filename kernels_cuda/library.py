@@ -53,12 +53,12 @@ for _schemas, _module in ((_SCHEMAS, reference), (_DECODE_SCHEMAS, decode_refere
 
 @torch.library.register_fake("mtlm::rms_norm", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype):
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=reference._wide(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=reference.wide_type(x.dtype))
 
 
 @torch.library.register_fake("mtlm::add_rms_norm", lib=LIBRARY)
 def _(residual: Tensor, branch: Tensor, weight: Tensor, eps: float):
-    rstd = residual.new_empty(residual.shape[:-1], dtype=reference._wide(residual.dtype))
+    rstd = residual.new_empty(residual.shape[:-1], dtype=reference.wide_type(residual.dtype))
     return branch.new_empty(branch.shape), residual.new_empty(residual.shape), rstd
 
 

@@ -107,7 +107,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums [2] of total and nll; gradients of `total` by hidden, in its type, and by table, in float32."""
     n, d = hidden.shape
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = reference.wide_type(hidden.dtype)
     losses = hidden.new_empty(2, n, dtype=wide)
     d_hidden = hidden.new_empty(n if gradients else 0, d)
     d_table = hidden.new_zeros(table.shape if gradients else (0, d), dtype=wide)
@@ -149,7 +149,7 @@ library.LIBRARY.impl("linear_cross_entropy", _linear_cross_entropy, "CompositeEx
 
 @torch.library.register_fake("mtlm::linear_cross_entropy", lib=library.LIBRARY)
 def _(hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float, gradients: bool):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = reference.wide_type(hidden.dtype)
     d_hidden = hidden.new_empty(hidden.shape[0] if gradients else 0, hidden.shape[1])
     d_table = hidden.new_empty(table.shape if gradients else (0, hidden.shape[1]), dtype=wide)
     return hidden.new_empty(2, dtype=wide), d_hidden, d_table

@@ -11,14 +11,14 @@ from torch import Tensor
 IGNORE = -1  # a target that does not count, as in core/loss.py
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_type(dtype: torch.dtype) -> torch.dtype:
     """The type of statistics and sums: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight [..., D] in `dtype`, and the factor [...] of each row."""
-    y = x.to(_wide(x.dtype))
+    y = x.to(wide_type(x.dtype))
     rstd = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     y = y * rstd
     return (y * weight).to(dtype), rstd.squeeze(-1)
@@ -37,7 +37,7 @@ def rms_norm_backward(
     d_normed: Tensor, d_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [N, D], of the branch (empty if its type, d_normed's, is that of x) and of weight."""
-    wide = _wide(x.dtype)
+    wide = wide_type(x.dtype)
     y, g = x.to(wide), d_normed.to(wide)
     rstd = rstd[:, None]
     d_weight = (g * (y * rstd)).sum(0).to(weight.dtype)
@@ -56,7 +56,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         cos, sin: [1 or B, S, K/2].
     """
-    a, b = x.to(_wide(x.dtype)).chunk(2, dim=-1)
+    a, b = x.to(wide_type(x.dtype)).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -82,7 +82,7 @@ def softmax_loss_(
     With `gradients` the logits become those of the totals. A target `IGNORE` has loss and gradient 0; another
     one outside of the vocabulary makes its row NaN.
     """
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(wide_type(logits.dtype))
     counted = targets != IGNORE
     valid = (targets >= 0) & (targets < logits.shape[1])
     index = torch.where(valid, targets, 0)[:, None]
@@ -102,7 +102,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]: all logits at once."""
     logits = F.linear(hidden, table.to(hidden.dtype))
-    logits = logits.to(_wide(logits.dtype))
+    logits = logits.to(wide_type(logits.dtype))
     counted = targets != IGNORE
     lse = torch.logsumexp(logits, dim=-1)
     picked = logits.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
