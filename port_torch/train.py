@@ -139,12 +139,7 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
 
 def open_data(config: TrainConfig, tokenizer: str, context: int, ranks: Ranks) -> Dataset:
     """The dataset; text is prepared by the first rank while the others wait."""
-    if not ranks.first:
-        ranks.wait()
-    dataset = open_or_prepare(config.data, tokenizer, context, CACHE)
-    if ranks.first:
-        ranks.wait()
-    return dataset
+    return ranks.in_turn(lambda: open_or_prepare(config.data, tokenizer, context, CACHE))
 
 
 def require_no_overrides(config: TrainConfig) -> None:

@@ -73,12 +73,8 @@ def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
 
     The first rank goes before the others: it may have to compile them, and it alone says what it found.
     """
-    if not ranks.first:
-        ranks.wait()
     with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
-        library.load(config.kernels)
-    if ranks.first:
-        ranks.wait()
+        ranks.in_turn(lambda: library.load(config.kernels))
 
 
 def require_deterministic_operations() -> None:

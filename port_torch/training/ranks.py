@@ -7,7 +7,8 @@ rank 0's; everything that a decision hangs on is made the same on every rank by 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from port_torch.generate import choose_device
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,18 @@ class Ranks:
         """Returns when every rank has come here."""
         if self.size > 1:
             self.largest(0)
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """What `action` gives each rank: the first does it alone, the others when it is done.
+
+        For what is made once where the ranks share a disk.
+        """
+        if not self.first:
+            self.wait()
+        made = action()
+        if self.first:
+            self.wait()
+        return made
 
 
 @contextlib.contextmanager
