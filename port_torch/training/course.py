@@ -34,7 +34,7 @@ from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import Stepper
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, choose_cadence
-from train_tpu.metrics import RunLog, plot_curve, read_log
+from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
 from train_tpu.progress import Progress, make_console
 from train_tpu.run_folder import check_run_folder, lock_folder, write_config
 
@@ -84,15 +84,10 @@ def require_deterministic_operations() -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
 
 
-def console_of(ranks: Ranks) -> Console:
-    """Standard output, of the first rank alone."""
-    return make_console() if ranks.first else Console(quiet=True)
-
-
 def train(job: Job, ranks: Ranks) -> int:
     """Runs the job to its end or to an interruption; returns the exit code of `train_tpu.interrupt`."""
     config, out, model = job.config, job.out, job.decoder.config
-    console = console_of(ranks)
+    console = make_console(quiet=not ranks.first)
     rows = ranks.rows(config.batch)
     bf16 = compute_dtype(config.dtype, "cpu" if ranks.device.type == "cpu" else "gpu") == "bfloat16"
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
@@ -153,11 +148,9 @@ def train(job: Job, ranks: Ranks) -> int:
         stack.callback(batches.close)
         progress = Progress(console, end, manifest.step, config.log_every)
         stack.callback(progress.close)
-        log = None
-        if ranks.first:
-            log = RunLog(out, manifest.step)
-            stack.callback(log.close)
-            log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
+        log = RunLog(out, manifest.step) if ranks.first else NoLog()
+        stack.callback(log.close)
+        log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
         code = Loop(
             config=config,
             stepper=stepper,

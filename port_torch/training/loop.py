@@ -27,7 +27,7 @@ from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import FIGURES, Stepper
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from train_tpu.loop import END, METRICS_LAG, SAMPLE_TOKENS, Cadence
-from train_tpu.metrics import RunLog, model_flops_utilization
+from train_tpu.metrics import NoLog, RunLog, model_flops_utilization
 from train_tpu.optimizer import learning_rate
 from train_tpu.progress import Progress
 
@@ -93,8 +93,7 @@ class Loop:
     folder: Path
     manifest: Manifest
     """What every checkpoint's manifest says, but for the counters."""
-    log: RunLog | None
-    """None for all ranks but the first."""
+    log: RunLog | NoLog
     progress: Progress
     interrupt: Interrupt
     cadence: Cadence
@@ -120,15 +119,16 @@ class Loop:
             self._read_figures(leave=0)
         except Halted as halted:
             self._save()
-            self._event(what="halt", why=str(halted))
+            self.log.write(self.step, "event", what="halt", why=str(halted))
             self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
             return EXIT_HALTED
         if self.step == self.end and not self._stopping():
             self._save()
             whole = self.end == self.steps
-            self._event(what=END if whole else f"stopped, as asked, of {self.steps}")
+            self.log.write(self.step, "event", what=END if whole else f"stopped, as asked, of {self.steps}")
             return EXIT_FINISHED
-        self._event(what=f"interrupted by {self.interrupt.requested or 'another process'}")
+        by = self.interrupt.requested or "another process"
+        self.log.write(self.step, "event", what=f"interrupted by {by}")
         if self.step > self._first_step:
             self._save()
             self.progress.say(f"saved step {self.step}: the same command goes on from there")
@@ -151,7 +151,7 @@ class Loop:
         self._read_figures(leave=0)
         if evaluate:
             self._evaluate(limit=None if step == 0 or last else self.config.eval_windows)
-        if sample and self.log and not self._stopping():
+        if sample and self.stepper.ranks.first and not self._stopping():
             self._sample()
         if save:
             self._save()
@@ -183,8 +183,7 @@ class Loop:
             self._stop |= figures["interrupted"] > 0
             self._late |= figures["late"] > 0
             self._streak = self._streak + 1 if figures["skipped"] else 0
-            if self.log:
-                self._report(self.log, done, figures)
+            self._report(done, figures)
             if self._streak == HALT_AFTER:
                 # What is in flight behind it changes the state unless it is not finite either: it counts.
                 raise Halted(
@@ -192,21 +191,23 @@ class Loop:
                     f"{figures['loss']:.4g} and gradient norm {figures['grad_norm']:.4g}"
                 )
 
-    def _report(self, log: RunLog, done: InFlight, figures: dict[str, float]) -> None:
+    def _report(self, done: InFlight, figures: dict[str, float]) -> None:
         seconds = sum(self._durations) / len(self._durations)
         rate, ranks = self.config.batch * self.context / seconds, self.stepper.ranks
         shown = {name: figures[name] for name in ("loss", "nll", "grad_norm")}
         tokens = done.batch.first * self.context
-        log.write(done.step, "train", tokens=tokens, **shown, lr=done.lr, tokens_per_second=round(rate))
+        self.log.write(done.step, "train", tokens=tokens, **shown, lr=done.lr, tokens_per_second=round(rate))
         if figures["skipped"]:
-            log.write(done.step, "skip", **shown, streak=self._streak, records=done.batch.records.tolist())
+            self.log.write(
+                done.step, "skip", **shown, streak=self._streak, records=done.batch.records.tolist()
+            )
             self.progress.say(
                 f"step {done.step}: update not applied: loss {figures['loss']:.4g}, gradient norm "
                 f"{figures['grad_norm']:.4g} (records in metrics.jsonl)"
             )
         bad = done.batch.records[done.batch.bad]
         if len(bad):
-            log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
+            self.log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
             self.progress.say(f"step {done.step}: left out damaged training records {bad.tolist()}")
         mfu = None
         if ranks.device.type == "cuda":
@@ -219,8 +220,6 @@ class Loop:
             found = score(self.stepper, heldout, self.rows, limit, self._stopping)
             if found is None:
                 return
-            if not self.log:
-                continue
             tokens = self.step * self.config.batch * self.context
             self.log.write(
                 self.step, "eval", split=heldout.name, tokens=tokens, nll=found.nll,
@@ -243,13 +242,9 @@ class Loop:
         self.log.sample(self.step, texts)
         self.progress.say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
 
-    def _event(self, **values: object) -> None:
-        if self.log:
-            self.log.write(self.step, "event", **values)
-
     def _save(self) -> None:
         self._last_save, self._late = time.monotonic(), False
-        if not self.log:
+        if not self.stepper.ranks.first:
             return
         sequences = self.step * self.config.batch
         manifest = dataclasses.replace(
