@@ -126,13 +126,14 @@ def train(job: Job, ranks: Ranks) -> int:
         # 3. Kernels, and parts that fit into the memory.
         load_kernels(config, ranks)
         part = rows.stop - rows.start
-        parts = max(1, config.accumulate)
+        parts = config.accumulate
+        if part % parts:
+            raise UserError(
+                f"--accumulate {parts} does not cut the {part} rows of a process into equal parts: give a "
+                f"divisor of {part}"
+            )
         if ranks.device.type == "cuda":
             parts = stepper.fit(part, parts, job.example)
-        elif part % parts:
-            raise UserError(
-                f"--accumulate {parts} does not cut the {part} rows of a process into equal parts"
-            )
         if ranks.first:
             write_config(out, job.record)
         describe(job, ranks, console, bf16, compiled)

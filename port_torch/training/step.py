@@ -105,17 +105,15 @@ class Stepper:
         Tried out before the first update: shapes, and so the memory, are the same in all. Finding out in
         one of them would leave the other ranks waiting.
 
-        example: makes that many rows as training has them.
+        Args:
+            parts: a divisor of `rows`.
+            example: makes that many rows as training has them.
 
         Raises:
             UserError: a single row does not fit.
         """
+        assert rows % parts == 0, (rows, parts)
         while True:
-            if rows % parts:
-                raise UserError(
-                    f"--accumulate {parts} does not cut the {rows} rows of a process into equal parts: give "
-                    f"a divisor of {rows}"
-                )
             try:
                 self._try(example(rows // parts))
                 needed = parts
