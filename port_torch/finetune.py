@@ -175,8 +175,7 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: FinetuneCo
 def some(rows: Rows, limit: int | None) -> Rows:
     """All rows, or `limit` of them spread evenly."""
     n = min(len(rows.tokens), limit or len(rows.tokens))
-    numbers = [i * len(rows.tokens) // n for i in range(n)]
-    return Rows(*(array[numbers] for array in rows))
+    return rows.part([i * len(rows.tokens) // n for i in range(n)])
 
 
 def sample_prompts(

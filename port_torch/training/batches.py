@@ -1,7 +1,7 @@
 """What a step is given, whatever it was made of: rows of tokens, their targets and their documents."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +23,8 @@ class Rows(NamedTuple):
     documents: np.ndarray | None
     """[R, S]: numbers that rise along a row, one for each document packed into it; None: a row is one."""
 
-    def part(self, rows: slice) -> "Rows":
-        """Some of the rows."""
+    def part(self, rows: slice | Sequence[int] | np.ndarray) -> "Rows":
+        """Some of the rows, in the order given."""
         return Rows(*(None if array is None else array[rows] for array in self))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -49,6 +49,5 @@ def packed_batches(packed: Rows, *, seed: int, batch: int, start: int, rows: sli
     n = len(packed.tokens)
     while True:
         numbers = np.array([record_at(start + i, n, seed) for i in range(batch)[rows]], np.int64)
-        taken = Rows(packed.tokens[numbers], packed.targets[numbers], packed.documents[numbers])
-        yield Batch(taken, start, numbers, np.zeros(len(numbers), bool))
+        yield Batch(packed.part(numbers), start, numbers, np.zeros(len(numbers), bool))
         start += batch
