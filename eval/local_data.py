@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import UserError
+from core.jsonl import json_lines
 
 Fields = dict[str, Any]
 
@@ -81,15 +82,7 @@ def read_text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, Fields]]:
     """(where it is, object) of every line of a JSONL file."""
-    # Not splitlines: JSON strings may hold U+2028 and its like, which that takes for line ends.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
+    for where, content in json_lines(read_text(path), path):
         if not isinstance(content, dict):
             raise UserError(f"{where} is no JSON object")
         yield where, content

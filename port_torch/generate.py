@@ -21,6 +21,7 @@ from torch import Tensor
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
 from core.generate import Sampling, pieces, show
+from core.jsonl import json_lines
 from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import compute_dtype
 from core.tokenizer import Tokenizer
@@ -234,19 +235,13 @@ def converse(writer: Writer) -> int:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with a text `prompt`; a UserError names the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--batch-file {path} cannot be read: {error}") from None
     objects = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+    for where, content in json_lines(text, path):
         if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-            raise UserError(f'{path}, line {number} is no object with a text "prompt"')
+            raise UserError(f'{where} is no object with a text "prompt"')
         objects.append(content)
     if not objects:
         raise UserError(f'{path} is empty: give a line {{"prompt": "..."}} for each text')

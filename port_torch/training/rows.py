@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import UserError
+from core.jsonl import json_lines
 from core.loss import IGNORE
 from core.tokenizer import Tokenizer
 from port_torch.card import Tuning
@@ -60,18 +61,11 @@ def read_rows(path: Path) -> RowFile:
     """The rows of a JSONL file; a UserError names the line that is none, or is of another form."""
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").split("\n")
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {path} cannot be read: {error}") from None
     rows, form = [], ""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
+    for where, fields in json_lines(text, path):
         kind, row = _read_row(fields, where)
         form = form or kind
         if kind != form:

@@ -19,7 +19,7 @@ import core.generate
 from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.model import Compute
-from port_torch.generate import choose, main, stream
+from port_torch.generate import choose, main, read_prompts, stream
 from port_torch.model import load
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export
@@ -174,6 +174,15 @@ def test_refusals(case, call, tmp_path):
         bad.write_text(content)
         refuse(sentence, *batch)
     assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_a_prompt_may_hold_other_line_ends(tmp_path):
+    """Those that JSON leaves within a string, as `--out` writes them, too."""
+    lines = [{"prompt": "a\u2028b\u0085c", "id": 1}, {"prompt": "d"}]
+    (tmp_path / "prompts.jsonl").write_text(
+        "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
+    assert read_prompts(tmp_path / "prompts.jsonl") == lines
 
 
 @pytest.fixture(scope="module")
