@@ -281,9 +281,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     memory = report["memory"]
     total, limit = memory["total"], memory["limit"]
-    rows = [(name, f"{memory[name] / GIB:.2f}") for name in
-            ("arguments", "outputs", "aliased", "temporaries", "program") if name in memory]  # fmt: skip
-    rows = [(_MEMORY_WORDS[name], size) for name, size in rows]
+    rows = [(words, f"{memory[name] / GIB:.2f}") for name, words in _MEMORY_WORDS.items() if name in memory]
     show(
         "HBM a chip, GiB",
         [*rows, ("needed in all", f"{total / GIB:.2f}"), ("there is", f"{limit / GIB:.2f}")],

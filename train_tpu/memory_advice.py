@@ -6,7 +6,6 @@ what the settings at hand would keep, so that what the compiler makes of either 
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import jax
@@ -53,7 +52,7 @@ def advice(config: StepConfig, rows: int, accumulate: int, missing: float) -> st
     """
     now = kept_bytes(config, rows // accumulate)
     # Accumulation needs room for the sum of the gradients.
-    gradients = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config.model)))
+    gradients = 4 * config.model.n_params
     fitting = []
     for flags, step, parts in candidates(config, accumulate, rows):
         extra = gradients if parts > 1 and accumulate == 1 else 0
