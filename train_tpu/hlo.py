@@ -29,6 +29,7 @@ FREE = frozenset((
     "copy-done", "slice-done", "after-all", "partition-id", "replica-id", "opt-barrier", "domain",
     "all-reduce-done", "all-gather-done", "collective-permute-done", "async-done", "async-update",
 ))  # fmt: skip
+COPIES = ("copy", "bitcast", "copy-start", "copy-done")  # what has the value of its operand
 FREE_CUSTOM_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer")
 KERNEL = "tpu_custom_call"  # a Pallas (Mosaic) kernel
 
@@ -99,6 +100,13 @@ class Computation:
         self.instructions = instructions
         self.by_name = {i.name: i for i in instructions}
         self.root = next(i for i in instructions if i.root)
+
+    def origin(self, name: str) -> Instruction:
+        """What an instruction is at most a copy of."""
+        instruction = self.by_name[name]
+        while instruction.opcode in COPIES:
+            instruction = self.by_name[instruction.operands[0]]
+        return instruction
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -184,9 +192,7 @@ class Module:
             return int(instruction.attribute("index"))
 
         def value(name: str, within: Computation) -> int:
-            instruction = within.by_name[name]
-            while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                instruction = within.by_name[instruction.operands[0]]
+            instruction = within.origin(name)
             if instruction.opcode == "constant":
                 return int(instruction.literal)
             if within is condition or within is body:  # it is carried along unchanged
@@ -203,13 +209,11 @@ class Module:
 
     def _step(self, body: Computation, counter: int, value) -> int:
         """What a loop adds to its counter each time."""
-        update = body.by_name[body.root.operands[counter]]
-        while update.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-            update = body.by_name[update.operands[0]]
+        update = body.origin(body.root.operands[counter])
         if update.opcode == "fusion":
-            update = self.computations[update.attribute("calls")].root
+            inner = self.computations[update.attribute("calls")]
+            update = inner.root
             assert update.opcode == "add", update
-            inner = self.computations[body.by_name[body.root.operands[counter]].attribute("calls")]
             constants = [inner.by_name[o] for o in update.operands if inner.by_name[o].opcode == "constant"]
             assert len(constants) == 1, update
             return int(constants[0].literal)
@@ -268,7 +272,7 @@ class Module:
                 elif user.opcode in ("dynamic-slice", "slice", "gather") and sliced:
                     total += sum(array.bytes for array in user.outputs)
                 elif user.opcode == "dynamic-update-slice" and sliced:
-                    total += 0  # updated in place
+                    pass  # updated in place
                 elif user.opcode == "fusion":
                     called = self.computations[user.attribute("calls")]
                     places = [n for n, name in enumerate(user.operands) if name == used.name]

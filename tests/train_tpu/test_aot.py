@@ -126,6 +126,25 @@ def test_loops_count_as_often_as_they_run():
     assert collective.elements == 512 and collective.bytes == 2048
 
 
+@pytest.mark.parametrize("behind", ["%sum", "%copied"])
+def test_a_loop_may_count_in_a_fusion(behind: str):
+    fused = """%advance (c: s32[]) -> s32[] {
+  %c = s32[] parameter(0)
+  %step = s32[] constant(2)
+  ROOT %added = s32[] add(%c, %step)
+}
+
+%inner_body (p"""
+    counted = f"""  %sum = s32[] fusion(%i), kind=kLoop, calls=%advance
+  %copied = s32[] copy(%sum)
+  ROOT %out = (s32[], f32[4,8,16]{{2,1,0}}) tuple({behind}, %x)
+"""
+    own = "  ROOT %out = (s32[], f32[4,8,16]{2,1,0}) tuple(%next, %x)\n"
+    assert own in NESTED
+    module = Module(NESTED.replace("%inner_body (p", fused, 1).replace(own, counted))
+    assert {e.times for e in module.executed() if e.instruction.name == "product"} == {5 * 3}
+
+
 def test_a_loop_that_cannot_be_counted_is_refused():
     with pytest.raises(AssertionError):
         list(Module(NESTED.replace("direction=LT", "direction=NE")).executed())
