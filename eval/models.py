@@ -1,6 +1,5 @@
 """What is evaluated: a checkpoint with Flax, or a folder of weights with PyTorch."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,6 +84,7 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
         import torch
 
         from eval.torch_backend import TorchBackend
+        from port_torch.folder import export_manifest, weights_hash
         from port_torch.folder_tokenizer import folder_tokenizer
         from port_torch.generate import choose_device
         from port_torch.model import load
@@ -96,14 +96,14 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
     chosen = choose_device(device)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if chosen == "cuda" else ["cpu"]
     models = [load(path, getattr(torch, dtype), device) for device in devices]
-    manifest = load_manifest(path, EXPORT_MANIFEST) if (path / EXPORT_MANIFEST).exists() else None
+    manifest = export_manifest(path)
     config = models[0].config
     tokenizer = folder_tokenizer(path, manifest, None, config.vocab_size)
     name = path.absolute().name
     if manifest:
         identity = _known(name, config, manifest) | {"sha256": _manifest_hash(path / EXPORT_MANIFEST)}
     else:
-        identity = {"name": name, "parameters": config.n_params, "sha256": _weights_hash(path)}
+        identity = {"name": name, "parameters": config.n_params, "sha256": weights_hash(path)}
     return Model(
         TorchBackend(models),
         tokenizer,
@@ -127,14 +127,6 @@ def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]
 def _manifest_hash(path: Path) -> str:
     """The manifest's own hash, which covers that of every file."""
     return json.loads(path.read_text(encoding="utf-8"))["sha256"]
-
-
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def describe(model: Model, dtype: str) -> str:

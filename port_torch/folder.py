@@ -5,6 +5,7 @@ and an index is followed wherever it points. Here the manifest is checked first 
 leaves the folder, no pickle is opened, and a tensor that holds NaN or infinity is refused when it is read.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,10 +73,9 @@ def open_folder(path: Path) -> Folder:
     """
     if not path.is_dir():
         raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder")
-    manifest = None
-    if (path / EXPORT_MANIFEST).exists():
+    manifest = export_manifest(path)
+    if manifest:
         verify(path, EXPORT_MANIFEST)
-        manifest = load_manifest(path, EXPORT_MANIFEST)
     if not (path / CONFIG).exists():
         raise UserError(f"{path} holds no {CONFIG}: give a folder in the form of Hugging Face")
     config = read_json(path, CONFIG)
@@ -107,6 +107,20 @@ def require_tensors(
         problem = f"holds {name} of shape {list(found[name])} where {list(expected[name])} is expected"
     more = f" ({len(differing) - 1} more tensors differ)" if len(differing) > 1 else ""
     raise UserError(f"{where} {problem}{more}: it is damaged or of another model")
+
+
+def export_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, not verified, if it is an export of ours."""
+    return load_manifest(folder, EXPORT_MANIFEST) if (folder / EXPORT_MANIFEST).exists() else None
+
+
+def weights_hash(folder: Path) -> str:
+    """One sha256 of all files of weights of a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:

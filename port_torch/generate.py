@@ -22,13 +22,12 @@ from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
 from core.generate import Sampling, pieces, show
 from core.jsonl import json_lines
-from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import compute_dtype
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch import decode
+from port_torch.folder import export_manifest
 from port_torch.folder_tokenizer import folder_tokenizer
-from port_torch.formats import exported
 from port_torch.model import Decoder, load
 from port_torch.streams import require_room, until_ended
 
@@ -78,8 +77,7 @@ def main() -> int:
     dtype = getattr(torch, compute_dtype(config.dtype, "cpu" if device == "cpu" else "gpu"))
     lines = read_prompts(config.batch_file) if config.batch_file else []
     model = load(config.folder, dtype, device)
-    ours = exported.recognises(config.folder)  # and verified by `load`
-    manifest = load_manifest(config.folder, EXPORT_MANIFEST) if ours else None
+    manifest = export_manifest(config.folder)  # verified by `load`
     tokenizer = folder_tokenizer(config.folder, manifest, config.tokenizer, model.config.vocab_size)
     generator = choose_generator(model, config.backend)
     writer = Writer(model, tokenizer, config.sampling, config.max_new_tokens, generator)

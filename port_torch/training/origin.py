@@ -1,13 +1,11 @@
 """What a run starts from: the model of an exported folder, with its tokenizer and its history."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.tokenizer import Tokenizer
+from port_torch.folder import export_manifest, weights_hash
 from port_torch.folder_tokenizer import folder_tokenizer
-from port_torch.formats import exported
 from port_torch.model import Decoder, load
 
 
@@ -32,17 +30,8 @@ def open_origin(folder: Path, operation: str, tokenizer: str | None) -> Origin:
         UserError: the folder or its tokenizer is not what it should be.
     """
     decoder = load(folder)
-    manifest = load_manifest(folder, EXPORT_MANIFEST) if exported.recognises(folder) else None
+    manifest = export_manifest(folder)  # verified by `load`
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
     before = manifest.lineage if manifest else []
     entry = {"operation": operation, "path": str(folder), "sha256": weights_hash(folder)}
     return Origin(decoder, found, [*before, entry])
-
-
-def weights_hash(folder: Path) -> str:
-    """One hash of all files of weights of a folder."""
-    whole = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
