@@ -241,7 +241,8 @@ def _sent(collective: Collective) -> float:
     """Bytes that a chip must send at least, whatever the algorithm: of a sum, all but its share, twice."""
     n = collective.group_size
     share = collective.bytes * (n - 1) / n
-    return {"all-reduce": 2 * share, "reduce-scatter": share * n}.get(collective.kind, share)
+    of_kind = {"all-reduce": 2 * share, "reduce-scatter": share * n, "collective-permute": collective.bytes}
+    return of_kind.get(collective.kind, share)
 
 
 def _axes(collective: Collective, mesh: Mesh) -> str:

@@ -88,8 +88,15 @@ class Instruction(NamedTuple):
         return self.attribute("custom_call_target") or ""
 
     @property
+    def results(self) -> tuple[Array, ...]:
+        """What it computes; the beginning of an exchange puts out its operands before that, flags behind."""
+        if self.opcode in ("all-gather-start", "collective-permute-start"):
+            return self.outputs[len(self.operands) : 2 * len(self.operands)]
+        return self.outputs
+
+    @property
     def hbm(self) -> int:
-        return sum(array.hbm for array in self.outputs)
+        return sum(array.hbm for array in self.results)
 
 
 class Computation:
@@ -338,16 +345,16 @@ class Module:
             if kind not in COLLECTIVES:
                 continue
             groups, size = _replica_groups(instruction.attributes, n_devices)
-            outputs = instruction.outputs
+            results = instruction.results
             found.append(
                 Collective(
                     kind=kind,
                     groups=groups,
                     group_size=size,
                     times=times,
-                    elements=sum(a.size for a in outputs),
-                    bytes=sum(a.size * bits(a.dtype) // 8 for a in outputs),
-                    dtypes=tuple(sorted({a.dtype for a in outputs})),
+                    elements=sum(a.size for a in results),
+                    bytes=sum(a.size * bits(a.dtype) // 8 for a in results),
+                    dtypes=tuple(sorted({a.dtype for a in results})),
                     op_name=instruction.op_name,
                 )
             )
@@ -366,11 +373,13 @@ def bits(dtype: str) -> int:
 def _replica_groups(attributes: str, n_devices: int) -> tuple[str, int]:
     """The groups of a collective in the module's words, and how many devices are in one."""
     found = re.search(
-        r"replica_groups=(mesh\[(.*?)\] \{(.*?)\}|\{(\{[\d,]*\}.*?)?\}|\[(\d+),(\d+)\]<=\S+)", attributes
+        r"replica_groups=(mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}"
+        r"|\{(\{[\d,]*\}.*?)?\}|\[(\d+),(\d+)\]<=\S+)",
+        attributes,
     )
     if not found:
         pairs = re.search(r"source_target_pairs=(\{.*?\}\})", attributes)
-        return (pairs.group(1) if pairs else "all"), n_devices
+        return (pairs.group(1), _ring(pairs.group(1))) if pairs else ("all", n_devices)
     whole, axes, names, listed, _, per_group = found.groups()
     if axes:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
@@ -378,6 +387,16 @@ def _replica_groups(attributes: str, n_devices: int) -> tuple[str, int]:
     if per_group:
         return whole, int(per_group)
     return whole, listed.split("}")[0].count(",") + 1 if listed else n_devices
+
+
+def _ring(pairs: str) -> int:
+    """How many devices of a permutation, {{from,to},...}, hand on to each other."""
+    to = dict(re.findall(r"\{(\d+),(\d+)\}", pairs))
+    at = next(iter(to))
+    ring = {at}
+    while (at := to.get(at, at)) not in ring:
+        ring.add(at)
+    return len(ring)
 
 
 def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> int:

@@ -150,6 +150,34 @@ def test_a_loop_that_cannot_be_counted_is_refused():
         list(Module(NESTED.replace("direction=LT", "direction=NE")).executed())
 
 
+def test_what_is_exchanged_counts_once():
+    """As XLA:TPU writes it for fsdp=4,tensor=2: what begins puts out operand, result and flags."""
+    text = """HloModule exchanging
+
+ENTRY %main (a: bf16[32,192]) -> f32[8] {
+  %a = bf16[32,192]{1,0} parameter(0)
+  %begun = (bf16[32,192]{1,0}, bf16[32,192]{1,0}, u32[], u32[]) collective-permute-start(%a), channel_id=58, \
+source_target_pairs={{0,6},{2,0},{4,2},{6,4},{1,7},{3,1},{5,3},{7,5}}
+  %done = bf16[32,192]{1,0} collective-permute-done(%begun)
+  %both = (bf16[32,192]{1,0}, bf16[64,192]{1,0}) all-gather-start(%done), channel_id=2, \
+replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %gathered = bf16[64,192]{1,0} all-gather-done(%both)
+  %b = f32[4] constant({1,2,3,4})
+  ROOT %c = f32[8]{0} all-gather(%b), replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], \
+device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
+}
+"""
+    module = Module(text)
+    moved, gathered, small = module.collectives(8)
+    assert (moved.kind, moved.group_size, moved.elements) == ("collective-permute", 4, 32 * 192)
+    assert moved.bytes == aot._sent(moved) == 32 * 192 * 2 and moved.dtypes == ("bf16",)
+    assert (gathered.group_size, gathered.elements) == (2, 64 * 192)
+    assert aot._sent(gathered) == 32 * 192 * 2
+    assert (small.group_size, small.elements) == (2, 8)
+    begun = module.entry.by_name["begun"]
+    assert module.hbm_bytes(begun, module.entry) == 2 * 32 * 192 * 2  # read and written
+
+
 def test_products_with_batch_axes():
     """As XLA:TPU writes them: a batch axis is a window of which each position meets one element."""
     text = """HloModule batched
