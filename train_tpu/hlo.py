@@ -30,6 +30,8 @@ FREE = frozenset((
     "all-reduce-done", "all-gather-done", "collective-permute-done", "async-done", "async-update",
 ))  # fmt: skip
 COPIES = ("copy", "bitcast", "copy-start", "copy-done")  # what has the value of its operand
+# Roots of the fusions in which a collective begins and ends that runs beside others; those carry it, too.
+ASYNC_START, ASYNC_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 FREE_CUSTOM_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer")
 KERNEL = "tpu_custom_call"  # a Pallas (Mosaic) kernel
 
@@ -252,6 +254,11 @@ class Module:
 
     def _fusion_bytes(self, fusion: Instruction, operands: list[Instruction]) -> int:
         inner = self.computations[fusion.attribute("calls")]
+        if inner.root.target == ASYNC_DONE:
+            return 0
+        if inner.root.target == ASYNC_START:  # to operands, results, flags
+            results = fusion.outputs[len(operands) : 2 * len(operands)]
+            return sum(array.hbm for array in results) + sum(operand.hbm for operand in operands)
         total = 0
         for number, operand in enumerate(operands):
             if not operand.outputs[0].on_chip:
@@ -280,6 +287,8 @@ class Module:
                     total += sum(array.bytes for array in user.outputs)
                 elif user.opcode == "dynamic-update-slice" and sliced:
                     pass  # updated in place
+                elif user.opcode in ("tuple", *COLLECTIVES):
+                    pass  # handed on where it lies; what is exchanged is counted where that begins
                 elif user.opcode == "fusion":
                     called = self.computations[user.attribute("calls")]
                     places = [n for n, name in enumerate(user.operands) if name == used.name]
@@ -292,6 +301,8 @@ class Module:
         """Bytes that a fused computation writes of one of its results."""
         while root.opcode == "bitcast":
             root = inner.by_name[root.operands[0]]
+        if root.opcode in ("parameter", *COLLECTIVES):
+            return 0  # as in `_read`
         if root.opcode == "dynamic-update-slice":
             return sum(array.bytes for array in inner.by_name[root.operands[1]].outputs)
         if root.opcode == "fusion":
@@ -341,6 +352,10 @@ class Module:
     def collectives(self, n_devices: int) -> list[Collective]:
         found = []
         for instruction, _, times in self.executed():
+            if instruction.opcode == "fusion":
+                inner = self.computations[instruction.attribute("calls")]
+                if inner.root.target == ASYNC_START:
+                    instruction = inner.by_name[inner.root.operands[0]]
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue

@@ -178,6 +178,55 @@ device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
     assert module.hbm_bytes(begun, module.entry) == 2 * 32 * 192 * 2  # read and written
 
 
+def test_what_is_exchanged_beside_a_product_counts_where_it_begins():
+    """XLA:TPU's fused asynchronous collectives: one begins, a product carries it on, one ends."""
+    text = """HloModule overlapping
+
+%starting (p: bf16[32,64]) -> (bf16[32,64], bf16[128,64], s32[2], u32[]) {
+  %p = bf16[32,64]{1,0} parameter(0)
+  %gather = bf16[128,64]{1,0} all-gather(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %start = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, s32[2]{0:S(4)}, u32[]{:S(2)}) custom-call(%gather), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%multiplying (q: bf16[32,64], r: bf16[128,64], x: bf16[8,16], y: bf16[16,24]) -> \
+(bf16[8,24], bf16[32,64], bf16[128,64]) {
+  %q = bf16[32,64]{1,0} parameter(0)
+  %r = bf16[128,64]{1,0} parameter(1)
+  %x = bf16[8,16]{1,0} parameter(2)
+  %y = bf16[16,24]{1,0} parameter(3)
+  %product = bf16[8,24]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+  %again = bf16[128,64]{1,0} all-gather(%q), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %all = (bf16[8,24]{1,0}, bf16[32,64]{1,0}, bf16[128,64]{1,0}) tuple(%product, %q, %again)
+}
+
+%ending (s: bf16[32,64], t: bf16[128,64]) -> bf16[128,64] {
+  %s = bf16[32,64]{1,0} parameter(0)
+  %t = bf16[128,64]{1,0} parameter(1)
+  %last = bf16[128,64]{1,0} all-gather(%s), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %end = bf16[128,64]{1,0} custom-call(%s, %t, %last), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[32,64], b: bf16[8,16], c: bf16[16,24]) -> bf16[128,64] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[8,16]{1,0} parameter(1)
+  %c = bf16[16,24]{1,0} parameter(2)
+  %begun = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, s32[2]{0:S(4)}, u32[]{:S(2)}) fusion(%a), calls=%starting
+  %part = bf16[32,64]{1,0} get-tuple-element(%begun), index=0
+  %whole = bf16[128,64]{1,0} get-tuple-element(%begun), index=1
+  %beside = (bf16[8,24]{1,0}, bf16[32,64]{1,0}, bf16[128,64]{1,0}) fusion(%part, %whole, %b, %c), \
+calls=%multiplying
+  ROOT %done = bf16[128,64]{1,0} fusion(%part, %whole), calls=%ending
+}
+"""
+    module = Module(text)
+    (gathered,) = module.collectives(8)
+    assert (gathered.kind, gathered.group_size, gathered.bytes) == ("all-gather", 4, 128 * 64 * 2)
+    n_bytes = {e.instruction.name: module.hbm_bytes(e.instruction, e.computation) for e in module.executed()}
+    assert n_bytes["begun"] == (32 + 128) * 64 * 2 and n_bytes["done"] == 0
+    assert n_bytes["beside"] == (8 * 16 + 16 * 24 + 8 * 24) * 2
+
+
 def test_products_with_batch_axes():
     """As XLA:TPU writes them: a batch axis is a window of which each position meets one element."""
     text = """HloModule batched
