@@ -30,7 +30,7 @@ from port_torch.train import fresh_decoder
 from port_torch.training.batches import Rows
 from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
-from port_torch.training.step import Stepper
+from port_torch.training.step import Stepper, parameter_groups
 from train_tpu.metrics import model_flops_utilization
 
 LR = 3e-4
@@ -124,9 +124,7 @@ def peer(
 ) -> Step:
     """The update as PyTorch's own parts make it; the batches lie on the device."""
     optim = AdamWConfig()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0}]
+    groups = parameter_groups(model.parameters(), optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, LR, (optim.beta1, optim.beta2), optim.eps, fused=True)
     on_device = [rows.on(device)[:2] for rows in batches]
 

@@ -7,7 +7,8 @@ Parameters and gradients are float32; products run in bfloat16 under autocast.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,15 +146,17 @@ class Stepper:
 
 
 def make_optimizer(parameters: dict[str, Tensor], config: AdamWConfig) -> AdamW:
-    """AdamW as `train_tpu.optimizer` has it: matrices and tables decay, norm scales and biases do not."""
-    decayed = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if group
-    ]
+    """AdamW as `train_tpu.optimizer` has it."""
+    groups = parameter_groups(parameters.values(), config.weight_decay)
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's groups: matrices and tables decay, norm scales and biases do not."""
+    parameters = list(parameters)
+    decayed, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = ((decayed, weight_decay), (others, 0.0))
+    return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
 
 
 def split(rows: tuple[Tensor, Tensor, Tensor | None], parts: int) -> Iterator[tuple[Tensor | None, ...]]:
