@@ -14,7 +14,7 @@ import pytest
 
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
-from core.sharding import make_mesh
+from core.sharding import make_mesh, parse_mesh
 from train_tpu import aot
 from train_tpu.backend import choose_step, split_batch, tpu_loss_chunk
 from train_tpu.config import RunConfig
@@ -317,7 +317,7 @@ def small(name: str, **changes) -> tuple[RunConfig, ModelConfig]:
 
 def compiled_module(run: RunConfig, model: ModelConfig):
     """The step's config, the compiled step and its module, for eight chips of a v5e."""
-    mesh = make_mesh(devices=open_slice("v5e:2x4").devices)
+    mesh = make_mesh(parse_mesh(run.mesh, CHIPS), open_slice("v5e:2x4").devices)
     step, _ = choose_step(run, model, mesh)
     compiled = compile_step(step, run.batch, run.accumulate, mesh)
     return step, compiled, Module(compiled.as_text())
@@ -361,15 +361,37 @@ def test_facts_of_the_compiled_step(name, accumulate):
     step, _, module = compiled_module(run, model)
     assert [fact for fact, holds in facts(step, module).items() if not holds] == []
 
-    report = aot.read_module(module, step, ROWS, step.compute.mesh, open_slice("v5e:2x4").chip)
-    parts = report["flops_per_token"]["parts"]
-    # Every product of layers and head: 6 FLOPs a weight and token, as the config has it; none is done again.
-    expected = model.flops_per_token() - 6 * model.n_layers * model.d_model * model.context
-    assert sum(parts.get(p, 0) for p in (*LAYERS, "head and loss")) == pytest.approx(expected, rel=1e-6)
+    report = read(step, module)
+    check_products(report, model)
     # One tile of 256 x 256 holds the sequence: 9 products of all scores, where the config counts the 6 of
     # forward and backward over the half of them.
     kernels = report["flops_per_token"]["kernels"]
     assert kernels == pytest.approx(9 * 2 * model.n_layers * model.d_model * model.context, rel=1e-6)
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
+def test_a_step_whose_weights_are_gathered():
+    run, model = small("mtlm2-40m", accumulate=1, mesh="fsdp=4,tensor=2")
+    step, _, module = compiled_module(run, model)
+    report = read(step, module)
+    check_products(report, model)
+    gathered = [c for c in report["collectives"] if c["kind"] == "all-gather" and c["axes"] == "fsdp"]
+    in_layers = sum(c["elements"] * c["times"] for c in gathered if c["times"] == model.n_layers)
+    weights = 4 * model.d_model**2 + 2 * model.d_model * model.d_mlp
+    # For the forward and for the backward pass, a half of each on a chip.
+    assert in_layers >= 2 * model.n_layers * weights / 2
+
+
+def read(step, module: Module) -> dict:
+    return aot.read_module(module, step, ROWS, step.compute.mesh, open_slice("v5e:2x4").chip)
+
+
+def check_products(report: dict, model: ModelConfig) -> None:
+    """Every product of layers and head: 6 FLOPs a weight and token, as the config has it; none done again."""
+    parts = report["flops_per_token"]["parts"]
+    expected = model.flops_per_token() - 6 * model.n_layers * model.d_model * model.context
+    assert sum(parts.get(p, 0) for p in (*LAYERS, "head and loss")) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.tpu_compiler
