@@ -26,22 +26,32 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.unraisablehook = _interrupt_again
     try:
         code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `| head` closed our output: nothing is left to say
-        sys.stderr.close()
-        code = 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except BaseException as error:
+        code = tell(error)
+        if code is None:
             raise
+    sys.exit(code or 0)
+
+
+def tell(error: BaseException) -> int | None:
+    """Says on stderr what a user is to know of an error, as `run_command` has it; the exit code.
+
+    None, and nothing is said, for one that is to end with its traceback.
+    """
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # `| head` closed our output: nothing is left to say
+        sys.stderr.close()
+        return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" writing {error.filename}" if error.filename else ""
         print(f"error: the disk is full{where}: free some space and run the command again", file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+        return 2
+    return None
 
 
 def _interrupt_again(lost: Any) -> None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from core.errors import UserError
+from core.errors import UserError, tell
 
 ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
 ARRIVAL = 300  # seconds within which all processes must have started
@@ -140,19 +140,19 @@ def leaving_at_once() -> Iterator[None]:
     except BaseException as error:
         if not _joined:
             raise
-        code = 1
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
-            said = str(error).splitlines()[0]
-            print(
-                f"error: another process of this run has ended ({said}): the last checkpoint is kept; "
-                "start all of them again",
-                file=sys.stderr,
-            )
-        elif not isinstance(error, SystemExit):
-            sys.excepthook(type(error), error, error.__traceback__)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        code = tell(error)
+        if code is None:
+            code = 1
+            if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+                said = str(error).splitlines()[0]
+                print(
+                    f"error: another process of this run has ended ({said}): the last checkpoint is kept; "
+                    "start all of them again",
+                    file=sys.stderr,
+                )
+            elif not isinstance(error, SystemExit):
+                sys.excepthook(type(error), error, error.__traceback__)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
         os._exit(code)
