@@ -9,7 +9,7 @@ depends on the batch: a row's text is the same whatever else is in it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -89,6 +89,20 @@ def layers_of(model: Decoder) -> list[Layer]:
     return layers
 
 
+def captured(
+    launch: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None
+) -> torch.cuda.CUDAGraph | None:
+    """What `launch` launches as a graph, its memory from `pool`; None where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    launch()  # loads kernels and libraries, which a capture may not
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        launch()
+    return graph
+
+
 class Step:
     """One decoding step for a batch: what it reads and writes, and on a GPU its graph."""
 
@@ -110,13 +124,8 @@ class Step:
         self.token, self.position = like.new_zeros(2, batch, dtype=torch.int64).unbind()
         self.real = self.scores.new_tensor([0.0, 1.0])
         self.whole = self.token.new_zeros(3)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if like.is_cuda:
-            self.launch()  # loads the kernels, which a capture may not
-            torch.cuda.synchronize(like.device)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.launch()
+        self.graph = captured(self.launch, like.device)
+        if self.graph is not None:
             self.read = [torch.empty(batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
             self.is_read = [torch.cuda.Event() for _ in range(2)]
 
@@ -193,13 +202,7 @@ class PromptPass:
         self.every = torch.arange(rows, device=device)
         self.positions = torch.arange(width, device=device).expand(rows, -1)
         self.scores = cache.k.new_zeros(rows, model.config.vocab_size, dtype=torch.float32)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if pool is not None:
-            self.launch()  # loads the libraries, which a capture may not
-            torch.cuda.synchronize(device)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.launch()
+        self.graph = captured(self.launch, device, pool)
 
     @torch.no_grad()
     def launch(self) -> None:
