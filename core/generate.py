@@ -237,7 +237,7 @@ def main() -> int:
     params = restore_params(step_dir, abstract_params(model))
     generator = Generator(model, Compute(dtype=compute_dtype(config.dtype, jax.default_backend())))
     texts = config.prompt or [""]
-    prompts = [[tokenizer.bos, *map(int, tokenizer.encode(text))] for text in texts]
+    prompts = [tokenizer.begin(text) for text in texts]
     steps = generator.stream(params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos)
     show(texts, pieces(tokenizer, prompts, steps))
     return 0

@@ -45,6 +45,10 @@ class Tokenizer(abc.ABC):
         A `UserError` where `text` holds a lone surrogate, which no UTF-8 text does.
         """
 
+    def begin(self, text: str) -> list[int]:
+        """The ids of a document that begins with `text`: what a model is given to go on from."""
+        return [self.bos, *self.encode(text).tolist()]
+
     @abc.abstractmethod
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; `bos` and `eos` are skipped, bytes that are not UTF-8 become U+FFFD."""

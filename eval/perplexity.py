@@ -117,7 +117,7 @@ def measure(
     backend: Backend, tokenizer: Tokenizer, text: str, stride: int
 ) -> dict[str, dict[str, float | int]]:
     """The per-token perplexities of a text, by name, with what they are made of."""
-    ids = [tokenizer.bos, *tokenizer.encode(text).tolist()]
+    ids = tokenizer.begin(text)
     n_bytes = len(text.encode())
     context = backend.context
     if len(ids) < 2:

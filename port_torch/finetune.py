@@ -186,7 +186,7 @@ def sample_prompts(
         texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
     else:
         texts = [row.prompt or " ".join(row.response.split()[:6]) for row in shown]
-    ids = [[tokenizer.bos, *map(int, tokenizer.encode(text))] for text in texts]
+    ids = [tokenizer.begin(text) for text in texts]
     if config.prompts:
         return ids
     return [prompt for prompt in ids if len(prompt) <= context // 2][:SAMPLES]

@@ -191,13 +191,9 @@ class Writer:
     generator: decode.Generator | None = None
     """Plain PyTorch if None."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids that the model sees: the beginning of a document, then those of the text."""
-        return [self.tokenizer.bos, *map(int, self.tokenizer.encode(text))]
-
     def added(self, texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
         """What is added to each text, step by step, in whole characters."""
-        prompts = [self.encode(text) for text in texts]
+        prompts = [self.tokenizer.begin(text) for text in texts]
         arguments = (prompts, self.sampling, self.max_new_tokens, self.tokenizer.eos, first_row)
         tokens = (
             stream(self.model, *arguments) if self.generator is None else self.generator.stream(*arguments)
@@ -253,7 +249,7 @@ def write_batches(writer: Writer, lines: list[dict[str, Any]], batch: int, out: 
     """
     room = writer.model.config.context - 1
     for number, line in enumerate(lines, 1):  # before hours of work, not in their middle
-        if (n_tokens := len(writer.encode(line["prompt"]))) > room:
+        if (n_tokens := len(writer.tokenizer.begin(line["prompt"]))) > room:
             raise UserError(f"prompt {number} is {n_tokens} tokens long: shorten it to at most {room}")
     done: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):

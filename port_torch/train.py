@@ -128,7 +128,7 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
         ),
         example=lambda n: empty_rows(n, model.context, packed=False),
         heldout=heldout_sets(dataset),
-        prompts=[[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in config.prompts],
+        prompts=[tokenizer.begin(prompt) for prompt in config.prompts],
         table=[
             ("tokenizer", f"{tokenizer.name}, {model.vocab_size:,} ids"),
             ("data", f"{config.data}: {tokens:,} tokens"),

@@ -302,7 +302,7 @@ class Loop:
 
     def _sample(self) -> None:
         """Goes on from fixed prompts with fixed keys: what changes is the model."""
-        prompts = [[self.tokenizer.bos, *map(int, self.tokenizer.encode(p))] for p in self.config.prompts]
+        prompts = [self.tokenizer.begin(text) for text in self.config.prompts]
         params = self.state.params
         if are_several():
             params = own_copy(params, self.mesh)

@@ -113,7 +113,7 @@ def instruction(text: str, given: str = "") -> str:
 def examples_of(row: Row, tokenizer: Tokenizer, context: int) -> list[Example]:
     """The row's examples: one; for a long text several, each of at most `context` places; none where a prompt
     with its response is longer, since cutting it would teach answers without an end."""
-    prompt = [tokenizer.bos, *map(int, tokenizer.encode(row.prompt))]
+    prompt = tokenizer.begin(row.prompt)
     response = [*map(int, tokenizer.encode(row.response)), tokenizer.eos]
     ids = np.array(prompt + response, np.int32)
     n_bytes = len(row.response.encode())
