@@ -6,6 +6,7 @@ twice, and each row draws from keys of its own: its text does not depend on what
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -144,16 +145,10 @@ class Generator:
         Raises:
             UserError: a prompt is empty or leaves no room in the context.
         """
+        context = self.config.context
+        require_room(prompts, context)
         lengths = np.array([len(p) for p in prompts], np.int32)
-        room = self.config.context - lengths
-        if lengths.min() < 1:
-            raise UserError("a prompt has no tokens; give at least the begin-of-sequence token")
-        if room.min() < 1:
-            raise UserError(
-                f"a prompt is {lengths.max()} tokens long, but the model's context is "
-                f"{self.config.context}: shorten it to at most {self.config.context - 1}"
-            )
-        width = min(self.config.context, max(MIN_PREFILL, 1 << int(lengths.max() - 1).bit_length()))
+        width = min(context, max(MIN_PREFILL, 1 << int(lengths.max() - 1).bit_length()))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -161,22 +156,49 @@ class Generator:
             np.float32(sampling.temperature), np.int32(sampling.top_k),
             np.float32(sampling.top_p), np.uint32(sampling.seed),
         )  # fmt: skip
-        rows, cache = self._prefill(params, tokens, lengths, knobs)
-        ended = np.zeros(len(prompts), bool)
-        for made in range(1, max_new_tokens + 1):
-            new = np.asarray(rows.token)
-            if eos is not None:
-                ended |= new == eos
-            yield [None if done else int(t) for done, t in zip(ended, new, strict=True)]
-            ended |= made >= room
-            if ended.all() or made == max_new_tokens:
-                return
-            rows, cache = self._decode(params, cache, rows, knobs)
+
+        def steps() -> Iterator[list[int]]:
+            rows, cache = self._prefill(params, tokens, lengths, knobs)
+            while True:
+                yield np.asarray(rows.token).tolist()
+                rows, cache = self._decode(params, cache, rows, knobs)
+
+        yield from until_ended(steps(), prompts, context, max_new_tokens, eos)
 
     def complete(self, *args, **kwargs) -> list[list[int]]:
         """All new tokens of every prompt; the arguments are those of `stream`."""
         columns = list(self.stream(*args, **kwargs))
         return [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
+
+
+def require_room(prompts: list[list[int]], context: int) -> None:
+    """A UserError for a prompt that is empty or leaves no room in the context."""
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) < 1:
+        raise UserError("a prompt has no tokens; give at least the begin-of-sequence token")
+    if longest >= context:
+        raise UserError(
+            f"a prompt is {longest} tokens long, but the model's context is {context}: shorten it to at most "
+            f"{context - 1}"
+        )
+
+
+def until_ended(
+    steps: Iterable[list[int]], prompts: list[list[int]], context: int, max_new_tokens: int, eos: int | None
+) -> Iterator[list[int | None]]:
+    """The tokens of every step, None for a row that has ended; asks for no step that nobody needs.
+
+    A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context.
+    """
+    room = np.array([context - len(prompt) for prompt in prompts])
+    ended = np.zeros(len(prompts), bool)
+    for made, new in enumerate(itertools.islice(steps, max_new_tokens), 1):
+        if eos is not None:
+            ended |= np.array(new) == eos
+        yield [None if done else token for done, token in zip(ended, new, strict=True)]
+        ended |= made >= room
+        if ended.all():
+            return
 
 
 def pieces(

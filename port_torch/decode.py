@@ -18,9 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.config import ModelConfig
-from core.generate import Sampling
+from core.generate import Sampling, require_room, until_ended
 from port_torch.model import Decoder, KVCache, rotary_angles
-from port_torch.streams import require_room, until_ended
 
 MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
 HEAD_SIZES = (32, 64, 128)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
-from core.generate import Sampling, pieces, show
+from core.generate import Sampling, pieces, require_room, show, until_ended
 from core.jsonl import json_lines
 from core.model import compute_dtype
 from core.tokenizer import Tokenizer
@@ -29,7 +29,6 @@ from port_torch import decode
 from port_torch.folder import export_manifest
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.model import Decoder, load
-from port_torch.streams import require_room, until_ended
 
 
 @dataclasses.dataclass(frozen=True)
