@@ -212,7 +212,7 @@ def require_same(
     new: dict[str, Any],
     allowed: tuple[str, ...],
     where: Path,
-    defaults: Any = RunConfig(),
+    defaults: Any,
 ) -> None:
     """Refuses to resume a run under settings that would make it another run.
 

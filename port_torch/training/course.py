@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from core.config import ModelConfig
 from core.errors import UserError
-from core.manifest import Manifest, code_version
+from core.manifest import Manifest, code_version, load_manifest
 from core.model import compute_dtype
 from core.steps import find_step, list_steps, newest_intact, set_aside
 from core.tokenizer import Tokenizer
@@ -177,7 +177,7 @@ def train(job: Job, ranks: Ranks) -> int:
     # 5. The result.
     if code == EXIT_FINISHED and ranks.first:
         step_dir = find_step(out)
-        last = checkpoint.load_manifest(step_dir)
+        last = load_manifest(step_dir)
         folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
         console.print(
             f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}\n"
@@ -204,8 +204,9 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
             aside = set_aside(damaged)
             console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
     ranks.wait()
-    require_same_origin(job, checkpoint.load_manifest(find_step(out)).lineage)
-    old = checkpoint.restore(find_step(out), stepper)
+    step_dir = find_step(out)
+    require_same_origin(job, load_manifest(step_dir).lineage)
+    old = checkpoint.restore(step_dir, stepper)
     manifest = dataclasses.replace(
         manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
     )

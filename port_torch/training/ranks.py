@@ -59,8 +59,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Returns when every rank has come here."""
-        if self.size > 1:
-            self.largest(0)
+        self.largest(0)
 
     def in_turn(self, action: Callable[[], T]) -> T:
         """What `action` gives each rank: the first does it alone, the others when it is done.
