@@ -115,15 +115,16 @@ class Loop:
 
     @property
     def _late(self) -> bool:
-        late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
-        return self._agreed_late if are_several() else late
+        return self._agreed_late if are_several() else self._overdue()
+
+    def _overdue(self) -> bool:
+        return time.monotonic() - self._last_save > 60 * self.config.save_minutes
 
     def _agree(self) -> None:
         """Signals reach single processes, and clocks differ; but all must stop, or save, at the same step."""
         if are_several() and self.step % AGREE_EVERY == 0:
-            late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
             asked = self.interrupt.requested is not None
-            self._agreed_to_stop, self._agreed_late = any_of(asked, late)
+            self._agreed_to_stop, self._agreed_late = any_of(asked, self._overdue())
 
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
