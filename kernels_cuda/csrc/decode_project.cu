@@ -135,18 +135,22 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
   }
 }
 
-// SLICES warps share out the columns; GROUPS of them the batch, TILES of 8 rows each. A block has WIDE tiles of W.
+// SLICES warps share out the columns; GROUPS of them the block's part of the batch, TILES of 8 rows each. A block has
+// WIDE tiles of W; blocks of the same tiles and other parts of the batch are neighbours, so W comes from memory once.
 // AHEAD turns of a warp are in flight at once, those of W from before the wait on if no other warp needs them too.
 // The largest block must fit twice on a multiprocessor: gate and up of 2176 rows are 136 of them.
 template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
 __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) void project(
     const __grid_constant__ DecodeProjection a) {
-  constexpr int ROW = 8 * TILES * GROUPS + 4;  // floats from row to row of the sums, over all banks
+  constexpr int PART = 8 * TILES * GROUPS;  // of the batch
+  constexpr int ROW = PART + 4;             // floats from row to row of the sums, over all banks
   __shared__ float sums[SLICES][WIDE][16][ROW];
-  __shared__ float squares[SLICES][8 * TILES * GROUPS];
+  __shared__ float squares[SLICES][PART];
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32 % SLICES, group = threadIdx.x / 32 / SLICES;
   const int g = lane / 4, t = lane % 4;
-  const int tiles = tiles_of(a);
+  const int parts = (a.batch + PART - 1) / PART;
+  const int begin = blockIdx.x % parts * PART, here = min(PART, a.batch - begin);  // of the batch
+  const int first_tile = blockIdx.x / parts * WIDE, tiles = tiles_of(a);
   const int turns = ((a.columns + COLUMNS - 1) / COLUMNS + SLICES - 1) / SLICES;
   // Attention behind it reads the cache before its wait: what is there was written by earlier steps.
   if constexpr (INTO != DecodeInto::qkv) launch_next();
@@ -156,7 +160,7 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
   for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int tile = blockIdx.x * WIDE + w, row = row_of<INTO>(a, tile, i == 1) + g;
+      const int tile = first_tile + w, row = row_of<INTO>(a, tile, i == 1) + g;
       const bool there = tile < tiles && row < a.rows;
       rows[w][i] = there ? static_cast<const bf16*>(a.weight) + static_cast<int64_t>(row) * a.columns : nullptr;
     }
@@ -179,13 +183,13 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
   };
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) fetch(i, weights[i], scales[i]);
-  const int items = WIDE * a.batch * 8;  // pairs of sums; the first of a thread begins here
+  const int items = WIDE * here * 8;  // pairs of sums; the first of a thread begins here
   const auto pair_of = [](int item) { return item % 8; };
-  const auto row_in_batch = [&](int item) { return item / 8 % a.batch; };
-  const auto tile_of = [&](int item) { return static_cast<int>(blockIdx.x) * WIDE + item / 8 / a.batch; };
+  const auto row_in_part = [&](int item) { return item / 8 % here; };
+  const auto tile_of = [&](int item) { return first_tile + item / 8 / here; };
   const auto beside_of = [&](int item) {
     return item < items && tile_of(item) < tiles
-               ? read_beside<INTO>(a, tile_of(item), pair_of(item), row_in_batch(item))
+               ? read_beside<INTO>(a, tile_of(item), pair_of(item), begin + row_in_part(item))
                : Beside();
   };
   constexpr bool EARLY = TILES == 1;  // with more, registers are short
@@ -205,9 +209,9 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
         const int n = (group * TILES + tile) * 8 + g;
-        const bool there = n < a.batch && column < a.columns;
-        x[i][tile] = there ? read_fresh(static_cast<const bf16*>(a.in) + static_cast<int64_t>(n) * a.columns + column)
-                           : ZERO;
+        const bool there = n < here && column < a.columns;
+        const int64_t at = static_cast<int64_t>(begin + n) * a.columns + column;
+        x[i][tile] = there ? read_fresh(static_cast<const bf16*>(a.in) + at) : ZERO;
       }
     }
 #pragma unroll
@@ -248,7 +252,7 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
   }
   __syncthreads();
   for (int item = threadIdx.x; item < items && tile_of(item) < tiles; item += 32 * SLICES * GROUPS) {
-    const int pair = pair_of(item), n = row_in_batch(item), w = tile_of(item) - blockIdx.x * WIDE;
+    const int pair = pair_of(item), n = row_in_part(item), w = tile_of(item) - first_tile;
     float first = 0.f, second = 0.f, all = 0.f;
 #pragma unroll
     for (int s = 0; s < SLICES; ++s) {
@@ -262,33 +266,37 @@ __global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) v
       second *= factor;
     }
     if (!EARLY || item != threadIdx.x) beside = beside_of(item);
-    finish<INTO>(a, tile_of(item), pair, n, first, second, beside);
+    finish<INTO>(a, tile_of(item), pair, begin + n, first, second, beside);
   }
 }
 
 template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
 cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
-  const int blocks = (tiles_of(a) + WIDE - 1) / WIDE;
+  constexpr int PART = 8 * TILES * GROUPS;
+  const int blocks = (tiles_of(a) + WIDE - 1) / WIDE * ((a.batch + PART - 1) / PART);
   return launch_chained(project<INTO, SLICES, GROUPS, TILES, WIDE, AHEAD>, a, blocks, 32 * SLICES * GROUPS, 1, stream);
 }
 
 // SLICES follows from the columns alone, so that sums are added up in one order whatever the batch. With one tile of
 // the batch AHEAD covers a whole row (768 columns; behind an MLP 2176) from before the wait on; with more tiles
-// registers are short.
+// registers are short. More than 32 rows are two parts, of blocks of their own where one for both would leave
+// multiprocessors idle, as 48 or 72 do.
 template <DecodeInto INTO>
 cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
   constexpr int WIDE = INTO == DecodeInto::residual ? 1 : 2;  // 48 tiles, 24 of them would leave the GPU empty
+  constexpr int AHEAD = INTO == DecodeInto::residual ? 3 : 2;
   const int tiles = (a.batch + 7) / 8;
+  const bool whole = tiles > 4 && tiles_of(a) / WIDE >= multiprocessors();
   if (a.columns <= 1024) {
     if (tiles == 1) return launch<INTO, 4, 1, 1, 1, 6>(a, stream);
     if (tiles == 2) return launch<INTO, 4, 1, 2, 1, 3>(a, stream);
-    if (tiles <= 4) return launch<INTO, 4, 1, 4, WIDE, 2>(a, stream);
-    return launch<INTO, 4, 2, 4, WIDE, 2>(a, stream);
+    if (whole) return launch<INTO, 4, 2, 4, WIDE, 2>(a, stream);
+    return launch<INTO, 4, 1, 4, WIDE, AHEAD>(a, stream);
   }
   if (tiles == 1) return launch<INTO, 8, 1, 1, 1, NORMED<INTO> ? 4 : 9>(a, stream);
   if (tiles == 2) return launch<INTO, 8, 1, 2, 1, 3>(a, stream);
-  if (tiles <= 4) return launch<INTO, 8, 1, 4, 1, 2>(a, stream);
-  return launch<INTO, 8, 2, 4, 1, 2>(a, stream);
+  if (whole) return launch<INTO, 8, 2, 4, 1, 2>(a, stream);
+  return launch<INTO, 8, 1, 4, 1, AHEAD>(a, stream);
 }
 
 }  // namespace
