@@ -117,9 +117,18 @@ def open_dataset(path: Path | str) -> Dataset:
 
 
 def write_manifest(
-    path: Path, context: int, tokenizer: dict, splits: Iterable[Split], dropped: dict, sources: list[str]
+    path: Path,
+    context: int,
+    tokenizer: dict,
+    splits: Iterable[Split],
+    dropped: dict,
+    sources: list[str],
+    train_tokens: int | None = None,
 ) -> Dataset:
-    """Hashes the files in the folder `path` and writes its dataset.json, which completes it."""
+    """Hashes the files in the folder `path` and writes its dataset.json, which completes it.
+
+    train_tokens: with which the reading of the sources was to end, if it was.
+    """
     files = {
         file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
         for file in sorted(path.iterdir())
@@ -135,6 +144,7 @@ def write_manifest(
         },
         "dropped": dropped,
         "sources": sources,
+        "train_tokens": train_tokens,
         "files": files,
         "fingerprint": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
     }

@@ -32,22 +32,24 @@ WINDOWS_PER_SHARD = 1 << 14
 
 def encode_batches(
     batches: Iterable[tuple[object, list[bytes]]], tokenizer: str, workers: int
-) -> Iterator[tuple[object, np.ndarray]]:
-    """(label, documents in UTF-8) -> (label, ids uint16), in the order given, whatever `workers` is.
+) -> Iterator[tuple[object, np.ndarray, np.ndarray]]:
+    """(label, documents in UTF-8) -> (label, ids uint16, lengths int64), in the order given, whatever
+    `workers` is.
 
-    The ids are those of `<s>` document `</s>` for every document, joined. At most two batches for every
-    worker are held at a time.
+    The ids are those of `<s>` document `</s>` for every document, joined; a length for each. At most two
+    batches for every worker are held at a time.
     """
     processes = [_start_worker(tokenizer) for _ in range(workers)]
     idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
     for process in processes:
         idle.put(process)
 
-    def encode(documents: list[bytes]) -> np.ndarray:
+    def encode(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         process = idle.get()
         try:
             _send(process.stdin, np.array([len(d) for d in documents], np.int64), b"".join(documents))
-            return np.frombuffer(_receive(process.stdout), np.uint16)
+            lengths = np.frombuffer(_receive(process.stdout), np.int64)
+            return np.frombuffer(_receive(process.stdout), np.uint16), lengths
         except (BrokenPipeError, EOFError) as error:
             raise RuntimeError(f"a tokenising process ended with code {process.wait()}") from error
         finally:
@@ -59,11 +61,11 @@ def encode_batches(
         for label, documents in batches:
             pending.append((label, threads.submit(encode, documents)))
             if len(pending) > 2 * workers:
-                done, ids = pending.popleft()
-                yield done, ids.result()
+                done, encoded = pending.popleft()
+                yield done, *encoded.result()
         while pending:
-            done, ids = pending.popleft()
-            yield done, ids.result()
+            done, encoded = pending.popleft()
+            yield done, *encoded.result()
     finally:
         for process in processes:
             process.kill()
@@ -94,10 +96,11 @@ def _work(tokenizer_name: str) -> None:
         except EOFError:
             return
         ends = np.cumsum(lengths)
-        parts = []
-        for start, end in zip(ends - lengths, ends, strict=True):
-            parts += [bos, tokenizer.encode(text[start:end].decode()), eos]
-        _send(sys.stdout.buffer, np.concatenate(parts))
+        ids = [
+            np.concatenate([bos, tokenizer.encode(text[start:end].decode()), eos])
+            for start, end in zip(ends - lengths, ends, strict=True)
+        ]
+        _send(sys.stdout.buffer, np.array([len(i) for i in ids], np.int64), np.concatenate(ids))
 
 
 def _send(stream: BinaryIO, *messages: bytes | np.ndarray) -> None:

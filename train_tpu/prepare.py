@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import rich.progress
 import tyro
 from rich.console import Console
@@ -59,6 +60,9 @@ class PrepareConfig:
     valid_fraction: float | None = None
     """Part of the documents to hold out, by hash (default 0.01); of fewer than 1000 documents
     the end of each, in that proportion (default 0.05)."""
+    train_tokens: int | None = None
+    """Read no further than the document with which the train split reaches this many tokens; what is held out
+    of the sources is then that of the documents read. Sets of --valid are whole. Default: all text."""
     field: str = "text"
     """JSON field, Parquet column or TFDS feature that holds the text."""
     workers: int | None = None
@@ -72,6 +76,7 @@ def prepare(
     context: int,
     valid: dict[str, str] | None = None,
     valid_fraction: float | None = None,
+    train_tokens: int | None = None,
     field: str = "text",
     workers: int | None = None,
 ) -> Path:
@@ -83,21 +88,24 @@ def prepare(
         raise UserError(f"--context is {context}; it must be at least 1")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
+    if train_tokens is not None and train_tokens < 1:
+        raise UserError(f"--train-tokens is {train_tokens}; it must be at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: remove it or choose another --out")
-    plan = _make_plan(sources, valid or {}, valid_fraction, field)
+    plan = _make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
     record = tokenizer_record(load_tokenizer(tokenizer))
     with _partial_folder(out) as folder:
         try:
             _write(folder, plan, tokenizer, context, workers or len(os.sched_getaffinity(0)))
-            splits, dropped = plan.counts(), plan.dropped
-            opened = ds.write_manifest(folder, context, record, splits, dropped, plan.source_names)
+            opened = ds.write_manifest(
+                folder, context, record, plan.counts(), plan.dropped, plan.sources_read(), train_tokens
+            )
         except OSError as error:
             raise UserError(
                 f"{out} could not be written ({error}): make room or choose another --out"
             ) from error
         folder.rename(out)
-    _print_summary(opened, dropped)
+    _print_summary(opened, plan.dropped, train_tokens)
     return out
 
 
@@ -133,45 +141,112 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     return ds.open_dataset(out)
 
 
+@dataclasses.dataclass
+class _Batch:
+    """Neighbouring documents in the order in which they are read; a list has an entry for each."""
+
+    splits: list[str]
+    bytes: list[int]
+    """Length of the text in UTF-8."""
+    seen: list[tuple[int, int, int]]
+    """Empty documents, repaired documents and training sources met until then, this one's included."""
+
+
 class _Plan:
-    """Which document goes into which split, and what was counted on the way."""
+    """Which document goes into which split, where reading ends, and what was counted on the way.
+
+    Documents are read some batches ahead of the tokens that say where reading ends. So what a document adds
+    to the counts is kept in its batch until it is known to be taken: the result depends on the text alone.
+    """
 
     def __init__(
-        self, train: list[Source], heldout: dict[str, list[Source]], fraction: float, few: bool
+        self,
+        train: list[Source],
+        heldout: dict[str, list[Source]],
+        fraction: float,
+        few: bool,
+        train_tokens: int | None,
     ) -> None:
         self.train, self.heldout, self.fraction, self.few = train, heldout, fraction, few
+        self.train_tokens = train_tokens
         self.size = sum(source.size for source in [*train, *(s for group in heldout.values() for s in group)])
-        self.source_names = [source.name for source in train]
         names = [ds.TRAIN, *heldout] + ([VALID] if fraction else [])
         self.documents = dict.fromkeys(names, 0)
         self.bytes = dict.fromkeys(names, 0)
         self.packers: dict[str, Packer] = {}
         self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
-        self.position = 0  # of `size`, for the progress bar
+        self._met = (0, 0, 0)  # as `_Batch.seen`, of what is read
+        self._sources_taken = 0
+        self._position = 0  # of `size`
 
-    def batches(self) -> Iterator[tuple[str, list[bytes]]]:
-        """(split, documents): about `BATCH_BYTES` each, in order within a split."""
-        waiting: dict[str, list[bytes]] = {name: [] for name in self.documents}
-        sizes = dict.fromkeys(waiting, 0)
+    def batches(self) -> Iterator[tuple[_Batch, list[bytes]]]:
+        """Documents, about `BATCH_BYTES` of them together."""
+        batch, documents, size = _Batch([], [], []), [], 0
         for split, text in self._assigned():
+            batch.splits.append(split)
+            batch.bytes.append(len(text))
+            batch.seen.append(self._met)
+            documents.append(text)
+            size += len(text)
+            if size >= BATCH_BYTES:
+                yield batch, documents
+                batch, documents, size = _Batch([], [], []), [], 0
+        if documents:
+            yield batch, documents
+
+    def take(self, batch: _Batch, lengths: np.ndarray) -> int:
+        """How many documents of the next batch are taken, all unless reading ends in it; counts them.
+
+        lengths: their tokens.
+        """
+        train = np.array(batch.splits) == ds.TRAIN
+        n = len(lengths)
+        if self.train_tokens is not None:
+            reached = self.packers[ds.TRAIN].tokens + np.cumsum(lengths * train) >= self.train_tokens
+            if reached.any():
+                n = int(reached.argmax()) + 1
+        for split, size in zip(batch.splits[:n], batch.bytes[:n], strict=True):
             self.documents[split] += 1
-            self.bytes[split] += len(text)
-            waiting[split].append(text)
-            sizes[split] += len(text)
-            if sizes[split] >= BATCH_BYTES:
-                yield split, waiting[split]
-                waiting[split], sizes[split] = [], 0
-        yield from ((split, documents) for split, documents in waiting.items() if documents)
+            self.bytes[split] += size
+        self._count(batch.seen[n - 1])
+        return n
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the train split has the tokens that were asked for."""
+        return self.train_tokens is not None and self.packers[ds.TRAIN].tokens >= self.train_tokens
+
+    def finish(self, eos: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The last windows of the held-out splits, filled up with `eos`."""
+        if not self.is_full:
+            self._count(self._met)  # with the empty documents behind the last one
+        self.dropped["train_tokens_at_end"] = self.packers[ds.TRAIN].rest
+        for split, packer in self.packers.items():
+            if split != ds.TRAIN:
+                yield split, packer.last(fill=eos)
+
+    def done(self) -> float:
+        """The part of the work that is done, about: of the tokens asked for, or of the text."""
+        asked = self.packers[ds.TRAIN].tokens / self.train_tokens if self.train_tokens else 0
+        return min(1.0, max(asked, self._position / max(self.size, 1)))
+
+    def sources_read(self) -> list[str]:
+        """Names of the training sources that were read; others lie behind the end."""
+        return [source.name for source in self.train[: self._sources_taken]]
+
+    def _count(self, seen: tuple[int, int, int]) -> None:
+        self.dropped["empty_documents"], self.dropped["repaired_documents"], self._sources_taken = seen
 
     def _assigned(self) -> Iterator[tuple[str, bytes]]:
         for name, group in self.heldout.items():
             for text in self._clean(group):
                 yield name, text.encode()
-        for text in self._clean(self.train):
+        for text in self._clean(self.train, training=True):
             if self.few:
                 cut = int(len(text) * (1 - self.fraction))
                 cut = cut_point(text, cut, within=(len(text) - cut) // 4)
-                for split, part in ((ds.TRAIN, text[:cut]), (VALID, text[cut:])):
+                # The end goes first: where the document is the last one taken, both parts of it are.
+                for split, part in ((VALID, text[cut:]), (ds.TRAIN, text[:cut])):
                     if part.strip():
                         yield split, part.encode()
             else:
@@ -179,17 +254,21 @@ class _Plan:
                 held = self.fraction > 0 and _hash01(document) < self.fraction
                 yield VALID if held else ds.TRAIN, document
 
-    def _clean(self, group: list[Source]) -> Iterator[str]:
-        before = self.position
+    def _clean(self, group: list[Source], training: bool = False) -> Iterator[str]:
+        before = self._position
+        empty, repaired, sources = self._met
         for source in group:
+            sources += training
             for text, position in source.documents():
-                self.position = before + position
-                if not text.strip():
-                    self.dropped["empty_documents"] += 1
-                    continue
-                repaired = SURROGATES.sub("\ufffd", text)
-                self.dropped["repaired_documents"] += repaired != text
-                yield repaired
+                self._position = before + position
+                if text.strip():
+                    whole = SURROGATES.sub("\ufffd", text)
+                    repaired += whole != text
+                    self._met = empty, repaired, sources
+                    yield whole
+                else:
+                    empty += 1
+            self._met = empty, repaired, sources
             before += source.size
 
     def counts(self) -> list[ds.Split]:
@@ -199,7 +278,9 @@ class _Plan:
         ]
 
 
-def _make_plan(sources: list[str], valid: dict[str, str], fraction: float | None, field: str) -> _Plan:
+def _make_plan(
+    sources: list[str], valid: dict[str, str], fraction: float | None, train_tokens: int | None, field: str
+) -> _Plan:
     if fraction is not None and valid:
         raise UserError("--valid and --valid-fraction exclude each other: leave one of them out")
     if fraction is not None and not 0 <= fraction < 1:
@@ -220,11 +301,11 @@ def _make_plan(sources: list[str], valid: dict[str, str], fraction: float | None
     if not train:
         raise UserError("there is nothing to train on: every source is also held out by --valid")
     if valid:
-        return _Plan(train, heldout, fraction=0.0, few=False)
+        return _Plan(train, heldout, 0.0, False, train_tokens)
     few = fraction != 0 and _fewer_than(FEW_DOCUMENTS, train)
     if fraction is None:
         fraction = VALID_FRACTION_OF_FEW if few else VALID_FRACTION
-    return _Plan(train, heldout, fraction, few)
+    return _Plan(train, heldout, fraction, few, train_tokens)
 
 
 def _fewer_than(n: int, sources: list[Source]) -> bool:
@@ -239,19 +320,23 @@ def _hash01(document: bytes) -> float:
 
 def _write(folder: Path, plan: _Plan, tokenizer: str, context: int, workers: int) -> None:
     """Tokenises and writes all splits, and counts them in `plan`."""
-    plan.packers = {name: Packer(context) for name in plan.documents}
-    writer = WindowWriter(folder, context, list(plan.packers))
+    names = list(plan.documents)
+    plan.packers = {name: Packer(context) for name in names}
+    writer = WindowWriter(folder, context, names)
     encoded = encode_batches(plan.batches(), tokenizer, workers)
-    with _Progress(plan.size) as progress, contextlib.closing(encoded):
-        for split, ids in encoded:
-            writer.write(split, plan.packers[split].add(ids))
-            progress.update(plan.position, tokens=len(ids), text_bytes=sum(plan.bytes.values()))
-    eos = load_tokenizer(tokenizer).eos
+    with _Progress() as progress, contextlib.closing(encoded):
+        for batch, ids, lengths in encoded:
+            n = plan.take(batch, lengths)
+            owners = np.repeat([names.index(split) for split in batch.splits[:n]], lengths[:n])
+            for owner in np.unique(owners):
+                split = names[owner]
+                writer.write(split, plan.packers[split].add(ids[: len(owners)][owners == owner]))
+            progress.update(plan.done(), tokens=len(owners), text_bytes=sum(plan.bytes.values()))
+            if plan.is_full:
+                break
+    for split, window in plan.finish(load_tokenizer(tokenizer).eos):
+        writer.write(split, window)
     for split, packer in plan.packers.items():
-        if split == ds.TRAIN:
-            plan.dropped["train_tokens_at_end"] = packer.rest
-        else:
-            writer.write(split, packer.last(fill=eos))
         if packer.windows == 0:
             need = context + 1 if split == ds.TRAIN else 1
             raise UserError(
@@ -298,8 +383,7 @@ class _Progress:
 
     LINE_EVERY = 10.0  # seconds
 
-    def __init__(self, size: int) -> None:
-        self._size = max(size, 1)
+    def __init__(self) -> None:
         self._tokens = 0
         self._started = self._last_line = time.monotonic()
         self._console = Console()
@@ -311,7 +395,7 @@ class _Progress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("reading", total=self._size)
+        self._task = self._bar.add_task("reading", total=1.0)
 
     def __enter__(self) -> "_Progress":
         self._bar.start()
@@ -320,21 +404,21 @@ class _Progress:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def update(self, position: int, tokens: int, text_bytes: int) -> None:
-        """position: of `size`, read so far; tokens: new ones; text_bytes: of text, read so far."""
+    def update(self, done: float, tokens: int, text_bytes: int) -> None:
+        """done: part of the work, 0 to 1; tokens: new ones; text_bytes: of text, so far."""
         self._tokens += tokens
         now = time.monotonic()
         seconds = max(now - self._started, 1e-3)
         rates = f"{self._tokens / seconds / 1e3:,.0f}k tokens/s, {text_bytes / seconds / 1e6:.1f} MB/s"
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=position, description=rates)
+            self._bar.update(self._task, completed=done, description=rates)
         elif now - self._last_line >= self.LINE_EVERY:
             self._last_line = now
-            left = seconds * (self._size - position) / max(position, 1)
-            print(f"{position / self._size:4.0%} read, {rates}, {left:.0f} s left", flush=True)
+            left = seconds * (1 - done) / max(done, 1e-9)
+            print(f"{done:4.0%} read, {rates}, {left:.0f} s left", flush=True)
 
 
-def _print_summary(dataset: ds.Dataset, dropped: dict[str, int]) -> None:
+def _print_summary(dataset: ds.Dataset, dropped: dict[str, int], train_tokens: int | None) -> None:
     table = Table(title=f"tokenizer {dataset.tokenizer_record['name']}, context {dataset.context}")
     table.add_column("split")
     for column in ("documents", "bytes", "tokens", "bytes/token", "windows"):
@@ -347,6 +431,12 @@ def _print_summary(dataset: ds.Dataset, dropped: dict[str, int]) -> None:
         f"left out: {dropped['empty_documents']:,} empty documents and the last "
         f"{dropped['train_tokens_at_end']:,} tokens of train, which fill no window"
     )
+    if train_tokens is not None:
+        found = dataset.splits[ds.TRAIN].tokens
+        print(
+            f"train was to reach {train_tokens:,} tokens: "
+            + (f"read no further than {found:,}" if found >= train_tokens else f"all the text has {found:,}")
+        )
     if dropped["repaired_documents"]:
         print(f"repaired: {dropped['repaired_documents']:,} documents with lone surrogates (now U+FFFD)")
 

@@ -6,6 +6,7 @@ file and the line; nothing is skipped silently.
 """
 
 import abc
+import fnmatch
 import glob
 import gzip
 import io
@@ -16,6 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from core.errors import UserError
 from train_tpu import corpus
@@ -271,7 +273,8 @@ def _hub_files(dataset: str, config: str) -> tuple[str, dict[str, int]]:
     """The repository's commit, and its data files with their sizes in bytes, sorted by path.
 
     dataset: its name, such as `roneneldan/TinyStories`.
-    config: the folder of one configuration (`sample-10BT`, or `20231101.en`); empty for the whole repository.
+    config: one configuration by its name on the dataset's page (`sample-10BT`), or a folder of the repository
+    (`20231101.en`); empty for the whole repository.
     Of files that are sorted into splits only those of the train split are taken.
     """
     import huggingface_hub
@@ -282,14 +285,37 @@ def _hub_files(dataset: str, config: str) -> tuple[str, dict[str, int]]:
         raise _unreachable(dataset, error) from error
     files = {f.rfilename: f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(SUFFIXES)}
     if config:
-        files = {f: size for f, size in files.items() if config in Path(f).parts[:-1]}
+        patterns = _config_patterns(info.card_data, config)
+        files = {
+            f: size
+            for f, size in files.items()
+            if config in Path(f).parts[:-1] or any(fnmatch.fnmatchcase(f, pattern) for pattern in patterns)
+        }
     files = {f: size for f, size in files.items() if "train" in f.lower()} or files
     if not files:
-        where = f"its folder {config!r}" if config else "it"
+        where = f"its configuration or folder {config!r}" if config else "it"
         raise UserError(
-            f"the dataset {dataset} has no {', '.join(FORMATS)} file in {where}: see its page for its folders"
+            f"the dataset {dataset} has no {', '.join(FORMATS)} file in {where}: see its page for them"
         )
     return info.sha, dict(sorted(files.items()))
+
+
+def _config_patterns(card: Any, config: str) -> list[str]:
+    """The patterns of paths that the head of a dataset's page gives for a configuration's train split.
+
+    There `data_files` is a pattern, a list of them, or a list of {split, path} with a pattern or a list each.
+    """
+    listed = (card.get("configs") if card else None) or []
+    found = []
+    for entry in listed:
+        if entry.get("config_name") != config:
+            continue
+        given = entry.get("data_files") or []
+        for files in [given] if isinstance(given, str) else given:
+            if isinstance(files, dict):
+                files = files.get("path") if files.get("split") == "train" else []
+            found += [files] if isinstance(files, str) else files or []
+    return found
 
 
 def _hub_download(dataset: str, file: str, revision: str) -> Path:

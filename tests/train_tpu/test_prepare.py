@@ -16,6 +16,7 @@ from train_tpu import corpus, packing
 from train_tpu import prepare as module
 from train_tpu.data import open_dataset
 from train_tpu.prepare import open_or_prepare, prepare
+from train_tpu.sources import FileSource
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -131,6 +132,99 @@ def test_held_out_by_hash(tmp_path):
         assert open_dataset(out).splits["train"].documents == 1500 - len(held)
 
 
+def up_to(texts: list[str], train_tokens: int, held: set[str] = frozenset()) -> list[str]:
+    """The documents up to the one with which those outside `held` reach `train_tokens`, in bytes tokens."""
+    total = 0
+    for n, text in enumerate(texts, start=1):
+        total += 0 if text in held else len(text.encode()) + 2
+        if total >= train_tokens:
+            return texts[:n]
+    return texts
+
+
+@pytest.mark.parametrize("train_tokens", [1500, 20_000, 50_001])
+def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkeypatch, train_tokens):
+    texts, valid = documents(300), documents(9, seed=1)
+    texts[3] = ""
+    texts[4] = "lone \ud800 surrogate " * 9
+    files = [texts[:100], texts[100:200], texts[200:]]
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(files)]
+    held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
+    manifests = []
+    for workers, size in ((1, 300), (3, 300), (2, 5000), (3, 1 << 20)):
+        monkeypatch.setattr(module, "BATCH_BYTES", size)
+        out = tmp_path / f"{workers}-{size}"
+        prepare(sources, out, "bytes", CONTEXT, valid=held, workers=workers, train_tokens=train_tokens)
+        manifests.append(json.loads((out / "dataset.json").read_text()))
+    assert all(manifest == manifests[0] for manifest in manifests)
+
+    manifest, split = manifests[0], open_dataset(out).splits["train"]
+    read = up_to([text.replace("\ud800", "\ufffd") for text in texts if text], train_tokens)
+    stream = expected_stream(read)
+    assert train_tokens <= len(stream) < train_tokens + len(read[-1].encode()) + 2
+    assert (split.documents, split.tokens) == (len(read), len(stream))
+    assert split.bytes == sum(len(text.encode()) for text in read)
+    n = (len(stream) - 1) // CONTEXT
+    assert stream_of(windows_of(out, "train")) == stream[: n * CONTEXT + 1]
+    assert manifest["train_tokens"] == train_tokens
+    assert manifest["sources"] == sources[: 1 + (len(read) + 1 > 100) + (len(read) + 1 > 200)]
+    assert (manifest["dropped"]["empty_documents"], manifest["dropped"]["repaired_documents"]) == (1, 1)
+    stream = expected_stream(valid)
+    assert stream_of(windows_of(out, "held"))[: len(stream)] == stream  # whole
+
+
+def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch):
+    texts = documents(1500)
+    held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.1 * 2**64}
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    read = up_to(texts, 50_000, held)
+    assert 3 < len(held & set(read)) < len(held) - 20
+    for workers, size in ((1, 700), (3, 700), (2, 1 << 20)):
+        monkeypatch.setattr(module, "BATCH_BYTES", size)
+        out = tmp_path / f"{workers}-{size}"
+        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=50_000)
+        splits = open_dataset(out).splits
+        assert splits["train"].tokens == len(expected_stream([t for t in read if t not in held]))
+        stream = expected_stream([t for t in read if t in held])
+        assert stream_of(windows_of(out, "valid"))[: len(stream)] == stream
+        assert splits["valid"].tokens == len(stream)
+
+
+def test_the_last_of_few_documents_keeps_its_held_out_end(tmp_path):
+    texts = ["\n\n".join(documents(20, seed)) for seed in range(10)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    first = len(texts[0].encode())
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, train_tokens=first)  # two of them
+    splits = open_dataset(out).splits
+    assert splits["train"].documents == splits["valid"].documents == 2
+    assert splits["train"].bytes + splits["valid"].bytes == first + len(texts[1].encode())
+
+
+def test_nothing_is_read_far_behind_the_end(tmp_path, monkeypatch, capsys):
+    def endless(self):
+        while True:
+            yield "some words " * 100, 0
+
+    monkeypatch.setattr(FileSource, "documents", endless)
+    source = write_jsonl(tmp_path / "t.jsonl", ["x"])
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=0, train_tokens=100_000)
+    assert open_dataset(out).splits["train"].tokens == -(-100_000 // 1102) * 1102
+    assert "train was to reach 100,000 tokens: read no further than 100,282" in capsys.readouterr().out
+
+
+def test_text_that_does_not_reach_the_tokens_is_taken_whole(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "t.jsonl", [*documents(50), "", " "])
+    outs = [
+        prepare([source], tmp_path / str(n), "bytes", CONTEXT, valid_fraction=0, train_tokens=n)
+        for n in (None, 10**9)
+    ]
+    all_of_it, limited = (open_dataset(out) for out in outs)
+    assert limited.fingerprint == all_of_it.fingerprint
+    assert json.loads((outs[1] / "dataset.json").read_text())["dropped"]["empty_documents"] == 2
+    found = all_of_it.splits["train"].tokens
+    assert f"train was to reach 1,000,000,000 tokens: all the text has {found:,}" in capsys.readouterr().out
+
+
 def test_few_documents_hold_out_their_ends(tmp_path):
     text = "\n\n".join(documents(60))
     (tmp_path / "book.txt").write_text(text)
@@ -229,6 +323,7 @@ def test_command_prints_what_it_did_and_what_is_next(tmp_path):
         (["{good}", "--context", "100000"], "the split 'train' is empty"),
         (["{empty}"], "the split 'train' is empty"),
         (["{good}", "--valid-fraction", "1.5"], "--valid-fraction is 1.5"),
+        (["{good}", "--train-tokens", "0"], "--train-tokens is 0"),
         (["{good}", "--valid", "held"], "write NAME=PATH"),
         (["{good}", "--valid", "train={good}"], "is not train or all"),
         (["{good}", "--valid", "held={good}"], "nothing to train on"),

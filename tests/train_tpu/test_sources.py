@@ -180,7 +180,19 @@ class FakeHub:
             types.SimpleNamespace(rfilename=str(p.relative_to(self.folder)), size=p.stat().st_size)
             for p in files
         ]
-        return types.SimpleNamespace(sha="abc", siblings=siblings)
+        configs = [
+            {"config_name": "sample-1", "data_files": [{"split": "train", "path": "one/train-*"}]},
+            {
+                "config_name": "sample-2",
+                "data_files": [
+                    {"split": "train", "path": ["two/*", "one/train-1.jsonl"]},
+                    {"split": "test", "path": "one/*"},
+                ],
+            },
+            {"config_name": "sample-3", "data_files": "two/*"},
+        ]
+        card = huggingface_hub.DatasetCardData(configs=configs)
+        return types.SimpleNamespace(sha="abc", siblings=siblings, card_data=card)
 
     def download(self, dataset, file, repo_type, revision):
         assert (repo_type, revision) == ("dataset", "abc")
@@ -202,12 +214,16 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
     assert texts("hf:someone/stories:one") == ["one/train-0.jsonl", "one/train-1.jsonl"]
+    assert texts("hf:someone/stories:sample-1") == ["one/train-0.jsonl", "one/train-1.jsonl"]
+    assert texts("hf:someone/stories:sample-2") == ["one/train-1.jsonl", "two/train-0.jsonl"]
+    assert texts("hf:someone/stories:sample-3") == ["two/train-0.jsonl"]
+    hub.downloaded.clear()
     (source,) = open_sources(["hf:someone/stories"])
     documents = source.documents()
     next(documents)
-    assert hub.downloaded[2:] == ["one/train-0.jsonl"]  # one by one: the rest is not fetched yet
+    assert hub.downloaded == ["one/train-0.jsonl"]  # one by one: the rest is not fetched yet
     assert len(list(documents)) == 2
-    with pytest.raises(UserError, match=r"no .* file in its folder 'three'"):
+    with pytest.raises(UserError, match=r"no .* file in its configuration or folder 'three'"):
         texts("hf:someone/stories:three")
     with pytest.raises(
         UserError, match=r"someone/else cannot be had .*offline.*check the name and the network"
