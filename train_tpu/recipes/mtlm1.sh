@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# MTLM1 in three phases, on 14B tokens of FineWeb-Edu: mtlm1-88m (113,068,800 parameters) for half of them, grown by
+# stacking its 12 layers, mtlm1-200m (201,560,832 parameters) for the other half; 69 tokens a parameter.
+#
+#     bash mtlm1.sh                                        # on a TPU v5e-8
+#     BATCH=128 bash mtlm1.sh --accumulate 4               # on one GPU
+#     TOKENS=140000000 DATA='text/*.jsonl.xz' EVAL_DATA=DIR BATCH=128 bash mtlm1.sh --accumulate 4
+#                                                          # a hundredth, of files, without a network
+#
+# Stopped or interrupted, the same command goes on; finished, it trains nothing. Arguments go to train_tpu.run.
+# Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu on a GPU), and activate that
+# environment. MTLM2's data serves: DATA=runs/mtlm2/data.
+#
+# What to expect. No TPU has run this: the TPU's figures are bounds from its compiler, for batch 256
+# (docs/results/aot.md). The GPU's are measured, but not over so many tokens (docs/RESULTS.md, batch 128).
+#
+#                      TPU v5e-8                                                    one H100
+#   88M, 7B tokens     1.3 h at the bound (1.46M tokens/s)                          4.0 h (490k tokens/s)
+#   200M, 7B tokens    2.5 h at the bound (0.79M tokens/s)                          7.2 h (271k tokens/s)
+#   both               3.8 h at the bound; the compiler's own estimate of MTLM2     11.2 h
+#                      is 3.3 times its bound, which would make 12 h here
+#   memory             7.0, then 10.9 of 15.75 GiB a chip                           23.3 GiB for the 200M, 32 at a time
+#   cost of that time  USD 36 at the bound, 120 at 3.3 times that, at USD 1.20 a    yours
+#                      chip-hour on demand (2026-11; check
+#                      https://cloud.google.com/tpu/pricing)
+#   growing            18 to 36 s, 2.8 GiB of the host's memory (docs/STACKING.md)
+#   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
+#                      download. It needs no accelerator: where these hours cost, prepare on another machine and
+#                      give the folder as DATA.
+#   disk               25 GB prepared (1.76 bytes a token, measured on 9.8M tokens of Wikipedia); about 36 GB of
+#                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
+#                      reading comes to it), which may go once the data is prepared; 6 GB for the runs and exports
+#
+# The presets' learning rate was chosen on 130M tokens at batch 128; nobody has tuned it for these. Whether growing pays
+# is in docs/STACKING.md: fewer FLOPs for the same loss, and a worse loss for the same tokens.
+set -euo pipefail
+
+TOKENS=${TOKENS:-14000000000}                           # to train on
+DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.prepare, or a folder that it made
+HELDOUT=${HELDOUT:-}                                    # NAME=PATH ..., held-out sets; default: 0.1% of DATA
+OUT=${OUT:-runs/mtlm1}                                  # everything goes into this folder
+BATCH=${BATCH:-256}                                     # sequences a step, over all chips
+BASE=${BASE:-mtlm1-88m}                                 # the preset that is grown to twice its layers
+CONTEXT=${CONTEXT:-1024}                                # its tokens a sequence
+TASKS=${TASKS-wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2} # to evaluate; empty: none
+EVAL_DATA=${EVAL_DATA:-}                                # folder with their data; default: from the Hugging Face hub
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+for name in TOKENS BATCH CONTEXT; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,17}$ ]] || fail "$name is '${!name}': give a whole number, such as 140000000"
+done
+steps=$((TOKENS / (BATCH * CONTEXT)))
+((steps >= 2)) || fail "TOKENS is $TOKENS, fewer than two steps of $BATCH x $CONTEXT: give more, or a smaller BATCH"
+python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
+    train_tpu stacking torch transformers lm_eval ||
+    fail "packages are missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
+
+# 1. Text to windows of tokens, as many as are trained on.
+data=$OUT/data
+if [[ -f $DATA/dataset.json ]]; then
+    data=$DATA
+elif [[ ! -d $data ]]; then
+    read -ra sources <<<"$DATA"
+    read -ra sets <<<"$HELDOUT"
+    held=(--valid-fraction 0.001)
+    ((${#sets[@]} == 0)) || held=("${sets[@]/#/--valid=}")
+    python -m train_tpu.prepare "${sources[@]}" --out "$data" --context "$CONTEXT" --train-tokens "$TOKENS" "${held[@]}"
+elif ! grep -q "\"train_tokens\": $TOKENS," "$data/dataset.json"; then
+    fail "$data was not prepared for $TOKENS tokens: remove it, or choose another OUT"
+fi
+
+# 2. The shallow model, for half of the steps; its schedule is that of all of them and does not decay yet.
+if [[ ! -d $OUT/grown ]]; then
+    python -m train_tpu.run --preset "$BASE" --context "$CONTEXT" --data "$data" --batch "$BATCH" --steps "$steps" \
+        --stop-at $((steps / 2)) --out "$OUT/base" "$@"
+
+    # 3. Every layer twice: 12 become 24, the optimizer's state with them.
+    python -m stacking.grow "$OUT/base" --out "$OUT/grown"
+fi
+
+# 4. The deep model, for the other half: settings, schedule and the place in the data are in its folder, and the run
+# refuses others.
+python -m train_tpu.run --out "$OUT/grown" --batch "$BATCH" --steps "$steps" "$@"
+
+# 5. Evaluation, a folder for transformers, and what the model writes.
+if [[ -n $TASKS ]]; then
+    python -m eval.run "$OUT/grown" --tasks "$TASKS" ${EVAL_DATA:+--data-dir "$EVAL_DATA"}
+fi
+[[ -d $OUT/exported ]] || python -m port_torch.convert "$OUT/grown" "$OUT/exported"
+python -m port_torch.generate "$OUT/exported" --prompt "In the early years of"

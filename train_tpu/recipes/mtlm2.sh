@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# MTLM2: mtlm2-40m (40,149,248 parameters) on 14B tokens of FineWeb-Edu, 349 tokens a parameter.
+#
+#     bash mtlm2.sh                                        # on a TPU v5e-8
+#     BATCH=128 bash mtlm2.sh                              # on one GPU
+#     TOKENS=140000000 DATA='text/*.jsonl.xz' EVAL_DATA=DIR BATCH=128 bash mtlm2.sh
+#                                                          # a hundredth, of files, without a network
+#
+# Stopped or interrupted, the same command goes on; finished, it trains nothing. Arguments go to train_tpu.run:
+# `bash mtlm2.sh --accumulate 2`. Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu
+# on a GPU), and activate that environment.
+#
+# What to expect. No TPU has run this: the TPU's figures are its compiler's, for batch 256 (docs/results/aot.md,
+# docs/RESULTS.md). The GPU's are measured, but not over so many tokens (docs/RESULTS.md, batch 128).
+#
+#                      TPU v5e-8                                                    one H200
+#   training           0.6 h at the compiler's bound (6.9M tokens/s), 1.9 h at      2.6 h (1.47M tokens/s)
+#                      its own estimate (2.1M), 6.5 to 7.1 h at the original's
+#                      speed (0.55M to 0.6M)
+#   memory             1.7 of 15.75 GiB a chip                                      18.9 GiB
+#   cost of that time  USD 5, 18 or 62 to 68, at USD 1.20 a chip-hour on demand     yours
+#                      (2026-11; check https://cloud.google.com/tpu/pricing)
+#   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
+#                      download. It needs no accelerator: where these hours cost, prepare on another machine and
+#                      give the folder as DATA.
+#   disk               25 GB prepared (1.76 bytes a token, measured on 9.8M tokens of Wikipedia); about 36 GB of
+#                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
+#                      reading comes to it), which may go once the data is prepared; under 1 GB for the run
+#
+# The preset's learning rate was chosen on 261M tokens at batch 128; nobody has tuned it for these.
+set -euo pipefail
+
+TOKENS=${TOKENS:-14000000000}                           # to train on
+DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.prepare, or a folder that it made
+HELDOUT=${HELDOUT:-}                                    # NAME=PATH ..., held-out sets; default: 0.1% of DATA
+OUT=${OUT:-runs/mtlm2}                                  # everything goes into this folder
+BATCH=${BATCH:-256}                                     # sequences a step, over all chips
+MODEL=${MODEL:-mtlm2-40m}                               # a preset
+CONTEXT=${CONTEXT:-1024}                                # its tokens a sequence
+TASKS=${TASKS-wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2} # to evaluate; empty: none
+EVAL_DATA=${EVAL_DATA:-}                                # folder with their data; default: from the Hugging Face hub
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+for name in TOKENS BATCH CONTEXT; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,17}$ ]] || fail "$name is '${!name}': give a whole number, such as 140000000"
+done
+steps=$((TOKENS / (BATCH * CONTEXT)))
+((steps >= 1)) || fail "TOKENS is $TOKENS, fewer than one step of $BATCH x $CONTEXT: give more, or a smaller BATCH"
+python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
+    train_tpu torch transformers lm_eval ||
+    fail "packages are missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
+
+# 1. Text to windows of tokens, as many as are trained on.
+data=$OUT/data
+if [[ -f $DATA/dataset.json ]]; then
+    data=$DATA
+elif [[ ! -d $data ]]; then
+    read -ra sources <<<"$DATA"
+    read -ra sets <<<"$HELDOUT"
+    held=(--valid-fraction 0.001)
+    ((${#sets[@]} == 0)) || held=("${sets[@]/#/--valid=}")
+    python -m train_tpu.prepare "${sources[@]}" --out "$data" --context "$CONTEXT" --train-tokens "$TOKENS" "${held[@]}"
+elif ! grep -q "\"train_tokens\": $TOKENS," "$data/dataset.json"; then
+    fail "$data was not prepared for $TOKENS tokens: remove it, or choose another OUT"
+fi
+
+# 2. Training.
+python -m train_tpu.run --preset "$MODEL" --context "$CONTEXT" --data "$data" --batch "$BATCH" --steps "$steps" \
+    --out "$OUT/run" "$@"
+
+# 3. Evaluation, a folder for transformers, and what the model writes.
+if [[ -n $TASKS ]]; then
+    python -m eval.run "$OUT/run" --tasks "$TASKS" ${EVAL_DATA:+--data-dir "$EVAL_DATA"}
+fi
+[[ -d $OUT/exported ]] || python -m port_torch.convert "$OUT/run" "$OUT/exported"
+python -m port_torch.generate "$OUT/exported" --prompt "In the early years of"
