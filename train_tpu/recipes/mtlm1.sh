@@ -18,7 +18,7 @@
 #   88M, 7B tokens     1.3 h at the bound (1.46M tokens/s)                          4.0 h (490k tokens/s)
 #   200M, 7B tokens    2.5 h at the bound (0.79M tokens/s)                          7.2 h (271k tokens/s)
 #   both               3.8 h at the bound; the compiler's own estimate of MTLM2     11.2 h
-#                      is 3.3 times its bound, which would make 12 h here
+#                      is 3.3 times its bound, which would be 12.5 h here
 #   memory             7.0, then 10.9 of 15.75 GiB a chip                           23.3 GiB for the 200M, 32 at a time
 #   cost of that time  USD 36 at the bound, 120 at 3.3 times that, at USD 1.20 a    yours
 #                      chip-hour on demand (2026-11; check
@@ -31,8 +31,8 @@
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 6 GB for the runs and exports
 #
-# The presets' learning rate was chosen on 130M tokens at batch 128; nobody has tuned it for these. Whether growing pays
-# is in docs/STACKING.md: fewer FLOPs for the same loss, and a worse loss for the same tokens.
+# The learning rate is the presets', that of the runs in docs/RESULTS.md (130M tokens, batch 128), not tuned for these.
+# Whether growing pays is in docs/STACKING.md: fewer FLOPs for the same loss, and a worse loss for the same tokens.
 set -euo pipefail
 
 TOKENS=${TOKENS:-14000000000}                           # to train on
