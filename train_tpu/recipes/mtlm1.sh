@@ -58,6 +58,8 @@ python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sy
     train_tpu stacking torch transformers lm_eval ||
     fail "packages are missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
 
+{ # read to its end before it runs, so that this file may change meanwhile
+
 # 1. Text to windows of tokens, as many as are trained on.
 data=$OUT/data
 if [[ -f $DATA/dataset.json ]]; then
@@ -91,3 +93,5 @@ if [[ -n $TASKS ]]; then
 fi
 [[ -d $OUT/exported ]] || python -m port_torch.convert "$OUT/grown" "$OUT/exported"
 python -m port_torch.generate "$OUT/exported" --prompt "In the early years of"
+exit
+}

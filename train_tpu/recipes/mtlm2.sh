@@ -25,7 +25,7 @@
 #                      give the folder as DATA.
 #   disk               25 GB prepared (1.76 bytes a token, measured on 9.8M tokens of Wikipedia); about 36 GB of
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
-#                      reading comes to it), which may go once the data is prepared; under 1 GB for the run
+#                      reading comes to it), which may go once the data is prepared; 1 GB for the run
 #
 # The learning rate is the preset's, that of the run in docs/RESULTS.md (261M tokens, batch 128), not tuned for these.
 set -euo pipefail
@@ -53,6 +53,8 @@ python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sy
     train_tpu torch transformers lm_eval ||
     fail "packages are missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
 
+{ # read to its end before it runs, so that this file may change meanwhile
+
 # 1. Text to windows of tokens, as many as are trained on.
 data=$OUT/data
 if [[ -f $DATA/dataset.json ]]; then
@@ -77,3 +79,5 @@ if [[ -n $TASKS ]]; then
 fi
 [[ -d $OUT/exported ]] || python -m port_torch.convert "$OUT/run" "$OUT/exported"
 python -m port_torch.generate "$OUT/exported" --prompt "In the early years of"
+exit
+}
