@@ -75,7 +75,7 @@ def test_mtlm2_interrupted_and_finished(tmp_path):
     steps = tokens // (BATCH * CONTEXT)
     write_sets(tmp_path / "sets", n=4)
     settings = {
-        "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "MODEL": "mtlm2-tiny", "OUT": "out",
+        "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "MODEL": "mtlm2-tiny", "RUN_DIR": "out",
         "TASKS": "arc_easy,wikitext", "EVAL_DATA": "sets", "DATA": write_text(tmp_path / "text.jsonl", 2000),
         "HELDOUT": f"a={write_text(tmp_path / 'a.jsonl', 3, 1)} b={write_text(tmp_path / 'b.jsonl', 2, 2)}",
     }  # fmt: skip
@@ -120,7 +120,7 @@ def test_mtlm1_in_three_phases(tmp_path):
     tokens = 12_000
     steps = tokens // (BATCH * CONTEXT)
     settings = {
-        "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "BASE": "mtlm1-tiny", "OUT": "out", "TASKS": "",
+        "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "BASE": "mtlm1-tiny", "RUN_DIR": "out", "TASKS": "",
         "DATA": f"{write_text(tmp_path / 'text.jsonl', 20)} {tmp_path}/more/*.jsonl",
     }  # fmt: skip
     (tmp_path / "more").mkdir()
@@ -156,7 +156,7 @@ def test_mtlm1_in_three_phases(tmp_path):
         ({"BATCH": 0}, "BATCH is '0': give a whole number"),
         ({"TOKENS": 100}, "TOKENS is 100, fewer than"),
         ({"PATH": "{tmp}/bin:/usr/bin:/bin"}, "packages are missing: pip install"),
-        ({"OUT": "{tmp}/old", "TOKENS": 10_000_000}, "was not prepared for 10000000 tokens"),
+        ({"RUN_DIR": "{tmp}/old", "TOKENS": 10_000_000}, "was not prepared for 10000000 tokens"),
         ({"DATA": "missing.jsonl"}, "no file, folder or glob 'missing.jsonl'"),
         ({"HELDOUT": "text.jsonl", "DATA": "builtin"}, "--valid text.jsonl has no path: write NAME=PATH"),
     ],
@@ -168,7 +168,7 @@ def test_wrong_use_is_one_sentence_and_trains_nothing(tmp_path, recipe, settings
     (tmp_path / "old" / "data").mkdir(parents=True)
     (tmp_path / "old" / "data" / "dataset.json").write_text('{\n "train_tokens": 9000000,\n "files": {}\n}\n')
     given = {name: str(value).format(tmp=tmp_path) for name, value in settings.items()}
-    process = start(recipe, tmp_path, **{"OUT": "out"} | given)
+    process = start(recipe, tmp_path, **{"RUN_DIR": "out"} | given)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and out == ""
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors

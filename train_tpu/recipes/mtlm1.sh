@@ -38,7 +38,7 @@ set -euo pipefail
 TOKENS=${TOKENS:-14000000000}                           # to train on
 DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.prepare, or a folder that it made
 HELDOUT=${HELDOUT:-}                                    # NAME=PATH ..., held-out sets; default: 0.1% of DATA
-OUT=${OUT:-runs/mtlm1}                                  # everything goes into this folder
+RUN_DIR=${RUN_DIR:-runs/mtlm1}                          # everything goes into this folder
 BATCH=${BATCH:-256}                                     # sequences a step, over all chips
 BASE=${BASE:-mtlm1-88m}                                 # the preset that is grown to twice its layers
 CONTEXT=${CONTEXT:-1024}                                # its tokens a sequence
@@ -54,14 +54,16 @@ for name in TOKENS BATCH CONTEXT; do
 done
 steps=$((TOKENS / (BATCH * CONTEXT)))
 ((steps >= 2)) || fail "TOKENS is $TOKENS, fewer than two steps of $BATCH x $CONTEXT: give more, or a smaller BATCH"
-python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
-    train_tpu stacking torch transformers lm_eval ||
-    fail "packages are missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
+needed="train_tpu stacking torch transformers${TASKS:+ lm_eval}"
+# shellcheck disable=SC2086  # words
+python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' $needed ||
+    fail "one of $needed is missing: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
+echo "$TOKENS tokens of $DATA, $steps steps of $BATCH x $CONTEXT, into $RUN_DIR"
 
 { # read to its end before it runs, so that this file may change meanwhile
 
 # 1. Text to windows of tokens, as many as are trained on.
-data=$OUT/data
+data=$RUN_DIR/data
 if [[ -f $DATA/dataset.json ]]; then
     data=$DATA
 elif [[ ! -d $data ]]; then
@@ -71,27 +73,27 @@ elif [[ ! -d $data ]]; then
     ((${#sets[@]} == 0)) || held=("${sets[@]/#/--valid=}")
     python -m train_tpu.prepare "${sources[@]}" --out "$data" --context "$CONTEXT" --train-tokens "$TOKENS" "${held[@]}"
 elif ! grep -q "\"train_tokens\": $TOKENS," "$data/dataset.json"; then
-    fail "$data was not prepared for $TOKENS tokens: remove it, or choose another OUT"
+    fail "$data was not prepared for $TOKENS tokens: remove it, or choose another RUN_DIR"
 fi
 
 # 2. The shallow model, for half of the steps; its schedule is that of all of them and does not decay yet.
-if [[ ! -d $OUT/grown ]]; then
+if [[ ! -d $RUN_DIR/grown ]]; then
     python -m train_tpu.run --preset "$BASE" --context "$CONTEXT" --data "$data" --batch "$BATCH" --steps "$steps" \
-        --stop-at $((steps / 2)) --out "$OUT/base" "$@"
+        --stop-at $((steps / 2)) --out "$RUN_DIR/base" "$@"
 
     # 3. Every layer twice: 12 become 24, the optimizer's state with them.
-    python -m stacking.grow "$OUT/base" --out "$OUT/grown"
+    python -m stacking.grow "$RUN_DIR/base" --out "$RUN_DIR/grown"
 fi
 
 # 4. The deep model, for the other half: settings, schedule and the place in the data are in its folder, and the run
 # refuses others.
-python -m train_tpu.run --out "$OUT/grown" --batch "$BATCH" --steps "$steps" "$@"
+python -m train_tpu.run --out "$RUN_DIR/grown" --batch "$BATCH" --steps "$steps" "$@"
 
 # 5. Evaluation, a folder for transformers, and what the model writes.
 if [[ -n $TASKS ]]; then
-    python -m eval.run "$OUT/grown" --tasks "$TASKS" ${EVAL_DATA:+--data-dir "$EVAL_DATA"}
+    python -m eval.run "$RUN_DIR/grown" --tasks "$TASKS" ${EVAL_DATA:+--data-dir "$EVAL_DATA"}
 fi
-[[ -d $OUT/exported ]] || python -m port_torch.convert "$OUT/grown" "$OUT/exported"
-python -m port_torch.generate "$OUT/exported" --prompt "In the early years of"
+[[ -d $RUN_DIR/exported ]] || python -m port_torch.convert "$RUN_DIR/grown" "$RUN_DIR/exported"
+python -m port_torch.generate "$RUN_DIR/exported" --prompt "In the early years of"
 exit
 }
