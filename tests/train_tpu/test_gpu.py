@@ -1,6 +1,8 @@
 """Whole runs on NVIDIA GPUs: `JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu`, so that
 the process of the tests leaves them their memory."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -35,26 +37,41 @@ def test_a_run_trains_with_cudnn_in_bfloat16(tmp_path):
     assert last[1] < first[1]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The runs `whole` and `parts` of one GPU, which add up the same batches in two orders."""
+    folder = tmp_path_factory.mktemp("alone")
+    arguments = (*WIDE, *EXACT, "--data", make_text(folder))
+    run(folder, *arguments, "--out", folder / "whole", environ=FIRST | HIGHEST)
+    run(folder, *arguments, "--accumulate", "4", "--out", folder / "parts", environ=FIRST | HIGHEST)
+    return folder
+
+
+def assert_equals_one(run_folder: Path, alone: Path) -> None:
+    """The first update to float32's rounding; what 12 updates make of it, to what another order of sums
+    alone makes of it."""
+    two, one, parts = (np.array(losses(folder)) for folder in (run_folder, alone / "whole", alone / "parts"))
+    np.testing.assert_allclose(two[0], one[0], rtol=2e-5)
+    noise, apart = (np.abs(other / one - 1)[:, 1:].max(axis=0) for other in (parts, two))
+    assert (apart <= 4 * noise + 1e-6).all(), (apart, noise)
+
+
 @two_gpus
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
-def test_two_gpus_make_the_run_of_one(tmp_path, mesh):
-    arguments = (*WIDE, *EXACT, "--data", make_text(tmp_path))
-    run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST | HIGHEST)
-    out, _ = run(tmp_path, *arguments, "--mesh", mesh, "--out", tmp_path / "two", environ=GPU | HIGHEST)
-    assert "2 x" in out and mesh in out
-    # As in test_run.py: sums in another order, amplified by 12 updates.
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+def test_two_gpus_make_the_run_of_one(tmp_path, alone, mesh):
+    arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--mesh", mesh)
+    out, _ = run(alone, *arguments, "--out", tmp_path / "two", environ=GPU | HIGHEST)
+    assert "devices     2 x" in out
+    assert_equals_one(tmp_path / "two", alone)
 
 
 @two_gpus
-def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path):
-    arguments = (*WIDE, *EXACT, "--data", make_text(tmp_path))
-    run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST | HIGHEST)
-    folder, environs = tmp_path / "two", (FIRST | HIGHEST, SECOND | HIGHEST)
+def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path, alone):
+    arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--out", tmp_path / "two")
     for more in (("--stop-at", "7"), ()):
-        ended = finish(start_two(tmp_path, *arguments, "--out", folder, *more, environs=environs))
+        ended = finish(start_two(alone, *arguments, *more, environs=(FIRST | HIGHEST, SECOND | HIGHEST)))
         assert [code for code, _, _ in ended] == [0, 0], ended
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=2e-5)
+    assert_equals_one(tmp_path / "two", alone)
 
 
 @two_gpus
@@ -63,7 +80,7 @@ def test_cudnn_on_two_gpus(tmp_path):
     arguments = (*WIDE, "--batch", "8", "--data", make_text(tmp_path))
     run(tmp_path, *arguments, "--out", tmp_path / "one", environ=FIRST)
     out, _ = run(tmp_path, *arguments, "--out", tmp_path / "two", environ=GPU)
-    assert "cudnn: the fastest on a GPU" in out and "data=2" in out
+    assert "cudnn: the fastest on a GPU" in out and "devices     2 x" in out
     (_, one, _), *_ = losses(tmp_path / "one")
     (_, two, _), *_, (_, last, _) = losses(tmp_path / "two")
     # A hidden state's rounding, 2^-9, in the mean of 256 tokens' losses.
