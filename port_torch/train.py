@@ -32,8 +32,8 @@ from train_tpu import config as theirs
 from train_tpu.config import ModelOverrides
 from train_tpu.data import Dataset
 from train_tpu.prepare import open_or_prepare
-from train_tpu.run import count_steps, given_value, prepared_tokenizer
-from train_tpu.run_folder import read_config, run_record
+from train_tpu.run import count_steps, given_value, prepared_tokenizer, settings_of_run
+from train_tpu.run_folder import run_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,9 @@ def parse(argv: list[str]) -> TrainConfig:
     optim = AdamWConfig(lr=ours.optim.lr, warmup=ours.optim.warmup)
     default = TrainConfig(preset=preset, batch=ours.batch, optim=optim)
     out = given_value(argv, "--out")
-    record = read_config(Path(out) if out else out_folder(default))
-    if record:
-        once = {name: getattr(default, name) for name in theirs.ONCE}
-        default = dataclasses.replace(theirs.unflatten(record["run"], TrainConfig), **once)
-        if given_value(argv, "--epochs"):
-            default = dataclasses.replace(default, steps=None)
+    found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig], default=default, args=argv, prog="python -m port_torch.train",
+        tyro.conf.OmitArgPrefixes[TrainConfig], default=found, args=argv, prog="python -m port_torch.train",
         description=TrainConfig.__doc__,
     )  # fmt: skip
 

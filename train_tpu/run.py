@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -58,6 +58,8 @@ from train_tpu.step import (
     fresh_state,
     init_state,
 )
+
+Settings = TypeVar("Settings")
 
 
 def main() -> int:
@@ -143,8 +145,10 @@ def main() -> int:
         started, found_before = time.monotonic(), found()
         with out_of_memory_explained(config.batch, config.accumulate):
             step = compile_step(step_config, config.batch, config.accumulate, mesh)
-        how_made = "compiled the step" if found() == found_before else "took the step, compiled before,"
-        console.print(f"{how_made} in {time.monotonic() - started:.1f} s; it needs {memory(step)} a device")
+        kept = " (kept from an earlier start)" if found() > found_before else ""
+        console.print(
+            f"compiled the step in {time.monotonic() - started:.1f} s{kept}; it needs {memory(step)} a device"
+        )
 
         # 7. The loop.
         batches = train_batches(
@@ -202,17 +206,25 @@ def refuse_alone(config: RunConfig) -> None:
 def parse(argv: list[str]) -> RunConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
     preset, out = given_value(argv, "--preset") or RunConfig.preset, given_value(argv, "--out")
-    default = settings.defaults(preset)
-    record = read_config(Path(out) if out else Path("runs") / preset)
-    if record:
-        once = {name: getattr(default, name) for name in settings.ONCE}
-        default = dataclasses.replace(settings.unflatten(record["run"]), **once)
-        if given_value(argv, "--epochs"):
-            default = dataclasses.replace(default, steps=None)
+    folder = Path(out) if out else Path("runs") / preset
+    default = settings_of_run(folder, settings.defaults(preset), argv)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[RunConfig], default=default, args=argv, prog="python -m train_tpu.run",
         description=RunConfig.__doc__,
     )  # fmt: skip
+
+
+def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Settings:
+    """Those of the run in `folder`, for a command line to go over.
+
+    `default` where there is no run, and for what is said of one start alone.
+    """
+    record = read_config(folder)
+    if not record:
+        return default
+    once = {name: getattr(default, name) for name in settings.ONCE}
+    found = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
+    return dataclasses.replace(found, steps=None) if given_value(argv, "--epochs") else found
 
 
 def given_value(argv: list[str], flag: str) -> str | None:
