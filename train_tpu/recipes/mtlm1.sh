@@ -58,7 +58,7 @@ steps=$((TOKENS / (BATCH * CONTEXT)))
 needed="train_tpu stacking torch transformers${TASKS:+ lm_eval}"
 # shellcheck disable=SC2086  # words
 python -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' $needed ||
-    fail "packages are missing, of $needed: pip install -c constraints.txt -e '.[torch,eval]', and activate that environment"
+    fail "packages are missing, of $needed: pip install -c constraints.txt -e '.[torch,eval]' in an active environment"
 echo "$TOKENS tokens of $DATA, $steps steps of $BATCH x $CONTEXT, into $RUN_DIR"
 
 { # read to its end before it runs, so that this file may change meanwhile
