@@ -1,7 +1,11 @@
 """The original MTLM2's (TinyGPT's) checkpoints: a flax.linen TrainState, as Orbax's StandardSave wrote it."""
 
+import functools
+import logging
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,6 +92,7 @@ def _load(item: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
+    _ignore_closed_loops()
     try:
         tree = handler.metadata(item.absolute()).tree
         if not isinstance(tree, dict) or "params" not in tree:
@@ -109,6 +114,23 @@ def _load(item: Path) -> dict[str, np.ndarray]:
     if "pos_emb" in arrays and arrays["pos_emb"].ndim == 3:
         arrays["pos_emb"] = arrays["pos_emb"][0]
     return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Has Python say nothing of what Orbax leaves behind when an array cannot be read.
+
+    It reads many at once on an event loop, and gives the first failure on; the others then end on a loop that
+    is closed, at any time later, each with a traceback on stderr.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+            before(lost)
+
+    sys.unraisablehook = hook
 
 
 def _config(item: Path, arrays: dict[str, np.ndarray]) -> ModelConfig:

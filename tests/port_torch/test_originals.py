@@ -16,6 +16,7 @@ from core.model import forward, logits
 from port_torch.formats import mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
+from tests.train_tpu.processes import refusal
 
 VOCAB, D, LAYERS, HEADS, D_MLP, CONTEXT = 61, 48, 3, 4, 80, 24
 GPT = TinyGPT(VOCAB, CONTEXT, D, LAYERS, HEADS)
@@ -211,3 +212,5 @@ def test_mtlm2_a_file_that_is_gone(checkpoint, tmp_path):
     shutil.rmtree(copy / "d")
     with pytest.raises(UserError, match="copy it again"):
         mtlm2_orbax.read(copy)
+    sentence = refusal(tmp_path, copy, tmp_path / "out", module="port_torch.import_checkpoint")
+    assert "copy it again" in sentence and not (tmp_path / "out").exists()
