@@ -13,6 +13,7 @@ from core.folders import CACHE
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own
 MOST_BYTES = 4 * 2**30  # beyond it, what has not been used for longest goes
 WORTH_KEEPING = 0.2  # seconds that compiling took
+LOCK_TIMEOUT = 10  # seconds; JAX holds the lock while it reads or writes an entry, and waits as long
 FOUND = "/jax/compilation_cache/cache_hits"
 
 _found = 0
@@ -45,7 +46,7 @@ def remove_half_written(folder: Path) -> None:
     JAX would read such an entry at every start, warn, and never write it again. It writes an entry, and then
     the time of its last use beside it, holding the lock.
     """
-    with filelock.FileLock(folder / ".lockfile"):
+    with filelock.FileLock(folder / ".lockfile", timeout=LOCK_TIMEOUT):
         for entry in folder.glob("*-cache"):
             if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
                 entry.unlink()
