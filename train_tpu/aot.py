@@ -305,13 +305,16 @@ def print_report(report: dict[str, Any]) -> None:
         ],
         "", "MFLOPs", "KB of HBM",
     )  # fmt: skip
+    alike: Counter[tuple[str, str, str, int]] = Counter()
+    for c in report["collectives"]:
+        alike[c["kind"], c["axes"], "+".join(c["dtypes"]), c["bytes"]] += c["times"]
     show(
-        "collectives a step",
+        "collectives a step, those alike together",
         [
-            (c["kind"], c["axes"], str(c["times"]), f"{c['bytes']:,}", "+".join(c["dtypes"]), c["groups"])
-            for c in report["collectives"]
+            (kind, axes, dtypes, f"{times:,}", f"{size:,}", f"{times * size / 1e6:,.1f}")
+            for (kind, axes, dtypes, size), times in sorted(alike.items(), key=lambda c: -c[0][-1] * c[1])
         ] or [("none", "", "", "", "", "")],
-        "kind", "axes", "times", "bytes each", "types", "groups in the module",
+        "kind", "axes", "types", "times", "bytes each", "MB in all",
     )  # fmt: skip
     bounds = report["bound_tokens_per_second"]
     rows = [(f"by {name}", "none" if rate is None else f"{rate:,.0f}") for name, rate in bounds.items()]
