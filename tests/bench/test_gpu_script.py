@@ -1,0 +1,47 @@
+"""bench/gpu.sh with a stand-in for Python: what it starts, and what it makes of failures."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
+STAND_IN = """#!/bin/sh
+case "$*" in
+*is_available*) exit $NO_GPU ;;
+*bench.decode*) exit 3 ;;
+esac
+echo "$@"
+"""
+
+
+def start(tmp_path: Path, *arguments: str | Path, no_gpu: int = 0) -> subprocess.CompletedProcess:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    environ = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "NO_GPU": str(no_gpu)}
+    return subprocess.run(
+        ["bash", SCRIPT, *arguments], capture_output=True, text=True, env=environ, timeout=60
+    )
+
+
+def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
+    done = start(tmp_path, tmp_path / "out", "data", "rows")
+    assert done.returncode == 1 and done.stdout.endswith("\nfailed: decode\n"), done.stdout
+    logs = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.log")}
+    assert sorted(logs) == ["build", "decode", "doctor", "jax", "kernels", "mirror", "tests", "train"]
+    assert logs["mirror"].startswith("-m bench.train_mirror --data data --rows rows")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "no_gpu", "message"),
+    [((), 0, "give OUT"), (("out", "data"), 0, "give OUT"), ((".",), 0, "exists already"),
+     (("out",), 1, "sees no GPU")],
+)  # fmt: skip
+def test_refusals(tmp_path, arguments, no_gpu, message):
+    done = start(tmp_path, *(tmp_path / name for name in arguments), no_gpu=no_gpu)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not (tmp_path / "out").exists()
