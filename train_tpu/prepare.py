@@ -30,16 +30,8 @@ from core.errors import UserError, run_command
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from train_tpu import data as ds
 from train_tpu.packing import Packer, WindowWriter, encode_batches
-from train_tpu.sources import Source, cut_point, open_sources
-
-VALID = "valid"
-VALID_FRACTION = 0.01
-# Hashing whole documents cannot hold out a small part of a few of them: then every document's end is.
-FEW_DOCUMENTS = 1000
-VALID_FRACTION_OF_FEW = 0.05
-
-BATCH_BYTES = 1 << 20  # of text, for one call of a worker: long enough to hide the call, short in memory
-SURROGATES = re.compile("[\ud800-\udfff]")
+from train_tpu.sources import open_sources
+from train_tpu.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, make_plan
 
 
 @dataclasses.dataclass
@@ -92,7 +84,7 @@ def prepare(
         raise UserError(f"--train-tokens is {train_tokens}; it must be at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: remove it or choose another --out")
-    plan = _make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
+    plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
     record = tokenizer_record(load_tokenizer(tokenizer))
     with _partial_folder(out) as folder:
         try:
@@ -141,184 +133,7 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     return ds.open_dataset(out)
 
 
-@dataclasses.dataclass
-class _Batch:
-    """Neighbouring documents in the order in which they are read; a list has an entry for each."""
-
-    splits: list[str]
-    bytes: list[int]
-    """Length of the text in UTF-8."""
-    seen: list[tuple[int, int, int]]
-    """Empty documents, repaired documents and training sources met until then, this one's included."""
-
-
-class _Plan:
-    """Which document goes into which split, where reading ends, and what was counted on the way.
-
-    Documents are read some batches ahead of the tokens that say where reading ends. So what a document adds
-    to the counts is kept in its batch until it is known to be taken: the result depends on the text alone.
-    """
-
-    def __init__(
-        self,
-        train: list[Source],
-        heldout: dict[str, list[Source]],
-        fraction: float,
-        few: bool,
-        train_tokens: int | None,
-    ) -> None:
-        self.train, self.heldout, self.fraction, self.few = train, heldout, fraction, few
-        self.train_tokens = train_tokens
-        self.size = sum(source.size for source in [*train, *(s for group in heldout.values() for s in group)])
-        names = [ds.TRAIN, *heldout] + ([VALID] if fraction else [])
-        self.documents = dict.fromkeys(names, 0)
-        self.bytes = dict.fromkeys(names, 0)
-        self.packers: dict[str, Packer] = {}
-        self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
-        self._met = (0, 0, 0)  # as `_Batch.seen`, of what is read
-        self._sources_taken = 0
-        self._position = 0  # of `size`
-
-    def batches(self) -> Iterator[tuple[_Batch, list[bytes]]]:
-        """Documents, about `BATCH_BYTES` of them together."""
-        batch, documents, size = _Batch([], [], []), [], 0
-        for split, text in self._assigned():
-            batch.splits.append(split)
-            batch.bytes.append(len(text))
-            batch.seen.append(self._met)
-            documents.append(text)
-            size += len(text)
-            if size >= BATCH_BYTES:
-                yield batch, documents
-                batch, documents, size = _Batch([], [], []), [], 0
-        if documents:
-            yield batch, documents
-
-    def take(self, batch: _Batch, lengths: np.ndarray) -> int:
-        """How many documents of the next batch are taken, all unless reading ends in it; counts them.
-
-        lengths: their tokens.
-        """
-        train = np.array(batch.splits) == ds.TRAIN
-        n = len(lengths)
-        if self.train_tokens is not None:
-            reached = self.packers[ds.TRAIN].tokens + np.cumsum(lengths * train) >= self.train_tokens
-            if reached.any():
-                n = int(reached.argmax()) + 1
-        for split, size in zip(batch.splits[:n], batch.bytes[:n], strict=True):
-            self.documents[split] += 1
-            self.bytes[split] += size
-        self._count(batch.seen[n - 1])
-        return n
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the train split has the tokens that were asked for."""
-        return self.train_tokens is not None and self.packers[ds.TRAIN].tokens >= self.train_tokens
-
-    def finish(self, eos: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The last windows of the held-out splits, filled up with `eos`."""
-        if not self.is_full:
-            self._count(self._met)  # with the empty documents behind the last one
-        self.dropped["train_tokens_at_end"] = self.packers[ds.TRAIN].rest
-        for split, packer in self.packers.items():
-            if split != ds.TRAIN:
-                yield split, packer.last(fill=eos)
-
-    def done(self) -> float:
-        """The part of the work that is done, about: of the tokens asked for, or of the text."""
-        asked = self.packers[ds.TRAIN].tokens / self.train_tokens if self.train_tokens else 0
-        return min(1.0, max(asked, self._position / max(self.size, 1)))
-
-    def sources_read(self) -> list[str]:
-        """Names of the training sources that were read; others lie behind the end."""
-        return [source.name for source in self.train[: self._sources_taken]]
-
-    def _count(self, seen: tuple[int, int, int]) -> None:
-        self.dropped["empty_documents"], self.dropped["repaired_documents"], self._sources_taken = seen
-
-    def _assigned(self) -> Iterator[tuple[str, bytes]]:
-        for name, group in self.heldout.items():
-            for text in self._clean(group):
-                yield name, text.encode()
-        for text in self._clean(self.train, training=True):
-            if self.few:
-                cut = int(len(text) * (1 - self.fraction))
-                cut = cut_point(text, cut, within=(len(text) - cut) // 4)
-                # The end goes first: where the document is the last one taken, both parts of it are.
-                for split, part in ((VALID, text[cut:]), (ds.TRAIN, text[:cut])):
-                    if part.strip():
-                        yield split, part.encode()
-            else:
-                document = text.encode()
-                held = self.fraction > 0 and _hash01(document) < self.fraction
-                yield VALID if held else ds.TRAIN, document
-
-    def _clean(self, group: list[Source], training: bool = False) -> Iterator[str]:
-        before = self._position
-        empty, repaired, sources = self._met
-        for source in group:
-            sources += training
-            for text, position in source.documents():
-                self._position = before + position
-                if text.strip():
-                    whole = SURROGATES.sub("\ufffd", text)
-                    repaired += whole != text
-                    self._met = empty, repaired, sources
-                    yield whole
-                else:
-                    empty += 1
-            self._met = empty, repaired, sources
-            before += source.size
-
-    def counts(self) -> list[ds.Split]:
-        return [
-            ds.Split(name, self.documents[name], self.bytes[name], packer.tokens, packer.windows)
-            for name, packer in self.packers.items()
-        ]
-
-
-def _make_plan(
-    sources: list[str], valid: dict[str, str], fraction: float | None, train_tokens: int | None, field: str
-) -> _Plan:
-    if fraction is not None and valid:
-        raise UserError("--valid and --valid-fraction exclude each other: leave one of them out")
-    if fraction is not None and not 0 <= fraction < 1:
-        raise UserError(f"--valid-fraction is {fraction}; it must lie in [0, 1)")
-    for name in valid:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (ds.TRAIN, "all"):
-            raise UserError(
-                f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
-            )
-    heldout = {name: open_sources([path], field) for name, path in valid.items()}
-    held = {source.identity(): name for name, group in heldout.items() for source in group}
-    train = []
-    for source in open_sources(sources, field):
-        if source.identity() in held:
-            print(f"{source.name} is held out as {held[source.identity()]}, so it does not train")
-        else:
-            train.append(source)
-    if not train:
-        raise UserError("there is nothing to train on: every source is also held out by --valid")
-    if valid:
-        return _Plan(train, heldout, 0.0, False, train_tokens)
-    few = fraction != 0 and _fewer_than(FEW_DOCUMENTS, train)
-    if fraction is None:
-        fraction = VALID_FRACTION_OF_FEW if few else VALID_FRACTION
-    return _Plan(train, heldout, fraction, few, train_tokens)
-
-
-def _fewer_than(n: int, sources: list[Source]) -> bool:
-    documents = (text for source in sources for text, _ in source.documents() if text.strip())
-    return all(count < n for count, _ in enumerate(documents, start=1))
-
-
-def _hash01(document: bytes) -> float:
-    """A number in [0, 1) that depends on the document's text alone."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") / 2**64
-
-
-def _write(folder: Path, plan: _Plan, tokenizer: str, context: int, workers: int) -> None:
+def _write(folder: Path, plan: Plan, tokenizer: str, context: int, workers: int) -> None:
     """Tokenises and writes all splits, and counts them in `plan`."""
     names = list(plan.documents)
     plan.packers = {name: Packer(context) for name in names}

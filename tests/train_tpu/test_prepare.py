@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.tokenizer import load_tokenizer
 from train_tpu import corpus, packing
 from train_tpu import prepare as module
+from train_tpu import splits as splits_module
 from train_tpu.data import open_dataset
 from train_tpu.prepare import open_or_prepare, prepare
 from train_tpu.sources import FileSource
@@ -108,7 +109,7 @@ def test_packer_at_the_borders(length):
 
 
 def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 500)  # so that there are many batches
+    monkeypatch.setattr(splits_module, "BATCH_BYTES", 500)  # so that there are many batches
     source = write_jsonl(tmp_path / "t.jsonl", documents(1200))
     outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
     monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 100)
@@ -152,7 +153,7 @@ def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkey
     held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
     manifests = []
     for workers, size in ((1, 300), (3, 300), (2, 5000), (3, 1 << 20)):
-        monkeypatch.setattr(module, "BATCH_BYTES", size)
+        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
         out = tmp_path / f"{workers}-{size}"
         prepare(sources, out, "bytes", CONTEXT, valid=held, workers=workers, train_tokens=train_tokens)
         manifests.append(json.loads((out / "dataset.json").read_text()))
@@ -180,7 +181,7 @@ def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch)
     read = up_to(texts, 50_000, held)
     assert 3 < len(held & set(read)) < len(held) - 20
     for workers, size in ((1, 700), (3, 700), (2, 1 << 20)):
-        monkeypatch.setattr(module, "BATCH_BYTES", size)
+        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
         out = tmp_path / f"{workers}-{size}"
         prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=50_000)
         splits = open_dataset(out).splits
