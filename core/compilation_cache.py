@@ -52,7 +52,7 @@ def remove_half_written(folder: Path) -> None:
                 entry.unlink()
 
 
-def found() -> int:
+def programs_found() -> int:
     """How many programs this process has found compiled by an earlier one, since `keep_compiled`."""
     return _found
 

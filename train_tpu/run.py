@@ -27,7 +27,7 @@ from core.checkpoint import (
     restore_params,
     set_aside,
 )
-from core.compilation_cache import found, keep_compiled
+from core.compilation_cache import keep_compiled, programs_found
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.folders import CACHE
@@ -142,10 +142,10 @@ def main() -> int:
             write_config(out, record)
 
         # 6. Compilation, once.
-        started, found_before = time.monotonic(), found()
+        started, found_before = time.monotonic(), programs_found()
         with out_of_memory_explained(config.batch, config.accumulate):
             step = compile_step(step_config, config.batch, config.accumulate, mesh)
-        kept = " (kept from an earlier start)" if found() > found_before else ""
+        kept = " (kept from an earlier start)" if programs_found() > found_before else ""
         console.print(
             f"compiled the step in {time.monotonic() - started:.1f} s{kept}; it needs {memory(step)} a device"
         )
@@ -223,8 +223,8 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     if not record:
         return default
     once = {name: getattr(default, name) for name in settings.ONCE}
-    found = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
-    return dataclasses.replace(found, steps=None) if given_value(argv, "--epochs") else found
+    saved = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
+    return dataclasses.replace(saved, steps=None) if given_value(argv, "--epochs") else saved
 
 
 def given_value(argv: list[str], flag: str) -> str | None:

@@ -153,6 +153,7 @@ class Plan:
             before += source.size
 
     def counts(self) -> list[ds.Split]:
+        """What each split contains, of what was taken."""
         return [
             ds.Split(name, self.documents[name], self.bytes[name], packer.tokens, packer.windows)
             for name, packer in self.packers.items()
@@ -162,6 +163,11 @@ class Plan:
 def make_plan(
     sources: list[str], valid: dict[str, str], fraction: float | None, train_tokens: int | None, field: str
 ) -> Plan:
+    """The plan for sources as `PrepareConfig` names them, and what it says of the rest.
+
+    Raises:
+        UserError: a source cannot be opened, held-out parts make no sense, or nothing is left to train on.
+    """
     if fraction is not None and valid:
         raise UserError("--valid and --valid-fraction exclude each other: leave one of them out")
     if fraction is not None and not 0 <= fraction < 1:

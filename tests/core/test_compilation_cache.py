@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from core.compilation_cache import found, keep_compiled
+from core.compilation_cache import keep_compiled, programs_found
 
 def long_to_compile(x):
     for size in range(8, 24):
@@ -16,7 +16,7 @@ def long_to_compile(x):
 
 keep_compiled()
 y = jax.jit(long_to_compile)(jnp.ones((7, 8)))
-print(found(), float(y.sum()).hex())
+print(programs_found(), float(y.sum()).hex())
 """
 
 
