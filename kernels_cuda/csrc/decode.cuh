@@ -26,16 +26,6 @@ __device__ __forceinline__ void launch_next() {
 #endif
 }
 
-// 16 bytes of what no kernel writes, for several warps of a block: from the first-level cache. ptxas puts such reads
-// behind the wait, whatever the source says.
-__device__ __forceinline__ uint4 read_weights(const bf16* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
 // 16 bytes from the second-level cache, where other kernels' stores are. Strong and volatile: these reads stay on
 // their side of the wait, so they also serve for weights that are to be asked for before it.
 __device__ __forceinline__ uint4 read_fresh(const bf16* p) {
@@ -68,14 +58,36 @@ __device__ __forceinline__ void as_floats(const uint4& v, float (&out)[8]) {
   }
 }
 
+// 16 bytes from the second-level cache into shared memory, or zeros, while the thread goes on.
+__device__ __forceinline__ void copy_or_zero(uint4* to, const void* from, bool there) {
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+// Those since the last call are one group.
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but this thread's last GROUPS groups are there.
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // Launches a kernel of the chain; `cluster` blocks form one cluster.
 template <typename Args>
 cudaError_t launch_chained(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, int cluster,
-                           cudaStream_t stream) {
+                           cudaStream_t stream, int shared_bytes = 0) {
+  // One division of the multiprocessor's memory for all: another one waits until it is empty.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (shared_bytes > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   if (attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {

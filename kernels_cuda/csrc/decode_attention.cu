@@ -5,20 +5,22 @@
 // Bytes: keys and values once, 4 K a position and head in bfloat16; q and o are nothing. The scores are never
 // stored: every group of lanes keeps a maximum, a sum and a weighted sum of its positions (online softmax).
 //
-// 16 warps share out the positions of a (row, head), K/8 lanes to a position, in turns of 64 positions at K = 64.
-// They are one block; where batch times heads are fewer than the multiprocessors, a cluster of four blocks of four
-// warps, which write into the first one's shared memory. Either way the same lanes have the same positions and are
-// put together in the same order, so a row's result does not depend on the batch, to the bit, and there are no
-// atomics and no second kernel. What earlier steps wrote is fetched before the wait for this one's q, k and v.
+// The positions of a (row, head) are shared out to 16, K/8 lanes to a position, in turns of 64 positions at K = 64.
+// Each share is a warp of a block; where batch times heads are fewer than the multiprocessors, of a cluster of four
+// blocks of four warps, which write into the first one's shared memory; where they are more, a warp has two shares,
+// one after the other, so that a multiprocessor holds several blocks, some of which read while others add up. Every
+// way the same lanes have the same positions and are put together in the same order, so a row's result does not
+// depend on the batch, to the bit, and there are no atomics and no second kernel. What earlier steps wrote is fetched
+// before the wait for this one's q, k and v.
 #include "decode.cuh"
 #include "kernels.h"
 
 namespace mtlm {
 namespace {
 
-constexpr int WARPS = 16;    // of a (row, head)
-constexpr int CLUSTER = 4;   // blocks of a (row, head) where there are few
-constexpr int AT_ONCE = 4;   // positions of a lane that are in flight: 256 of a head at K = 64
+constexpr int ALL_SHARES = 16;  // of a (row, head)
+constexpr int CLUSTER = 4;  // blocks of a (row, head) where there are few
+constexpr int AT_ONCE = 4;  // positions of a lane that are in flight: 256 of a head at K = 64
 
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -42,16 +44,17 @@ __device__ __forceinline__ void write_to_first(float* p, float value) {
 #endif
 }
 
-template <int SIZE, int BLOCKS>
-__global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_constant__ DecodeAttention a) {
-  constexpr int LANES = SIZE / 8, PER_WARP = 32 / LANES, TURN = WARPS * PER_WARP;
-  __shared__ float weighted[WARPS][SIZE];
-  __shared__ float highest[WARPS], total[WARPS];
+template <int SIZE, int BLOCKS, int SHARES>
+__global__ __launch_bounds__(32 * ALL_SHARES / BLOCKS / SHARES) void attend(const __grid_constant__ DecodeAttention a) {
+  constexpr int LANES = SIZE / 8, PER_WARP = 32 / LANES, TURN = ALL_SHARES * PER_WARP;
+  constexpr int HERE = ALL_SHARES / BLOCKS / SHARES;  // warps of the block
+  __shared__ float weighted[ALL_SHARES][SIZE];
+  __shared__ float highest[ALL_SHARES], total[ALL_SHARES];
   if constexpr (BLOCKS > 1) cluster_arrive();  // a block is written to only once it runs
   launch_next();
   const int lane = threadIdx.x % 32, rank = blockIdx.x % BLOCKS;
-  const int warp = rank * (WARPS / BLOCKS) + threadIdx.x / 32;
-  const int part = lane % LANES, first = warp * PER_WARP + lane / LANES;
+  const int first_share = rank * SHARES * HERE + threadIdx.x / 32;
+  const int part = lane % LANES, group = lane / LANES;
   const int pair = blockIdx.x / BLOCKS, n = pair / a.heads, head = pair % a.heads;
   const int64_t position = read_fresh(a.position + n);
   const int64_t offset = n * a.cache_batch + head * SIZE + part * 8;
@@ -59,12 +62,15 @@ __global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_const
   const bf16* values = static_cast<const bf16*>(a.v_cache) + offset;
   constexpr uint4 ZERO = {0, 0, 0, 0};
   uint4 k[AT_ONCE], v[AT_ONCE];
+  const auto fetch = [&](int64_t first, int64_t end) {
 #pragma unroll
-  for (int i = 0; i < AT_ONCE; ++i) {
-    const int64_t at = first + i * TURN;
-    k[i] = at < position ? read_fresh(keys + at * a.cache_position) : ZERO;
-    v[i] = at < position ? read_fresh(values + at * a.cache_position) : ZERO;
-  }
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t at = first + i * TURN;
+      k[i] = at < end ? read_fresh(keys + at * a.cache_position) : ZERO;
+      v[i] = at < end ? read_fresh(values + at * a.cache_position) : ZERO;
+    }
+  };
+  fetch(first_share * PER_WARP + group, position);
   wait_for_previous();
   float q[8];
   as_floats(read_fresh(static_cast<const bf16*>(a.q) + (static_cast<int64_t>(n) * a.heads + head) * SIZE + part * 8),
@@ -73,58 +79,10 @@ __global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_const
   for (int j = 0; j < 8; ++j) q[j] *= a.scale;
 #pragma unroll
   for (int i = 0; i < AT_ONCE; ++i) {
-    if (first + i * TURN == position) {
+    if (first_share * PER_WARP + group + i * TURN == position) {
       k[i] = read_fresh(keys + position * a.cache_position);
       v[i] = read_fresh(values + position * a.cache_position);
     }
-  }
-  float most = -INFINITY, sum = 0.f, out[8] = {};
-  for (int64_t base = 0; base <= position; base += AT_ONCE * TURN) {
-    float score[AT_ONCE];
-    float now = most;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      float key[8], dot = 0.f;
-      as_floats(k[i], key);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) dot = fmaf(q[j], key[j], dot);
-      dot = sum_over_lanes<LANES>(dot);
-      score[i] = base + first + i * TURN <= position ? dot : -INFINITY;
-      now = fmaxf(now, score[i]);
-      const int64_t next = base + first + (AT_ONCE + i) * TURN;
-      if (next <= position) k[i] = read_fresh(keys + next * a.cache_position);
-    }
-    const float against = now == -INFINITY ? 0.f : now;  // a lane without positions yet
-    const float shrink = exp2f(most - against);
-    sum *= shrink;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] *= shrink;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      float value[8];
-      as_floats(v[i], value);
-      const float p = exp2f(score[i] - against);
-      sum += p;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[j] = fmaf(p, value[j], out[j]);
-      const int64_t next = base + first + (AT_ONCE + i) * TURN;
-      if (next <= position) v[i] = read_fresh(values + next * a.cache_position);
-    }
-    most = now;
-  }
-  // The groups of lanes of a warp, then the warps, in order.
-  float now = most;
-#pragma unroll
-  for (int offset = LANES; offset < 32; offset *= 2) now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, offset));
-  const float shrink = now == -INFINITY ? 0.f : exp2f(most - now);
-  sum *= shrink;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) out[j] *= shrink;
-#pragma unroll
-  for (int offset = LANES; offset < 32; offset *= 2) {
-    sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] += __shfl_xor_sync(ALL_LANES, out[j], offset);
   }
   const auto put = [](float* p, float x) {
     if constexpr (BLOCKS > 1) {
@@ -133,13 +91,70 @@ __global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_const
       *p = x;
     }
   };
-  if constexpr (BLOCKS > 1) cluster_wait();
-  if (lane < LANES) {
+#pragma unroll 1
+  for (int turn = 0; turn < SHARES; ++turn) {
+    const int share = first_share + turn * HERE;
+    const int64_t first = share * PER_WARP + group;
+    float most = -INFINITY, sum = 0.f, out[8] = {};
+    for (int64_t base = 0; base <= position; base += AT_ONCE * TURN) {
+      float score[AT_ONCE];
+      float now = most;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) put(&weighted[warp][part * 8 + j], out[j]);
-    if (lane == 0) {
-      put(&highest[warp], now);
-      put(&total[warp], sum);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        score[i] = -INFINITY;
+        if (SHARES > 1 && base + i * TURN > position) continue;  // of all lanes; one share's lanes would but wait
+        float key[8], dot = 0.f;
+        as_floats(k[i], key);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) dot = fmaf(q[j], key[j], dot);
+        dot = sum_over_lanes<LANES>(dot);
+        if (base + first + i * TURN <= position) score[i] = dot;
+        now = fmaxf(now, score[i]);
+        const int64_t next = base + first + (AT_ONCE + i) * TURN;
+        if (next <= position) k[i] = read_fresh(keys + next * a.cache_position);
+      }
+      const float against = now == -INFINITY ? 0.f : now;  // a lane without positions yet
+      const float shrink = exp2f(most - against);
+      sum *= shrink;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] *= shrink;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (SHARES > 1 && base + i * TURN > position) continue;
+        float value[8];
+        as_floats(v[i], value);
+        const float p = exp2f(score[i] - against);
+        sum = __fadd_rn(sum, p);  // no fma: bits would depend on how many shares a warp has
+#pragma unroll
+        for (int j = 0; j < 8; ++j) out[j] = fmaf(p, value[j], out[j]);
+        const int64_t next = base + first + (AT_ONCE + i) * TURN;
+        if (next <= position) v[i] = read_fresh(values + next * a.cache_position);
+      }
+      most = now;
+    }
+    if (turn + 1 < SHARES) fetch(first + HERE * PER_WARP, position + 1);  // while this share's sums are put together
+    // The groups of lanes of a warp, then the warps, in order.
+    float now = most;
+#pragma unroll
+    for (int offset = LANES; offset < 32; offset *= 2) now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, offset));
+    const float shrink = now == -INFINITY ? 0.f : exp2f(most - now);
+    sum *= shrink;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) out[j] *= shrink;
+#pragma unroll
+    for (int offset = LANES; offset < 32; offset *= 2) {
+      sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] += __shfl_xor_sync(ALL_LANES, out[j], offset);
+    }
+    if constexpr (BLOCKS > 1) cluster_wait();
+    if (lane < LANES) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) put(&weighted[share][part * 8 + j], out[j]);
+      if (lane == 0) {
+        put(&highest[share], now);
+        put(&total[share], sum);
+      }
     }
   }
   if constexpr (BLOCKS > 1) {
@@ -151,11 +166,11 @@ __global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_const
   }
   float top = highest[0];
 #pragma unroll
-  for (int w = 1; w < WARPS; ++w) top = fmaxf(top, highest[w]);
-  for (int i = threadIdx.x; i < SIZE; i += 32 * WARPS / BLOCKS) {
+  for (int w = 1; w < ALL_SHARES; ++w) top = fmaxf(top, highest[w]);
+  for (int i = threadIdx.x; i < SIZE; i += 32 * HERE) {
     float all = 0.f, mean = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
+    for (int w = 0; w < ALL_SHARES; ++w) {
       const float weight = exp2f(highest[w] - top);  // 0 for a warp without positions
       all = fmaf(weight, total[w], all);
       mean = fmaf(weight, weighted[w][i], mean);
@@ -164,22 +179,29 @@ __global__ __launch_bounds__(32 * WARPS / BLOCKS) void attend(const __grid_const
   }
 }
 
-template <int SIZE>
+template <int SIZE, int BLOCKS, int SHARES>
 cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
+  constexpr int THREADS = 32 * ALL_SHARES / BLOCKS / SHARES;
+  return launch_chained(attend<SIZE, BLOCKS, SHARES>, a, a.batch * a.heads * BLOCKS, THREADS, BLOCKS, stream);
+}
+
+template <int SIZE>
+cudaError_t by_size(const DecodeAttention& a, cudaStream_t stream) {
   const int pairs = a.batch * a.heads;
-  if (attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && pairs < multiprocessors()) {
-    return launch_chained(attend<SIZE, CLUSTER>, a, pairs * CLUSTER, 32 * WARPS / CLUSTER, CLUSTER, stream);
+  if (pairs < multiprocessors()) {
+    const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+    return clusters ? launch<SIZE, CLUSTER, 1>(a, stream) : launch<SIZE, 1, 1>(a, stream);
   }
-  return launch_chained(attend<SIZE, 1>, a, pairs, 32 * WARPS, 1, stream);
+  return launch<SIZE, 1, 2>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t decode_attention(const DecodeAttention& a, int head_size, cudaStream_t stream) {
   switch (head_size) {
-    case 32: return launch<32>(a, stream);
-    case 64: return launch<64>(a, stream);
-    case 128: return launch<128>(a, stream);
+    case 32: return by_size<32>(a, stream);
+    case 64: return by_size<64>(a, stream);
+    case 128: return by_size<128>(a, stream);
     default: return cudaErrorInvalidValue;
   }
 }

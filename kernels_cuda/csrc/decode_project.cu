@@ -11,16 +11,15 @@
 //
 // Every weight is read once, 2 bytes; that is the time: at batch 1 a layer of 768 x 2176 is 14.7 MB. One warp's
 // product is mma.m16n8k16 with 16 rows of W as A and 8 rows of the batch as B, sums in float32. The order of the
-// columns is ours to choose, if it is the same in both, so a lane holds 8 neighbours of a row of W, 16 bytes
-// straight from memory, and the same 8 of the batch's row: no shared memory, no transposition. Batches of 1 and 8
-// take the same time; larger ones take several tiles of 8, and twice the rows of W a block where that halves the
-// reading of the batch's rows. Rows g and g + 8 of the tile are whatever two rows of W belong together: the halves
-// of a rotated pair, or gate and up; their sums meet in one lane.
+// columns is ours to choose, if it is the same in both, so a lane holds 8 neighbours of a row of W, 16 bytes as they
+// lie in memory, and the same 8 of the batch's row: no transposition. Batches of 1 and 8 take the same time. Rows g
+// and g + 8 of the tile are whatever two rows of W belong together: the halves of a rotated pair, or gate and up;
+// their sums meet in one lane.
 //
-// A block is one tile of 16 rows (8 pairs), so that even 768 rows are spread over 48 multiprocessors. Its warps
-// share out the columns, 32 at a time in turns, and add up their sums in a fixed order. Nothing of that depends on
-// the batch, so neither does a row's result, to the bit. A library's product would leave norm, rotation, cache and
-// activation to kernels of their own, and picks the order of its sums by the batch.
+// A block is one tile of 16 rows (8 pairs), so that even 768 rows are spread over 48 multiprocessors, or a few tiles
+// by a part of the batch. Its warps share out the columns, 32 at a time in turns, and add up their sums in a fixed
+// order. Nothing of that depends on the batch, so neither does a row's result, to the bit. A library's product would
+// leave norm, rotation, cache and activation to kernels of their own, and picks the order of its sums by the batch.
 #include <cuda_bf16.h>
 
 #include "decode.cuh"
@@ -79,7 +78,9 @@ __device__ __forceinline__ Beside read_beside(const DecodeProjection& a, int til
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (rows[i] >= a.rows) continue;
-    if (a.bias != nullptr) beside.bias[i] = to_float(static_cast<const bf16*>(a.bias)[rows[i]]);
+    if constexpr (INTO != DecodeInto::gated && INTO != DecodeInto::logits) {
+      if (a.bias != nullptr) beside.bias[i] = to_float(static_cast<const bf16*>(a.bias)[rows[i]]);
+    }
     if constexpr (INTO == DecodeInto::residual) {
       beside.x[i] = read_fresh_element(static_cast<const bf16*>(a.out) + static_cast<int64_t>(n) * a.rows + rows[i]);
     }
@@ -106,8 +107,9 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
     const int d = a.rows / 3, part = rows[0] / d, at = rows[0] - part * d;
     if (part < 2 && a.cos != nullptr) {  // of the rounded values, as a model that stores them has it
       const float x = rounded<bf16>(first), y = rounded<bf16>(second);
-      first = x * beside.cos - y * beside.sin;
-      second = y * beside.cos + x * beside.sin;
+      // Which product an fma takes in is said here: left to the compiler, kernels of other shapes differ in bits.
+      first = __fmaf_rn(x, beside.cos, -__fmul_rn(y, beside.sin));
+      second = __fmaf_rn(y, beside.cos, __fmul_rn(x, beside.sin));
     }
     bf16* out = part == 0 ? static_cast<bf16*>(a.out) + static_cast<int64_t>(n) * d
                           : static_cast<bf16*>(part == 1 ? a.k_cache : a.v_cache) + n * a.cache_batch +
@@ -135,168 +137,211 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
   }
 }
 
-// SLICES warps share out the columns; GROUPS of them the block's part of the batch, TILES of 8 rows each. A block has
-// WIDE tiles of W; blocks of the same tiles and other parts of the batch are neighbours, so W comes from memory once.
-// AHEAD turns of a warp are in flight at once, those of W from before the wait on if no other warp needs them too.
-// The largest block must fit twice on a multiprocessor: gate and up of 2176 rows are 136 of them.
-template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
-__global__ __launch_bounds__(32 * SLICES * GROUPS, WIDE * GROUPS == 4 ? 2 : 1) void project(
-    const __grid_constant__ DecodeProjection a) {
-  constexpr int PART = 8 * TILES * GROUPS;  // of the batch
-  constexpr int ROW = PART + 4;             // floats from row to row of the sums, over all banks
-  __shared__ float sums[SLICES][WIDE][16][ROW];
-  __shared__ float squares[SLICES][PART];
-  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32 % SLICES, group = threadIdx.x / 32 / SLICES;
-  const int g = lane / 4, t = lane % 4;
-  const int parts = (a.batch + PART - 1) / PART;
-  const int begin = blockIdx.x % parts * PART, here = min(PART, a.batch - begin);  // of the batch
+// SLICES warps share out the columns; each has the whole block's WIDE tiles of W and TILES of 8 rows of the batch.
+// Blocks of the same tiles of W and other parts of the batch are neighbours, so W comes from memory once.
+//
+// What a lane multiplies it has copied itself, 16 bytes at a time, into shared memory: registers would not hold what
+// must be in flight. STAGES turns are: those of W from before the wait on, those of the batch right behind it. AT_ONCE
+// of them are waited for together.
+template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
+struct Shape {
+  static constexpr int THREADS = 32 * SLICES, PART = 8 * TILES;  // of the batch
+  static constexpr int CHUNKS = 32 * (2 * WIDE + TILES) + (NORMED<INTO> ? 4 : 0);  // of 16 bytes, of a warp's turn
+  static constexpr int ROW = PART + 4;  // floats from row to row of the sums, over all banks
+  static constexpr int SUMS = WIDE * 16 * ROW;
+  static constexpr int ITEMS = (WIDE * PART * 8 + THREADS - 1) / THREADS;  // pairs of sums that a thread ends
+  static constexpr int BYTES = 16 * SLICES * STAGES * CHUNKS;
+  static_assert(STAGES % AT_ONCE == 0 && 4 * SLICES * (SUMS + PART) <= BYTES);
+};
+
+template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
+__global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ DecodeProjection a) {
+  using S = Shape<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
+  extern __shared__ uint4 shared[];
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int parts = (a.batch + S::PART - 1) / S::PART;
+  const int begin = blockIdx.x % parts * S::PART, here = min(S::PART, a.batch - begin);  // of the batch
   const int first_tile = blockIdx.x / parts * WIDE, tiles = tiles_of(a);
-  const int turns = ((a.columns + COLUMNS - 1) / COLUMNS + SLICES - 1) / SLICES;
+  constexpr int TOGETHER = COLUMNS * SLICES * AT_ONCE;
+  const int turns = (a.columns + TOGETHER - 1) / TOGETHER * AT_ONCE;  // behind the columns are zeros
   // Attention behind it reads the cache before its wait: what is there was written by earlier steps.
   if constexpr (INTO != DecodeInto::qkv) launch_next();
 
-  const bf16* rows[WIDE][2];  // null: no such row
+  const bf16* weights[WIDE][2];  // null: no such row
 #pragma unroll
   for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int tile = first_tile + w, row = row_of<INTO>(a, tile, i == 1) + g;
-      const bool there = tile < tiles && row < a.rows;
-      rows[w][i] = there ? static_cast<const bf16*>(a.weight) + static_cast<int64_t>(row) * a.columns : nullptr;
+      const int row = row_of<INTO>(a, first_tile + w, i == 1) + g;
+      const bool there = first_tile + w < tiles && row < a.rows;
+      weights[w][i] = there ? static_cast<const bf16*>(a.weight) + static_cast<int64_t>(row) * a.columns : nullptr;
     }
   }
   const auto column_of = [&](int turn) { return (turn * SLICES + slice) * COLUMNS + t * 8; };
-  constexpr uint4 ZERO = {0, 0, 0, 0};
-  uint4 weights[AHEAD][WIDE][2], scales[AHEAD];
-  const auto read = [](const bf16* p) { return GROUPS == 1 ? read_fresh(p) : read_weights(p); };
-  const auto fetch = [&](int turn, uint4 (&of_rows)[WIDE][2], uint4& scale) {
+  const auto stage_of = [&](int turn) { return shared + (slice * STAGES + turn % STAGES) * S::CHUNKS; };
+  const auto copy_weights = [&](int turn) {
     const int column = column_of(turn);
-    const bool inside = column < a.columns;
+    uint4* to = stage_of(turn) + lane;
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        of_rows[w][i] = inside && rows[w][i] != nullptr ? read(rows[w][i] + column) : ZERO;
+        const bool there = column < a.columns && weights[w][i] != nullptr;
+        copy_or_zero(to + 32 * (2 * w + i), there ? weights[w][i] + column : a.weight, there);
       }
     }
-    if constexpr (NORMED<INTO>) scale = inside ? read(static_cast<const bf16*>(a.norm) + column) : ZERO;
+    if (NORMED<INTO> && g == 0) {
+      const bool there = column < a.columns;
+      const bf16* from = static_cast<const bf16*>(a.norm) + (there ? column : 0);
+      copy_or_zero(to + 32 * (2 * WIDE + TILES), from, there);
+    }
+  };
+  const auto copy_in = [&](int turn) {
+    const int column = column_of(turn);
+    uint4* to = stage_of(turn) + 32 * 2 * WIDE + lane;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int n = tile * 8 + g;
+      const bool there = n < here && column < a.columns;
+      const int64_t at = static_cast<int64_t>(begin + n) * a.columns + column;
+      copy_or_zero(to + 32 * tile, static_cast<const bf16*>(a.in) + (there ? at : 0), there);
+    }
   };
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) fetch(i, weights[i], scales[i]);
-  const int items = WIDE * here * 8;  // pairs of sums; the first of a thread begins here
+  for (int i = 0; i < STAGES; ++i) copy_weights(i);
+  Beside beside[S::ITEMS];
   const auto pair_of = [](int item) { return item % 8; };
-  const auto row_in_part = [&](int item) { return item / 8 % here; };
-  const auto tile_of = [&](int item) { return first_tile + item / 8 / here; };
-  const auto beside_of = [&](int item) {
-    return item < items && tile_of(item) < tiles
-               ? read_beside<INTO>(a, tile_of(item), pair_of(item), begin + row_in_part(item))
-               : Beside();
+  const auto row_in_part = [](int item) { return item / 8 % S::PART; };
+  const auto tile_of = [&](int item) { return first_tile + item / 8 / S::PART; };
+  const auto is_there = [&](int item) {
+    return item < WIDE * S::PART * 8 && row_in_part(item) < here && tile_of(item) < tiles;
   };
-  constexpr bool EARLY = TILES == 1;  // with more, registers are short
-  Beside beside;
-  if constexpr (EARLY && INTO == DecodeInto::qkv) beside = beside_of(threadIdx.x);
+  const auto read_all_beside = [&] {
+#pragma unroll
+    for (int i = 0; i < S::ITEMS; ++i) {
+      const int item = i * S::THREADS + threadIdx.x;
+      if (is_there(item)) beside[i] = read_beside<INTO>(a, tile_of(item), pair_of(item), begin + row_in_part(item));
+    }
+  };
+  if constexpr (INTO == DecodeInto::qkv) read_all_beside();
   wait_for_previous();
   if constexpr (INTO == DecodeInto::qkv) launch_next();
-  if constexpr (EARLY && INTO != DecodeInto::qkv) beside = beside_of(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) {
+    copy_in(i);
+    end_of_copies();
+  }
+  if constexpr (INTO != DecodeInto::qkv) read_all_beside();
 
   float sum[WIDE][TILES][4] = {};
   float square[TILES] = {};
-  for (int turn = 0; turn < turns; turn += AHEAD) {
-    uint4 x[AHEAD][TILES];
+  for (int turn = 0; turn < turns; turn += AT_ONCE) {
+    wait_for_copies<STAGES - AT_ONCE>();
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int column = column_of(turn + i);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const uint4* from = stage_of(turn + i) + lane;
+      uint4 p[WIDE], q[WIDE], scale;
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        const int n = (group * TILES + tile) * 8 + g;
-        const bool there = n < here && column < a.columns;
-        const int64_t at = static_cast<int64_t>(begin + n) * a.columns + column;
-        x[i][tile] = there ? read_fresh(static_cast<const bf16*>(a.in) + at) : ZERO;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
+      for (int w = 0; w < WIDE; ++w) p[w] = from[32 * 2 * w], q[w] = from[32 * (2 * w + 1)];
+      if constexpr (NORMED<INTO>) scale = stage_of(turn + i)[32 * (2 * WIDE + TILES) + t];
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
-        uint4 b = x[i][tile];
+        uint4 b = from[32 * (2 * WIDE + tile)];
         if constexpr (NORMED<INTO>) {
           float values[8];
           as_floats(b, values);
 #pragma unroll
           for (int j = 0; j < 8; ++j) square[tile] = fmaf(values[j], values[j], square[tile]);
-          b = {times(b.x, scales[i].x), times(b.y, scales[i].y), times(b.z, scales[i].z), times(b.w, scales[i].w)};
+          b = {times(b.x, scale.x), times(b.y, scale.y), times(b.z, scale.z), times(b.w, scale.w)};
         }
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
-          const uint4 &p = weights[i][w][0], &q = weights[i][w][1];
-          multiply(sum[w][tile], p.x, q.x, p.y, q.y, b.x, b.y);
-          multiply(sum[w][tile], p.z, q.z, p.w, q.w, b.z, b.w);
+          multiply(sum[w][tile], p[w].x, q[w].x, p[w].y, q[w].y, b.x, b.y);
+          multiply(sum[w][tile], p[w].z, q[w].z, p[w].w, q[w].w, b.z, b.w);
         }
       }
-      if (turn + AHEAD < turns) fetch(turn + AHEAD + i, weights[i], scales[i]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      if (turn + STAGES + i < turns) {
+        copy_weights(turn + STAGES + i);
+        copy_in(turn + STAGES + i);
+      }
+      end_of_copies();
     }
   }
+  wait_for_copies<0>();
+  __syncthreads();  // the sums lie where the copies were
+  float* sums = reinterpret_cast<float*>(shared);
+  float* squares = sums + SLICES * S::SUMS;
+  const auto place = [&](int s, int w, int row, int n) { return s * S::SUMS + (w * 16 + row) * S::ROW + n; };
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
-    const int n = (group * TILES + tile) * 8;
+    const int n = tile * 8;
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
       const float(&s)[4] = sum[w][tile];
-      *reinterpret_cast<float2*>(&sums[slice][w][g][n + 2 * t]) = {s[0], s[1]};
-      *reinterpret_cast<float2*>(&sums[slice][w][g + 8][n + 2 * t]) = {s[2], s[3]};
+      *reinterpret_cast<float2*>(&sums[place(slice, w, g, n + 2 * t)]) = {s[0], s[1]};
+      *reinterpret_cast<float2*>(&sums[place(slice, w, g + 8, n + 2 * t)]) = {s[2], s[3]};
     }
     if constexpr (NORMED<INTO>) {
       const float all = sum_over_lanes<4>(square[tile]);
-      if (t == 0) squares[slice][n + g] = all;
+      if (t == 0) squares[slice * S::PART + n + g] = all;
     }
   }
   __syncthreads();
-  for (int item = threadIdx.x; item < items && tile_of(item) < tiles; item += 32 * SLICES * GROUPS) {
+#pragma unroll
+  for (int i = 0; i < S::ITEMS; ++i) {
+    const int item = i * S::THREADS + threadIdx.x;
+    if (!is_there(item)) continue;
     const int pair = pair_of(item), n = row_in_part(item), w = tile_of(item) - first_tile;
     float first = 0.f, second = 0.f, all = 0.f;
 #pragma unroll
     for (int s = 0; s < SLICES; ++s) {
-      first += sums[s][w][pair][n];
-      second += sums[s][w][pair + 8][n];
-      if constexpr (NORMED<INTO>) all += squares[s][n];
+      first += sums[place(s, w, pair, n)];
+      second += sums[place(s, w, pair + 8, n)];
+      if constexpr (NORMED<INTO>) all += squares[s * S::PART + n];
     }
     if constexpr (NORMED<INTO>) {
       const float factor = rsqrtf(all / static_cast<float>(a.columns) + a.eps);
       first *= factor;
       second *= factor;
     }
-    if (!EARLY || item != threadIdx.x) beside = beside_of(item);
-    finish<INTO>(a, tile_of(item), pair, begin + n, first, second, beside);
+    finish<INTO>(a, tile_of(item), pair, begin + n, first, second, beside[i]);
   }
 }
 
-template <DecodeInto INTO, int SLICES, int GROUPS, int TILES, int WIDE, int AHEAD>
+template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
 cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
-  constexpr int PART = 8 * TILES * GROUPS;
-  const int blocks = (tiles_of(a) + WIDE - 1) / WIDE * ((a.batch + PART - 1) / PART);
-  return launch_chained(project<INTO, SLICES, GROUPS, TILES, WIDE, AHEAD>, a, blocks, 32 * SLICES * GROUPS, 1, stream);
+  using S = Shape<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
+  const int blocks = (tiles_of(a) + WIDE - 1) / WIDE * ((a.batch + S::PART - 1) / S::PART);
+  const auto kernel = project<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
+  return launch_chained(kernel, a, blocks, S::THREADS, 1, stream, S::BYTES);
 }
 
-// SLICES follows from the columns alone, so that sums are added up in one order whatever the batch. With one tile of
-// the batch AHEAD covers a whole row (768 columns; behind an MLP 2176) from before the wait on; with more tiles
-// registers are short. More than 32 rows are two parts, of blocks of their own where one for both would leave
-// multiprocessors idle, as 48 or 72 do.
+// SLICES follows from the columns alone, so that sums are added up in one order whatever the batch. The rest are those
+// that were fastest of some on an H100 for a batch of 64 (docs/LOG.md): blocks enough for all multiprocessors, none
+// left over for a second round, and each below 99 KiB of shared memory, so that two fit and every GPU has it.
 template <DecodeInto INTO>
 cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
-  constexpr int WIDE = INTO == DecodeInto::residual ? 1 : 2;  // 48 tiles, 24 of them would leave the GPU empty
-  constexpr int AHEAD = INTO == DecodeInto::residual ? 3 : 2;
   const int tiles = (a.batch + 7) / 8;
-  const bool whole = tiles > 4 && tiles_of(a) / WIDE >= multiprocessors();
   if (a.columns <= 1024) {
-    if (tiles == 1) return launch<INTO, 4, 1, 1, 1, 6>(a, stream);
-    if (tiles == 2) return launch<INTO, 4, 1, 2, 1, 3>(a, stream);
-    if (whole) return launch<INTO, 4, 2, 4, WIDE, 2>(a, stream);
-    return launch<INTO, 4, 1, 4, WIDE, AHEAD>(a, stream);
+    if (tiles == 1) return launch<INTO, 4, 1, 1, 6, 3>(a, stream);
+    if (tiles == 2 || INTO == DecodeInto::residual) return launch<INTO, 4, 2, 1, 6, 3>(a, stream);
+    if constexpr (INTO == DecodeInto::qkv) {
+      return launch<INTO, 4, 2, 2, 6, 2>(a, stream);
+    } else if constexpr (INTO == DecodeInto::logits) {
+      return launch<INTO, 4, 8, 4, 3, 1>(a, stream);
+    } else if constexpr (INTO != DecodeInto::residual) {
+      return launch<INTO, 4, 4, 2, 4, 2>(a, stream);
+    }
   }
-  if (tiles == 1) return launch<INTO, 8, 1, 1, 1, NORMED<INTO> ? 4 : 9>(a, stream);
-  if (tiles == 2) return launch<INTO, 8, 1, 2, 1, 3>(a, stream);
-  if (whole) return launch<INTO, 8, 2, 4, 1, 2>(a, stream);
-  return launch<INTO, 8, 1, 4, 1, AHEAD>(a, stream);
+  if (tiles == 1) return launch<INTO, 8, 1, 1, 9, 3>(a, stream);
+  if (tiles == 2 || INTO == DecodeInto::residual) return launch<INTO, 8, 2, 1, 6, 2>(a, stream);
+  if constexpr (INTO != DecodeInto::residual) return launch<INTO, 8, 4, 2, 3, 1>(a, stream);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace

@@ -23,10 +23,16 @@ REGISTERS = {
     "rotary": 64,
     "softmax_loss": 40,
     "adamw": 64,
-    "decode_project": 160,
+    "decode_project": 255,  # of four warps; see `most_registers`
     "decode_attention": 104,
     "decode_sample": 128,
 }
+
+
+def most_registers(name: str, kernel: str) -> int:
+    """Two blocks of a product share a multiprocessor's 65,536; its first template argument is its warps."""
+    slices = re.search(r"7projectILNS_10DecodeIntoE\dELi(\d)E", kernel)
+    return min(REGISTERS[name], 65536 // (2 * 32 * int(slices[1]))) if slices else REGISTERS[name]
 
 
 @needs_nvcc
@@ -49,8 +55,10 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
         ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        used = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-        assert used and max(used) <= REGISTERS[name], (architecture, max(used))
+        used = re.findall(r"entry function '(\S+)'.*?Used (\d+) registers", done.stderr, re.S)
+        assert used
+        for kernel, registers in used:
+            assert int(registers) <= most_registers(name, kernel), (architecture, kernel, registers)
     disassembler = find_disassembler()
     if disassembler is None:
         pytest.skip(
@@ -73,11 +81,11 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
 def check_decode(kernel: str, lines: list[str]) -> None:
     """Products on tensor cores; weights and cache are asked for before the wait for the kernel before."""
     (wait,) = (number for number, line in enumerate(lines) if "ACQBULK" in line)
-    early = sum("LDG" in line and ".128" in line for line in lines[:wait])
+    early = sum("LDG" in line and ".128" in line for line in lines[:wait])  # LDGSTS: into shared memory
     if "project" in kernel:
         assert any("HMMA.16816.F32.BF16" in line for line in lines), kernel
-        of_one_warp = re.search(r"IntoE\dELi\dELi1E", kernel)  # SLICES, GROUPS
-        assert early >= 4 or not of_one_warp, f"{kernel}: {early} loads of 16 bytes before the wait"
+        _, wide, stages, _ = re.search(r"IntoE\dELi\dELi(\d)ELi(\d)ELi(\d)ELi(\d)E", kernel).groups()
+        assert early >= 2 * int(wide) * int(stages), f"{kernel}: {early} loads of 16 bytes before the wait"
     elif "attend" in kernel:
         assert early == 8, f"{kernel}: {early} loads of 16 bytes before the wait"
 

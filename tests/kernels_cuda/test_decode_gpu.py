@@ -154,6 +154,8 @@ def test_a_row_does_not_depend_on_the_batch(size: str):
     o, head = bf16(d, d, scale=0.05), bf16(2000, d, scale=0.05)
     x, position = bf16(batch, d), torch.randint(length, (batch,), device="cuda")
     caches = [bf16(batch, length, heads, 64) for _ in range(2)]
+    angles = torch.rand(length, 32, device="cuda") * 6
+    cos, sin = angles.cos(), angles.sin()
 
     def step(rows: slice) -> list[Tensor]:
         given, at = x[rows].clone(), position[rows].clone()
@@ -161,7 +163,7 @@ def test_a_row_does_not_depend_on_the_batch(size: str):
         k, v = (cache[rows].clone() for cache in caches)
         scores = torch.empty(len(given), 2000, device="cuda")
         settle()
-        MTLM.decode_qkv_(given, norm, EPS, qkv, None, None, None, at, q, k, v)
+        MTLM.decode_qkv_(given, norm, EPS, qkv, None, cos, sin, at, q, k, v)
         MTLM.decode_attention_(q, k, v, at, y)
         MTLM.decode_add_projection_(y, o, None, given)
         MTLM.decode_mlp_(given, norm, EPS, up, None, True, h)
