@@ -303,7 +303,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
         bars = axis.barh([row["way"] for row in of_panel], [row["tokens a second"] for row in of_panel])
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axis.margins(x=0.12)
+        axis.margins(x=0.16)
         axis.invert_yaxis()
         axis.set_title(f"{panel[0]}, batch {panel[1]}: tokens a second, {device}", fontsize="medium")
     figure.savefig(path, dpi=120)

@@ -175,7 +175,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         titles = [VARIANTS[row["variant"]].title for row in of_case]
         bars = axis.barh(titles, [row["tokens_per_second"] for row in of_case], color=colors)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axis.margins(x=0.12)
+        axis.margins(x=0.16)
         axis.invert_yaxis()
         first = of_case[0]
         axis.set_title(

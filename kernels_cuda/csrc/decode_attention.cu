@@ -19,8 +19,8 @@ namespace mtlm {
 namespace {
 
 constexpr int ALL_SHARES = 16;  // of a (row, head)
-constexpr int CLUSTER = 4;  // blocks of a (row, head) where there are few
-constexpr int AT_ONCE = 4;  // positions of a lane that are in flight: 256 of a head at K = 64
+constexpr int CLUSTER = 4;      // blocks of a (row, head) where there are few
+constexpr int AT_ONCE = 4;      // positions of a lane that are in flight: 256 of a head at K = 64
 
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900

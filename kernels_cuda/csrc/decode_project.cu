@@ -323,7 +323,7 @@ cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
 
 // SLICES follows from the columns alone, so that sums are added up in one order whatever the batch. The rest are those
 // that were fastest of some on an H100 for a batch of 64 (docs/LOG.md): blocks enough for all multiprocessors, none
-// left over for a second round, and each below 99 KiB of shared memory, so that two fit and every GPU has it.
+// left over for a second round, and each of at most 99 KiB of shared memory, which every GPU from 8.0 on has.
 template <DecodeInto INTO>
 cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
   const int tiles = (a.batch + 7) / 8;
@@ -338,7 +338,10 @@ cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
       return launch<INTO, 4, 4, 2, 4, 2>(a, stream);
     }
   }
-  if (tiles == 1) return launch<INTO, 8, 1, 1, 9, 3>(a, stream);
+  if (tiles == 1) {  // nine turns are all of 2176 columns
+    const bool room = Shape<INTO, 8, 1, 1, 9, 3>::BYTES <= shared_memory();
+    return room ? launch<INTO, 8, 1, 1, 9, 3>(a, stream) : launch<INTO, 8, 1, 1, 6, 3>(a, stream);
+  }
   if (tiles == 2 || INTO == DecodeInto::residual) return launch<INTO, 8, 2, 1, 6, 2>(a, stream);
   if constexpr (INTO != DecodeInto::residual) return launch<INTO, 8, 4, 2, 3, 1>(a, stream);
   return cudaErrorInvalidValue;
