@@ -23,16 +23,20 @@ REGISTERS = {
     "rotary": 64,
     "softmax_loss": 40,
     "adamw": 64,
-    "decode_project": 255,  # of four warps; see `most_registers`
+    "decode_project": 160,
     "decode_attention": 104,
     "decode_sample": 128,
 }
 
 
 def most_registers(name: str, kernel: str) -> int:
-    """Two blocks of a product share a multiprocessor's 65,536; its first template argument is its warps."""
-    slices = re.search(r"7projectILNS_10DecodeIntoE\dELi(\d)E", kernel)
-    return min(REGISTERS[name], 65536 // (2 * 32 * int(slices[1]))) if slices else REGISTERS[name]
+    """Two blocks of a product share a multiprocessor's 65,536; the head's of 64 by 64 may use all of it."""
+    shape = re.search(r"7projectILNS_10DecodeIntoE\dELi(\d)ELi(\d)ELi(\d)E", kernel)
+    if shape is None:
+        return REGISTERS[name]
+    slices, tiles, wide = map(int, shape.groups())
+    of_two_blocks = 65536 // (2 * 32 * slices)
+    return of_two_blocks if (tiles, wide) == (8, 4) else min(REGISTERS[name], of_two_blocks)
 
 
 @needs_nvcc
