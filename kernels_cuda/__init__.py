@@ -2,3 +2,7 @@
 
 Optional: without a GPU or a compiler the same functions run in plain PyTorch. docs/KERNELS.md explains.
 """
+
+from core.extras import require_extra
+
+require_extra("torch")

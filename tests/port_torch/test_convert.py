@@ -1,7 +1,6 @@
 """The command: what it writes, what it refuses, and that nothing half-written stays."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,20 +217,6 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"is complete, but was not uploaded \(no route to host\)"):
         run_here(monkeypatch, source, tmp_path / "two", "--push-to-hub", "me/model")
     assert uploads == [("me/model", True), tmp_path / "two"] and names_in(tmp_path / "two") >= NAMES
-
-
-def test_without_torch_commands_say_what_to_install(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as util\nfind = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "port_torch.convert", "run", "out"],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: this command needs PyTorch") and done.stderr.count("\n") == 1
 
 
 def test_the_training_half_needs_no_torch():

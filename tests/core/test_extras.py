@@ -1,0 +1,46 @@
+"""Commands without the packages of their extra, started as users start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.several_devices import ROOT
+
+
+def start(tmp_path: Path, missing: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` where a package is not to be found."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\nfind = util.find_spec\n"
+        f"util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "needs"),
+    [
+        ("port_torch.convert", "torch", "PyTorch, safetensors and transformers: "),
+        ("kernels_cuda.doctor", "torch", "PyTorch, safetensors and transformers: "),
+        ("bench.train", "transformers", "PyTorch, safetensors and transformers: "),
+        ("bench.eval", "lm_eval", "lm-eval: "),
+        ("eval.run", "lm_eval", "lm-eval: "),
+    ],
+)
+def test_one_sentence_says_what_to_install(tmp_path: Path, command: str, missing: str, needs: str):
+    done = start(tmp_path, missing, "-m", command, "a", "b")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: this command needs {needs}pip install")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_needs_no_extra_is_left_alone(tmp_path: Path):
+    """A benchmark of the loader, and a program that imports a package whose commands need one."""
+    done = start(tmp_path, "torch", "-m", "bench.loader", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m bench.loader")
+    assert start(tmp_path, "torch", "-c", "import bench, eval, kernels_cuda, port_torch").returncode == 0
