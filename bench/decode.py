@@ -304,6 +304,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         bars = axis.barh([row["way"] for row in of_panel], [row["tokens a second"] for row in of_panel])
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.margins(x=0.16)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.invert_yaxis()
         axis.set_title(f"{panel[0]}, batch {panel[1]}: tokens a second, {device}", fontsize="medium")
     figure.savefig(path, dpi=120)

@@ -176,6 +176,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         bars = axis.barh(titles, [row["tokens_per_second"] for row in of_case], color=colors)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.margins(x=0.16)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.invert_yaxis()
         first = of_case[0]
         axis.set_title(
