@@ -4,6 +4,8 @@ import importlib.util
 import sys
 from collections.abc import Collection
 
+from core.errors import UserError, tell
+
 # Of pyproject.toml: the modules to be found, and what they are called.
 EXTRAS = {
     "torch": {"torch": "PyTorch", "safetensors": "safetensors", "transformers": "transformers"},
@@ -28,8 +30,5 @@ def require_extra(extra: str, commands: Collection[str] | None = None) -> None:
     if not all(map(importlib.util.find_spec, modules)):
         *names, last = modules.values()
         needed = f"{', '.join(names)} and {last}" if names else last
-        print(
-            f"error: this command needs {needed}: pip install -c constraints.txt -e '.[{extra}]'",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        install = f"pip install -c constraints.txt -e '.[{extra}]'"
+        sys.exit(tell(UserError(f"this command needs {needed}: {install}")))
