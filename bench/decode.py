@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bench.bars import draw_rates
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from core.generate import Sampling
@@ -301,12 +302,8 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
-        bars = axis.barh([row["way"] for row in of_panel], [row["tokens a second"] for row in of_panel])
-        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axis.margins(x=0.16)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.invert_yaxis()
-        axis.set_title(f"{panel[0]}, batch {panel[1]}: tokens a second, {device}", fontsize="medium")
+        ways, rates = ([row[name] for row in of_panel] for name in ("way", "tokens a second"))
+        draw_rates(axis, ways, rates, f"{panel[0]}, batch {panel[1]}: tokens a second, {device}")
     figure.savefig(path, dpi=120)
 
 

@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
+from bench.bars import draw_rates
 from bench.train_rows import VARIANTS, measure
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
@@ -173,15 +174,9 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         of_case = [row for row in measured if row["case"] == case]
         colors = ["C1" if row["variant"].startswith("ours") else "C0" for row in of_case]
         titles = [VARIANTS[row["variant"]].title for row in of_case]
-        bars = axis.barh(titles, [row["tokens_per_second"] for row in of_case], color=colors)
-        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-        axis.margins(x=0.16)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.invert_yaxis()
-        first = of_case[0]
-        axis.set_title(
-            f"{case}, {first['batch']} x {first['context']}: tokens a second, {device}", fontsize="medium"
-        )
+        rates = [row["tokens_per_second"] for row in of_case]
+        shape = f"{of_case[0]['batch']} x {of_case[0]['context']}"
+        draw_rates(axis, titles, rates, f"{case}, {shape}: tokens a second, {device}", colors)
     figure.savefig(path, dpi=120)
 
 
