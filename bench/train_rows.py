@@ -115,7 +115,8 @@ def llama(mirror: Decoder, liger: bool) -> nn.Module:
     missing, unexpected = model.load_state_dict(
         {name: weights[parameter_name(leaf)] for name, leaf in leaves.items()}, strict=False
     )
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    if unexpected or not set(missing) <= {"lm_head.weight"}:
+        raise ValueError(f"weights differ: {missing} are missing, {unexpected} are too many")
     return model.train()
 
 

@@ -89,7 +89,8 @@ def batches(
         place, target, row = [], [], []
         for line, index in enumerate(chosen):
             inputs, targets = rows[index]
-            assert 0 < len(targets) <= len(inputs) <= width, (len(inputs), len(targets), width)
+            if not 0 < len(targets) <= len(inputs) <= width:  # else other tokens would be scored
+                raise ValueError(f"{len(targets)} targets of {len(inputs)} tokens in a row of {width}")
             tokens[line, : len(inputs)] = inputs
             first = line * width + len(inputs) - len(targets)
             place.append(np.arange(first, first + len(targets)))

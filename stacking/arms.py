@@ -244,7 +244,8 @@ def fork(trunk: Path, step: int, out: Path, steps: int) -> None:
     if out.exists():
         return
     record = read_config(trunk)
-    assert record is not None, f"{trunk} is no run"
+    if record is None:
+        raise UserError(f"{trunk} is gone or holds no run: remove {trunk.parent} and start the study again")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     source = step_path(trunk / "checkpoints", step)

@@ -115,8 +115,8 @@ def main() -> int:
         probe, what = growth.probe()
         say(f"probe: {what}")
         target = step_path(folder / "checkpoints", manifest.step) if runs else folder
-        written = growth.write(target, record, probe)
-        n_leaves = growth.verify(target, written, probe)
+        written, grown = growth.write(target, record, probe)
+        n_leaves = growth.verify(target, grown)
         if runs:
             finish_run_folder(folder, step_dir, written)
 
@@ -211,7 +211,8 @@ def describe(growth: Growth, record: dict[str, Any]) -> Table:
 
 def finish_run_folder(folder: Path, step_dir: Path, grown: Manifest) -> None:
     """What makes a checkpoint a run: config.json, and the history of the run that was grown."""
-    assert grown.data is not None
+    if grown.data is None:
+        raise AssertionError(f"{step_dir} is a run's checkpoint without data")
     record = {
         "run": grown.config["run"],
         "model": grown.config["model"],

@@ -44,7 +44,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("a plan without layers makes no model: name at least one layer")
-        assert len(self.how) == len(self.sources), (self.sources, self.how)
+        if len(self.how) != len(self.sources):
+            raise ValueError(f"{len(self.sources)} layers and {len(self.how)} ways to make them")
         for layer in self.sources:
             if not 0 <= layer < self.n_source:
                 raise UserError(
@@ -70,8 +71,12 @@ class Plan:
 
     def then(self, second: "Plan") -> "Plan":
         """The one plan that does what this and afterwards `second` do. A copy of an identity block is one."""
-        assert second.n_source == self.n_layers, (second.n_source, self.n_layers)
-        assert "fresh" not in self.how, "what is drawn cannot be named by an old layer: grow twice instead"
+        if second.n_source != self.n_layers:
+            raise ValueError(
+                f"a plan for {second.n_source} layers cannot follow one that makes {self.n_layers}"
+            )
+        if "fresh" in self.how:
+            raise ValueError("what is drawn cannot be named by an old layer: grow twice instead")
         how = tuple(
             self.how[layer] if later == "copy" else later
             for layer, later in zip(second.sources, second.how, strict=True)

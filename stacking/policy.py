@@ -67,7 +67,8 @@ def continue_schedule(
     Raises:
         UserError: the schedule has ended, or would jump.
     """
-    assert run.steps is not None, "a saved run has a number of steps"
+    if run.steps is None:
+        raise AssertionError("a saved run has a number of steps")
     total = steps or run.steps
     optim = run.optim
     if schedule.kind == "restart":

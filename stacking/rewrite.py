@@ -1,8 +1,8 @@
 """Growing a checkpoint on the disk, leaf by leaf, and proving what was written.
 
-One leaf of the old model is in memory at a time beside what has become of the others, so that growing takes
-about the memory of its result. The proof is a second statement of the rules of `transform`, layer by layer in
-NumPy, over the files that were written.
+Only one leaf of the old model is in memory at a time, so that growing takes about the memory of its result.
+The proof has two halves: what the disk holds is what was in memory, and that is what a second statement of
+the rules of `transform`, layer by layer in NumPy, makes of the source.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from core.checkpoint import Manifest, differing_leaves, flatten, nest, read_leaves, save_tree
+from core.checkpoint import verify as verify_files
 from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import CACHE
@@ -93,14 +94,15 @@ class Growth:
         ones where its data is not at hand."""
         model, why = self.models[0], "parameters alone have no data"
         if self.runs:
-            assert self.manifest.data is not None, "a run without data"
-            run = self.runs[0]
+            run, data = self.runs[0], self.manifest.data
+            if data is None:
+                raise AssertionError(f"{self.step_dir} is a run's checkpoint without data")
             try:
                 dataset = open_or_prepare(run.data, self.manifest.tokenizer["name"], model.context, CACHE)
             except UserError as error:
                 why = f"the run's data is not at hand ({error})"
             else:
-                if dataset.fingerprint == self.manifest.data["fingerprint"]:
+                if dataset.fingerprint == data["fingerprint"]:
                     batches = train_batches(
                         dataset, seed=run.seed, batch=PROBE_ROWS, start=self.manifest.sequences,
                         vocab_size=model.vocab_size,
@@ -112,14 +114,19 @@ class Growth:
         random = np.random.default_rng(0).integers(0, model.vocab_size, (PROBE_ROWS, model.context + 1))
         return jnp.asarray(random, jnp.int32), f"random tokens, since {why}"
 
-    def write(self, target: Path, record: dict[str, Any], probe: Int[Array, "B S1"]) -> Manifest:
+    def write(
+        self, target: Path, record: dict[str, Any], probe: Int[Array, "B S1"]
+    ) -> tuple[Manifest, dict[str, Array]]:
         """Writes the grown state as the step folder `target`.
 
         Args:
             record: the lineage record; what the probe's loss was before and after is added to it.
 
         Returns:
-            The manifest written, but for its lists of leaves and files.
+            The manifest written, but for its lists of leaves and files; and the grown leaves by path.
+
+        Raises:
+            AssertionError: the plan preserves the function, and the loss is another.
         """
         before = float(probe_loss(self.models[0], self._read_params(self.step_dir, self.models[0]), probe))
         drawn = self._draw()
@@ -133,6 +140,8 @@ class Growth:
             grown[path] = jax.block_until_ready(leaf)
         tree = nest(grown)
         after = float(probe_loss(self.models[1], tree["params"], probe))
+        if self.plan.preserves and after != before:
+            raise AssertionError(f"identity growth changed the loss: {before} to {after}")
         config: dict[str, Any] = {"model": dataclasses.asdict(self.models[1])}
         if self.runs:
             config["run"] = settings.flatten(self.runs[1])
@@ -142,37 +151,52 @@ class Growth:
             tree={}, files={},
         )  # fmt: skip
         save_tree(target, tree, manifest)
-        return manifest
+        return manifest, grown
 
-    def verify(self, target: Path, written: Manifest, probe: Int[Array, "B S1"]) -> int:
-        """Compares every leaf in `target` with its source, bit by bit, and the probe's loss with the record.
-
-        A second statement of the rules of `transform`, layer by layer and without it.
+    def verify(self, target: Path, grown: dict[str, Array]) -> int:
+        """Compares every leaf in `target` with `grown`, which was written, and that with its source, by bits.
 
         Returns:
             The number of leaves compared.
+
+        Raises:
+            UserError: the disk does not give back what was written.
+            AssertionError: a leaf is not what the plan makes of its source.
         """
+        verify_files(target)
         drawn = self._draw()
-        n = 0
         for path, old in self._source_leaves():
-            names, old = tuple(path.split("/")), np.asarray(old)
-            shape = (self.plan.n_layers, *old.shape[1:]) if "layers" in names else old.shape
-            new = np.asarray(read_leaves(target, {path: jax.ShapeDtypeStruct(shape, old.dtype)})[path])
-            if "layers" not in names:
-                expected = np.zeros_like(old) if self._starts_anew(names) else old
-                assert new.tobytes() == expected.tobytes(), f"{path} is not its source's"
-            else:
-                for layer in range(self.plan.n_layers):
-                    expected = self._expected_layer(names, layer, old, drawn)
-                    assert new[layer].tobytes() == expected.tobytes(), f"{path}[{layer}] is not its source's"
-            n += 1
-        loss = float(probe_loss(self.models[1], self._read_params(target, self.models[1]), probe))
-        before, after = written.lineage[-1]["probe"]["loss"]
-        assert loss == after, f"the probe's loss is {loss} as written and was {after} before"
-        assert loss == before or not self.plan.preserves, (
-            f"identity growth changed the loss: {before} to {loss}"
-        )
-        return n
+            new = np.asarray(grown[path])
+            there = read_leaves(target, {path: jax.ShapeDtypeStruct(new.shape, new.dtype)})[path]
+            if np.asarray(there).tobytes() != new.tobytes():
+                raise UserError(
+                    f"{path} in {target} is not what was written there, so the disk or memory is failing: "
+                    "grow again onto another disk"
+                )
+            self._check_leaf(tuple(path.split("/")), np.asarray(old), new, drawn)
+        return len(grown)
+
+    def _check_leaf(
+        self, names: tuple[str, ...], old: np.ndarray, new: np.ndarray, drawn: dict[tuple[str, ...], Array]
+    ) -> None:
+        """The rules of `transform` once more, without it; AssertionError where `new` does not follow them."""
+        n_layers = self.plan.n_layers
+        if new.dtype != old.dtype or new.shape != (
+            (n_layers, *old.shape[1:]) if "layers" in names else old.shape
+        ):
+            raise AssertionError(
+                f"{'/'.join(names)} is {new.dtype}{list(new.shape)}, not as its source's layers"
+            )
+        if "layers" not in names:
+            pairs = [("", new, np.zeros_like(old) if self._starts_anew(names) else old)]
+        else:
+            pairs = [
+                (f"[{layer}]", new[layer], self._expected_layer(names, layer, old, drawn))
+                for layer in range(n_layers)
+            ]
+        for where, found, expected in pairs:
+            if found.tobytes() != expected.tobytes():
+                raise AssertionError(f"{'/'.join(names)}{where} is not its source's")
 
     def _expected_layer(
         self, names: tuple[str, ...], layer: int, old: np.ndarray, drawn: dict[tuple[str, ...], Array]

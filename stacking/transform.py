@@ -81,7 +81,8 @@ def grow_leaf(
             grown = grown.at[np.array(without_past)].set(0)
     made = [layer for layer, how in enumerate(plan.how) if how == "fresh"]
     if role == "params" and made:
-        assert fresh is not None, f"the plan draws layers anew, and no new {'/'.join(names)} was given"
+        if fresh is None:
+            raise ValueError(f"the plan draws layers anew, and no new {'/'.join(names)} was given")
         grown = grown.at[np.array(made)].set(fresh[np.array(made)].astype(leaf.dtype))
     return _like(leaf, grown)
 
@@ -90,7 +91,8 @@ def role_of(names: tuple[str, ...]) -> str:
     """What a leaf under `layers` is: "params", "mu" or "nu"."""
     before = names[: names.index("layers")]
     role = before[-1] if before else "params"
-    assert role in ("params", *MOMENTS), f"{'/'.join(names)} is nothing that growing knows"
+    if role not in ("params", *MOMENTS):  # copying it like a parameter could be wrong
+        raise ValueError(f"growing has no rule for {'/'.join(names)}")
     return role
 
 

@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BITS = {"pred": 8, "token": 0, "bf16": 16} | {
     f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64) if kind != "f" or bits > 8
@@ -184,7 +184,7 @@ class Module:
             elif instruction.opcode in ("call", "async-start"):
                 called = instruction.attribute("to_apply") or instruction.attribute("calls")
                 yield from self._walk(self.computations[called], times)
-            assert instruction.opcode != "conditional", f"how often does {instruction.name} run?"
+            _require(instruction.opcode != "conditional", f"how often does {instruction.name} run?")
 
     def trips(self, loop: Instruction, computation: Computation) -> int:
         """How often a counted loop runs: read from where it starts, its step and its condition.
@@ -196,8 +196,8 @@ class Module:
         start = computation.by_name[loop.operands[0]]
 
         def element(instruction: Instruction, within: Computation) -> int:
-            assert instruction.opcode == "get-tuple-element", instruction
-            assert within.by_name[instruction.operands[0]].opcode == "parameter", instruction
+            _require(instruction.opcode == "get-tuple-element", instruction)
+            _require(within.by_name[instruction.operands[0]].opcode == "parameter", instruction)
             return int(instruction.attribute("index"))
 
         def value(name: str, within: Computation) -> int:
@@ -209,7 +209,7 @@ class Module:
             raise AssertionError(f"{loop.name}: {instruction} is no constant")
 
         compare = condition.root
-        assert compare.opcode == "compare" and compare.attribute("direction") == "LT", compare
+        _require(compare.opcode == "compare" and compare.attribute("direction") == "LT", compare)
         counter = element(condition.by_name[compare.operands[0]], condition)
         first = value(start.operands[counter], computation)
         last = value(compare.operands[1], condition)
@@ -222,11 +222,11 @@ class Module:
         if update.opcode == "fusion":
             inner = self.computations[update.attribute("calls")]
             update = inner.root
-            assert update.opcode == "add", update
+            _require(update.opcode == "add", update)
             constants = [inner.by_name[o] for o in update.operands if inner.by_name[o].opcode == "constant"]
-            assert len(constants) == 1, update
+            _require(len(constants) == 1, update)
             return int(constants[0].literal)
-        assert update.opcode == "add", update
+        _require(update.opcode == "add", update)
         return value(update.operands[1], body)
 
     # --- what an instruction costs ---
@@ -378,6 +378,12 @@ class Module:
     def kernels(self) -> Iterator[Executed]:
         """The custom kernels (Pallas) that a step runs."""
         return (e for e in self.executed() if e.instruction.target == KERNEL)
+
+
+def _require(holds: bool, what: Any) -> None:
+    """Refuses a form of HLO that this reader does not know: figures read off it would be wrong."""
+    if not holds:
+        raise AssertionError(f"the compiled program has a form that is not known: {what}")
 
 
 def bits(dtype: str) -> int:

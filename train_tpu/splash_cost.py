@@ -53,5 +53,6 @@ def _blocks(attributes: str, name: str) -> tuple[int, int]:
     """Queries and keys a tile, from the metadata that the kernel carries."""
     suffix = {"splash_mha_fwd": "", "splash_mha_dkv": "_dkv", "splash_mha_dq": "_dq"}[name]
     found = [re.search(rf'block_{which}{suffix}\\?": (\d+)', attributes) for which in ("q", "kv")]
-    assert all(found), attributes[:500]
+    if not all(found):
+        raise ValueError(f"{name} does not say its block sizes: {attributes[:500]}")
     return int(found[0].group(1)), int(found[1].group(1))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -13,12 +14,13 @@ import stacking.rewrite
 from core.checkpoint import find_step, flatten, load_manifest, restore, save_params
 from core.config import ModelConfig
 from core.errors import UserError
+from core.manifest import seal
 from core.sharding import make_mesh
 from core.steps import step_path
 from stacking import grow as command
 from stacking.plan import make_plan
 from stacking.transform import grow
-from tests.train_tpu.processes import TINY, losses, refusal, run
+from tests.train_tpu.processes import ROOT, TINY, environment, losses, refusal, run
 from train_tpu import config as settings
 from train_tpu.backend import choose_step
 from train_tpu.data import open_dataset, train_batches
@@ -233,6 +235,44 @@ def test_a_wrong_result_is_noticed_and_removed(grow_here, trunk, tmp_path, monke
     with pytest.raises(AssertionError, match="is not its source's"):
         grow_here(trunk, "--out", tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_byte_that_the_disk_changes_is_noticed(grow_here, trunk, tmp_path, monkeypatch, sealed):
+    """Between writing and checking, before the files were hashed or after."""
+    real = stacking.rewrite.save_tree
+
+    def damaging(target, tree, manifest):
+        real(target, tree, manifest)
+        chunk = next((target / "state/params.layers.mlp.up.kernel").glob("0*"))
+        content = bytearray(chunk.read_bytes())
+        content[100] ^= 1
+        chunk.write_bytes(content)
+        if not sealed:
+            seal(target, load_manifest(target))
+
+    monkeypatch.setattr(stacking.rewrite, "save_tree", damaging)
+    message = r"up\.kernel.* has other content" if sealed else "up/kernel in .* is not what was written there"
+    with pytest.raises(UserError, match=message):
+        grow_here(trunk, "--out", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_proof_does_not_hang_on_assertions(cache, trunk, tmp_path):
+    """python -O leaves out every assert."""
+    script = (
+        "import sys, stacking.rewrite as r\n"
+        "real = r.grow_leaf\n"
+        "r.grow_leaf = lambda names, leaf, plan, **rest: real(names, leaf, plan, **rest) * (\n"
+        "    2 if 'nu' in names and names[-1] == 'table' else 1)\n"
+        "from stacking.grow import main\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-O", "-c", script, str(trunk), "--out", str(tmp_path / "new")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
+    assert done.returncode == 1 and "verified" not in done.stdout
+    assert "nu/embed/table is not its source's" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_growth_left_is_replaced(grow_here, trunk, tmp_path):
