@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from core.errors import run_command
-from train_tpu.metrics import read_log
+from core.run.log import read_log
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from core.config import ModelConfig
 from core.manifest import Manifest
+from core.run.log import read_log
 from port_torch.hf_config import is_llama
 
 LICENSE = "mit"
@@ -80,12 +81,9 @@ def model_card(
 
 def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     """The last evaluation of every held-out set at `step`, from the log of the run that saved `step_dir`."""
-    log = step_dir.absolute().parent.parent / "metrics.jsonl"
-    if not log.exists():
-        return []
-    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-    scores = {row["split"]: row for row in rows if row["kind"] == "eval" and row["step"] == step}
-    return [row for row in scores.values() if all(isinstance(row[metric], float) for metric in METRICS)]
+    rows = read_log(step_dir.absolute().parent.parent, "eval")
+    scores = {row["split"]: row for row in rows if row["step"] == step}
+    return [row for row in scores.values() if all(isinstance(row.get(metric), float) for metric in METRICS)]
 
 
 def _usage(model: ModelConfig, prompt: str) -> str:

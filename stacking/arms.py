@@ -8,13 +8,13 @@ from pathlib import Path
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.run.log import CARRIED, read_log
 from core.steps import list_steps, step_path
 from stacking.jobs import Job
 from stacking.plan import Operator
 from stacking.report import Arm, Point
 from train_tpu.config import RunConfig
 from train_tpu.loop import END
-from train_tpu.metrics import CARRIED, read_log
 from train_tpu.run_folder import read_config, write_config
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
@@ -233,8 +233,6 @@ class Study:
 
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run has logged its end at `steps`."""
-    if not (folder / "metrics.jsonl").is_file():
-        return False
     return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
 
 

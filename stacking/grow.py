@@ -24,13 +24,13 @@ from core.errors import UserError, run_command
 from core.folders import new_folder
 from core.manifest import sync_path
 from core.memory import peak_memory
+from core.run.log import carry_log
 from core.steps import step_path
 from stacking.plan import Operator, custom_plan, make_plan
 from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
 from stacking.rewrite import Growth
 from train_tpu import config as settings
 from train_tpu.config import ModelOverrides, RunConfig
-from train_tpu.metrics import carry_log
 from train_tpu.optimizer import learning_rate
 from train_tpu.progress import make_console
 from train_tpu.run_folder import write_config

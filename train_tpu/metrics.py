@@ -1,9 +1,10 @@
-"""What a run reports: metrics.jsonl (every update), TensorBoard, the loss curve, and the derived figures."""
+"""What is derived from a run's figures: MFU, bits per byte, the loss curve."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from core.run.log import CARRIED, read_log
 
 # Peak dense bfloat16 FLOP/s of one device, by what JAX calls it, and PyTorch, too; from the vendors'
 # datasheets.
@@ -23,10 +24,6 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
-
-
-CARRIED = "before_growth"
-"""Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
 
 
 def model_flops_utilization(
@@ -67,101 +64,6 @@ def make_score(nll: float, scored: int, tokens: int, n_bytes: int) -> Score:
     return Score(nll, perplexity, bits_per_byte(nll, tokens, n_bytes), scored)
 
 
-class RunLog:
-    """Appends to a run folder's metrics.jsonl, TensorBoard events and samples.txt.
-
-    A line of metrics.jsonl is an object with "step" and "kind": "train" (one an update), "eval", "task",
-    "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
-    """
-
-    def __init__(self, folder: Path, resume_step: int):
-        """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
-        from tensorboardX import SummaryWriter  # slow: it loads PyTorch where that is installed
-
-        self.folder = folder
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            _truncate(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
-
-    def write(self, step: int, kind: str, **values: Any) -> None:
-        """One line; finite numbers also go to TensorBoard as kind/name, others become strings."""
-        line = {"step": step, "kind": kind} | {k: _jsonable(v) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, float | int) and math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def sample(self, step: int, texts: list[str]) -> None:
-        """Logs samples; samples.txt is written again from all that metrics.jsonl holds."""
-        self.write(step, "sample", texts=texts)
-        self._board.add_text("samples", "\n\n".join(texts), step)
-        parts = []
-        for row in read_log(self.folder, "sample"):
-            parts += [f"===== step {row['step']} =====", *(f"{text}\n-----" for text in row["texts"]), ""]
-        (self.folder / "samples.txt").write_text("\n".join(parts), encoding="utf-8")
-
-    def close(self) -> None:
-        """Writes out what is buffered."""
-        self._file.close()
-        self._board.close()
-
-
-class NoLog:
-    """The log of a process that is not the first of several: nothing."""
-
-    def write(self, step: int, kind: str, **values: Any) -> None: ...
-
-    def sample(self, step: int, texts: list[str]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of a run folder's metrics.jsonl, in order.
-
-    A last line that a killed process left incomplete is none.
-    """
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = (json.loads(line) for line in lines if line.endswith("\n"))
-    return [row for row in rows if row["kind"] == kind]
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Drops the lines of steps from `step` on, and a last line that a killed process left incomplete."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and ((row := json.loads(line))["step"] < step or CARRIED in row):
-            kept.append(line)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-def carry_log(source: Path, target: Path, step: int) -> None:
-    """Gives the run folder `target` the history of the run in `source` up to `step`, where it was grown.
-
-    The evaluation at that step itself is carried too: it is the loss just before. Every carried line says at
-    which step the model grew, and so is never taken for the new run's own.
-    """
-    if not (source / "metrics.jsonl").is_file():
-        return
-    lines = []
-    for kind in ("train", "eval", "task", "sample", "skip"):
-        for row in read_log(source, kind):
-            if row["step"] < step or (kind in ("eval", "task") and row["step"] == step):
-                lines.append({CARRIED: step} | row)
-    lines.sort(key=lambda row: row["step"])
-    (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
-
-
 def plot_curve(folder: Path) -> Path:
     """Draws loss_curve.png of a run folder: training loss and held-out bits per byte over tokens."""
     import matplotlib
@@ -169,7 +71,7 @@ def plot_curve(folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = [row for row in read_log(folder, "train") if not isinstance(row["loss"], str)]
+    train = [row for row in read_log(folder, "train") if not isinstance(row["nll"], str)]
     evals = [row for row in read_log(folder, "eval") if not isinstance(row["bits_per_byte"], str)]
     tokens = [row["tokens"] / 1e6 for row in train]
     figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")

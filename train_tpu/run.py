@@ -34,6 +34,7 @@ from core.folders import CACHE
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params
+from core.run.log import NoLog, RunLog, read_log
 from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
 from core.tokenizer import Tokenizer, load_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
@@ -45,7 +46,7 @@ from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Loop, choose_cadence, own_rows
 from train_tpu.memory_advice import out_of_memory_explained
-from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
+from train_tpu.metrics import plot_curve
 from train_tpu.prepare import is_prepared, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, describe_layout, memory, next_commands
@@ -158,6 +159,8 @@ def main() -> int:
         )  # fmt: skip
         rows = config.batch // config.accumulate
         log = RunLog(out, manifest.step) if processes.is_first() else NoLog()
+        if log.notice:
+            console.print(log.notice, markup=False, highlight=False)
         log.write(manifest.step, "event", what=how, device=mesh.devices.flat[0].device_kind, n=mesh.size)
         progress = Progress(console, end, manifest.step, config.log_every)
         try:

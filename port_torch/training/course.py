@@ -20,6 +20,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import Manifest, code_version, load_manifest
 from core.model import compute_dtype
+from core.run.log import NoLog, RunLog, read_log
 from core.steps import find_step, list_steps, newest_intact, set_aside
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
@@ -34,7 +35,7 @@ from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import Stepper
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, choose_cadence
-from train_tpu.metrics import NoLog, RunLog, plot_curve, read_log
+from train_tpu.metrics import plot_curve
 from train_tpu.progress import Progress, make_console
 from train_tpu.run_folder import check_run_folder, lock_folder, write_config
 
@@ -151,6 +152,8 @@ def train(job: Job, ranks: Ranks) -> int:
         stack.callback(progress.close)
         log = RunLog(out, manifest.step) if ranks.first else NoLog()
         stack.callback(log.close)
+        if log.notice:
+            console.print(log.notice, markup=False, highlight=False)
         log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
         code = Loop(
             config=config,

@@ -18,6 +18,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.generate import Sampling
 from core.manifest import Manifest
+from core.run.log import NoLog, RunLog
 from core.tokenizer import Tokenizer
 from port_torch.generate import stream
 from port_torch.training import checkpoint
@@ -27,7 +28,7 @@ from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import FIGURES, Stepper
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from train_tpu.loop import END, METRICS_LAG, SAMPLE_TOKENS, Cadence
-from train_tpu.metrics import NoLog, RunLog, model_flops_utilization
+from train_tpu.metrics import model_flops_utilization
 from train_tpu.optimizer import learning_rate
 from train_tpu.progress import Progress
 

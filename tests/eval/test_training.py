@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from core.run.log import read_log
 from tests.eval.small_sets import Sets
 from tests.train_tpu.processes import TINY, losses, refusal, run, without
-from train_tpu.metrics import read_log
 
 # A context that holds the questions of the small sets; TINY's has 32 positions.
 ARGUMENTS = (*without(TINY, "--context"), "--context", "128")

@@ -14,6 +14,7 @@ import port_torch.finetune
 import port_torch.train
 from core.config import ModelConfig
 from core.loss import IGNORE
+from core.run.log import read_log
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import is_llama
 from port_torch.model import Decoder
@@ -21,7 +22,6 @@ from port_torch.training.batches import Rows
 from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
 from port_torch.training.step import Stepper
-from train_tpu.metrics import read_log
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

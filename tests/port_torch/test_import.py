@@ -22,6 +22,7 @@ from core.config import ModelConfig, preset, training_flags
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST, seal
 from core.model import abstract_params, forward, logits
+from core.run.log import read_log
 from core.tokenizer import load_tokenizer, tokenizer_record
 from port_torch.import_checkpoint import main
 from tests.models import random_params
@@ -36,7 +37,6 @@ from tests.port_torch.folders import (
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
 from tests.train_tpu.processes import refusal, run
 from train_tpu.data import heldout_windows, open_dataset
-from train_tpu.metrics import read_log
 
 LLAMA = SMALL["llama"]
 PARAMS = {kind: random_params(config) for kind, config in SMALL.items()}

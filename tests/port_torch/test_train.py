@@ -14,6 +14,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import Compute
+from core.run.log import read_log
 from core.sharding import make_mesh
 from core.steps import find_step, list_steps
 from port_torch.export import reader
@@ -44,7 +45,6 @@ from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_HALTED, EXIT_SAVED
 from train_tpu.loop import place_batch
-from train_tpu.metrics import read_log
 from train_tpu.optimizer import OptimizerConfig, learning_rate
 from train_tpu.prepare import open_or_prepare
 from train_tpu.step import Controls, GuardConfig, StepConfig, compile_step, fresh_state

@@ -11,11 +11,11 @@ import pytest
 
 from core.checkpoint import list_steps
 from core.errors import UserError
+from core.run.log import read_log
 from stacking import study as command
 from stacking.jobs import Job, run_jobs
 from stacking.report import Arm, Point, flops_to_reach, make_table
 from tests.train_tpu.processes import TINY, losses, run, start, without
-from train_tpu.metrics import read_log
 from train_tpu.progress import make_console
 
 # What the arms of a study are made of: every setting of TINY but those that the study gives.

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.run.log import read_log
 from tests.several_devices import FAST_COMPILE
-from train_tpu.metrics import read_log
 
 ROOT = Path(__file__).parents[2]
 

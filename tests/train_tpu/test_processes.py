@@ -10,8 +10,8 @@ import pytest
 from core.checkpoint import find_step, list_steps, load_manifest, verify
 from core.errors import UserError
 from core.processes import SILENCE, join
+from core.run.log import read_log
 from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
-from train_tpu.metrics import read_log
 
 pytestmark = pytest.mark.slow
 COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from core.checkpoint import find_step, list_steps, load_manifest
+from core.run.log import read_log
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
-from train_tpu.metrics import read_log
 
 
 @pytest.fixture(scope="module")

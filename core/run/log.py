@@ -1,0 +1,165 @@
+"""The log of a run: metrics.jsonl (every update), TensorBoard, samples.txt.
+
+A log never stops a run: lines that cannot be read are set aside, once and with a notice, and a missing file
+is begun again.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core.folders import write_atomically
+
+METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"  # the lines of metrics.jsonl that could not be read
+CARRIED = "before_growth"
+"""Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
+READ = {
+    "train": ("tokens", "loss", "nll"),
+    "eval": ("tokens", "split", "nll", "bits_per_byte"),
+    "sample": ("texts",),
+    "event": ("what",),
+}
+"""Fields that plots and commands read of a kind of line; a line that lacks one of them is damaged."""
+
+
+class RunLog:
+    """Appends to a run folder's metrics.jsonl, TensorBoard events and samples.txt.
+
+    A line of metrics.jsonl is an object with "step" and "kind": "train" (one an update), "eval", "task",
+    "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
+    """
+
+    def __init__(self, folder: Path, resume_step: int):
+        """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
+        from tensorboardX import SummaryWriter  # slow: it loads PyTorch where that is installed
+
+        self.folder = folder
+        self.path = folder / METRICS
+        self.notice = _open_again(self.path, resume_step)
+        """What is to be said of an earlier log that was damaged or is gone; None otherwise."""
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """One line; finite numbers also go to TensorBoard as kind/name, others become strings."""
+        line = {"step": step, "kind": kind} | {k: _jsonable(v) for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, float | int) and math.isfinite(value):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def sample(self, step: int, texts: list[str]) -> None:
+        """Logs samples; samples.txt is written again from all that metrics.jsonl holds."""
+        self.write(step, "sample", texts=texts)
+        self._board.add_text("samples", "\n\n".join(texts), step)
+        parts = []
+        for row in read_log(self.folder, "sample"):
+            parts += [f"===== step {row['step']} =====", *(f"{text}\n-----" for text in row["texts"]), ""]
+        (self.folder / "samples.txt").write_text("\n".join(parts), encoding="utf-8")
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+class NoLog:
+    """The log of a process that is not the first of several: nothing."""
+
+    notice = None
+
+    def write(self, step: int, kind: str, **values: Any) -> None: ...
+
+    def sample(self, step: int, texts: list[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of a run folder's metrics.jsonl, in order; none where there is no such file.
+
+    Lines that cannot be read are left out: `RunLog` names them when the run resumes.
+    """
+    return [row for _, row in _read_lines(folder / METRICS) if row and row["kind"] == kind]
+
+
+def carry_log(source: Path, target: Path, step: int) -> None:
+    """Gives the run folder `target` the history of the run in `source` up to `step`, where it was grown.
+
+    The evaluation at that step itself is carried too: it is the loss just before. Every carried line says at
+    which step the model grew, and so is never taken for the new run's own.
+    """
+    if not (source / METRICS).is_file():
+        return
+    lines = []
+    for kind in ("train", "eval", "task", "sample", "skip"):
+        for row in read_log(source, kind):
+            if row["step"] < step or (kind in ("eval", "task") and row["step"] == step):
+                lines.append({CARRIED: step} | row)
+    lines.sort(key=lambda row: row["step"])
+    (target / METRICS).write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line that ends in a newline, with its object: None if it cannot be read as a line of a log.
+
+    A last line without an end is what a killed process left: it is none.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    for line in content.split(b"\n")[:-1]:
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):  # not UTF-8, or not JSON
+            row = None
+        yield line + b"\n", row if _is_whole(row) else None
+
+
+def _is_whole(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return False
+    for name in READ.get(row["kind"], ()):
+        value = row.get(name)
+        if name == "texts":
+            fits = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        elif name in ("split", "what"):
+            fits = isinstance(value, str)
+        else:
+            fits = isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+        if not fits:
+            return False
+    return True
+
+
+def _open_again(path: Path, resume_step: int) -> str | None:
+    """Drops the lines from `resume_step` on and sets damaged ones aside; returns what is to be said of it."""
+    if not path.is_file():
+        if resume_step == 0:
+            return None
+        return (
+            f"{path} is gone: the loss curve of this run begins at step {resume_step}; training is as before"
+        )
+    kept, damaged = [], []
+    for line, row in _read_lines(path):
+        if row is None:
+            damaged.append(line)
+        elif row["step"] < resume_step or CARRIED in row:
+            kept.append(line.decode())
+    if damaged:
+        with path.with_name(DAMAGED).open("ab") as aside:
+            aside.writelines(damaged)
+    write_atomically(path, "".join(kept))
+    if not damaged:
+        return None
+    return (
+        f"{len(damaged)} lines of {path} cannot be read and are now in {DAMAGED} beside it; the loss curve "
+        "lacks them, training is as before"
+    )
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
