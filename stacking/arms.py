@@ -14,7 +14,7 @@ from stacking.jobs import Job
 from stacking.plan import Operator
 from stacking.report import Arm, Point
 from train_tpu.config import RunConfig
-from train_tpu.loop import END
+from train_tpu.loop import END, HALT
 from train_tpu.run_folder import read_config, write_config
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
@@ -148,7 +148,9 @@ class Study:
             Job(
                 name=self._name(trunk),
                 command=("train_tpu.run", *more, "--out", str(trunk), *kept),
-                done=lambda: max(starts) in list_steps(trunk / "checkpoints"),
+                done=lambda: (
+                    max(starts) in list_steps(trunk / "checkpoints") or self.has_halted(key, max(starts))
+                ),
                 needs=tuple(job.name for job in made[-1:]),
                 cost=self.target.flops(max(starts), key.grown_at)
                 - self.target.flops(key.grown_at, key.grown_at),
@@ -160,7 +162,9 @@ class Study:
                 Job(
                     name=self._name(out),
                     command=("train_tpu.run", "--out", str(out)),
-                    done=lambda out=out, steps=steps: is_finished(out, steps),
+                    done=lambda out=out, steps=steps, start=start: (
+                        is_finished(out, steps) or is_halted(out) or self.has_halted(key, start)
+                    ),
                     needs=(self._name(trunk),),
                     cost=self.target.flops(steps, 0) - self.target.flops(start, 0),
                     before=lambda out=out, steps=steps, start=start: fork(trunk, start, out, steps),
@@ -172,20 +176,43 @@ class Study:
         """The folder of an arm's decayed run."""
         return self.folder(key) / f"decayed-{steps}"
 
+    def base(self, key: ArmKey) -> Path:
+        """The folder of the base, which all arms of a seed and rate share."""
+        return self.config.out / f"seed-{key.seed}" / f"lr-{key.lr:g}" / "base"
+
+    def has_halted(self, key: ArmKey, step: int) -> bool:
+        """Whether the guard ended an arm's trunk, or its base before the growth, before `step` was kept."""
+        trunk = self.folder(key) / "trunk"
+        if step in list_steps(trunk / "checkpoints"):
+            return False
+        base = self.base(key)
+        lacks_source = key.op != "scratch" and key.grown_at not in list_steps(base / "checkpoints")
+        return is_halted(trunk) or (lacks_source and is_halted(base))
+
     def result(self, key: ArmKey, lengths: tuple[int, ...]) -> Arm | None:
-        """What an arm's logs say of the decayed runs that are finished; None without that at equal tokens."""
+        """What an arm's logs say of the decayed runs that are finished; None where that at equal tokens is
+        still to be done."""
         lengths = tuple(steps for steps in lengths if is_finished(self.decayed(key, steps), steps))
-        if self.target.steps not in lengths:
-            return None
+        whole = self.target.steps
+        if whole not in lengths:
+            start = self.target.decay_start(whole)
+            halted = is_halted(self.decayed(key, whole)) or self.has_halted(key, start)
+            return Arm(key.op, key.grown_at, key.seed, key.lr, (), (), halted=True) if halted else None
         tokens = self.target.run.batch * self.target.model.context
 
         def point(row_steps: int, rows: list[dict]) -> Point:
-            losses = {row["split"]: row["nll"] for row in rows}
+            losses = {row["split"]: float(row["nll"]) for row in rows}  # "nan" where it is not finite
             return Point(row_steps, row_steps * tokens, self.target.flops(row_steps, key.grown_at), losses)
 
         decayed = []
         for steps in lengths:
-            rows = [row for row in read_log(self.decayed(key, steps), "eval") if row["step"] == steps]
+            folder = self.decayed(key, steps)
+            rows = [row for row in read_log(folder, "eval") if row["step"] == steps]
+            if not rows:
+                raise UserError(
+                    f"the log of {folder} lacks its last evaluation: remove that folder and give the same "
+                    "command again"
+                )
             decayed.append(point(steps, rows))
         rows = read_log(self.folder(key) / "trunk", "eval")
         groups = itertools.groupby(rows, lambda row: (row["step"], CARRIED in row))
@@ -193,15 +220,15 @@ class Study:
         return Arm(key.op, key.grown_at, key.seed, key.lr, tuple(trunk), tuple(decayed))
 
     def _grown(self, key: ArmKey, trunk: Path) -> list[Job]:
-        """The base, which all arms of a seed and rate share, and the growth."""
-        base = self.config.out / f"seed-{key.seed}" / f"lr-{key.lr:g}" / "base"
+        """The base and the growth."""
+        base = self.base(key)
         last = max(self.grow_steps)
         kept = ("--keep-steps", *map(str, self.grow_steps), "--stop-at", str(last))
         layers = ("--n-layers", str(self.target.base.n_layers))
         train_base = Job(
             name=self._name(base),
             command=("train_tpu.run", *self._train_arguments(key), *layers, "--out", str(base), *kept),
-            done=lambda: last in list_steps(base / "checkpoints"),
+            done=lambda: last in list_steps(base / "checkpoints") or is_halted(base),
             needs=(),
             cost=self.target.flops(last, last),
         )
@@ -210,7 +237,7 @@ class Study:
         grow = Job(
             name=self._name(trunk.with_name("grow")),
             command=("stacking.grow", str(step), *how, "--out", str(trunk)),
-            done=trunk.exists,
+            done=lambda: trunk.exists() or self.has_halted(key, key.grown_at),
             needs=(train_base.name,),
             cost=0,
         )
@@ -234,6 +261,14 @@ class Study:
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run has logged its end at `steps`."""
     return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
+
+
+def is_halted(folder: Path) -> bool:
+    """Whether the guard ended a run, and nobody has started it again."""
+    if not (folder / "metrics.jsonl").is_file():
+        return False
+    events = read_log(folder, "event")
+    return bool(events) and events[-1]["what"] == HALT
 
 
 def fork(trunk: Path, step: int, out: Path, steps: int) -> None:

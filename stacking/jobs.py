@@ -20,6 +20,18 @@ from rich.console import Console
 
 from core.errors import UserError
 
+# Starts a module so that it gets a SIGTERM, and saves its state, when the process that started it has died,
+# however it did. The new process asks for that itself: preexec_fn would run in a fork of one with threads.
+LAUNCH = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):  # Linux
+    libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the study that started this has ended")
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -73,9 +85,14 @@ def run_jobs(
                 if any(need in failed for need in job.needs):
                     failed[name] = f"needs {job.needs[0]}"
                     del open_jobs[name]
+                elif job.done():  # a run that it needs was halted by its guard
+                    spent += job.cost
+                    del open_jobs[name]
                 elif all(need not in open_jobs and need not in _names(running) for need in job.needs):
                     del open_jobs[name]
                     running[pool.submit(processes.run, job, slots)] = job
+            if not running:
+                continue
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 problem = future.result()
@@ -94,9 +111,14 @@ def run_jobs(
     if failed:
         name, problem = next(iter(failed.items()))
         raise UserError(
-            f"{len(failed)} jobs were not done, first {name} ({problem}): see {out / 'logs' / name}.log, and "
-            "give the same command again when it is mended"
+            f"{len(failed)} jobs were not done, first {name} ({problem}): mend that and give the same "
+            f"command again; all of its output is in {out / 'logs' / name}.log"
         )
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "none")
 
 
 def _names(running: dict[Future, Job]) -> set[str]:
@@ -127,7 +149,7 @@ class Processes:
                 code = process.wait()
             with self._lock:
                 self._on.discard(process)
-            return None if code == 0 and job.done() else f"exit code {code}"
+            return None if job.done() else f"exit code {code}, its last words: {_last_line(log)}"
         finally:
             slots.put(gpu)
 
@@ -147,8 +169,8 @@ class Processes:
             if self._stopped:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-m", *job.command], env=environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                [sys.executable, "-c", LAUNCH, str(os.getpid()), *job.command], env=environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             self._on.add(process)
             return process

@@ -38,6 +38,8 @@ class Arm:
     lr: float
     trunk: tuple[Point, ...]
     decayed: tuple[Point, ...]
+    halted: bool = False
+    """The guard ended it before its decayed run at equal tokens was done: it has no losses."""
 
     @property
     def name(self) -> str:
@@ -76,6 +78,9 @@ def write_report(folder: Path, heldout: str | None) -> str:
         arms.append(Arm(**fields))
     name = heldout or next(iter(arms[0].decayed[0].losses))
     table = make_table(arms, record["run"]["steps"], name)
+    for fields in record.get("halted", []):
+        arm = Arm(**fields)
+        table += f"\nHalted by the guard: {arm.name}, seed {arm.seed}, peak lr {arm.lr:g}."
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     plot(arms, record["run"]["steps"], name, folder / "study.png")
     return f"{table}\n\ntable: {folder / 'table.md'}; plot: {folder / 'study.png'}; all losses: study.json"

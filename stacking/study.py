@@ -17,7 +17,9 @@ Each arm is a `train_tpu.run` in a process of its own; whatever is there already
 """
 
 import dataclasses
+import functools
 import json
+import math
 import signal
 import sys
 
@@ -58,9 +60,14 @@ def main() -> int:
     best: dict[str, float] | float = lrs[0]
     if tuning and not config.dry_run:
         best = tune(study, tuning)
-        console.print(
-            f"best rates: {', '.join(f'{arm} {lr:g}' for arm, lr in best.items())}", highlight=False
-        )
+        say = functools.partial(console.print, markup=False, highlight=False)
+        say(f"best rates: {', '.join(f'{arm} {lr:g}' for arm, lr in best.items())}")
+        for edge, where in ((min(lrs), "below"), (max(lrs), "above")):
+            at_edge = [arm for arm, lr in best.items() if lr == edge]
+            if at_edge:
+                say(
+                    f"{edge:g} is the edge of --lrs: the best rate of {', '.join(at_edge)} may lie {where} it"
+                )
 
     keys = [key for seed in config.seeds for key in study.keys(seed, best)]
     jobs = [job for key in keys for job in study.jobs(key, study.lengths(key.grown_at))]
@@ -70,15 +77,20 @@ def main() -> int:
     if config.dry_run:
         return 0
     arms = [arm for key in keys if (arm := study.result(key, study.lengths(key.grown_at)))]
+    halted = [arm for arm in arms if arm.halted]
+    arms = [arm for arm in arms if not arm.halted]
     seeds = {arm.seed for arm in arms if arm.op == "scratch"}  # nothing can be said without it
     arms = [arm for arm in arms if arm.seed in seeds]
     if not arms:
+        if any(arm.op == "scratch" for arm in halted):
+            raise UserError(f"the guard halted scratch in every seed, see {config.out}: give a smaller --lr")
         raise UserError(f"{config.out} holds no decayed scratch run yet: leave --report out to train it")
     record = {
         "study": settings.flatten(config),
         "run": settings.flatten(target.run),
         "models": {"target": dataclasses.asdict(target.model), "base": dataclasses.asdict(target.base)},
         "arms": [dataclasses.asdict(arm) for arm in arms],
+        "halted": [dataclasses.asdict(arm) for arm in halted],
         "tuning": [dataclasses.asdict(arm) for key in tuning if (arm := study.result(key, (target.steps,)))],
     }
     path = config.out / "study.json"
@@ -116,10 +128,15 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
 
 def check_lengths(config: StudyConfig, study: Study) -> None:
     """The earliest fork must lie behind every growth and its re-warming, or it decays an unsettled model."""
+    if config.schedule.startswith("restart"):
+        raise UserError(
+            "--schedule restart would give the grown arms another decay than scratch, and then nothing could "
+            "be compared: give rewarm:N or keep"
+        )
     first = study.target.decay_start(min(study.lengths(0)))
     for at in study.grow_steps:
         settled = at + parse_schedule(config.schedule, study.target.steps - at).rewarm
-        if not 0 < at < settled <= first:
+        if not (0 < at < first and settled <= first):
             raise UserError(
                 f"the earliest decay begins at step {first}, but the growth at step {at} is not settled "
                 f"before step {settled}: give a smaller fraction, a larger --early or a shorter re-warming"
@@ -127,18 +144,28 @@ def check_lengths(config: StudyConfig, study: Study) -> None:
 
 
 def tune(study: Study, tuning: list[ArmKey]) -> dict[str, float]:
-    """Every arm's learning rate of the lowest decayed loss."""
-    best: dict[str, tuple[float, float]] = {}
+    """Every arm's learning rate of the lowest decayed loss; one that the guard halted has none."""
+    best: dict[str, list[tuple[float, float]]] = {}
     for key in tuning:
         arm = study.result(key, (study.target.steps,))
         if arm is None:
             raise UserError(
                 f"{study.config.out} lacks {key.name} at {key.lr:g}: leave --report out to train it"
             )
-        (point,) = arm.decayed
-        name = study.config.heldout or next(iter(point.losses))
-        best[key.name] = min(best.get(key.name, (float("inf"), 0.0)), (point.losses[name], key.lr))
-    return {name: lr for name, (_, lr) in best.items()}
+        loss = math.inf
+        if not arm.halted:
+            (point,) = arm.decayed
+            loss = point.losses[study.config.heldout or next(iter(point.losses))]
+        best.setdefault(key.name, [])
+        if math.isfinite(loss):
+            best[key.name].append((loss, key.lr))
+    for name, losses in best.items():
+        if not losses:
+            raise UserError(
+                f"{name} was trained at none of --lrs {' '.join(f'{lr:g}' for lr in study.config.lrs)}: the "
+                "guard halted it or its loss was not finite; give smaller ones"
+            )
+    return {name: min(losses)[1] for name, losses in best.items()}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ AGREE_EVERY = 10  # updates after which several processes ask each other whether
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
 SAMPLE_TOKENS = 96
 END = "end"  # the event that a finished run logs last
+HALT = "halt"  # that of one which the guard ended
 
 
 class Cadence(NamedTuple):
@@ -143,7 +144,7 @@ class Loop:
         except Halted as halted:
             self._save()
             self.checkpointer.wait()
-            self.log.write(self.step, "event", what="halt", why=str(halted))
+            self.log.write(self.step, "event", what=HALT, why=str(halted))
             self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
             return EXIT_HALTED
         if self.step == self.end and not self._stopping:

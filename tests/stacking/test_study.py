@@ -1,10 +1,14 @@
 """A study of growth: what its table says, how its jobs run, and a whole one in the small."""
 
+import dataclasses
+import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +16,14 @@ import pytest
 from core.checkpoint import list_steps
 from core.errors import UserError
 from core.run.log import read_log
+from core.steps import step_path
+from stacking import report
 from stacking import study as command
+from stacking.arms import ArmKey, Study, StudyConfig
 from stacking.jobs import Job, run_jobs
 from stacking.report import Arm, Point, flops_to_reach, make_table
-from tests.train_tpu.processes import TINY, losses, run, start, without
+from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
+from train_tpu.loop import END, HALT
 from train_tpu.progress import make_console
 
 # What the arms of a study are made of: every setting of TINY but those that the study gives.
@@ -83,13 +91,119 @@ def test_a_failed_job_is_named_and_the_others_are_done(tmp_path):
         make_job(tmp_path, "after", ("bad",)),
         make_job(tmp_path, "good"),
     ]
-    with pytest.raises(UserError, match=r"2 jobs were not done, first bad .exit code 1.*logs/bad\.log"):
+    words = r"2 jobs were not done, first bad .exit code 1, its last words: FileNotFoundError.*logs/bad\.log"
+    with pytest.raises(UserError, match=words):
         run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
     assert (tmp_path / "good.zip").exists() and not (tmp_path / "after.zip").exists()
     assert "FileNotFoundError" in (tmp_path / "logs/bad.log").read_text()
 
 
-def test_refusals(cache, text, tmp_path, monkeypatch):
+def test_a_job_that_became_needless_is_not_run(tmp_path):
+    """As what follows a run that its guard halted."""
+    first = make_job(tmp_path, "a")
+    after = Job("b", ("zipfile", "-l", "nowhere"), first.done, ("a",), 1.0)
+    run_jobs([first, after], tmp_path, 1, (), make_console(), dry_run=False)
+    assert first.done() and not (tmp_path / "logs/b.log").exists()
+
+
+def test_jobs_end_with_the_process_that_started_them(tmp_path):
+    """Killed by -9, it can tell them nothing; the lock of a run's folder must become free all the same."""
+    lock = tmp_path / "lock"
+    (tmp_path / "locking.py").write_text(
+        "import fcntl, time\n"
+        f"file = open({str(lock)!r}, 'w')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "file.write('mine')\n"
+        "file.flush()\n"
+        "time.sleep(600)\n"
+    )
+    script = (
+        "from pathlib import Path\n"
+        "from stacking.jobs import Job, run_jobs\n"
+        "from train_tpu.progress import make_console\n"
+        "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
+        f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | paths)
+    while not lock.exists() or not lock.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for it; a job that lived on would hold it for minutes
+
+
+@pytest.fixture
+def study(cache, text, tmp_path, monkeypatch):
+    """A study of three rates with nothing trained yet."""
+    monkeypatch.setattr(command, "CACHE", cache / "data")
+    config = StudyConfig(tmp_path, ("stack",), (0.25,), schedule="rewarm:3", lrs=(0.1, 0.2, 0.4), seeds=(0,))
+    return Study(config, command.open_target(config, (*map(str, TARGET), str(text))))
+
+
+def log(folder: Path, *rows: dict) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finished(study: Study, key: ArmKey, loss: float | str) -> None:
+    """The log of an arm's decayed run at equal tokens; its trunk has all forks."""
+    steps = study.target.steps
+    figures = dict.fromkeys(("perplexity", "bits_per_byte", "tokens", "scored_tokens"), 1.0)
+    evaluated = {"step": steps, "kind": "eval", "split": "valid", "nll": loss, **figures}
+        ("perplexity", "bits_per_byte", "tokens", "scored_tokens"), 1.0
+    )
+    log(study.decayed(key, steps), evaluated, {"step": steps, "kind": "event", "what": END})
+    trunk = study.folder(key) / "trunk"
+    log(trunk)
+    for length in study.lengths(key.grown_at):
+        (step_path(trunk / "checkpoints", study.target.decay_start(length))).mkdir(parents=True)
+
+
+def test_a_study_whose_rates_bracket_the_best_one_ends(study, tmp_path):
+    """The largest rate was halted by the guard: that is its result, and nothing of it is left to do."""
+    tuning = [key for lr in study.config.lrs for key in study.keys(0, lr)]
+    halt = {"step": 3, "kind": "event", "what": HALT}
+    for key in tuning:
+        if key.lr == 0.4 and key.op == "scratch":
+            log(study.folder(key) / "trunk", halt)
+        elif key.lr == 0.4:  # before the growth
+            log(study.base(key), halt)
+        else:
+            finished(study, key, {0.1: 3.0, 0.2: "nan"}[key.lr])
+            if key.op != "scratch":
+                step_path(study.base(key) / "checkpoints", key.grown_at).mkdir(parents=True)
+    jobs = [job for key in tuning for job in study.jobs(key, (study.target.steps,))]
+    assert [job.name for job in jobs if not job.done()] == []
+    run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
+    assert command.tune(study, tuning) == {"scratch": 0.1, "stack-at-5": 0.1}
+
+
+def test_a_study_without_a_finite_loss_chooses_no_rate(study):
+    tuning = [key for lr in study.config.lrs for key in study.keys(0, lr)]
+    for key in tuning:
+        finished(study, key, "nan")
+    with pytest.raises(
+        UserError, match=r"scratch was trained at none of --lrs 0.1 0.2 0.4.*give smaller ones"
+    ):
+        command.tune(study, tuning)
+
+
+def test_the_table_names_arms_that_were_halted(tmp_path, monkeypatch):
+    arms = [arm("scratch", 0, [(80, 80.0, 3.2), (100, 100.0, 3.0)])]
+    halted = Arm("stack", 40, 0, 0.5, (), (), halted=True)
+    record = {
+        "arms": [dataclasses.asdict(one) for one in arms], "run": {"steps": 100},
+        "halted": [dataclasses.asdict(halted)],
+    }  # fmt: skip
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    assert "Halted by the guard: stack at 40, seed 0, peak lr 0.5." in report.write_report(tmp_path, None)
+
+
+def test_refusals(cache, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "CACHE", cache / "data")
 
     def refused(*study, target=(*TARGET, text)):
@@ -105,7 +219,11 @@ def test_refusals(cache, text, tmp_path, monkeypatch):
     assert "must be wsd" in refused(target=(*TARGET, text, "--schedule", "cosine"))
     assert "holds out valid" in refused("--heldout", "books")
     assert "no decayed scratch run yet" in refused("--report", "--schedule", "rewarm:3")
+    assert "another decay than scratch" in refused("--schedule", "restart")
     assert not (tmp_path / "study").exists()
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--schedule", "keep", "--dry-run", *sys.argv[5:]])
+    assert command.main() == 0 and "stacking.grow" in capsys.readouterr().out
 
 
 @pytest.mark.slow
