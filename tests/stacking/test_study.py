@@ -153,8 +153,6 @@ def finished(study: Study, key: ArmKey, loss: float | str) -> None:
     steps = study.target.steps
     figures = dict.fromkeys(("perplexity", "bits_per_byte", "tokens", "scored_tokens"), 1.0)
     evaluated = {"step": steps, "kind": "eval", "split": "valid", "nll": loss, **figures}
-        ("perplexity", "bits_per_byte", "tokens", "scored_tokens"), 1.0
-    )
     log(study.decayed(key, steps), evaluated, {"step": steps, "kind": "event", "what": END})
     trunk = study.folder(key) / "trunk"
     log(trunk)
