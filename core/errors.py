@@ -14,16 +14,19 @@ EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
 class UserError(Exception):
     """A mistake in what the user gave us: one sentence that says what, where and what to do.
 
-    Our own mistakes are assertions; they keep their traceback.
+    Our own mistakes are other exceptions; they keep their traceback.
     """
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs `main` as a process: exit code 0 or what it returns; 2 and one sentence for a `UserError`.
 
-    A full disk is a user's matter wherever it is met; Ctrl-C ends with 130 and no traceback.
+    What the operating system refuses is a user's matter wherever it is met (`os_error`); Ctrl-C ends with
+    130 and no traceback.
     """
     sys.unraisablehook = _interrupt_again
+    if signal.getsignal(signal.SIGINT) is _leave_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
     except BaseException as error:
@@ -47,11 +50,53 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed our output: nothing is left to say
         sys.stderr.close()
         return 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = f" writing {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}: free some space and run the command again", file=sys.stderr)
+    if isinstance(error, OSError) and (sentence := os_error(error)):
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     return None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more: full, the user's share used up, or the file too large."""
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def os_error(error: OSError) -> str | None:
+    """One sentence for what the operating system refused: what, where and what to do.
+
+    None where it names neither a file nor one of the machine's limits: then it is no matter of the user's.
+    """
+    name = error.filename2 or error.filename
+    name = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else None
+    if error.errno in FULL:
+        where = f" writing {name}" if name else ""
+        return f"the disk is full{where}: free some space and run the command again"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open: raise the limit (`ulimit -n 65536`) and run the command again"
+    if error.errno == errno.ENOMEM:
+        return f"the machine is out of memory ({error.strerror}): free some and run the command again"
+    if name is None or error.errno is None:
+        return None
+    if error.errno in FORBIDDEN:
+        return f"{name}: {error.strerror}: give a path that you may read or write, or change its permissions"
+    return f"{name}: {error.strerror}: check the path, and that its disk is there and works"
+
+
+def quiet_imports() -> None:
+    """Ends this command without a traceback if Ctrl-C comes while its modules are still being imported.
+
+    To be called by the `__init__` of a package with commands: imports take seconds, and `run_command` has
+    not begun. Importing a C extension can swallow a KeyboardInterrupt, so the process ends in the handler;
+    nothing has been written yet.
+    """
+    ours = sys.argv[:1] == ["-m"]  # while `python -m` imports the package of its module
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_imports)
+
+
+def _leave_imports(*_: Any) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _interrupt_again(lost: Any) -> None:

@@ -1,8 +1,11 @@
 """What a command needs of the optional packages: one sentence where they are missing, no traceback."""
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Collection
+from importlib import metadata
+from pathlib import Path
 
 from core.errors import UserError, tell
 
@@ -30,5 +33,20 @@ def require_extra(extra: str, commands: Collection[str] | None = None) -> None:
     if not all(map(importlib.util.find_spec, modules)):
         *names, last = modules.values()
         needed = f"{', '.join(names)} and {last}" if names else last
-        install = f"pip install -c constraints.txt -e '.[{extra}]'"
-        sys.exit(tell(UserError(f"this command needs {needed}: {install}")))
+        sys.exit(tell(UserError(f"this command needs {needed}: {install_command(extra)}")))
+
+
+def install_command(extra: str, root: Path = Path(__file__).parents[1]) -> str:
+    """What to type to install an extra: from the checkout with its pinned versions, where there is one.
+
+    Args:
+        extra: one of `EXTRAS`.
+        root: the folder that holds our packages: a checkout, or where a wheel was installed.
+    """
+    if (root / "pyproject.toml").exists():
+        project = "." if root == Path.cwd() else str(root)
+        constraints = "constraints.txt" if project == "." else str(root / "constraints.txt")
+        return f"pip install -c {shlex.quote(constraints)} -e {shlex.quote(f'{project}[{extra}]')}"
+    needed = [text.partition(";") for text in metadata.requires("mtlm") or ()]
+    ours = [package.strip() for package, _, marker in needed if f'extra == "{extra}"' in marker]
+    return shlex.join(["pip", "install", *ours])

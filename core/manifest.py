@@ -178,13 +178,15 @@ def verify(step_dir: Path, name: str = MANIFEST) -> None:
         refuse(file, "is missing")
     for file in sorted(set(present) - expected.keys()):
         refuse(file, f"is not listed in {name}")
-    for file in present:
-        size = (step_dir / file).stat().st_size
-        if size != expected[file]["size"]:
-            refuse(file, f"has {size} bytes where {name} says {expected[file]['size']}")
     try:
+        for file in present:
+            size = (step_dir / file).stat().st_size
+            if size != expected[file]["size"]:
+                refuse(file, f"has {size} bytes where {name} says {expected[file]['size']}")
         found = _hash_files(step_dir, present, sync=False)
-    except OSError as error:
+    except (
+        OSError
+    ) as error:  # a link that leads nowhere or in a circle, a folder that may not be read, a disk
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     for file in present:
         if found[file] != expected[file]:

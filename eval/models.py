@@ -8,6 +8,7 @@ from core.checkpoint import find_step, load_manifest, restore_params
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
+from core.extras import install_command
 from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest
 from core.model import abstract_params
 from core.steps import list_steps
@@ -90,8 +91,8 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
         from port_torch.model import load
     except ImportError as error:
         raise UserError(
-            f"{path} is no checkpoint, and a folder of weights needs PyTorch ({error}): "
-            "pip install -c constraints.txt -e '.[torch]'"
+            f"{path} is not a checkpoint, and a folder of weights needs PyTorch ({error}): "
+            f"{install_command('torch')}"
         ) from None
     chosen = choose_device(device)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if chosen == "cuda" else ["cpu"]

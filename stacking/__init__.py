@@ -1,0 +1,5 @@
+"""Growing a trained model in depth."""
+
+from core.errors import quiet_imports
+
+quiet_imports()

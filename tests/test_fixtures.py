@@ -1,7 +1,7 @@
 """What an earlier version wrote opens for ever: prepared data, runs and exports of commit 7b5e0bc.
 
-tests/fixtures/7b5e0bc/README.md has the commands. expected.json holds what that commit made of them: the batch
-at sequence 48, the logits of each export, and the losses of the last four updates, which finished each run.
+tests/fixtures/7b5e0bc/README.md has the commands. expected.json holds what that commit made of them: the
+batch at sequence 48, the logits of each export, and the losses of the last four updates of each run.
 """
 
 import hashlib

@@ -1,0 +1,5 @@
+"""Training in JAX, and its commands."""
+
+from core.errors import quiet_imports
+
+quiet_imports()

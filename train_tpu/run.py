@@ -30,6 +30,7 @@ from core.checkpoint import (
 from core.compilation_cache import keep_compiled, programs_found
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
+from core.extras import install_command
 from core.folders import CACHE
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
@@ -263,9 +264,7 @@ def open_tasks(config: RunConfig, model: ModelConfig, compute: Compute, tokenize
     try:
         from eval.training import TaskEvaluator
     except ImportError as error:
-        raise UserError(
-            f"--eval-tasks needs lm-eval ({error}): pip install -c constraints.txt -e '.[eval]'"
-        ) from None
+        raise UserError(f"--eval-tasks needs lm-eval ({error}): {install_command('eval')}") from None
     return TaskEvaluator(config.eval_tasks, config.eval_data_dir, model, compute.dtype, tokenizer)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.folders import write_atomically
+from core.run.board import Board
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"  # the lines of metrics.jsonl that could not be read
@@ -34,28 +35,25 @@ class RunLog:
 
     def __init__(self, folder: Path, resume_step: int):
         """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
-        from tensorboardX import SummaryWriter  # slow: it loads PyTorch where that is installed
-
         self.folder = folder
         self.path = folder / METRICS
         self.notice = _open_again(self.path, resume_step)
         """What is to be said of an earlier log that was damaged or is gone; None otherwise."""
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+        self._board = Board(folder / "tensorboard", resume_step)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """One line; finite numbers also go to TensorBoard as kind/name, others become strings."""
         line = {"step": step, "kind": kind} | {k: _jsonable(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, float | int) and math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float | int)}
+        self._board.scalars(step, {tag: value for tag, value in numbers.items() if math.isfinite(value)})
 
     def sample(self, step: int, texts: list[str]) -> None:
         """Logs samples; samples.txt is written again from all that metrics.jsonl holds."""
         self.write(step, "sample", texts=texts)
-        self._board.add_text("samples", "\n\n".join(texts), step)
+        self._board.text(step, "samples", "\n\n".join(texts))
         parts = []
         for row in read_log(self.folder, "sample"):
             parts += [f"===== step {row['step']} =====", *(f"{text}\n-----" for text in row["texts"]), ""]
@@ -63,8 +61,10 @@ class RunLog:
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:  # on a full disk both fail, and both must be closed: Python reports a file that is not
+            self._board.close()
 
 
 class NoLog:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.extras import install_command
 from port_torch.model import Decoder
 
 MAPS = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -28,7 +29,7 @@ def add_adapters(decoder: Decoder, rank: int, alpha: float, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("LoRA needs peft: pip install -c constraints.txt -e '.[torch]'") from None
+        raise UserError(f"LoRA needs peft: {install_command('torch')}") from None
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=MAPS), decoder)
 

@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 
 import core.checkpoint
-from core.checkpoint import Checkpointer, Manifest, find_step, list_steps, restore, save_params, verify
+from core.checkpoint import (
+    Checkpointer,
+    Manifest,
+    find_step,
+    list_steps,
+    newest_intact,
+    restore,
+    save_params,
+    verify,
+)
 from core.errors import UserError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")
@@ -179,3 +188,18 @@ def test_folder_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> Non
     params_manifest = dataclasses.replace(make_manifest(0), kind="params")
     with pytest.raises(UserError, match="does not take a checkpoint"):
         save_params(tmp_path / "file/imported", {"w": jnp.zeros(1)}, params_manifest)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "."])
+def test_a_link_that_leads_nowhere_is_a_damaged_checkpoint(tmp_path: Path, target: str) -> None:
+    """A file replaced by a dangling link, or one to itself, is refused by name; --fallback passes it over."""
+    with Checkpointer(tmp_path) as checkpointer:
+        save_state(checkpointer, 1)
+        save_state(checkpointer, 2)
+    file = next(path for path in (tmp_path / "00000002").rglob("0.0"))
+    file.unlink()
+    file.symlink_to(file.name if target == "." else target)
+    with pytest.raises(UserError, match=f"{file} cannot be read"):
+        verify(tmp_path / "00000002")
+    step_dir, skipped = newest_intact(tmp_path)
+    assert step_dir.name == "00000001" and [path.name for path, _ in skipped] == ["00000002"]

@@ -1,9 +1,15 @@
 """How commands end."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from core.errors import os_error
+from tests.several_devices import ROOT
 
 LOST_CTRL_C = """
 import os, signal, time
@@ -69,3 +75,50 @@ def test_ours_keep_their_traceback():
     command = [sys.executable, "-c", ONE_OF_SEVERAL, "AssertionError('ours')"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" in done.stderr and "AssertionError: ours" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+               errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EEXIST, errno.EBUSY]
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_sentence_with_the_path(number: int):
+    sentence = os_error(OSError(number, os.strerror(number), "some/file"))
+    assert sentence.startswith(f"some/file: {os.strerror(number)}: ") and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EMFILE, "ulimit -n"), (errno.ENOMEM, "out of memory"), (errno.EDQUOT, "the disk is full")],
+)
+def test_a_limit_of_the_machine_needs_no_path(number: int, advice: str):
+    assert advice in os_error(OSError(number, os.strerror(number)))
+
+
+def test_an_os_error_that_says_nothing_to_a_user_keeps_its_traceback():
+    assert os_error(OSError("a library's own")) is None
+    assert os_error(OSError(errno.EPIPE, "Broken pipe")) is None
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tyro":  # every command imports it, at its top
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["train_tpu.run", "stacking.grow", "core.generate", "port_torch.convert", "eval.run"]
+)
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path, module: str):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -1,12 +1,16 @@
 """Commands without the packages of their extra, started as users start them."""
 
 import os
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from core.extras import install_command
 from tests.several_devices import ROOT
 
 
@@ -44,3 +48,17 @@ def test_what_needs_no_extra_is_left_alone(tmp_path: Path):
     done = start(tmp_path, "torch", "-m", "bench.loader", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m bench.loader")
     assert start(tmp_path, "torch", "-c", "import bench, eval, kernels_cuda, port_torch").returncode == 0
+
+
+def test_what_to_type_where_there_is_no_checkout(tmp_path: Path):
+    """A wheel's packages lie in site-packages: what the extra needs is named, as pyproject.toml has it."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["torch"]
+    command = shlex.split(install_command("torch", root=tmp_path))
+    assert command[:2] == ["pip", "install"]
+    assert set(map(Requirement, command[2:])) == set(map(Requirement, listed))
+
+
+def test_what_to_type_in_another_folder_than_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(install_command("eval", root=ROOT))
+    assert command == ["pip", "install", "-c", f"{ROOT}/constraints.txt", "-e", f"{ROOT}[eval]"]
