@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bars import draw_rates
+from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from core.generate import Sampling
@@ -56,6 +57,11 @@ class DecodeBenchConfig:
     """Write the times of our kernels into this folder, by torch.profiler."""
     json: Path | None = None
     plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        checks.counts(**checks.fields(self, "prompt", "new", "calls"))
+        for batch in self.batch:
+            checks.counts(batch=batch)
 
 
 Call = Callable[[list[list[int]], int], object]
@@ -309,7 +315,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
 
 def main() -> None:
     """The command."""
-    config = tyro.cli(DecodeBenchConfig, prog="python -m bench.decode")
+    config = cli.parse(DecodeBenchConfig, prog="python -m bench.decode")
     if not torch.cuda.is_available():
         raise UserError("bench.decode needs an NVIDIA GPU, and PyTorch finds none here")
     copy = copy_bandwidth()

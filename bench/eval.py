@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from core import checks, cli
 from core.errors import UserError, run_command
 from eval.run import DEFAULT_TASKS
 from eval.tasks import open_tasks, task_names
@@ -45,6 +46,9 @@ class EvalBenchConfig:
     """Only the first questions of each task."""
     out: Path | None = None
     """Also write the table as JSON."""
+
+    def __post_init__(self) -> None:
+        checks.counts(**checks.fields(self, "batch", "limit"))
 
 
 def measure(config: EvalBenchConfig, row: str, dtype: str) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def main() -> int:
     argv, child = sys.argv[1:], []
     if argv[:1] == ["--row"]:  # this is a row's process
         child, argv = argv[1:4], argv[4:]
-    config = tyro.cli(EvalBenchConfig, args=argv, prog="python -m bench.eval")
+    config = cli.parse(EvalBenchConfig, argv, prog="python -m bench.eval")
     if child:
         row, dtype, dump = child
         Path(dump).write_text(json.dumps(measure(config, row, dtype)), encoding="utf-8")

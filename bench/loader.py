@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from core import checks, cli
 from core.errors import run_command
 from train_tpu.data import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
 from train_tpu.packing import WindowWriter
@@ -34,6 +34,12 @@ class LoaderConfig:
     """Size of the dataset of random tokens."""
     context: int = 1024
     """Its context."""
+
+    def __post_init__(self) -> None:
+        checks.positive(seconds=self.seconds)
+        for batch in self.batches:
+            checks.counts(batches=batch)
+        checks.counts(**checks.fields(self, "windows", "context"))
 
 
 def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
@@ -65,7 +71,7 @@ def measure(dataset: Dataset, batch: int, seconds: float) -> tuple[float, float]
 
 def main(argv: list[str] | None = None) -> int:
     """Times the loader and prints the table."""
-    config = tyro.cli(LoaderConfig, args=argv, prog="python -m bench.loader", description=__doc__)
+    config = cli.parse(LoaderConfig, argv, prog="python -m bench.loader", description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         if config.data:
             dataset = open_dataset(config.data)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import plain_jax
+from core import checks, cli
 from core.attention import choose
 from core.config import preset
 from core.errors import run_command
@@ -45,6 +46,10 @@ class StepBenchConfig:
     context: int | None = None
     deterministic: bool = False
     """Only operations that give the same bits every time (our row alone)."""
+
+    def __post_init__(self) -> None:
+        names = ("batch", "steps", "loss_chunk", "unroll", "context")
+        checks.counts(**checks.fields(self, *names))
 
 
 BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
@@ -128,7 +133,7 @@ def main() -> None:
     argv, row = sys.argv[1:], None
     if argv[:1] == ["--row"]:  # this is a row's process
         row, argv = argv[1], argv[2:]
-    config = tyro.cli(StepBenchConfig, args=argv, prog="python -m bench.step")
+    config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
     if row:
         name, who = row.split("/")
         print("ROW " + json.dumps(measure(config, name, who == "ours")))

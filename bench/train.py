@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
 from bench.bars import draw_rates
 from bench.train_rows import VARIANTS, measure
+from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from kernels_cuda.bench import Clock, ceilings
@@ -59,10 +59,7 @@ class TrainBenchConfig:
     """Write where the time of our steps and of plain PyTorch's goes into this folder, a kernel a line."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; it must be at least 1")
+        checks.counts(**checks.fields(self, "steps", "batch", "context"))
 
     def model(self, case: str) -> ModelConfig:
         """The model of a case."""
@@ -185,7 +182,7 @@ def main() -> None:
     argv, row = sys.argv[1:], None
     if argv[:1] == ["--row"]:  # this is a row's process
         row, argv = argv[1], argv[2:]
-    config = tyro.cli(TrainBenchConfig, args=argv, prog="python -m bench.train")
+    config = cli.parse(TrainBenchConfig, argv, prog="python -m bench.train")
     if row:
         print("ROW " + json.dumps(run_row(config, row)))
         return

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from core import cli
 from core.errors import run_command
 from core.run.log import read_log
 
@@ -41,7 +41,7 @@ class Config:
 
 def main() -> int:
     """Runs everything in order; 1 if something is not as it should be."""
-    config = tyro.cli(Config, prog="python -m bench.train_mirror")
+    config = cli.parse(Config, prog="python -m bench.train_mirror")
     config.out.mkdir(parents=True)
     report: dict[str, Any] = {}
     with ThreadPoolExecutor() as pool:

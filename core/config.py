@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
+from core import checks
 from core.errors import UserError
 
 MAX_VOCAB = 65_536  # token ids are stored as uint16
@@ -41,9 +42,8 @@ class ModelConfig:
     """Divides the init of the projections into the residual stream (o, down) by sqrt(2 n_layers)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        sizes = ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp")
+        checks.counts(**checks.fields(self, *sizes, prefix="model."))
         if self.vocab_size > MAX_VOCAB:
             raise UserError(
                 f"model.vocab_size is {self.vocab_size}, but token ids are stored in 16 bits: "
@@ -53,11 +53,8 @@ class ModelConfig:
             raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head size, not {self.head_dim}")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive and finite")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+        checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std", prefix="model."))
+        checks.below_one(**checks.fields(self, "dropout", prefix="model."))
 
     @property
     def head_dim(self) -> int:

@@ -7,7 +7,6 @@ twice, and each row draws from keys of its own: its text does not depend on what
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int, UInt32
 
+from core import checks, cli
 from core.checkpoint import find_step, load_manifest, restore_params
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
@@ -51,12 +51,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or self.top_k < 0:
-            raise UserError("temperature and top_k must be finite and not negative")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; it must lie in [0, 2^32)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        checks.not_negative(temperature=self.temperature)
+        checks.counts(0, top_k=self.top_k)
+        checks.above_zero_to_one(top_p=self.top_p)
+        checks.seeds(seed=self.seed)
 
 
 class Rows(NamedTuple):
@@ -244,12 +242,13 @@ class GenerateConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
 
+    def __post_init__(self) -> None:
+        checks.counts(max_new_tokens=self.max_new_tokens)
+
 
 def main() -> int:
     """The command: one prompt streams, several are printed one after the other when all are done."""
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[GenerateConfig], prog="python -m core.generate")
-    if config.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
+    config = cli.parse(GenerateConfig, prog="python -m core.generate")
     keep_compiled()
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)

@@ -16,6 +16,7 @@ import tyro
 from jaxtyping import Float
 from scipy import stats
 
+from core import cli
 from core.errors import UserError, run_command
 from core.folders import write_atomically
 from eval.models import results_folder
@@ -134,7 +135,7 @@ def compare_task(first: Path, second: Path, task: str, metrics: list[str]) -> di
 
 def main() -> int:
     """The command."""
-    config = tyro.cli(CompareConfig, prog="python -m eval.compare")
+    config = cli.parse(CompareConfig, prog="python -m eval.compare")
     if len(config.models) < 2:
         raise UserError("give at least two models to compare")
     folders = [evaluated_folder(path) for path in config.models]

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from lm_eval.api.instance import Instance
 
+from core import checks, cli
 from core.errors import UserError, run_command
 from core.folders import write_atomically
 from core.tokenizer import Tokenizer
@@ -58,6 +59,9 @@ class PerplexityConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+
+    def __post_init__(self) -> None:
+        checks.counts(stride=self.stride)
 
 
 class TokenScore(NamedTuple):
@@ -190,15 +194,15 @@ def wikitext_test(data_dir: Path | None) -> str:
 
 def main() -> int:
     """The command."""
-    config = tyro.cli(PerplexityConfig, prog="python -m eval.perplexity")
+    config = cli.parse(PerplexityConfig, prog="python -m eval.perplexity")
     if config.text and config.data_dir:
         raise UserError("give --text or --data-dir, not both")
     text = read_text(config.text) if config.text else wikitext_test(config.data_dir)
     model = open_model(config.model, config.dtype, config.device)
     context = model.backend.context
     stride = min(512, context // 2) if config.stride is None else config.stride
-    if not 0 < stride < context:
-        raise UserError(f"--stride is {stride}; it must lie between 0 and the context, {context}")
+    if stride >= context:
+        raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
     found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))

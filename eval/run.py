@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from eval.card import check_card, update_card
 from eval.evaluate import BOOTSTRAP, Record, evaluate_task
@@ -51,15 +52,13 @@ class EvalConfig:
     """Also write the results into the model card of the exported folder (README.md)."""
 
     def __post_init__(self) -> None:
-        if self.shots is not None and self.shots < 0:
-            raise UserError(f"--shots is {self.shots}; it must not be negative")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}; it must be at least 1")
+        checks.counts(0, shots=self.shots)
+        checks.counts(limit=self.limit)
 
 
 def main() -> int:
     """The command; 130 when Ctrl-C cut it short, after what was done is written."""
-    config = tyro.cli(EvalConfig, prog="python -m eval.run")
+    config = cli.parse(EvalConfig, prog="python -m eval.run")
     names = task_names(config.tasks)
     if config.card:
         if config.model.exists() and is_checkpoint(config.model):

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from core import cli
 from core.checkpoint import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
@@ -55,7 +56,7 @@ class ConvertConfig:
 def main() -> int:
     """Runs the command."""
     started, memory_before = time.monotonic(), peak_memory()
-    config = tyro.cli(ConvertConfig, prog="python -m port_torch.convert")
+    config = cli.parse(ConvertConfig, prog="python -m port_torch.convert")
     check(config)
     return_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # where float32 is float32

@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from core import checks, cli
 from core.errors import UserError, run_command
 from core.loss import IGNORE
 from core.tokenizer import Tokenizer, tokenizer_record
@@ -61,22 +62,18 @@ class FinetuneConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.validation < 1:
-            raise UserError(f"--validation is {self.validation}; it must lie in [0, 1)")
-        for name in ("lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        checks.below_one(validation=self.validation)
+        checks.counts(lora_rank=self.lora_rank)
+        checks.positive(lora_alpha=self.lora_alpha)
         if self.lora_alpha is not None and self.lora_rank is None:
             raise UserError("--lora-alpha scales adapters: give --lora-rank with it")
 
 
 def main() -> int:
     """Runs the command; train_tpu.interrupt says what its exit codes mean."""
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[FinetuneConfig], prog="python -m port_torch.finetune",
-        description=FinetuneConfig.__doc__,
-    )  # fmt: skip
+    config = cli.parse(
+        FinetuneConfig, prog="python -m port_torch.finetune", description=FinetuneConfig.__doc__
+    )
     if config.deterministic:
         require_deterministic_operations()
     with open_ranks(config.device) as ranks:

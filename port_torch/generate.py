@@ -18,6 +18,7 @@ import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
 from core.generate import Sampling, pieces, require_room, show, until_ended
@@ -58,9 +59,7 @@ class GenerateConfig:
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        checks.counts(**checks.fields(self, "max_new_tokens", "batch"))
         if (self.batch_file is None) != (self.out is None):
             raise UserError("--batch-file and --out go together: give both or neither")
         if self.batch_file and self.prompt:
@@ -71,7 +70,7 @@ class GenerateConfig:
 
 def main() -> int:
     """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[GenerateConfig], prog="python -m port_torch.generate")
+    config = cli.parse(GenerateConfig, prog="python -m port_torch.generate")
     device = choose_device(config.device)
     dtype = getattr(torch, compute_dtype(config.dtype, "cpu" if device == "cpu" else "gpu"))
     lines = read_prompts(config.batch_file) if config.batch_file else []

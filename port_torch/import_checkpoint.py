@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from core import checks, cli
 from core.checkpoint import save_params
 from core.config import training_flags
 from core.errors import UserError, run_command
@@ -40,10 +41,13 @@ class ImportConfig:
     context: int | None = None
     """Longest sequence of an original MTLM1, which its file does not tell. Default: 1024."""
 
+    def __post_init__(self) -> None:
+        checks.counts(**checks.fields(self, "n_heads", "context"))
+
 
 def main() -> int:
     """The command; prints what was imported and how to train it."""
-    config = tyro.cli(ImportConfig, prog="python -m port_torch.import_checkpoint")
+    config = cli.parse(ImportConfig, prog="python -m port_torch.import_checkpoint")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed here
     source = detect(config.source)
     imported = read(source, config)

@@ -14,6 +14,7 @@ import jax
 import torch
 import tyro
 
+from core import cli
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folders import CACHE
@@ -75,10 +76,9 @@ def parse(argv: list[str]) -> TrainConfig:
     default = TrainConfig(preset=preset, batch=ours.batch, optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig], default=found, args=argv, prog="python -m port_torch.train",
-        description=TrainConfig.__doc__,
-    )  # fmt: skip
+    return cli.parse(
+        TrainConfig, argv, prog="python -m port_torch.train", default=found, description=TrainConfig.__doc__
+    )
 
 
 def out_folder(config: TrainConfig) -> Path:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from core import checks
 from core.config import ModelConfig
 from core.errors import UserError
 from core.run.log import CARRIED, read_log
@@ -55,16 +56,17 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.seeds or not self.ops or not self.fractions:
             raise UserError("a study needs a seed, an operator and a fraction at least")
-        if self.jobs < 1:
-            raise UserError(f"--jobs is {self.jobs}; it must be at least 1")
-        for name, values in (("fractions", self.fractions), ("early", (self.early,))):
-            for value in values:
-                if not 0 < value < 1:
-                    raise UserError(
-                        f"--{name} {value:g} is not a part of the steps: give one between 0 and 1"
-                    )
-        if any(lr <= 0 for lr in self.lrs):
-            raise UserError(f"--lrs {min(self.lrs):g} is no learning rate: give positive ones")
+        checks.counts(jobs=self.jobs)
+        checks.positive(factor=self.factor)
+        checks.between_zero_and_one(early=self.early)
+        for fraction in self.fractions:
+            checks.between_zero_and_one(fractions=fraction)
+        for lr in self.lrs:
+            checks.positive(lrs=lr)
+        for seed in self.seeds:
+            checks.seeds(seeds=seed)
+        for gpu in self.gpus:
+            checks.counts(0, gpus=gpu)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ complete and verified, or not at all. Growing moves bytes, so it runs on the CPU
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import tyro
 from rich.table import Table
 
+from core import checks, cli
 from core.checkpoint import Manifest, find_step, load_manifest, verify
 from core.compilation_cache import keep_compiled
 from core.config import PRESETS, ModelConfig, training_flags
@@ -65,6 +65,10 @@ class GrowConfig:
     force: bool = False
     """Also combine policies that make the first updates too large."""
 
+    def __post_init__(self) -> None:
+        checks.counts(steps=self.steps)
+        checks.positive(factor=self.factor)
+
 
 def main() -> int:
     """Runs the command; returns its exit code."""
@@ -72,10 +76,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     console = make_console()
     say = functools.partial(console.print, markup=False, highlight=False)
-    config = tyro.cli(
-        GrowConfig, args=sys.argv[1:], prog="python -m stacking.grow", description=GrowConfig.__doc__
-    )
-
+    config = cli.parse(GrowConfig, prog="python -m stacking.grow", description=GrowConfig.__doc__)
     keep_compiled()
 
     # 1. What is grown, and by which plan.

@@ -24,8 +24,8 @@ import signal
 import sys
 
 import jax
-import tyro
 
+from core import cli
 from core.errors import UserError, run_command
 from core.folders import CACHE
 from stacking.arms import ArmKey, Study, StudyConfig, Target
@@ -46,7 +46,7 @@ def main() -> int:
     console = make_console()
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(StudyConfig, args=argv[:at], prog="python -m stacking.study", description=__doc__)
+    config = cli.parse(StudyConfig, argv[:at], prog="python -m stacking.study", description=__doc__)
     target = open_target(config, tuple(argv[at + 1 :]))
     study = Study(config, target)
     check_lengths(config, study)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from core import cli
 from core.config import PRESETS, preset
 from core.errors import UserError, run_command
 from core.sharding import check_mesh, make_mesh, parse_mesh
@@ -74,6 +74,9 @@ class AotConfig:
     out: Path | None = None
     """With --table: the file to write; it grows row by row."""
 
+    def __post_init__(self) -> None:
+        self.run_config()
+
     def run_config(self) -> RunConfig:
         """The same settings as a run has them; RunConfig refuses what is wrong."""
         names = {field.name for field in dataclasses.fields(RunConfig)}
@@ -85,9 +88,7 @@ class AotConfig:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[AotConfig], prog="python -m train_tpu.aot", description=AotConfig.__doc__
-    )
+    config = cli.parse(AotConfig, prog="python -m train_tpu.aot", description=AotConfig.__doc__)
     if config.table:
         return make_table(config)
     if config.out:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from core import checks
 from core.config import ModelConfig, preset
 from core.errors import UserError
 from train_tpu.optimizer import OptimizerConfig
@@ -30,6 +31,11 @@ class ModelOverrides:
     init_std: float | None = None
     scaled_residual_init: bool | None = None
     """Init of the projections into the residual stream divided by sqrt(2 layers)."""
+
+    def __post_init__(self) -> None:
+        checks.counts(**checks.fields(self, "context", "d_model", "n_layers", "n_heads", "d_mlp"))
+        checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std"))
+        checks.below_one(dropout=self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +140,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        for name in ("steps", "epochs", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows",
-                     "eval_every", "eval_questions", "sample_every", "save_every", "keep_last", "keep_every",
-                     "log_every", "save_minutes", "stop_at"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; it must lie in [0, 2^32)")
+        names = ("steps", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows", "eval_every",
+                 "eval_questions", "sample_every", "save_every", "keep_last", "keep_every", "log_every",
+                 "stop_at", "num_processes")  # fmt: skip
+        checks.counts(**checks.fields(self, *names))
+        checks.counts(0, process_id=self.process_id)
+        for step in self.keep_steps:
+            checks.counts(keep_steps=step)
+        checks.positive(**checks.fields(self, "epochs", "save_minutes"))
+        checks.not_negative(z_loss=self.z_loss)
+        checks.seeds(seed=self.seed)
 
 
 # What a preset is trained with if nothing else is said; those of 40M and more are those of docs/RESULTS.md.

@@ -14,7 +14,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from core.errors import UserError
+from core import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +49,11 @@ class OptimizerConfig:
     rewarm_at: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        for name in ("decay", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        for name in ("clip", "weight_decay", "warmup", "schedule_start", "rewarm", "rewarm_at"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be finite and not negative")
+        checks.positive(**checks.fields(self, "lr", "eps"))
+        checks.below_one(**checks.fields(self, "beta1", "beta2", "momentum"))
+        checks.fractions(**checks.fields(self, "decay", "final_lr"))
+        checks.not_negative(**checks.fields(self, "clip", "weight_decay"))
+        checks.counts(0, **checks.fields(self, "warmup", "schedule_start", "rewarm", "rewarm_at"))
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from core import checks, cli
 from core.errors import UserError, run_command
 from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 from train_tpu import data as ds
@@ -76,12 +77,8 @@ def prepare(
 
     Nothing called `out` exists before all of it is written. A `UserError` for input that cannot be used.
     """
-    if context < 1:
-        raise UserError(f"--context is {context}; it must be at least 1")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
-    if train_tokens is not None and train_tokens < 1:
-        raise UserError(f"--train-tokens is {train_tokens}; it must be at least 1")
+    checks.counts(context=context, workers=workers)
+    checks.counts(most=2**63, train_tokens=train_tokens)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: remove it or choose another --out")
     plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
@@ -258,7 +255,7 @@ def _print_summary(dataset: ds.Dataset, dropped: dict[str, int], train_tokens: i
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    config = tyro.cli(PrepareConfig, args=argv, prog="python -m train_tpu.prepare", description=__doc__)
+    config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare", description=__doc__)
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")
     pairs = [pair.partition("=") for pair in config.valid]

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
-from core import processes
+from core import cli, processes
 from core.checkpoint import (
     Checkpointer,
     find_step,
@@ -212,10 +211,9 @@ def parse(argv: list[str]) -> RunConfig:
     preset, out = given_value(argv, "--preset") or RunConfig.preset, given_value(argv, "--out")
     folder = Path(out) if out else Path("runs") / preset
     default = settings_of_run(folder, settings.defaults(preset), argv)
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[RunConfig], default=default, args=argv, prog="python -m train_tpu.run",
-        description=RunConfig.__doc__,
-    )  # fmt: skip
+    return cli.parse(
+        RunConfig, argv, prog="python -m train_tpu.run", default=default, description=RunConfig.__doc__
+    )
 
 
 def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Settings:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from core import checks
 from core.errors import UserError
 from train_tpu import data as ds
 from train_tpu.packing import Packer
@@ -170,8 +171,7 @@ def make_plan(
     """
     if fraction is not None and valid:
         raise UserError("--valid and --valid-fraction exclude each other: leave one of them out")
-    if fraction is not None and not 0 <= fraction < 1:
-        raise UserError(f"--valid-fraction is {fraction}; it must lie in [0, 1)")
+    checks.below_one(valid_fraction=fraction)
     for name in valid:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (ds.TRAIN, "all"):
             raise UserError(

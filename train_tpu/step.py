@@ -9,7 +9,6 @@ Shapes: A micro-batches, B rows of one, S positions, W the guard's window.
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from core import checks
 from core.config import ModelConfig
-from core.errors import UserError
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
@@ -48,12 +47,9 @@ class GuardConfig:
     """Skipped steps in a row after which nothing is applied any more and the run ends."""
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise UserError(f"window is {self.window}; a spread needs at least 2 steps")
-        if not 0 <= self.sigma < math.inf:
-            raise UserError(f"sigma is {self.sigma}; it must be finite and not negative")
-        if self.halt_after < 1:
-            raise UserError(f"halt_after is {self.halt_after}; it must be at least 1")
+        checks.counts(2, window=self.window)  # a spread needs two steps
+        checks.not_negative(sigma=self.sigma)
+        checks.counts(halt_after=self.halt_after)
 
 
 class Guard(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from core import checks
 from core.errors import UserError
 from train_tpu.config import RunConfig
 from train_tpu.optimizer import OptimizerConfig
@@ -27,9 +28,7 @@ class AdamWConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) == 0:
-                raise UserError(f"{name} is 0; it must lie between 0 and 1")
+        checks.between_zero_and_one(**checks.fields(self, "beta1", "beta2"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +88,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        for name in ("steps", "epochs", "batch", "accumulate", "eval_every", "eval_windows", "sample_every",
-                     "save_every", "save_minutes", "keep_last", "stop_at", "log_every"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; it must lie in [0, 2^32)")
+        names = ("steps", "batch", "accumulate", "eval_every", "eval_windows", "sample_every", "save_every",
+                 "keep_last", "stop_at", "log_every")  # fmt: skip
+        checks.counts(**checks.fields(self, *names))
+        checks.positive(**checks.fields(self, "epochs", "save_minutes"))
+        checks.not_negative(z_loss=self.z_loss)
+        checks.seeds(seed=self.seed)

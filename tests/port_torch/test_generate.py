@@ -159,7 +159,7 @@ def test_refusals(case, call, tmp_path):
     refuse("is not there", tmp_path / "nothing")
     refuse("go together", folder, "--out", tmp_path / "x")
     refuse("not both", folder, "--batch-file", "a", "--out", tmp_path / "x", "--prompt", "b")
-    refuse("at least 1", folder, "--max-new-tokens", "0")
+    refuse("--max-new-tokens is 0; it must be positive", folder, "--max-new-tokens", "0")
     if not torch.cuda.is_available():
         refuse("no NVIDIA GPU", folder, "--device", "cuda")
     refuse("the tokenizers differ", folder, "--prompt", "a", "--tokenizer", "mistral")

@@ -179,7 +179,7 @@ def test_no_warmup_and_a_run_shorter_than_its_warmup():
     ],
 )  # fmt: skip
 def test_bad_settings(bad):
-    with pytest.raises(UserError, match=next(iter(bad))) as caught:
+    with pytest.raises(UserError, match=next(iter(bad)).replace("_", "-")) as caught:
         OptimizerConfig(**bad)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,94 @@
+"""Command lines: a mistake in one is one sentence, and those that are printed can be typed."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import tyro
+
+from core import cli
+from core.errors import UserError
+from core.generate import GenerateConfig
+from train_tpu.config import RunConfig, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    learning_rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A command."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    """With --elsewhere named in its help."""
+    batch: int = 3
+    steps: cli.Maybe[int] = None
+    """Steps."""
+    inner: Inner = Inner()
+
+
+def parsed(*argv: str) -> Config:
+    return cli.parse(Config, argv, prog="python -m a.command")
+
+
+def test_what_is_given_and_what_is_not():
+    assert parsed("x", "--out", "y", "--learning-rate", "2") == Config(Path("x"), Path("y"), inner=Inner(2.0))
+    assert parsed("x", "--out=y", "--steps", "4").steps == 4
+
+
+HELP = "python -m a.command --help lists all options"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--out", "y", "--batchsize", "3"], "there is no option --batchsize: did you mean --batch?"),
+        (["x", "--out=y", "--step=3"], "there is no option --step: did you mean --steps?"),
+        (["x", "--outt", "y"], "there is no option --outt: did you mean --out?"),
+        (["x", "--out", "y", "--elsewhere"], f"there is no option --elsewhere: {HELP}"),
+        (["x", "--out", "y", "more"], f"'more' belongs to no option: {HELP}"),
+        (["x"], f"missing --out PATH ({HELP})"),
+        ([], f"missing PATH, --out PATH ({HELP})"),
+        (["x", "--out", "y", "--batch", "1e3"], f"--batch: '1e3' is not an integer ({HELP})"),
+        (["x", "--out", "y", "--learning-rate", "low"], f"--learning-rate: 'low' is not a number ({HELP})"),
+        (["x", "--out"], f"--out needs a value ({HELP})"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(argv, message, capsys):
+    with pytest.raises(UserError) as error:
+        parsed(*argv)
+    assert str(error.value) == message
+    assert capsys.readouterr() == ("", "")  # nothing beside it
+
+
+def test_a_value_out_of_a_list_is_told_with_the_list():
+    with pytest.raises(UserError, match="--dtype: 'fp32' is not one of 'auto', 'float32', 'bfloat16'"):
+        cli.parse(RunConfig, ["--dtype", "fp32"], prog="x")
+
+
+def test_every_option_is_known():
+    """The options are read out of the help, so whatever its layout, all of them must be found there."""
+    known = cli._options_of(tyro.conf.OmitArgPrefixes[RunConfig], {"prog": "x"})
+    names = {f"--{name.replace('_', '-')}" for name in flatten(RunConfig())}
+    assert names <= set(known)
+
+
+def test_help_is_printed_without_none(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("--help")
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    assert "Steps." in text and "(default: 3)" in text and "(default: None)" not in text
+
+
+def test_a_printed_command_can_be_typed():
+    line = cli.command("core.generate", Path("my runs/a"), "--prompt", "It's", "--max-new-tokens", 5)
+    python, flag, module, *argv = shlex.split(line)
+    assert (python, flag, module) == ("python", "-m", "core.generate")
+    config = cli.parse(GenerateConfig, argv, prog="x")
+    assert config.run == Path("my runs/a") and config.prompt == ["It's"] and config.max_new_tokens == 5
