@@ -6,14 +6,13 @@ latter, with the fields checked, so that the task definitions (prompts, choices,
 
 import functools
 import hashlib
-import json
-import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import UserError
-from core.jsonl import json_lines
+from core.formats import find_variant
+from core.text import read_json_lines, read_text
 
 Fields = dict[str, Any]
 
@@ -56,33 +55,23 @@ def read_local(task: str, source: Source, folder: Path) -> LocalSet:
     splits, hashes = {}, {}
     scored = next(iter(source.files))
     for split, name in source.files.items():
-        path = folder / name
-        if path.is_file():
+        path = find_variant(folder / name)
+        if path is not None:
             splits[split] = list(source.read(path))
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
             if not splits[split]:
                 raise UserError(f"{path} holds no documents for {task}")
         elif split == scored:
             raise UserError(
-                f"the data of {task} is not there: {path} is missing (without --data-dir the hub is asked)"
+                f"the data of {task} is not there: {folder / name} is missing "
+                "(without --data-dir the hub is asked)"
             )
     return LocalSet(splits, hashes)
 
 
-def read_text(path: Path) -> str:
-    """A text file, also packed as .xz; line ends are kept as they are."""
-    try:
-        packed = path.read_bytes()
-        return (lzma.decompress(packed) if path.suffix == ".xz" else packed).decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UserError(f"{path} is not text in UTF-8: {error}") from None
-
-
 def _lines(path: Path) -> Iterator[tuple[str, Fields]]:
     """(where it is, object) of every line of a JSONL file."""
-    for where, content in json_lines(read_text(path), path):
+    for where, content in read_json_lines(path):
         if not isinstance(content, dict):
             raise UserError(f"{where} is no JSON object")
         yield where, content
@@ -144,13 +133,7 @@ def _openbookqa(path: Path) -> Iterator[Fields]:
 
 def _truthfulqa(path: Path) -> Iterator[Fields]:
     """The authors' mc_task.json: a list of questions, each with {answer: 1 or 0}."""
-    try:
-        items = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(items, list):
-        raise UserError(f"{path} is no JSON list of questions")
-    for number, item in enumerate(items, 1):
+    for number, (_, item) in enumerate(read_json_lines(path), 1):
         where = f"{path}, question {number}"
         document: Fields = {"question": _field(where, item, "question")}
         for name in ("mc1_targets", "mc2_targets"):

@@ -28,11 +28,12 @@ from lm_eval.api.instance import Instance
 from core import checks, cli
 from core.errors import UserError, run_command
 from core.folders import write_atomically
+from core.text import read_text
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.evaluate import evaluate_task
 from eval.harness import HarnessModel
-from eval.local_data import WIKITEXT_TEST, read_text
+from eval.local_data import WIKITEXT_TEST
 from eval.models import Device, describe, open_model
 from eval.progress import Progress
 from eval.results import table, versions
@@ -49,7 +50,7 @@ class PerplexityConfig:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
     text: Path | None = None
-    """A text file (UTF-8, also .xz) instead of WikiText-2."""
+    """A text file (UTF-8, also .gz, .bz2, .xz or .zst) instead of WikiText-2."""
     data_dir: Path | None = None
     """Where wikitext-2-raw/wiki.test.raw lies. Default: fetched from the Hugging Face hub."""
     stride: int | None = None

@@ -22,8 +22,8 @@ from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.folders import write_atomically
 from core.generate import Sampling, pieces, require_room, show, until_ended
-from core.jsonl import json_lines
 from core.model import compute_dtype
+from core.text import read_json_lines
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch import decode
@@ -226,12 +226,8 @@ def converse(writer: Writer) -> int:
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with a text `prompt`; a UserError names the line that is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--batch-file {path} cannot be read: {error}") from None
     objects = []
-    for where, content in json_lines(text, path):
+    for where, content in read_json_lines(path):
         if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
             raise UserError(f'{where} is no object with a text "prompt"')
         objects.append(content)

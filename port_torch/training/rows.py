@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import UserError
-from core.jsonl import json_lines
 from core.loss import IGNORE
+from core.text import read_json_lines
 from core.tokenizer import Tokenizer
 from port_torch.card import Tuning
 
@@ -59,13 +59,8 @@ class Example(NamedTuple):
 
 def read_rows(path: Path) -> RowFile:
     """The rows of a JSONL file; a UserError names the line that is none, or is of another form."""
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path} cannot be read: {error}") from None
     rows, form = [], ""
-    for where, fields in json_lines(text, path):
+    for where, fields in read_json_lines(path):
         kind, row = _read_row(fields, where)
         form = form or kind
         if kind != form:
@@ -73,7 +68,7 @@ def read_rows(path: Path) -> RowFile:
         rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty: {FORMS} a line")
-    return RowFile(rows, form, hashlib.sha256(content).hexdigest())
+    return RowFile(rows, form, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _read_row(fields: Any, where: str) -> tuple[str, Row]:

@@ -81,7 +81,7 @@ def test_lines_are_refused(tmp_path, task, file, line, said):
     ("task", "file", "content", "said"),
     [
         ("truthfulqa_mc2", "truthfulqa/mc_task.json", "Type,Question\n", ["is not JSON"]),
-        ("truthfulqa_mc2", "truthfulqa/mc_task.json", "{}", ["no JSON list"]),
+        ("truthfulqa_mc2", "truthfulqa/mc_task.json", "{}", ["question 1", "lacks"]),
         (
             "truthfulqa_mc2", "truthfulqa/mc_task.json",
             json.dumps([{"question": "q"} | TARGETS, {"question": "q", "mc1_targets": {"yes": 1}}]),
@@ -128,20 +128,8 @@ def test_blimp_is_packed(tmp_path):
     with pytest.raises(UserError, match="no documents for blimp_passive_1"):
         read(tmp_path, "blimp_passive_1")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"xz is not text in UTF-8: Compressed data ended"):
+    with pytest.raises(UserError, match=r"xz cannot be read: the file is cut short"):
         read_text(path)
-
-
-def test_texts_keep_their_line_ends(tmp_path):
-    """Windows' too; what is no UTF-8 is refused."""
-    path = tmp_path / "a.txt"
-    path.write_bytes("á\r\nb\u2028c\n".encode())
-    assert read_text(path) == "á\r\nb\u2028c\n"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"a\.txt is not text in UTF-8"):
-        read_text(path)
-    with pytest.raises(UserError, match=r"b\.txt cannot be read"):
-        read_text(tmp_path / "b.txt")
 
 
 def test_pages(sets: Sets):

@@ -315,7 +315,7 @@ def test_rows_that_are_refused(lines, message, folders, tmp_path: Path, monkeypa
 def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
     out = tmp_path / "out"
     for arguments, message in (
-        ((folders["gpt"], "--data", tmp_path / "no", "--out", out), "--data .* cannot be read"),
+        ((folders["gpt"], "--data", tmp_path / "no", "--out", out), " cannot be read"),
         ((tmp_path, "--data", data, "--out", out), "holds no config.json"),
         ((folders["gpt"], "--data", data, "--out", out, "--validation", "1"), "--validation is 1.0"),
         ((folders["gpt"], "--data", data, "--out", out, "--lora-alpha", "1"), "give --lora-rank with it"),
@@ -338,4 +338,4 @@ def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
 @pytest.mark.slow
 def test_a_refusal_is_one_sentence_and_help_helps(cache: Path, folders, tmp_path: Path):
     message = refusal(cache, folders["gpt"], "--data", "no", "--out", tmp_path, module="port_torch.finetune")
-    assert "--data no cannot be read" in message
+    assert "no cannot be read" in message
