@@ -78,7 +78,7 @@ class Manifest:
             else:
                 text = json.dumps(value, indent=1).replace("\n", "\n ")
             lines.append(f' "{name}": {text},\n')
-        return f'{{\n{"".join(lines)} "sha256": "{_digest(fields)}"\n}}\n'
+        return f'{{\n{"".join(lines)} "sha256": "{digest(fields)}"\n}}\n'
 
     @classmethod
     def from_json(cls, text: str, where: Path | str = MANIFEST) -> "Manifest":
@@ -100,12 +100,12 @@ class Manifest:
         for problem, names in (("lacks", known - fields.keys()), ("has the unknown", fields.keys() - known)):
             if names:
                 raise UserError(f"{where} {problem} field {', '.join(sorted(names))}: {advice}")
-        if fields.pop("sha256") != _digest(fields):
+        if fields.pop("sha256") != digest(fields):
             raise UserError(f"{where} does not match its own sha256, so it was damaged or edited: {advice}")
         return cls(**fields)
 
 
-def _digest(fields: Json) -> str:
+def digest(fields: Json) -> str:
     """sha256 of the fields in one canonical spelling, so that layout does not matter and content does."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -217,8 +217,8 @@ def _hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]
         with (step_dir / name).open("rb") as file:
             if sync:
                 os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"size": file.tell(), "sha256": digest}
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": content}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(hash_file, names), strict=True))

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.folders import write_atomically
+from core.manifest import digest
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.config import RunConfig
@@ -51,11 +53,17 @@ def read_config(out: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["run"], record["tokenizer"], record["data"]["fingerprint"]  # what the others read of it
+        seal = record.pop("sha256", None)  # older versions wrote none
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is damaged ({error!r}): write it again from `config` in a manifest.json in "
             f"{out / 'checkpoints'}"
         ) from None
+    if seal is not None and seal != digest(record):
+        raise UserError(
+            f"{path} does not match its own sha256, so it was damaged or edited: restore it, or delete its "
+            'field "sha256" if the edit is meant'
+        )
     return record
 
 
@@ -76,8 +84,6 @@ def check_run_folder(
 
 
 def write_config(out: Path, record: dict[str, Any]) -> None:
-    """Writes config.json, whole or not at all."""
-    path = out / "config.json"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes config.json, whole or not at all, its last field the sha256 of all others."""
+    text = json.dumps({**record, "sha256": digest(record)}, indent=1)
+    write_atomically(out / "config.json", text + "\n")
