@@ -44,7 +44,7 @@ def cross_entropy(
         hidden: final hidden states; their type is that of the matrix products.
         table: the head, one row an id. Logits, softmax and the table's gradient are float32.
         z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
-        chunk: rows whose logits are held at once on a device.
+        chunk: the most rows whose logits are held at once on a device; chunks are of equal size.
         mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of
             the vocabulary where that can be divided; the table's gradient is summed over them once.
     """
@@ -106,7 +106,7 @@ def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabul
     """
     shape = hidden.shape
     n = shape[0] * shape[1]
-    chunk = min(chunk, n)
+    chunk = -(-n // -(-n // chunk))
     padding = -n % chunk
     hidden = jnp.pad(hidden.reshape(n, -1), ((0, padding), (0, 0))).reshape(-1, chunk, shape[-1])
     targets = jnp.pad(targets.reshape(n), (0, padding), constant_values=IGNORE).reshape(-1, chunk)

@@ -1,6 +1,6 @@
 """AdamW in few launches, with learning rate, clipping and skipping read from the device (csrc/adamw.cu)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,18 +30,27 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; a group added later begins at step 0.
+
+        Raises:
+            ValueError: its settings make no AdamW.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
         if not (lr >= 0 and all(0 < beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
+            del self.param_groups[-1]
             raise ValueError(
                 f"lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} make no AdamW"
             )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._prepare(p)
-            device = group["params"][0].device
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)
-            group["step"] = torch.zeros((), device=device)
+        for p in group["params"]:
+            self._prepare(p)
+        device = _device(group)
+        group["lr"] = torch.tensor(float(lr), device=device)
+        group["step"] = torch.zeros((), device=device)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of every group from the next step on."""
@@ -49,14 +58,25 @@ class AdamW(torch.optim.Optimizer):
             group["lr"].fill_(lr)
 
     @torch.no_grad()
-    def step(self, *, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+    def step(
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor | None:
         """One update of every parameter that has a gradient.
 
         Args:
+            closure: makes the gradients first, and its loss is returned, as of any optimizer.
             grad_scale: one float32 on the device that multiplies the gradients, such as
                 `clip_scale(norm, max_norm)`.
             skip: one bool on the device; where it is true nothing changes, the step counter neither.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -82,6 +102,7 @@ class AdamW(torch.optim.Optimizer):
                     group["eps"],
                     group["weight_decay"],
                 )
+        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer; what it holds keeps float32, whatever the parameters' type."""
@@ -92,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"][number].items():
                 self.state[p][name] = value.to(p.device, copy=True)
         for group in self.param_groups:
-            device = group["params"][0].device
+            device = _device(group)
             for name in ("lr", "step"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float32).to(device, copy=True)
 
@@ -104,6 +125,11 @@ class AdamW(torch.optim.Optimizer):
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if p.dtype != wide:
             state["master"] = p.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+
+
+def _device(group: dict[str, Any]) -> torch.device:
+    """Where a group's tensors are; of an empty group nothing ever is."""
+    return group["params"][0].device if group["params"] else torch.device("cpu")
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Compiles the kernels into one file: `python -m kernels_cuda.build`. Needs nvcc and PyTorch, but no GPU.
 
 The file lies in the package (a wheel takes it along) and serves every PyTorch from 2.10 on: it uses the
-stable ABI of LibTorch and carries its own CUDA runtime. Beside it a .json says what it is made of.
+stable ABI of LibTorch and carries its own CUDA runtime. A .json next to it says what it is made of and seals
+both: it holds the file's sha256 and its own, and nothing is loaded that they do not fit.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def find_nvcc() -> Path | None:
 
 
 def sources_hash() -> str:
-    """Of everything that is compiled."""
-    digest = hashlib.sha256()
+    """Of everything that is compiled, and how."""
+    digest = hashlib.sha256(json.dumps([COMPILER_FLAGS, TORCH_FLAGS]).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -87,7 +88,7 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
     """Compiles and links csrc into `output`, and writes what it is made of beside it.
 
     Raises:
-        UserError: no nvcc, or an architecture that is none.
+        UserError: no nvcc, an architecture that is none, or (`CompilerError`) nvcc fails.
     """
     code = generate_code(architectures)
     nvcc = find_nvcc()
@@ -117,16 +118,36 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
             "torch": torch.__version__,
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        _put(json.dumps(facts, indent=1).encode(), output.with_suffix(".json"))
-        _put(linked.read_bytes(), output)
+        put_sealed(linked.read_bytes(), facts, output)
 
 
-def made_of(file: Path) -> dict[str, Any]:
-    """What `build` wrote beside a file: architectures, sources, nvcc, torch. Empty if not known."""
+def put_sealed(code: bytes, facts: dict[str, Any], output: Path) -> None:
+    """Writes a built file and its .json. Between the two, and if one is all that is ever written, they do not
+    fit each other, and `made_of` refuses them."""
+    _put(code, output)
+    _put(_sealed({**facts, "file": hashlib.sha256(code).hexdigest()}), output.with_suffix(".json"))
+
+
+def made_of(file: Path) -> dict[str, Any] | None:
+    """What a built file's .json says of it: architectures, sources, nvcc, torch.
+
+    None if one of the two is missing, or has another byte than `put_sealed` wrote.
+    """
     try:
-        return json.loads(file.with_suffix(".json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+        written = file.with_suffix(".json").read_bytes()
+        facts = json.loads(written)
+        facts.pop("seal")
+        if written == _sealed(facts) and facts["file"] == hashlib.sha256(file.read_bytes()).hexdigest():
+            return facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not what we wrote
+    return None
+
+
+def _sealed(facts: dict[str, Any]) -> bytes:
+    """The text of a .json, its last field the sha256 of all others."""
+    seal = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps({**facts, "seal": seal}, indent=1).encode()
 
 
 def kept_file(capability: tuple[int, int]) -> Path:
@@ -139,20 +160,39 @@ def build_kept(output: Path, capability: tuple[int, int]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not output.exists():
+        if made_of(output) is None:
             build(output, (f"{capability[0]}.{capability[1]}",))
+
+
+class CompilerError(UserError):
+    """nvcc failed; `output` is the command and all that it said."""
+
+    def __init__(self, message: str, output: str):
+        super().__init__(message)
+        self.output = output
 
 
 def _run(command: list) -> None:
     """Runs a compiler among the sources; what it says is shown only if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=SOURCES, capture_output=True, text=True)
+    try:
+        done = subprocess.run(words, cwd=SOURCES, capture_output=True, text=True)
+    except OSError as error:
+        raise CompilerError(f"{words[0]} cannot be run: {error.strerror}", " ".join(words)) from None
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
+        said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        why = next(
+            (line for line in said if "error" in line.lower()), said[-1] if said else "it says nothing"
+        )
+        raise CompilerError(
+            f"{words[0]} fails with exit code {done.returncode} ({why}); python -m kernels_cuda.build shows "
+            "all that it says",
+            f"{' '.join(words)}\n{done.stdout}{done.stderr}",
+        )
 
 
 def _version(nvcc: Path) -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return next((word.rstrip(",") for word in said.split() if word.startswith("V")), "unknown").removeprefix(
         "V"
     )
@@ -184,7 +224,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    build(BUILT, tuple(arguments.architectures))
+    try:
+        build(BUILT, tuple(arguments.architectures))
+    except CompilerError as error:
+        print(error.output, file=sys.stderr)
+        raise
     seconds, size = time.monotonic() - start, BUILT.stat().st_size / 2**20
     print(f"built {BUILT} for {' '.join(arguments.architectures)}: {size:.1f} MiB, {seconds:.0f} s")
 

@@ -1,5 +1,7 @@
 """What is built, for which GPUs, and what will be used here and why: `python -m kernels_cuda.doctor`."""
 
+import argparse
+
 import torch
 
 from core.errors import run_command
@@ -8,6 +10,9 @@ from kernels_cuda import build, library
 
 def main() -> None:
     """The command."""
+    argparse.ArgumentParser(
+        prog="python -m kernels_cuda.doctor", description=__doc__.split(":")[0]
+    ).parse_args()
     for name, value in facts():
         print(f"{name:<10} {value}")
 
@@ -34,8 +39,8 @@ def _built() -> str:
     if not build.BUILT.exists():
         return "no file (python -m kernels_cuda.build makes it)"
     made_of = build.made_of(build.BUILT)
-    if not made_of:
-        return f"{build.BUILT}, of unknown sources: build it again"
+    if made_of is None:
+        return f"{build.BUILT}, which is damaged, unfinished or of unknown sources: build it again"
     current = (
         "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"
     )

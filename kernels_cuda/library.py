@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from kernels_cuda import build, decode_reference, reference
+from kernels_cuda import allocate, build, decode_reference, reference
 
 Backend = Literal["auto", "cuda", "torch"]
 
@@ -43,7 +43,20 @@ _DECODE_SCHEMAS = {
     "decode_sample_": "(Tensor logits, Tensor real, Tensor whole, int last, Tensor(a!) position,"
     " Tensor(b!) token) -> ()",
 }
+# What the built file has instead of the ops that return new tensors: allocate.py gives them what to write into.
+_INTO_SCHEMAS = {
+    "rms_norm_into": "(Tensor x, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) rstd) -> ()",
+    "add_rms_norm_into": "(Tensor residual, Tensor branch, Tensor weight, float eps, Tensor(a!) normed,"
+    " Tensor(b!) sum, Tensor(c!) rstd) -> ()",
+    "rms_norm_partials": "(Tensor x) -> int",
+    "rms_norm_backward_into": "(Tensor d_normed, Tensor? d_sum, Tensor x, Tensor rstd, Tensor weight,"
+    " Tensor(a!) d_x, Tensor(b!) d_branch, Tensor(c!) d_weight, Tensor(d!) partials) -> ()",
+    "rotary_pack_into": "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool conjugate,"
+    " Tensor(a!) packed) -> ()",
+}
 LIBRARY = torch.library.Library("mtlm", "DEF")
+for _name, _schema in _INTO_SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
 for _schemas, _module in ((_SCHEMAS, reference), (_DECODE_SCHEMAS, decode_reference)):
     for _name, _schema in _schemas.items():
         LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -137,14 +150,22 @@ def find(compile_missing: bool = True) -> Source:
         return Source(
             None, f"plain PyTorch, because the GPU's architecture {capability} is older than (8, 0)"
         )
-    if build.find_nvcc() is None:
-        return Source(None, f"plain PyTorch, because {missing} and there is no nvcc to compile one")
     kept = build.kept_file(capability)
-    if not kept.exists():
+    if _why_not(kept, capability) is not None:
+        if build.find_nvcc() is None:
+            return Source(None, f"plain PyTorch, because {missing} and there is no nvcc to compile one")
         if not compile_missing:
             return Source(kept, f"a file to be compiled at first use, because {missing}")
         print(f"compiling the CUDA kernels, because {missing} (about half a minute, once)", file=sys.stderr)
-        build.build_kept(kept, capability)
+        try:
+            build.build_kept(kept, capability)
+        except UserError as error:
+            return Source(None, f"plain PyTorch, because {missing} and none could be compiled: {error}")
+        except OSError as error:
+            where = error.filename or kept
+            return Source(
+                None, f"plain PyTorch, because {missing} and none could be kept: {where}: {error.strerror}"
+            )
     return Source(kept, f"compiled here, because {missing}")
 
 
@@ -165,6 +186,8 @@ def load(backend: Backend = "auto") -> Source:
         if found.file is not None:
             try:
                 torch.ops.load_library(found.file)
+                for function in allocate.IMPLEMENTATIONS:
+                    LIBRARY.impl(function.__name__, function, "CUDA")
             except OSError as error:
                 cause = error.__cause__ or error
                 found = Source(None, f"plain PyTorch, because {found.file} does not load: {cause}")
@@ -183,7 +206,9 @@ def _why_not(file: Path, capability: tuple[int, int]) -> str | None:
     if not file.exists():
         return "no file is built"
     facts = build.made_of(file)
-    if facts.get("sources") != build.sources_hash():
+    if facts is None:
+        return f"{file.name} or {file.with_suffix('.json').name} is damaged or unfinished"
+    if facts["sources"] != build.sources_hash():
         return f"{file.name} is of other sources"
     if not build.serves(facts["architectures"], capability):
         return f"{file.name} is for {' '.join(facts['architectures'])}, not for {capability}"

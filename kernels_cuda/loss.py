@@ -4,7 +4,8 @@ The plain formula keeps float32 logits of every token and their gradient: 8 GiB 
 ids. Here logits are made in the type of the product (bfloat16 in training), for as many rows as fit in a
 gibibyte, and one pass over them makes the losses and puts the gradient where the logits were; two more
 products turn that into the gradients of both inputs. All this happens in the forward pass; the backward pass
-scales what is there. Nothing waits for the device.
+scales what is there. Where nothing is differentiated, as in an evaluation, no gradient is made. Nothing waits
+for the device.
 
 Shapes: N tokens, D d_model, V vocabulary.
 """
@@ -53,7 +54,12 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss:
         return LossSums(*reference.linear_cross_entropy(hidden, table, targets, z_loss))
     if torch.compiler.is_compiling():
         introduce_to_inductor()
-    sums = LinearCrossEntropy.apply(hidden.to(compute_type(hidden)), table, targets, z_loss)
+    hidden = hidden.to(compute_type(hidden))
+    # Not left to the function's `needs_input_grad`, which is also true of a parameter under no_grad.
+    if torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad):
+        sums = LinearCrossEntropy.apply(hidden, table, targets, z_loss)
+    else:
+        sums = torch.ops.mtlm.linear_cross_entropy(hidden, table, targets, z_loss, False)[0]
     return LossSums(sums[0], sums[1].detach())
 
 

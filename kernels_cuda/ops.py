@@ -1,6 +1,6 @@
 """What a model calls: norms, projection with rotary embedding. CUDA kernels where `library.load` has found
-them and the tensors are on a GPU in bfloat16 or float32; else the plain formulas of reference.py, which
-autograd differentiates.
+them and the tensors are on a GPU in bfloat16 or float32, and so is autocast's type; else the plain formulas of
+reference.py, which autograd differentiates.
 
 Shapes: B batch, S positions, D d_model, H heads, K head size. Under autocast the kernels' outputs have
 autocast's type, as a linear layer behind them would make of them.
@@ -13,6 +13,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels_cuda import reference
 from kernels_cuda.library import kernels_loaded
+
+KERNEL_TYPES = (torch.bfloat16, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,8 +64,12 @@ def rotated_projections(
 
 
 def on_kernels(*tensors: Tensor) -> bool:
-    """Whether the CUDA kernels are there for these tensors."""
-    return kernels_loaded() and all(t.is_cuda and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
+    """Whether the CUDA kernels are there for these tensors and the type that autocast makes of the first."""
+    return (
+        kernels_loaded()
+        and all(t.is_cuda and t.dtype in KERNEL_TYPES for t in tensors)
+        and compute_type(tensors[0]) in KERNEL_TYPES
+    )
 
 
 def compute_type(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ batch and launched again and again; the host reads a step's tokens while the nex
 depends on the batch: a row's text is the same whatever else is in it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -22,27 +23,11 @@ from core.generate import Sampling, require_room, until_ended
 from port_torch.model import Decoder, KVCache, rotary_angles
 
 MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
-HEAD_SIZES = (32, 64, 128)
 CACHE_UNIT = 128  # a cache's length is a multiple of it, so that a graph serves requests of like lengths
 # Tokens of a pass of the mirror, and the least that a prompt is padded to. A product's shape decides how a
 # library adds up; here it is one of the prompt's own length alone. As few as keep the GPU at work: a single
 # prompt takes the same time as a full pass.
 PREFILL_TOKENS, MIN_PREFILL = 1024, 16
-
-
-def why_not(model: Decoder) -> str | None:
-    """Why the decode kernels cannot run this model, None if they can."""
-    config, like = model.config, model.embed.weight
-    if not like.is_cuda:
-        return f"the model is on the device {like.device.type}"
-    if like.dtype != torch.bfloat16:
-        return f"the weights are {str(like.dtype).removeprefix('torch.')}, not bfloat16"
-    if config.head_dim not in HEAD_SIZES:
-        return f"the head size is {config.head_dim}, not one of {', '.join(map(str, HEAD_SIZES))}"
-    for name in ("d_model", "d_mlp"):
-        if getattr(config, name) % 8:
-            return f"{name} is {getattr(config, name)}, no multiple of 8"
-    return None
 
 
 class Layer(NamedTuple):
@@ -91,15 +76,25 @@ def layers_of(model: Decoder) -> list[Layer]:
 def captured(
     launch: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None
 ) -> torch.cuda.CUDAGraph | None:
-    """What `launch` launches as a graph, its memory from `pool`; None where there is no GPU."""
+    """What `launch` launches as a graph, its memory from `pool`; None where there is no GPU.
+
+    On the device it is given, whichever is the current one.
+    """
     if device.type != "cuda":
         return None
-    launch()  # loads kernels and libraries, which a capture may not
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        launch()
+    with torch.cuda.device(device):
+        launch()  # loads kernels and libraries, which a capture may not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=capture_stream(device)):
+            launch()
     return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device: a pool's memory serves the next graph on the same one alone."""
+    return torch.cuda.Stream(device)
 
 
 class Step:
@@ -178,7 +173,7 @@ class Step:
 
     def _read(self, slot: int) -> None:
         self.read[slot].copy_(self.token, non_blocking=True)
-        self.is_read[slot].record()
+        self.is_read[slot].record(torch.cuda.current_stream(self.token.device))
 
 
 class PromptPass:
@@ -200,14 +195,20 @@ class PromptPass:
         self.ends = torch.zeros(rows, dtype=torch.int64, device=device)
         self.every = torch.arange(rows, device=device)
         self.positions = torch.arange(width, device=device).expand(rows, -1)
-        self.scores = cache.k.new_zeros(rows, model.config.vocab_size, dtype=torch.float32)
+        self.x = cache.k.new_zeros(rows, model.config.d_model)
+        self.scores = self.x.new_zeros(rows, model.config.vocab_size, dtype=torch.float32)
         self.graph = captured(self.launch, device, pool)
 
     @torch.no_grad()
     def launch(self) -> None:
-        """The pass, in PyTorch's own launches: fills the cache, and the scores behind each row's end."""
-        hidden = self.model(self.ids, self.positions, self.cache)
-        self.scores.copy_(self.model.logits(hidden[self.every, self.ends]))
+        """The pass, in PyTorch's own launches: fills the cache, and the scores behind each row's end.
+
+        The scores are made as a step's are, so that the first new token is drawn from what later ones are.
+        """
+        x, branch = self.model.residual(self.ids, self.positions, self.cache)
+        self.x.copy_(x[self.every, self.ends] + branch[self.every, self.ends])
+        norm, eps = self.model.norm.weight, self.model.config.norm_eps
+        torch.ops.mtlm.decode_logits_(self.x, norm, eps, self.model.table, self.scores)
 
     def run(self, prompts: list[list[int]]) -> None:
         """One pass over at most as many prompts as it has rows; the rows behind them read zeros."""
@@ -224,7 +225,7 @@ class PromptPass:
 
 
 class Generator:
-    """Generation with one model, whose weights it packs; keeps its steps. One `stream` at a time."""
+    """Generation with one model, whose weights it packs. One `stream` at a time; its steps are kept for the next."""
 
     def __init__(self, model: Decoder):
         self.model = model
@@ -253,8 +254,13 @@ class Generator:
         require_room(prompts, context)
         needed = max(map(len, prompts)) + max_new_tokens
         length = min(context, -(-needed // CACHE_UNIT) * CACHE_UNIT)
+        sizes = {
+            first: len(prompts[first : first + MOST_ROWS]) for first in range(0, len(prompts), MOST_ROWS)
+        }
+        # The memory of steps of other sizes, before that of new ones.
+        self.steps = {key: step for key, step in self.steps.items() if key in sizes.items()}
         parts = []
-        for first in range(0, len(prompts), MOST_ROWS):
+        for first in sizes:
             part = prompts[first : first + MOST_ROWS]
             step = self._step(first, len(part), length)
             step.set_sampling(sampling, first_row + first)
@@ -297,7 +303,7 @@ class Generator:
         if self.room is None:
             self.room = self.model.empty_cache(1, max(PREFILL_TOKENS, self.model.config.context))
         if width not in self.passes:
-            rows = max(1, PREFILL_TOKENS // width)
+            rows = min(MOST_ROWS, max(1, PREFILL_TOKENS // width))
             layers, _, _, *heads = self.room.k.shape
             shape = (layers, rows, width, *heads)
             cache = KVCache(*(t.view(-1)[: math.prod(shape)].view(shape) for t in self.room))

@@ -27,6 +27,7 @@ from core.text import read_json_lines
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch import decode
+from port_torch.decode_rules import why_not
 from port_torch.folder import export_manifest
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.model import Decoder, load
@@ -104,7 +105,7 @@ def choose_generator(model: Decoder, backend: library.Backend) -> decode.Generat
     """
     if backend == "torch":
         return None
-    reason = decode.why_not(model)
+    reason = why_not(model)
     if reason is None and library.load(backend).file is not None:
         return decode.Generator(model)
     if backend == "cuda":

@@ -170,6 +170,16 @@ class Decoder(nn.Module):
         With `documents`, numbers that rise along a row, each stretch of one number is a sequence of its own:
         it sees nothing of the others, and its positions begin at 0.
         """
+        return self.norm(*self.residual(tokens, positions, cache, documents))[0]
+
+    def residual(
+        self,
+        tokens: Int[Tensor, "B S"],
+        positions: Int[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+        documents: Int[Tensor, "B S"] | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
+        """What the final norm is of: the residual stream, and what the last branch adds to it."""
         assert (positions is None) == (cache is None), "positions are those of a cache's rows"
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         visible = None
@@ -185,7 +195,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
             x, branch = layer(x, branch, rotation, of_layer, positions, visible)
-        return self.norm(x, branch)[0]
+        return x, branch
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Float32 scores of every token."""

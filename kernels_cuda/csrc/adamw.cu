@@ -34,8 +34,8 @@ struct Rates {
 __device__ __forceinline__ void update(float& p, float g, float& m, float& v, const AdamWSettings& s,
                                        const Rates& r) {
   g *= r.grad_scale;
-  m += (1.0f - s.beta1) * (g - m);
-  v = s.beta2 * v + (1.0f - s.beta2) * g * g;
+  m += s.rest1 * (g - m);
+  v = s.beta2 * v + s.rest2 * g * g;
   p = p * r.shrink - r.rate * (m / (sqrtf(v) / r.sqrt_correction2 + s.eps));
 }
 

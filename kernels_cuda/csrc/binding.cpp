@@ -1,10 +1,10 @@
 // The CUDA implementations of the ops that kernels_cuda/library.py declares, over LibTorch's stable ABI: one file
-// for every PyTorch from 2.10 on. Here inputs are checked and outputs allocated; the kernels know no torch.
+// for every PyTorch from 2.10 on. Here inputs and outputs are checked; the kernels know no torch. Nothing is allocated:
+// the stable ABI passes no error's type on, and training must be able to tell that memory ran out (allocate.py).
 #include "binding.h"
 
 #include <cmath>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 namespace mtlm::op {
@@ -21,18 +21,17 @@ void check_matrix(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.size(0) <= MOST_BLOCKS, name, " has ", x.size(0), " rows; at most ", MOST_BLOCKS);
 }
 
-std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps, ScalarType dtype) {
+void rms_norm_into(Tensor x, Tensor weight, double eps, Tensor normed, Tensor rstd) {
   check_matrix(x, "x");
   const int64_t rows = x.size(0), d = x.size(1);
   check(weight, "weight", x, {d});
-  const Place place(x);
-  x = with_whole_rows(x);
-  weight = torch::stable::contiguous(weight);
-  const Tensor normed = empty(x, {rows, d}, dtype);
-  const Tensor rstd = empty(x, {rows}, ScalarType::Float);
+  check_out(normed, "normed", x, {rows, d});
+  check_out(rstd, "rstd", x, {rows}, ScalarType::Float);
   check_types(type_of(normed, "dtype"), type_of(x, "x"), "rms_norm");
+  check_whole_rows(weight, "weight");
+  const Place place(x);
   const RMSNormForward args = {{nullptr, 0},
-                               rows_of(x),
+                               rows_of(x, "x"),
                                weight.const_data_ptr(),
                                static_cast<float>(eps),
                                normed.mutable_data_ptr(),
@@ -41,25 +40,23 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps, ScalarT
   check_launch(rms_norm_forward(args, rows, d, type_of(normed, "dtype"), type_of(x, "x"),
                                 type_of(weight, "weight"), place.stream),
                "rms_norm");
-  return {normed, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(Tensor residual, Tensor branch, Tensor weight, double eps) {
+void add_rms_norm_into(Tensor residual, Tensor branch, Tensor weight, double eps, Tensor normed, Tensor sum,
+                       Tensor rstd) {
   check_matrix(residual, "residual");
   const int64_t rows = residual.size(0), d = residual.size(1);
   check(branch, "branch", residual, {rows, d});
   check(weight, "weight", residual, {d});
   const Type type = type_of(branch, "branch"), residual_type = type_of(residual, "residual");
   check_types(type, residual_type, "add_rms_norm");
+  check_out(normed, "normed", residual, {rows, d}, branch.scalar_type());
+  check_out(sum, "sum", residual, {rows, d}, residual.scalar_type());
+  check_out(rstd, "rstd", residual, {rows}, ScalarType::Float);
+  check_whole_rows(weight, "weight");
   const Place place(residual);
-  residual = with_whole_rows(residual);
-  branch = with_whole_rows(branch);
-  weight = torch::stable::contiguous(weight);
-  const Tensor normed = empty(branch, {rows, d}, branch.scalar_type());
-  const Tensor sum = empty(residual, {rows, d}, residual.scalar_type());
-  const Tensor rstd = empty(residual, {rows}, ScalarType::Float);
-  const RMSNormForward args = {rows_of(branch),
-                               rows_of(residual),
+  const RMSNormForward args = {rows_of(branch, "branch"),
+                               rows_of(residual, "residual"),
                                weight.const_data_ptr(),
                                static_cast<float>(eps),
                                normed.mutable_data_ptr(),
@@ -68,39 +65,40 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(Tensor residual, Tensor branch, 
   check_launch(
       rms_norm_forward(args, rows, d, type, residual_type, type_of(weight, "weight"), place.stream),
       "add_rms_norm");
-  return {normed, sum, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(Tensor d_normed, std::optional<Tensor> d_sum, Tensor x,
-                                                     Tensor rstd, Tensor weight, bool branch) {
+int64_t rms_norm_partials(Tensor x) {
+  check_matrix(x, "x");
+  const Place place(x);
+  return ::mtlm::rms_norm_partials(x.size(0));
+}
+
+void rms_norm_backward_into(Tensor d_normed, std::optional<Tensor> d_sum, Tensor x, Tensor rstd, Tensor weight,
+                            Tensor d_x, Tensor d_branch, Tensor d_weight, Tensor partials) {
   check_matrix(x, "x");
   const int64_t rows = x.size(0), d = x.size(1);
   check(d_normed, "d_normed", x, {rows, d});
-  check(rstd, "rstd", x, {rows});
+  check_out(rstd, "rstd", x, {rows}, ScalarType::Float);
   check(weight, "weight", x, {d});
   const Type type = type_of(d_normed, "d_normed"), residual_type = type_of(x, "x");
   check_types(type, residual_type, "rms_norm_backward");
-  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float, "rstd must be float32");
+  check_whole_rows(weight, "weight");
   const Place place(x);
-  d_normed = with_whole_rows(d_normed);
-  x = with_whole_rows(x);
-  rstd = torch::stable::contiguous(rstd);
-  weight = torch::stable::contiguous(weight);
   Rows d_sum_rows = {nullptr, 0};
   if (d_sum.has_value()) {
     check(*d_sum, "d_sum", x, {rows, d});
     STD_TORCH_CHECK(d_sum->scalar_type() == x.scalar_type(), "d_sum must have the type of x");
-    d_sum = with_whole_rows(*d_sum);
-    d_sum_rows = rows_of(*d_sum);
+    d_sum_rows = rows_of(*d_sum, "d_sum");
   }
-  const bool two = branch && type != residual_type;
-  const Tensor d_x = empty(x, {rows, d}, x.scalar_type());
-  const Tensor d_branch = empty(x, {two ? rows : 0, d}, d_normed.scalar_type());
-  const Tensor d_weight = empty(weight, {d}, weight.scalar_type());
-  const Tensor partials = empty(x, {rms_norm_partials(rows), d}, ScalarType::Float);
-  const RMSNormBackward args = {rows_of(d_normed),
+  const bool two = d_branch.size(0) > 0;
+  STD_TORCH_CHECK(!two || type != residual_type, "d_branch must be empty where its type is that of x");
+  check_out(d_x, "d_x", x, {rows, d}, x.scalar_type());
+  check_out(d_branch, "d_branch", x, {two ? rows : 0, d}, d_normed.scalar_type());
+  check_out(d_weight, "d_weight", x, {d}, weight.scalar_type());
+  check_out(partials, "partials", x, {::mtlm::rms_norm_partials(rows), d}, ScalarType::Float);
+  const RMSNormBackward args = {rows_of(d_normed, "d_normed"),
                                 d_sum_rows,
-                                rows_of(x),
+                                rows_of(x, "x"),
                                 static_cast<const float*>(rstd.const_data_ptr()),
                                 weight.const_data_ptr(),
                                 d_x.mutable_data_ptr(),
@@ -109,7 +107,6 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(Tensor d_normed, std::optio
                                 d_weight.mutable_data_ptr()};
   check_launch(::mtlm::rms_norm_backward(args, rows, d, type, residual_type, type_of(weight, "weight"), place.stream),
                "rms_norm_backward");
-  return {d_x, d_branch, d_weight};
 }
 
 HeadsView heads_view(const Tensor& from, const Tensor& to) {
@@ -157,22 +154,23 @@ void rotary_(Tensor q, Tensor k, Tensor cos, Tensor sin, bool conjugate) {
   check_launch(rotary(args, type, place.stream), "rotary_");
 }
 
-Tensor rotary_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool conjugate) {
+void rotary_pack_into(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool conjugate, Tensor packed) {
   Rotary args = rotary_args(q, cos, sin, conjugate);
   const Type type = type_of(q, "q");
   const Place place(q);
   const int64_t batch = q.size(0), seq = q.size(1), heads = q.size(2), size = q.size(3);
-  Tensor packed = empty(q, {batch, seq, 3, heads, size}, q.scalar_type());
-  const Tensor parts[3] = {with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)};
+  check_out(packed, "packed", q, {batch, seq, 3, heads, size}, q.scalar_type());
+  const Tensor* parts[3] = {&q, &k, &v};
   const char* names[3] = {"q", "k", "v"};
   const int64_t bytes = static_cast<int64_t>(packed.element_size());
   for (int i = 0; i < 3; ++i) {
-    check(parts[i], names[i], q, {batch, seq, heads, size});
-    STD_TORCH_CHECK(type_of(parts[i], names[i]) == type, "q, k and v must have one type");
-    args.views[i] = {parts[i].const_data_ptr(),
-                     parts[i].stride(0),
-                     parts[i].stride(1),
-                     parts[i].stride(2),
+    check(*parts[i], names[i], q, {batch, seq, heads, size});
+    check_whole_rows(*parts[i], names[i]);
+    STD_TORCH_CHECK(type_of(*parts[i], names[i]) == type, "q, k and v must have one type");
+    args.views[i] = {parts[i]->const_data_ptr(),
+                     parts[i]->stride(0),
+                     parts[i]->stride(1),
+                     parts[i]->stride(2),
                      static_cast<char*>(packed.mutable_data_ptr()) + i * heads * size * bytes,
                      packed.stride(0),
                      packed.stride(1),
@@ -180,7 +178,6 @@ Tensor rotary_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool co
   }
   args.count = 3;
   check_launch(rotary(args, type, place.stream), "rotary_pack");
-  return packed;
 }
 
 void softmax_loss_(Tensor logits, Tensor targets, Tensor total, Tensor nll, double z_loss, bool gradients) {
@@ -259,8 +256,9 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
                                   scalar<float>(step, "step", ScalarType::Float, first),
                                   scalar<float>(grad_scale, "grad_scale", ScalarType::Float, first),
                                   scalar<bool>(skip, "skip", ScalarType::Bool, first),
-                                  static_cast<float>(beta1),
                                   static_cast<float>(beta2),
+                                  static_cast<float>(1 - beta1),
+                                  static_cast<float>(1 - beta2),
                                   static_cast<float>(std::log(beta1)),
                                   static_cast<float>(std::log(beta2)),
                                   static_cast<float>(eps),
@@ -273,11 +271,12 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
 }  // namespace mtlm::op
 
 STABLE_TORCH_LIBRARY_IMPL(mtlm, CUDA, m) {
-  m.impl("rms_norm", TORCH_BOX(&mtlm::op::rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&mtlm::op::add_rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&mtlm::op::rms_norm_backward));
+  m.impl("rms_norm_into", TORCH_BOX(&mtlm::op::rms_norm_into));
+  m.impl("add_rms_norm_into", TORCH_BOX(&mtlm::op::add_rms_norm_into));
+  m.impl("rms_norm_partials", TORCH_BOX(&mtlm::op::rms_norm_partials));
+  m.impl("rms_norm_backward_into", TORCH_BOX(&mtlm::op::rms_norm_backward_into));
   m.impl("rotary_", TORCH_BOX(&mtlm::op::rotary_));
-  m.impl("rotary_pack", TORCH_BOX(&mtlm::op::rotary_pack));
+  m.impl("rotary_pack_into", TORCH_BOX(&mtlm::op::rotary_pack_into));
   m.impl("softmax_loss_", TORCH_BOX(&mtlm::op::softmax_loss_));
   m.impl("adamw_", TORCH_BOX(&mtlm::op::adamw_));
 }

@@ -1,17 +1,15 @@
-// What the bindings share: checks of inputs, allocation, the device and stream to run on.
+// What the bindings share: checks of inputs and outputs, the device and stream to run on.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
 #include <string>
-#include <vector>
 
 #include "kernels.h"
 
@@ -44,17 +42,29 @@ inline void check(const Tensor& t, const char* name, const Tensor& like, std::in
   STD_TORCH_CHECK(equal, name, " must be ", wanted, "], not ", shape(t));
 }
 
-// The tensor itself if the elements of its last dimension are neighbours; else a copy whose are.
-inline Tensor with_whole_rows(const Tensor& t) {
+inline void check_whole_rows(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, "the elements of the last dimension of ", name,
+                  " must be neighbours; their stride is ", t.stride(last));
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+// What is written, whole and in order.
+inline void check_out(const Tensor& t, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  check(t, name, like, sizes);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-inline Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+inline void check_out(const Tensor& t, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes,
+                      ScalarType type) {
+  check_out(t, name, like, sizes);
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the scalar type ", static_cast<int>(t.scalar_type()),
+                  ", not ", static_cast<int>(type));
+}
+
+inline Rows rows_of(const Tensor& t, const char* name) {
+  check_whole_rows(t, name);
+  return {t.const_data_ptr(), t.stride(0)};
+}
 
 // The device and the stream that PyTorch works on, for as long as this lives.
 struct Place {

@@ -73,6 +73,14 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// Whether a kernel has the instructions above: what the compiler saw of it, not what the GPU could run. Code for 8.0
+// that the driver translates for a newer GPU has neither waits nor clusters.
+template <typename Args>
+bool has_early_launch(void (*kernel)(Args)) {
+  cudaFuncAttributes compiled = {};
+  return cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90;
+}
+
 // Launches a kernel of the chain; `cluster` blocks form one cluster.
 template <typename Args>
 cudaError_t launch_chained(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, int cluster,
@@ -90,7 +98,7 @@ cudaError_t launch_chained(void (*kernel)(Args), const Args& args, int64_t block
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (has_early_launch(kernel)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (cluster > 1) {

@@ -189,7 +189,7 @@ template <int SIZE>
 cudaError_t by_size(const DecodeAttention& a, cudaStream_t stream) {
   const int pairs = a.batch * a.heads;
   if (pairs < multiprocessors()) {
-    const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+    const bool clusters = has_early_launch(attend<SIZE, CLUSTER, 1>);
     return clusters ? launch<SIZE, CLUSTER, 1>(a, stream) : launch<SIZE, 1, 1>(a, stream);
   }
   return launch<SIZE, 1, 2>(a, stream);

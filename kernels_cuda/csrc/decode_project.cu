@@ -3,7 +3,7 @@
 //
 //   qkv       y = W norm(x) + b;  q and k turned to the row's position;  k and v put into the cache there
 //   residual  x += W a + b
-//   gated     h = silu(Wg norm(x)) * (Wu norm(x))             gelu  h = gelu(W norm(x) + b), in its tanh form
+//   gated     h = silu(Wg norm(x) + bg) * (Wu norm(x) + bu)   gelu  h = gelu(W norm(x) + b), in its tanh form
 //   logits    y = W norm(x), float32
 //
 // with norm(x) = x w / sqrt(mean(x^2) + eps). The factor of the row is applied behind the product, so the row is
@@ -78,7 +78,7 @@ __device__ __forceinline__ Beside read_beside(const DecodeProjection& a, int til
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (rows[i] >= a.rows) continue;
-    if constexpr (INTO != DecodeInto::gated && INTO != DecodeInto::logits) {
+    if constexpr (INTO != DecodeInto::logits) {
       if (a.bias != nullptr) beside.bias[i] = to_float(static_cast<const bf16*>(a.bias)[rows[i]]);
     }
     if constexpr (INTO == DecodeInto::residual) {

@@ -94,7 +94,8 @@ struct AdamWSettings {
   const float* step;        // the number of this update, from 1
   const float* grad_scale;  // multiplies every gradient
   const bool* skip;         // nothing is changed
-  float beta1, beta2, log_beta1, log_beta2, eps, weight_decay;
+  float beta2, rest1, rest2;  // 1 - beta of each, rounded once: 1.0f - 0.9999f is off by 1.7e-4 of itself
+  float log_beta1, log_beta2, eps, weight_decay;
 };
 
 cudaError_t adamw(const AdamWTensor* tensors, int64_t count, const AdamWSettings& settings, cudaStream_t stream);
@@ -108,7 +109,7 @@ struct DecodeProjection {
   const void* norm;      // [columns]; unused for `residual`
   float eps;
   const void* weight;    // [rows, columns]: q, k, v; or gate, up for `gated`
-  const void* bias;      // [rows] or null; null for `gated` and `logits`
+  const void* bias;      // [rows] or null; null for `logits`
   void* out;             // q [batch, rows / 3]; x; hidden [batch, rows, or half of it]; float32 logits
   int batch, rows, columns;
   // Of `qkv` alone; the head size a multiple of 16.

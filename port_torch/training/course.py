@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,29 @@ class Job:
 def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
     """Takes the CUDA kernels where they are, and says on stderr which run.
 
-    The first rank goes before the others: it may have to compile them, and it alone says what it found.
+    The first rank goes before the others: it may have to compile them, and it says what it found. Where it
+    finds none, no other rank compiles them again or runs what it does not.
+
+    Raises:
+        UserError: they must run, and a rank has none.
     """
-    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stderr(io.StringIO()):
-        ranks.in_turn(lambda: library.load(config.kernels))
+    failure, found = None, True
+    if ranks.first:
+        try:
+            found = library.load(config.kernels).file is not None
+        except UserError as error:
+            failure, found = error, False
+    if ranks.largest(int(not found)):  # of the first rank alone: the others have not looked
+        if failure is not None:
+            raise failure
+        if config.kernels == "cuda":
+            raise UserError("--kernels cuda is not possible: the first process has none, and says why")
+        return
+    if not ranks.first:
+        with contextlib.redirect_stderr(io.StringIO()):
+            source = library.load(config.kernels)
+        if source.file is None:
+            print(f"kernels of process {ranks.rank}: {source.reason}", file=sys.stderr)
 
 
 def require_deterministic_operations() -> None:

@@ -7,6 +7,7 @@ Parameters and gradients are float32; products run in bfloat16 under autocast.
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -103,8 +104,8 @@ class Stepper:
     def fit(self, rows: int, parts: int, example: Callable[[int], Rows]) -> int:
         """The fewest parts, at least `parts`, in which `rows` rows fit into every rank's memory.
 
-        Tried out before the first update: shapes, and so the memory, are the same in all. Finding out in
-        one of them would leave the other ranks waiting.
+        Tried out before the first update, with all that one needs: shapes, and so the memory, are the same in
+        every update. Finding out in one of them would leave the other ranks waiting.
 
         Args:
             parts: a divisor of `rows`.
@@ -116,7 +117,7 @@ class Stepper:
         assert rows % parts == 0, (rows, parts)
         while True:
             try:
-                self._try(example(rows // parts))
+                self._rehearse(example(rows), parts)
                 needed = parts
             except torch.OutOfMemoryError:
                 larger = [n for n in range(2 * parts, rows + 1) if rows % n == 0]
@@ -132,11 +133,19 @@ class Stepper:
                 )
             parts = needed
 
-    def _try(self, rows: Rows) -> None:
+    def _rehearse(self, rows: Rows, parts: int) -> None:
+        """An update's memory without its effect: two parts, since from the second on a part's activations lie
+        next to the gradients of those before, and an update that is skipped."""
         self.decoder.train()
-        with self.autocast():
-            total, _ = self.losses(*rows.on(self.ranks.device))
-        (total * 0.0).backward()
+        device = self.ranks.device
+        for micro in itertools.islice(split(rows.on(device), parts), 2):
+            with self.autocast():
+                total, _ = self.losses(*micro)
+            (total * 0.0).backward()
+        norm = get_total_norm([p.grad for p in self.parameters.values()])
+        self.optimizer.step(
+            grad_scale=clip_scale(norm, 1.0), skip=torch.ones((), dtype=torch.bool, device=device)
+        )
 
     def _forget(self) -> None:
         """Behind the handler of an exception, whose traceback holds tensors."""
