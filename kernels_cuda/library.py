@@ -43,7 +43,7 @@ _DECODE_SCHEMAS = {
     "decode_sample_": "(Tensor logits, Tensor real, Tensor whole, int last, Tensor(a!) position,"
     " Tensor(b!) token) -> ()",
 }
-# What the built file has instead of the ops that return new tensors: allocate.py gives them what to write into.
+# What the built file has for the ops that return new tensors: allocate.py gives them what to write into.
 _INTO_SCHEMAS = {
     "rms_norm_into": "(Tensor x, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) rstd) -> ()",
     "add_rms_norm_into": "(Tensor residual, Tensor branch, Tensor weight, float eps, Tensor(a!) normed,"

@@ -1,5 +1,5 @@
 """What a model calls: norms, projection with rotary embedding. CUDA kernels where `library.load` has found
-them and the tensors are on a GPU in bfloat16 or float32, and so is autocast's type; else the plain formulas of
+them and the tensors are on a GPU in bfloat16 or float32, as is autocast's type; else the plain formulas of
 reference.py, which autograd differentiates.
 
 Shapes: B batch, S positions, D d_model, H heads, K head size. Under autocast the kernels' outputs have

@@ -225,7 +225,10 @@ class PromptPass:
 
 
 class Generator:
-    """Generation with one model, whose weights it packs. One `stream` at a time; its steps are kept for the next."""
+    """Generation with one model, whose weights it packs; keeps a stream's steps for the next.
+
+    One stream at a time.
+    """
 
     def __init__(self, model: Decoder):
         self.model = model

@@ -1,7 +1,7 @@
 """Which models the decode kernels compute; of any other it is said in one sentence why not.
 
-A kernel that ignored a part of a model would make other text and say nothing. So what they compute is a list of
-what is known: of every field of the config, of every kind of module. What is not on it is refused.
+A kernel that ignored a part of a model would make other text and say nothing. So what they compute is a list
+of what is known, of every field of the config and of every kind of module; what is not on it is refused.
 """
 
 import dataclasses
@@ -62,8 +62,8 @@ RULES: dict[str, Callable[[str, ModelConfig], str | None]] = {
 def not_computed(config: ModelConfig) -> str | None:
     """Why the decode kernels do not compute what this config says, None if they do.
 
-    A field without a rule is one that they know nothing of: it is refused at every value but its default, which
-    models older than the field have.
+    A field without a rule is one that they know nothing of: it is refused at every value but its default,
+    which models older than the field have.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in config.function().items():

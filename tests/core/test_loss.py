@@ -121,6 +121,20 @@ def test_bfloat16_hidden_states():
     assert relative(found[0], truth[0]) < 1e-6
 
 
+@pytest.mark.parametrize(("n", "sizes"), [
+    (9216, (2, 4608)), (9217, (2, 4609)), (16384, (2, 8192)), (8192, (1, 8192)), (100, (1, 100)),
+])  # fmt: skip
+def test_rows_are_in_equal_chunks(n, sizes):
+    """Nothing is padded up to a whole chunk; evaluating makes one product a chunk, training three."""
+    shapes = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in
+              (((1, n, D), jnp.float32), ((V, D), jnp.float32), ((1, n), jnp.int32))]  # fmt: skip
+    total = lambda *inputs: cross_entropy(*inputs).total  # noqa: E731
+    for function, n_products in ((total, 1), (jax.grad(total, (0, 1)), 3)):
+        text = str(jax.make_jaxpr(function)(*shapes))
+        assert text.count("dot_general[") == n_products
+        assert f"f32[{sizes[0]},{sizes[1]},{D}]" in text
+
+
 def test_all_ignored():
     hidden, table, _ = example()
     found = chunked(hidden, table, jnp.full((B, S), IGNORE), z_loss=0.1)

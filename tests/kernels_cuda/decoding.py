@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Iterable
 
+import hypothesis.strategies as st
 import torch
+from torch import Tensor
 
 from core.config import ModelConfig
 from core.generate import Sampling
+from port_torch import decode
 from port_torch.model import Decoder
 from tests.models import GPT, LLAMA
 
@@ -25,6 +28,65 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: str = "cpu",
             noise = torch.randn(p.shape, generator=generator)
             p.data = 1 + 0.3 * noise if "norm" in name else std * noise
     return model.to(dtype).eval()
+
+
+@st.composite
+def configs(draw: st.DrawFn, head_sizes: tuple[int, ...]) -> ModelConfig:
+    """Models of every kind of part together, of widths that the kernels take and that they refuse."""
+    n_heads = draw(st.integers(1, 3))
+    return ModelConfig(
+        vocab_size=draw(st.integers(40, 300)),
+        context=draw(st.integers(24, 150)),
+        d_model=n_heads * draw(st.sampled_from(head_sizes)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=n_heads,
+        d_mlp=draw(st.one_of(st.integers(1, 20).map(lambda eighths: 8 * eighths), st.integers(1, 99))),
+        positions=draw(st.sampled_from(["rope", "learned"])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        biases=draw(st.booleans()),
+        tied=draw(st.booleans()),
+        rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])),
+        dropout=draw(st.sampled_from([0.0, 0.2])),
+    )
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of one to 18 tokens, and as many more tokens for each."""
+    lengths = draw(st.lists(st.integers(1, 18), min_size=1, max_size=20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    n_more = draw(st.integers(1, 6))
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(40, (n,), generator=generator).tolist()
+
+    return [tokens(n) for n in lengths], [tokens(n_more) for _ in lengths]
+
+
+@torch.inference_mode()
+def decoded_scores(generator: decode.Generator, prompts: list[list[int]], more: list[list[int]]) -> Tensor:
+    """Scores [B, 1 + n, V] behind prompts and behind each of n given tokens, as a stream makes them."""
+    step = generator._step(0, len(prompts), generator.model.config.context)
+    generator.read_prompts(prompts, step)
+    scores = [step.scores.clone()]
+    step.position += 1
+    for token in torch.tensor(more, device=step.token.device).T:
+        step.token.copy_(token)
+        step.run()
+        scores.append(step.scores.clone())
+    return torch.stack(scores, 1)
+
+
+@torch.inference_mode()
+def mirror_scores(model: Decoder, prompts: list[list[int]], more: list[list[int]]) -> Tensor:
+    """The same by the mirror's pass over each whole text."""
+    device = model.embed.weight.device
+    rows = []
+    for prompt, after in zip(prompts, more, strict=True):
+        hidden = model(torch.tensor([prompt + after], device=device))[0, len(prompt) - 1 :]
+        rows.append(torch.nn.functional.linear(hidden, model.table))
+    return torch.stack(rows)
 
 
 def complete(steps: Iterable[list[int | None]]) -> list[list[int]]:

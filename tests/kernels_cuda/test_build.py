@@ -1,6 +1,6 @@
 """The build without a GPU: what nvcc makes of the kernels, and what is said where there is no nvcc."""
 
-import json
+import random
 import re
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from kernels_cuda import build, doctor, library
+from kernels_cuda import bench, build, doctor, library
 from tests.several_devices import ROOT
 
 NVCC = build.find_nvcc()
@@ -114,7 +114,7 @@ def kernels_of(disassembler: str, cubin: Path) -> dict[str, list[str]]:
 def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
     built = tmp_path / "kernels.so"
     build.build(built, ("9.0",))
-    facts = json.loads(built.with_suffix(".json").read_text())
+    facts = build.made_of(built)
     assert facts["architectures"] == ["9.0"] and facts["sources"] == build.sources_hash()
     data = built.read_bytes()
     for op in [*library._SCHEMAS, *library._DECODE_SCHEMAS]:
@@ -170,21 +170,86 @@ def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.Monk
     assert dict(doctor.facts())["used"].startswith("plain PyTorch, because")
 
 
-def test_a_built_file_is_used_only_for_its_sources_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hopper GPU and no compiler, as far as the search for a built file can see; where it looks for one."""
     built = tmp_path / "mtlm_kernels.so"
     monkeypatch.setattr(build, "BUILT", built)
+    monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    return built
 
-    def found(facts: dict | None) -> library.Source:
-        if facts is not None:
-            built.touch()
-            built.with_suffix(".json").write_text(json.dumps(facts))
+
+def facts_of(*architectures: str, sources: str | None = None) -> dict:
+    return {"architectures": list(architectures), "sources": sources or build.sources_hash()}
+
+
+def test_a_built_file_is_used_only_for_its_sources_and_gpus(hopper: Path, monkeypatch: pytest.MonkeyPatch):
+    def found(facts: dict) -> library.Source:
+        build.put_sealed(b"code", facts, hopper)
         return library.find()
 
-    current = build.sources_hash()
-    assert "no file is built and there is no nvcc" in found(None).reason
-    assert "of other sources" in found({"architectures": ["9.0"], "sources": "other"}).reason
-    assert "is for 8.0, not for (9, 0)" in found({"architectures": ["8.0"], "sources": current}).reason
-    assert found({"architectures": ["8.0", "9.0"], "sources": current}).file == built
+    assert "no file is built and there is no nvcc" in library.find().reason
+    assert "of other sources" in found(facts_of("9.0", sources="other")).reason
+    assert "is for 8.0, not for (9, 0)" in found(facts_of("8.0")).reason
+    assert found(facts_of("8.0", "9.0")).file == hopper
+    monkeypatch.setattr(build, "COMPILER_FLAGS", (*build.COMPILER_FLAGS, "--use_fast_math"))
+    assert "of other sources" in library.find().reason  # the same ones, compiled otherwise
+
+
+def test_no_byte_of_a_built_file_may_change(hopper: Path):
+    """1,000 flips in the file and its .json; either of them alone; both of other builds."""
+    draw = random.Random(0)
+    build.put_sealed(draw.randbytes(3000), facts_of("8.0", "9.0+PTX") | {"nvcc": "13.0"}, hopper)
+    assert library.find().file == hopper
+    sealed = {path: path.read_bytes() for path in (hopper, hopper.with_suffix(".json"))}
+    for path, data in sealed.items():
+        for _ in range(500):
+            flipped = bytearray(data)
+            flipped[draw.randrange(len(data))] ^= draw.randrange(1, 256)
+            path.write_bytes(flipped)
+            assert build.made_of(hopper) is None
+        found = library.find()
+        assert found.file is None and "mtlm_kernels.so or mtlm_kernels.json is damaged" in found.reason
+        path.unlink()
+        assert library.find().file is None
+        path.write_bytes(data)
+    assert library.find().file == hopper
+    # A build that is interrupted between its two files leaves the new code with the old facts.
+    hopper.write_bytes(b"new code")
+    assert library.find().file is None
+
+
+FAILING_NVCC = """#!/bin/sh
+echo 'gcc: error: unsupported version' >&2
+exit 1
+"""
+
+
+def test_where_nothing_can_be_compiled_pytorch_runs(
+    hopper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(FAILING_NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert library.load("auto").file is None and library.load("auto").file is None
+    said = capsys.readouterr().err
+    assert said.count("fails with exit code 1 (gcc: error: unsupported version)") == 1
+    assert said.count("kernels: plain PyTorch, because no file is built and none could be compiled") == 1
+    with pytest.raises(UserError, match=r"backend cuda is not possible: .*unsupported version"):
+        library.load("cuda")
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(build, "CACHE", nvcc / "below a file")
+    assert "none could be kept" in library.load("auto").reason and str(nvcc) in library.load("auto").reason
+
+
+@pytest.mark.parametrize("module", [doctor, build, bench])
+def test_an_unknown_flag_is_refused(module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr("sys.argv", [module.__name__, "--no-such-flag"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err

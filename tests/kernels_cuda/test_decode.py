@@ -13,6 +13,7 @@ from core.errors import UserError
 from core.generate import Sampling
 from kernels_cuda import decode_reference, library
 from port_torch import decode
+from port_torch.decode_rules import why_not
 from port_torch.generate import choose_generator, stream
 from port_torch.model import Decoder, rotary_angles
 from tests.kernels_cuda.decoding import GREEDY, SMALL, complete, random_decoder
@@ -38,6 +39,9 @@ def test_embedding_and_projections():
     MTLM.decode_mlp_(x, norm, EPS, torch.cat([gate, up]), None, True, hidden)
     z = normed(x, norm) @ gate.T
     torch.testing.assert_close(hidden, z * torch.sigmoid(z) * (normed(x, norm) @ up.T))
+    MTLM.decode_mlp_(x, norm, EPS, torch.cat([gate, up]), bias, True, hidden)
+    z = z + bias[:8]
+    torch.testing.assert_close(hidden, z * torch.sigmoid(z) * (normed(x, norm) @ up.T + bias[8:]))
     MTLM.decode_mlp_(x, norm, EPS, up, bias[:8], False, hidden)
     torch.testing.assert_close(hidden, F.gelu(normed(x, norm) @ up.T + bias[:8], approximate="tanh"))
     scores = random(2, 7)
@@ -184,6 +188,16 @@ def test_packing_changes_no_weight_and_takes_no_memory():
     assert model.layers[0].attn.v.weight.untyped_storage().data_ptr() == storage
 
 
+def test_only_the_last_requests_steps_are_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "MOST_ROWS", 3)
+    generator = decode.Generator(random_decoder(SMALL["gpt"], torch.float64))
+    for batch, kept in ((1, {(0, 1)}), (7, {(0, 3), (3, 3), (6, 1)}), (4, {(0, 3), (3, 1)})):
+        before = dict(generator.steps)
+        complete(generator.stream([[1]] * batch, GREEDY, 2))
+        assert set(generator.steps) == kept
+        assert all(generator.steps[key] is before[key] for key in kept & before.keys())
+
+
 def test_where_the_kernels_cannot_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     model = random_decoder(SMALL["llama"], torch.float32)
     assert choose_generator(model, "torch") is None and choose_generator(model, "auto") is None
@@ -193,21 +207,21 @@ def test_where_the_kernels_cannot_decode(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(UserError, match="a prompt has no tokens"):
         next(decode.Generator(model).stream([[]], GREEDY, 1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert decode.why_not(model) == "the weights are float32, not bfloat16"
+    assert why_not(model) == "the weights are float32, not bfloat16 (embed.weight)"
     assert "decoding: plain PyTorch, because" in (choose_generator(model, "auto"), capsys.readouterr())[1].err
     model = model.bfloat16()
     model.config = dataclasses.replace(model.config, n_heads=1)
-    assert decode.why_not(model) is None
+    assert why_not(model) is None
     for change, said in (({"n_heads": 8}, "head size is 8"), ({"n_heads": 2, "d_mlp": 84}, "d_mlp is 84")):
         model.config = dataclasses.replace(model.config, **change)
-        assert said in decode.why_not(model)
+        assert said in why_not(model)
 
 
 def test_the_presets_fit_the_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with torch.device("meta"):
         for config in PRESETS.values():
-            assert decode.why_not(Decoder(config).bfloat16()) is None
+            assert why_not(Decoder(config).bfloat16()) is None
 
 
 def test_angles_of_a_table_are_those_of_positions():

@@ -172,7 +172,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
     stepper.losses = losses
     before = [p.clone() for p in stepper.parameters.values()]
     for rows, room[0], given, parts, expected in (
-        (8, 8, 1, 1, [8]), (8, 2, 1, 4, [8, 4, 2]), (12, 3, 3, 6, [4, 2]), (6, 5, 1, 2, [6, 3])
+        (8, 8, 1, 1, [8]), (8, 2, 1, 4, [8, 4, 2, 2]), (12, 3, 3, 6, [4, 2, 2]), (6, 5, 1, 2, [6, 3, 3])
     ):  # fmt: skip
         tried.clear()
         assert stepper.fit(rows, given, lambda n: empty_rows(n, 96, packed=False)) == parts
