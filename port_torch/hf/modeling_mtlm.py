@@ -3,13 +3,17 @@
 Shapes: B batch, T new positions, S positions seen, D width, H heads, K head size.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_mtlm import MtlmConfig
@@ -30,32 +34,40 @@ class MtlmRMSNorm(nn.Module):
 
 
 class MtlmAttention(nn.Module):
-    """Causal self-attention over a cache of transformers, with rotary positions where there are any."""
+    """Causal self-attention over a cache of transformers, with rotary positions where there are any.
+
+    The attention itself is the function that transformers has under the name `attn_implementation`.
+    """
+
+    is_causal = True
 
     def __init__(self, config, layer_idx):
         super().__init__()
         d = config.hidden_size
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = d // config.num_attention_heads
         self.q_proj = nn.Linear(d, d, bias=config.attention_bias)
         self.k_proj = nn.Linear(d, d, bias=config.attention_bias)
         self.v_proj = nn.Linear(d, d, bias=config.attention_bias)
         self.o_proj = nn.Linear(d, d, bias=config.attention_bias)
-        self.n_heads = config.num_attention_heads
-        self.layer_idx = layer_idx
 
-    def forward(self, x, slots, attention_mask, rotation, past_key_values):
-        b, t, d = x.shape
+    def forward(self, x, slots, attention_mask, rotation, past_key_values, **kwargs):
+        """What attention adds, [B, T, D], and its weights [B, H, T, S] where the implementation has them."""
         q, k, v = (
-            m(x).view(b, t, self.n_heads, -1).transpose(1, 2)
+            m(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
             for m in (self.q_proj, self.k_proj, self.v_proj)
-        )  # fmt: skip
+        )
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if past_key_values is not None:
             # 4.57 writes into a cache of fixed size at slot 0 unless it is told where; 5 keeps count itself.
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": slots})
-        visible = visible_slots(slots, k.shape[2], attention_mask)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, d))
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        y, weights = attend(self, q, k, v, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
+        return self.o_proj(y.reshape(x.shape)), weights
 
 
 class MtlmMLP(nn.Module):
@@ -75,7 +87,7 @@ class MtlmMLP(nn.Module):
 
 
 class MtlmDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x); gives the weights of attention, too."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -84,9 +96,11 @@ class MtlmDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = MtlmRMSNorm(config)
         self.mlp = MtlmMLP(config)
 
-    def forward(self, x, slots, attention_mask, rotation, past_key_values=None):
-        x = x + self.self_attn(self.input_layernorm(x), slots, attention_mask, rotation, past_key_values)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, slots, attention_mask, rotation, past_key_values=None, **kwargs):
+        normed = self.input_layernorm(x)
+        y, weights = self.self_attn(normed, slots, attention_mask, rotation, past_key_values, **kwargs)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), weights
 
 
 class MtlmPreTrainedModel(PreTrainedModel):
@@ -98,6 +112,14 @@ class MtlmPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("MtlmDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """Otherwise transformers looks for words in this file, other ones in 4.57 and 5."""
+        return True
 
 
 class MtlmModel(MtlmPreTrainedModel):
@@ -123,11 +145,23 @@ class MtlmModel(MtlmPreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
-        output_hidden_states=False,
+        output_attentions=None,
+        output_hidden_states=None,
         **kwargs,
     ):
+        """position_ids: by default those of the tokens that `attention_mask` shows, counted from 0 behind
+        padding. Further keyword arguments go to the attention function."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"attn_implementation {self.config._attn_implementation!r} gives no attention weights: "
+                "call model.set_attn_implementation('eager') first"
+            )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -136,22 +170,34 @@ class MtlmModel(MtlmPreTrainedModel):
         # A slot is a place in the cache; behind padding on the left a token's position is another number.
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         slots = torch.arange(x.shape[1], device=x.device) + seen
+        learned = self.config.positions == "learned"
         if position_ids is None:
-            position_ids = slots[None]
+            position_ids = token_positions(slots, attention_mask)
+            # No position is beyond its slot, so that mostly no value has to be looked at.
+            if learned and seen + x.shape[1] > self.config.max_position_embeddings:
+                require_within_context(position_ids, self.config.max_position_embeddings)
+        elif learned:
+            require_within_context(position_ids, self.config.max_position_embeddings)
+        mask = causal_mask(self.config, x, attention_mask, slots, past_key_values, position_ids)
         rotation = None
-        if self.config.positions == "learned":
+        if learned:
             x = x + self.embed_positions(position_ids)
         else:
             rotation = rotary_angles(position_ids, self.config)
-        hidden_states = []
+        hidden_states, attentions = [], []
         for layer in self.layers:
             hidden_states.append(x)
-            x = layer(x, slots, attention_mask, rotation, past_key_values=past_key_values)
+            x, weights = layer(
+                x, slots, mask, rotation,
+                past_key_values=past_key_values, position_ids=position_ids, **kwargs,
+            )  # fmt: skip
+            attentions.append(weights)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
 
@@ -179,7 +225,11 @@ class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """labels: ids to predict, shifted here; -100 is ignored. logits_to_keep: of how many last ones."""
+        """labels: ids to predict, shifted here; -100 is ignored. logits_to_keep: of how many last ones.
+
+        The loss is a mean over the labels. `Trainer` takes `**kwargs` as a sign that the model divides by
+        `num_items_in_batch`, the number of labels in all batches whose gradients it accumulates.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -193,32 +243,61 @@ class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
-def visible_slots(slots, n_slots, attention_mask):
-    """What each new token sees, [B or 1, 1, T, S] bool; None: all before it, without a cache or padding.
-
-    slots: places of the new tokens among the `n_slots` of the cache. attention_mask: [B, S], 0 for padding;
-    or the four-dimensional mask that transformers has made for a cache of fixed size.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[..., :n_slots]
-    if attention_mask is None and n_slots == slots.shape[0]:
-        return None
-    columns = torch.arange(n_slots, device=slots.device)
-    visible = (columns <= slots[:, None])[None, None]
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
+    """softmax(q k^T scaling + mask) v by its formula: [B, T, H, K], and the weights [B, H, T, S]."""
+    scores = (query @ key.mT) * scaling
     if attention_mask is not None:
-        present = F.pad(attention_mask.bool(), (0, n_slots - attention_mask.shape[1]))[:, None, None]
-        # Padding sees itself, so that no row of the softmax is empty.
-        visible = visible & (present | (columns == slots[:, None]))
-    return visible
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def token_positions(slots, attention_mask):
+    """Positions [B or 1, T] of the tokens in `slots`: how many tokens `attention_mask` [B, S] shows before
+    each; without one, or with a mask of four dimensions, which is made already, the slots themselves."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return slots[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -slots.shape[0] :]
+
+
+def require_within_context(position_ids, context):
+    """A ValueError unless every position has a row in the table; a GPU would end the process instead."""
+    if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    last = int(position_ids.max())
+    if last >= context:
+        raise ValueError(
+            f"position {last} is beyond this model's context of {context} tokens: its positions are learned, "
+            "so give it shorter sequences, or generate fewer tokens"
+        )
+
+
+def causal_mask(config, embeds, attention_mask, slots, past_key_values, position_ids):
+    """What each new token sees, in the form that `attn_implementation` takes."""
+    given = {
+        "config": config,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        # Releases before 5 ask for the slots, and name the embeddings otherwise.
+        "cache_position": slots,
+        "input_embeds": embeds,
+        "inputs_embeds": embeds,
+    }
+    known = inspect.signature(create_causal_mask).parameters
+    return create_causal_mask(**{name: value for name, value in given.items() if name in known})
 
 
 def rotary_angles(positions, config):

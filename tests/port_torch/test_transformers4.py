@@ -20,7 +20,8 @@ from tests.port_torch.trained import open_run, transformers_model
 
 pytestmark = pytest.mark.slow
 RELEASE = "4.57.3"
-PINS = (f"transformers=={RELEASE}", "tokenizers==0.22.2", "huggingface_hub==0.36.0")
+# The newest `datasets` ask for a newer hub, and `Trainer` imports it where it is installed.
+PINS = (f"transformers=={RELEASE}", "tokenizers==0.22.2", "huggingface_hub==0.36.0", "datasets==3.6.0")
 TESTS = Path(__file__).parent
 
 MODEL_PROGRAM = """
@@ -60,12 +61,29 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_the_code_of_the_folder(python: Path, tmp_path: Path):
+    """Everything that test_modeling_mtlm.py asks of it."""
+    module = TESTS / "test_modeling_mtlm.py"
+    run_there(
+        python,
+        tmp_path,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={TESTS.parents[1]}",
+        module,
+    )
+
+
 def run_there(python: Path, tmp_path: Path, *arguments: str | Path) -> None:
-    environ = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    paths = {"PYTHONPATH": str(TESTS.parents[1])}
+    environ = os.environ | paths | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [python, *map(str, arguments)], env=environ, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_logits_and_greedy_text(python: Path, tmp_path: Path, trained_1024: Path, exported_1024: Path):
