@@ -64,7 +64,7 @@ def judge(op: str, arguments: list, written: list[int], what: str) -> list[Tenso
 @pytest.mark.parametrize("size", SIZES)
 def test_products_at_every_batch(size: str):
     d, f = SIZES[size]
-    norm, bias = bf16(d, scale=0.3, around=1), bf16(max(d, f))
+    norm, bias = bf16(d, scale=0.3, around=1), bf16(max(d, 2 * f))
     gate_up, down = bf16(2 * f, d, scale=d**-0.5), bf16(d, f, scale=f**-0.5)
     head = bf16(1003, d, scale=d**-0.5)
     for batch in BATCHES:
@@ -77,6 +77,7 @@ def test_products_at_every_batch(size: str):
         judge("decode_add_projection_", [h, down, bias[:d].clone(), x], [3], what)
         judge("decode_add_projection_", [h, down, None, x], [3], what)
         judge("decode_mlp_", [x, norm, EPS, gate_up, None, True, nothing[f]], [6], what)
+        judge("decode_mlp_", [x, norm, EPS, gate_up, bias[: 2 * f].clone(), True, nothing[f]], [6], what)
         judge("decode_mlp_", [x, norm, EPS, gate_up[:f], bias[:f].clone(), False, nothing[f]], [6], what)
         judge("decode_logits_", [x, norm, EPS, head, nothing[1003].float()], [4], what)
 
@@ -92,7 +93,10 @@ def test_qkv_and_the_cache(heads: int, k: int, rotary: bool):
         x, position = bf16(batch, d), torch.randint(length, (batch,), device="cuda")
         q = torch.full((batch, d), POISON, device="cuda", dtype=BF16)
         caches = [bf16(batch, length, heads, k) for _ in range(2)]
-        arguments = [x, norm, EPS, weight, None if rotary else bias, *angles, position, q, *caches]
+        judge(
+            "decode_qkv_", [x, norm, EPS, weight, None, *angles, position, q, *caches], [8, 9, 10], "no bias"
+        )
+        arguments = [x, norm, EPS, weight, bias, *angles, position, q, *caches]
         got = judge("decode_qkv_", arguments, [8, 9, 10], f"{heads} heads of {k}, batch {batch}")
         other = torch.ones(batch, length, dtype=torch.bool, device="cuda")
         other[torch.arange(batch), position] = False
@@ -236,6 +240,22 @@ def test_draws_from_rows_with_few_or_neighbouring_tokens():
         assert (draw(scores, sampling, 0, 30) != token).sum() <= 1
 
 
+@pytest.mark.parametrize("vocab", [3, 97, 32000, 32001, 65536])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, *DRAWS[1:5], Sampling(temperature=1e-7, top_k=5, top_p=0.5)], ids=str
+)
+def test_whatever_the_scores_a_token_of_the_vocabulary_comes(vocab: int, sampling: Sampling):
+    scores = torch.randn(6, vocab, device="cuda")
+    scores[0] = torch.nan
+    scores[1, vocab // 2] = torch.nan
+    scores[2] = scores[4] = -torch.inf
+    scores[3, -1] = torch.inf
+    scores[4, -1] = 0.0
+    tokens = draw(scores, sampling).tolist()
+    assert all(0 <= token < vocab for token in tokens)
+    assert tokens[3] == tokens[4] == vocab - 1
+
+
 def test_greedy_takes_the_first_of_equals():
     scores = torch.zeros(64, 32000, device="cuda")
     scores[:, [77, 5000, 31999]] = 4.0
@@ -261,6 +281,7 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float):
 
 MODELS = {
     "small llama": SMALL["llama"],
+    "biased llama": dataclasses.replace(SMALL["llama"], biases=True),
     "small gpt": SMALL["gpt"],
     "200m": dataclasses.replace(PRESETS["mtlm1-200m"], context=512),
     "40m": dataclasses.replace(PRESETS["mtlm2-40m"], context=512),
@@ -336,7 +357,10 @@ def test_greedy_text_is_pytorchs_up_to_rounding(kind: str):
 
 @torch.inference_mode()
 def test_the_prompts_graph_is_the_mirror_to_the_bit():
-    """Widths captured in one pool, each replayed behind the others: the same kernels, the same bits."""
+    """Widths captured in one pool, each replayed behind the others: the same kernels, the same bits.
+
+    The scores are float32 sums, as those of later tokens are, and not rounded to bfloat16 in between.
+    """
     model = gpu_decoder("40m")
     generator = decode.Generator(model)
     step = decode.Step(model, generator.layers, 6, 256)
@@ -353,10 +377,13 @@ def test_the_prompts_graph_is_the_mirror_to_the_bit():
             same_width = [p for p in prompts if decode.prefill_width(len(p), model.config) == width]
             ids[same_width.index(prompt), :n] = torch.tensor(prompt, device="cuda")
             cache = model.empty_cache(rows, width)
-            hidden = model(ids, torch.arange(width, device="cuda").expand(rows, -1), cache)
+            parts = model.residual(ids, torch.arange(width, device="cuda").expand(rows, -1), cache)
             at = same_width.index(prompt)
-            ends = torch.full((rows,), n - 1, device="cuda")
-            scores = model.logits(hidden[torch.arange(rows, device="cuda"), ends])
+            x, branch = (part[:, n - 1].contiguous() for part in parts)
+            scores = x.new_empty(rows, model.config.vocab_size, dtype=torch.float32)
+            settle()
+            MTLM.decode_logits_(x + branch, model.norm.weight, model.config.norm_eps, model.table, scores)
+            assert not torch.equal(scores, scores.bfloat16().float())
             expected = [scores[at], *(t[:, at, :n].contiguous() for t in cache)]
             assert_equal_bits(expected, [step.scores[row], *(t[:, row, :n].contiguous() for t in step.cache)])
         assert step.position.tolist() == [len(prompt) - 1 for prompt in prompts]
@@ -413,6 +440,18 @@ def test_on_another_stream():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         assert complete(decode.Generator(model).stream(prompts, GREEDY, 20)) == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["small llama", "small gpt"])
+def test_on_a_gpu_that_is_not_the_current_one(kind: str):
+    model = gpu_decoder(kind)
+    prompts = prompts_of(model, 6)
+    here, there = decode.Generator(model), decode.Generator(copy.deepcopy(model).to("cuda:1"))
+    for sampling in (GREEDY, Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=1)):
+        expected = complete(here.stream(prompts, sampling, 20))
+        assert complete(there.stream(prompts, sampling, 20)) == expected
+        assert torch.cuda.current_device() == 0
 
 
 def test_chosen_where_it_fits():

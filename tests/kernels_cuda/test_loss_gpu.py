@@ -141,6 +141,21 @@ def test_no_more_than_a_gibibyte_beyond_inputs_and_gradients():
     assert torch.cuda.max_memory_allocated() - before - gradients <= 2**30
 
 
+def test_evaluating_makes_no_gradients():
+    """Beyond the logits nothing of their size, nor of the table's, is held."""
+    hidden, table, targets = head(8192, 768, 32000, torch.bfloat16, torch.float32)
+    table = torch.nn.Parameter(table)
+    with torch.no_grad():
+        expected = loss.linear_cross_entropy(hidden, table.detach(), targets)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sums = loss.linear_cross_entropy(hidden, table, targets)
+    logits, narrow_table = 8192 * 32000 * 2, table.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before <= logits + narrow_table + 2**20
+    assert_equal_bits(list(sums), list(expected))
+
+
 def test_no_wait_for_the_device():
     hidden, table, targets = head(512, 384, 1000, torch.bfloat16, torch.float32)
     sums_and_gradients(loss.linear_cross_entropy, hidden, table, targets, 1e-4)

@@ -3,11 +3,15 @@
 import copy
 import dataclasses
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
+from core.config import ModelConfig
 from kernels_cuda import library, ops
 from port_torch.model import Decoder
+from tests.kernels_cuda.decoding import configs, random_decoder
 from tests.kernels_cuda.gpu import assert_as_good, assert_equal_bits, error
 from tests.models import GPT, LLAMA
 
@@ -58,6 +62,24 @@ def test_loss_and_gradients(kind: str, mode: str, monkeypatch: pytest.MonkeyPatc
     assert_as_good(flat[:1], flat[1:2], flat[2:], mode)
     # The loss is one number: its error may by chance be nothing. bfloat16's unit is 4e-3.
     assert abs(ours[0] - exact[0]) <= (1e-6 if mode == "f32" else 2e-3) * exact[0]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(config=configs((2, 6, 16, 32, 64)), mode=st.sampled_from(["f32", "bf16", "autocast", "float16"]))
+def test_drawn_models_have_the_loss_and_gradients_of_plain_pytorch(config: ModelConfig, mode: str):
+    model = random_decoder(config, torch.bfloat16 if mode == "bf16" else torch.float32, "cuda").eval()
+    tokens = torch.randint(config.vocab_size, (3, 24), device="cuda")
+    narrow = torch.float16 if mode == "float16" else torch.bfloat16
+    with torch.autocast("cuda", narrow, enabled=mode in ("autocast", "float16")):
+        ours = gradients(model, tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            plain = plainly(model, tokens, patch)
+    with pytest.MonkeyPatch.context() as patch:
+        exact = plainly(copy.deepcopy(model).double(), tokens, patch)
+    flat = [torch.cat([g.double().flatten() for g in all_of[1:]]) for all_of in (ours, plain, exact)]
+    # As below, with a factor of two more for models of a few hundred numbers.
+    assert error(flat[0], flat[2]) <= 4 * error(flat[1], flat[2]) + 2e-6
+    assert abs(ours[0] - exact[0]) <= (2e-6 if mode == "f32" else 5e-3) * exact[0]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -1,0 +1,69 @@
+"""Built files on a GPU: one of older code that is translated for it, and memory that runs out inside an op."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.several_devices import ROOT
+
+pytestmark = pytest.mark.gpu
+
+# In a process of its own, since ops are registered once: a step's kernels of PTX for 8.0 beside the references.
+TRANSLATED = """
+import sys, torch
+from pathlib import Path
+from kernels_cuda import build, decode_reference as reference, library
+file = Path(sys.argv[1])
+build.build(file, ("8.0+PTX",))
+assert build.serves(["8.0+PTX"], torch.cuda.get_device_capability())
+torch.ops.load_library(file)
+torch.manual_seed(0)
+bf16 = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()
+for batch in (1, 33):  # few rows take clusters of blocks where there are any
+    q, k, v = bf16(batch, 768), bf16(batch, 300, 12, 64), bf16(batch, 300, 12, 64)
+    weight, at = bf16(768, 768) * 0.03, torch.full((batch,), 299, device="cuda")
+    results = []
+    for ops in (torch.ops.mtlm, reference):
+        y, x = torch.empty_like(q), torch.ones_like(q)
+        torch.cuda.synchronize()
+        for _ in range(20):  # one behind the other: a kernel that did not wait would read too early
+            ops.decode_attention_(q, k, v, at, y)
+            ops.decode_add_projection_(y, weight, None, x)
+        results.append((y.float(), x.float()))
+    for mine, plain in zip(*results):
+        # bfloat16's unit is 4e-3 of values up to 4, rounded 20 times on the way.
+        assert (mine - plain).abs().max() <= 0.1, (batch, (mine - plain).abs().max())
+"""
+
+
+def test_code_of_8_0_is_right_wherever_it_is_translated(tmp_path):
+    command = [sys.executable, "-c", TRANSLATED, tmp_path / "kernels.so"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_runs_out_in_an_op_is_pytorchs_own_error():
+    torch.cuda.empty_cache()
+    x = torch.zeros(2**21, 768, device="cuda", dtype=torch.bfloat16)  # 3 GiB
+    weight = torch.ones(768, device="cuda", dtype=torch.bfloat16)
+    heads = x.view(1, 2**21, 12, 64)
+    angle = torch.zeros(1, 2**21, 32, device="cuda")
+    rstd = torch.ones(2**21, device="cuda")
+    ops = torch.ops.mtlm
+    calls = (
+        lambda: ops.rms_norm(x, weight, 1e-6, torch.bfloat16),
+        lambda: ops.add_rms_norm(x, x, weight, 1e-6),
+        lambda: ops.rms_norm_backward(x, None, x, rstd, weight, False),
+        lambda: ops.rotary_pack(heads, heads, heads, angle, angle, False),
+        lambda: ops.rms_norm(x.T.contiguous().T, weight, 1e-6, torch.bfloat16),  # its copy
+    )
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    try:
+        for call in calls:
+            with pytest.raises(torch.OutOfMemoryError):
+                call()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,78 @@
+"""`Stepper.fit` at the edge of a GPU's memory: what was tried is what an update needs, wherever memory ends."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from core.config import PRESETS, ModelConfig
+from kernels_cuda import library
+from port_torch.model import Decoder
+from port_torch.training.batches import Rows, empty_rows
+from port_torch.training.ranks import Ranks
+from port_torch.training.settings import AdamWConfig
+from port_torch.training.step import Stepper
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """The kernels run, and no test leaves a limit of memory behind."""
+    library.load("cuda")
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def make_stepper(config: ModelConfig) -> Stepper:
+    ranks = Ranks(0, 1, torch.device("cuda", 0))
+    return Stepper(Decoder(config).to("cuda"), AdamWConfig(), ranks, seed=0, bf16=True)
+
+
+def peak(function) -> int:
+    """The most bytes that are allocated at once in a call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_an_update_needs_what_was_tried(parts: int):
+    config = dataclasses.replace(PRESETS["mtlm1-200m"], n_layers=12)
+    stepper = make_stepper(config)
+
+    def example(n: int) -> Rows:
+        return empty_rows(n, config.context, packed=False)
+
+    stepper.update(example(8), parts, 0, 1e-4, (False, False))  # cuBLAS's own memory
+    tried = peak(lambda: stepper._rehearse(example(8), parts))
+    stepper._forget()
+    used = peak(lambda: stepper.update(example(8), parts, 1, 1e-4, (False, False)))
+    # Scalars and the norms of 111 gradients, next to gigabytes.
+    assert used <= tried + 2**20, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
+
+
+def test_the_batch_is_split_wherever_memory_ends():
+    config = dataclasses.replace(PRESETS["mtlm1-88m"], n_layers=4, vocab_size=258)
+    stepper = make_stepper(config)
+
+    def example(n: int) -> Rows:
+        return empty_rows(n, config.context, packed=False)
+
+    stepper._rehearse(example(16), 1)
+    stepper._forget()
+    most = peak(lambda: stepper._rehearse(example(16), 1))
+    stepper._forget()
+    base, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    found = set()
+    for i in range(40):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((base + (most - base) * (0.55 + 0.01 * i)) / total)
+        parts = stepper.fit(16, 1, example)
+        found.add(parts)
+        stepper.update(example(16), parts, i, 1e-4, (False, False))
+    assert len(found) > 1 and found <= {1, 2, 4}
