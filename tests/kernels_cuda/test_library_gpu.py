@@ -1,4 +1,4 @@
-"""Built files on a GPU: one of older code that is translated for it, and memory that runs out inside an op."""
+"""Built files on a GPU: one of older code that is translated for it; memory that runs out inside an op."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from tests.several_devices import ROOT
 
 pytestmark = pytest.mark.gpu
 
-# In a process of its own, since ops are registered once: a step's kernels of PTX for 8.0 beside the references.
+# In a process of its own, since ops are registered once: a step's kernels of PTX for 8.0, and the references.
 TRANSLATED = """
 import sys, torch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`Stepper.fit` at the edge of a GPU's memory: what was tried is what an update needs, wherever memory ends."""
+"""`Stepper.fit` where a GPU's memory ends: what was tried is what an update needs."""
 
 import dataclasses
 from collections.abc import Iterator
