@@ -27,6 +27,8 @@ class Tuning(NamedTuple):
     """An example of what it is given."""
     format: str
     """How that is put together, and how an answer ends."""
+    arguments: str
+    """Of port_torch.generate, to try it: as they are typed in a shell."""
 
 
 def model_card(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.nn.attention import SDPBackend
 
 from core.config import ModelConfig
@@ -202,11 +204,14 @@ def train(job: Job, ranks: Ranks) -> int:
         step_dir = find_step(out)
         last = load_manifest(step_dir)
         folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
+        arguments = job.tuning.arguments if job.tuning else "--prompt The"
         console.print(
             f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}\n"
             f"the model: {folder}, a folder for transformers, proved by its logits\n"
-            f"next: python -m port_torch.generate {folder} --prompt 'The'",
+            f"next: python -m port_torch.generate {shlex.quote(str(folder))} {arguments}",
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     return code
 
@@ -265,7 +270,7 @@ def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: boo
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
     console.print(table)
 
 

@@ -18,9 +18,10 @@ from core.run.log import read_log
 from core.tokenizer import load_tokenizer
 from port_torch.model import Decoder, load
 from port_torch.training.batches import Rows
+from port_torch.training.examples import Example, examples_of
 from port_torch.training.lora import add_adapters, merged
 from port_torch.training.packing import PADDING, pack, packed_batches
-from port_torch.training.rows import Example, Row, examples_of, instruction, read_rows
+from port_torch.training.rows import Row, RowFile, instruction, read_rows
 from port_torch.training.settings import AdamWConfig
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export
@@ -271,11 +272,15 @@ def test_the_first_loss_is_that_of_the_responses_alone(finished, folders, data):
     assert means[0] <= log["nll"] <= means[-1]
 
 
+def file_of(folder: Path, *lines: dict) -> RowFile:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return read_rows(path)
+
+
 def test_the_forms_of_rows(tmp_path: Path):
     def rows_of(*lines: dict) -> tuple[list[Row], str]:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-        file = read_rows(path)
+        file = file_of(tmp_path, *lines)
         return file.rows, file.form
 
     assert rows_of({"text": "a\u2028b", "id": 3}) == ([Row("", "a\u2028b")], "text")
@@ -286,15 +291,62 @@ def test_the_forms_of_rows(tmp_path: Path):
     (row,), _ = rows_of({"instruction": "Do {x}.", "input": "{y}", "output": "b"})
     assert row.prompt == "### Instruction:\nDo {x}.\n\n### Input:\n{y}\n\n### Response:\n"
     assert instruction("Do.") == bare
+    assert rows_of({"prompt": "a", "completion": "b"}) == ([Row("a", "b")], "prompt")
+    assert rows_of({"instruction": "Do.", "input": None, "output": "b"}) == ([Row(bare, "b")], "instruction")
+    assert rows_of({"text": None, "prompt": "a", "response": "b", "output": ""})[0] == [Row("a", "b")]
+
+
+def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):
+    """Dolly's context is the input, or its answers would come out of nothing; its category is named."""
+    dolly = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"}
+    file = file_of(tmp_path, dolly, dolly | {"id": 0, "context": "", "system": "", "history": []})
+    shown = "### Instruction:\nWho?\n\n### Input:\nAda wrote it.\n\n### Response:\n"
+    assert file.rows == [Row(shown, "Ada."), Row(instruction("Who?"), "Ada.")]
+    assert file.unused == {"category": 2, "id": 1} and file.has_context
+    alpaca = {"instruction": "Who?", "input": "Ada wrote it.", "output": "Ada."}
+    assert file_of(tmp_path, alpaca).rows == file.rows[:1] and not file_of(tmp_path, alpaca).has_context
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"text": "Below is", "instruction": "a", "output": "b"},
+            r"both 'text' and 'instruction'.*del\(.text\)",
+        ),
+        ({"text": "Below is", "response": "b"}, "both 'text' and 'response'"),
+        ({"prompt": "a", "instruction": "a", "output": "b"}, "both 'prompt' and 'instruction'"),
+        ({"prompt": "a", "response": "b", "completion": "c"}, "both 'response' and 'completion'"),
+        ({"instruction": "a", "input": "c", "context": "d", "output": "b"}, "both 'input' and 'context'"),
+        (
+            {"prompt": "a", "input": "c", "response": "b"},
+            "field 'input', for which a row of 'prompt' has no place",
+        ),
+        (
+            {"instruction": "a", "output": "b", "system": "c"},
+            "field 'system', for which a row of 'instruction'",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history', for which"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "chat templates are not supported yet"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "chat templates are not supported yet"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{}]},
+            "chat templates are not supported",
+        ),
+    ],
+)
+def test_rows_that_would_be_falsified_are_refused(fields: dict, message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"line 2.*{message}"):
+        file_of(tmp_path, {"instruction": "a", "output": "b"}, fields)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         (['{"text": "a"}', "{"], "line 2 is not JSON"),
-        (["[1]"], "line 1 is no JSON object"),
+        (["[1]"], "line 1 is not a JSON object"),
         (['{"prompt": "a"}'], r'line 1 has the fields prompt: give \{"text"\}'),
-        (['{"text": 3}'], "line 1: text is no text but 3"),
+        (['{"text": 3}'], "line 1: text must be a string, got 3"),
         (['{"prompt": "a", "response": " "}'], "line 1 has nothing to learn: its response is empty"),
         (
             ['{"text": "a"}', '{"prompt": "a", "response": "b"}'],

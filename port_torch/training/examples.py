@@ -1,0 +1,43 @@
+"""Rows as tokens: what the model is given, and what it is to predict.
+
+Every row is `<s>` prompt response `</s>`; the response and its end are learned, of a text everything. Prompt
+and response are encoded apart, so that their border is where it is when the model answers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from core.loss import IGNORE
+from core.tokenizer import Tokenizer
+from port_torch.training.rows import Row
+
+
+class Example(NamedTuple):
+    """A row, or a piece of a long text, as what the model is given and what it is to predict."""
+
+    tokens: np.ndarray
+    """int32 [n]."""
+    targets: np.ndarray
+    """int32 [n]: the next id, -1 where it is the prompt's."""
+    n_bytes: int
+    """Length of what is learned, in UTF-8."""
+
+
+def examples_of(row: Row, tokenizer: Tokenizer, context: int) -> list[Example]:
+    """The row's examples: one; for a long text several, each of at most `context` places; none where a prompt
+    with its response is longer, since cutting it would teach answers without an end."""
+    prompt = tokenizer.begin(row.prompt)
+    response = [*map(int, tokenizer.encode(row.response)), tokenizer.eos]
+    ids = np.array(prompt + response, np.int32)
+    n_bytes = len(row.response.encode())
+    tokens, targets = ids[:-1], ids[1:].copy()
+    targets[: len(prompt) - 1] = IGNORE
+    if len(tokens) <= context:
+        return [Example(tokens, targets, n_bytes)]
+    if row.prompt:
+        return []
+    cuts = range(0, len(tokens), context)
+    pieces = [(tokens[i : i + context], targets[i : i + context]) for i in cuts]
+    # The bytes of a piece are not known apart; only their sum over all pieces is used.
+    return [Example(*piece, n_bytes if i == 0 else 0) for i, piece in enumerate(pieces)]

@@ -1,0 +1,147 @@
+"""Fine-tuning on the rows of a file: from what the command was given to the `Job` that is trained."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+from core.errors import UserError
+from core.generate import require_room
+from core.loss import IGNORE
+from core.tokenizer import Tokenizer, tokenizer_record
+from port_torch.training.batches import HeldOut, Rows, empty_rows
+from port_torch.training.course import Job, require_deterministic_operations, train
+from port_torch.training.examples import examples_of
+from port_torch.training.lora import add_adapters
+from port_torch.training.origin import open_origin
+from port_torch.training.packing import PADDING, pack, packed_batches
+from port_torch.training.ranks import Ranks, open_ranks
+from port_torch.training.rows import Row, RowFile, instruction
+from port_torch.training.tuned import tuning
+from train_tpu.data import record_at
+from train_tpu.run_folder import run_record
+
+if TYPE_CHECKING:
+    from port_torch.finetune import FinetuneConfig
+
+EPOCHS = 3.0
+SAMPLES = 3
+VALID = "valid"
+
+
+def run(config: "FinetuneConfig", file: RowFile) -> int:
+    """Trains on the rows of a file; returns the exit code of `train_tpu.interrupt`."""
+    if config.deterministic:
+        require_deterministic_operations()
+    with open_ranks(config.device) as ranks:
+        return train(make_job(config, file, ranks), ranks)
+
+
+def make_job(config: "FinetuneConfig", file: RowFile, ranks: Ranks) -> Job:
+    """Model and data of a run."""
+    origin = open_origin(config.init_from, "finetune", config.tokenizer)
+    decoder, tokenizer = origin.decoder, origin.tokenizer
+    model, mine = decoder.config, ranks.rows(config.batch)
+    divided = divide(file, tokenizer, model.context, config)
+    if config.lora_rank:
+        add_adapters(decoder, config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.seed)
+    n = len(divided.train.tokens)
+    steps = config.steps or max(1, round((config.epochs or EPOCHS) * n / config.batch))
+    record = tokenizer_record(tokenizer)
+    contents = [file.sha256, record["sha256"], model.context, config.validation, config.seed]
+    if file.has_context:  # runs from before it was read did not learn from the same rows
+        contents.append("context")
+    fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    filled = float((divided.train.documents != PADDING).mean())
+    return Job(
+        config=config,
+        out=config.out,
+        defaults=type(config)(init_from=config.init_from, data=config.data, out=config.out),
+        decoder=decoder.to(ranks.device),
+        tokenizer=tokenizer,
+        record=run_record(config, model, steps, record, fingerprint),
+        lineage=origin.lineage,
+        steps=steps,
+        batches=lambda start: packed_batches(
+            divided.train, seed=config.seed, batch=config.batch, start=start, rows=mine
+        ),
+        example=lambda n: empty_rows(n, model.context, packed=True),
+        heldout=divided.heldout,
+        prompts=sample_prompts(config, file.form, divided.shown, tokenizer, model.context),
+        table=[
+            ("started from", str(config.init_from)),
+            ("trained", f"LoRA adapters of rank {config.lora_rank}" if config.lora_rank else "all weights"),
+            ("data", f"{config.data}: {len(file.rows):,} rows of {file.form!r}, packed into {n:,} sequences, "
+                     f"{filled:.0%} filled"),
+            ("left out", f"{divided.n_long:,} rows, which are longer than the context"),
+            ("fields not used", ", ".join(f"{name} ({k:,} rows)" for name, k in file.unused.items()) or "-"),
+        ],
+        tuning=tuning(file.form, divided.shown[0].prompt),
+    )  # fmt: skip
+
+
+class Divided(NamedTuple):
+    """The rows of a file as what is trained on and what is not."""
+
+    train: Rows
+    heldout: list[HeldOut]
+    shown: list[Row]
+    """Held-out rows (training ones where none are held out), for samples."""
+    n_long: int
+    """Rows that do not fit into the context and are left out."""
+
+
+def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneConfig") -> Divided:
+    """Holds out the share of the rows that is asked for, drawn by the seed, and packs both parts.
+
+    Raises:
+        UserError: no row is left to train on or to score.
+    """
+    n, n_long = len(file.rows), 0
+    n_valid = max(1, round(config.validation * n)) if config.validation and n > 1 else 0
+    drawn = {record_at(i, n, config.seed) for i in range(n_valid)}
+    packed, n_bytes, shown = {}, 0, []
+    for held in (False, True):
+        examples = []
+        for number, row in enumerate(file.rows):
+            if (number in drawn) is not held:
+                continue
+            of_row = examples_of(row, tokenizer, context)
+            n_long += not of_row
+            examples += of_row
+            if of_row and held is bool(drawn):
+                shown.append(row)
+        if not examples and (drawn or not held):
+            raise UserError(
+                f"of the {n} rows of {config.data} none that fits into the context of {context} tokens is "
+                f"left to {'score' if held else 'train on'}: give more rows, shorter ones, or another "
+                "--validation"
+            )
+        packed[held] = pack(examples, context)
+        n_bytes = sum(example.n_bytes for example in examples)
+    heldout = []
+    if drawn:
+        scored = packed[True]
+        predicted = int((scored.targets != IGNORE).sum())
+        heldout = [HeldOut(VALID, predicted, n_bytes, lambda limit: some(scored, limit))]
+    return Divided(packed[False], heldout, shown, n_long)
+
+
+def some(rows: Rows, limit: int | None) -> Rows:
+    """All rows, or `limit` of them spread evenly."""
+    n = min(len(rows.tokens), limit or len(rows.tokens))
+    return rows.part([i * len(rows.tokens) // n for i in range(n)])
+
+
+def sample_prompts(
+    config: "FinetuneConfig", form: str, shown: list[Row], tokenizer: Tokenizer, context: int
+) -> list[list[int]]:
+    """Ids that the samples go on from: --prompts in the form of the rows, or the beginnings of rows."""
+    if config.prompts:
+        texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
+    else:
+        texts = [row.prompt or " ".join(row.response.split()[:6]) for row in shown]
+    ids = [tokenizer.begin(text) for text in texts]
+    if config.prompts:
+        require_room(ids, context)
+        return ids
+    return [prompt for prompt in ids if len(prompt) <= context // 2][:SAMPLES]
