@@ -26,8 +26,8 @@ from core.errors import UserError, run_command
 from core.generate import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator
-from port_torch.generate import stream
 from port_torch.model import Decoder
+from port_torch.sampling import stream
 
 GREEDY = Sampling(temperature=0)
 SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95)

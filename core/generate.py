@@ -6,8 +6,7 @@ twice, and each row draws from keys of its own: its text does not depend on what
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,11 +17,13 @@ import tyro
 from jaxtyping import Array, Float, Int, UInt32
 
 from core import checks, cli
+from core.batch_file import BatchFile, generation_settings, write_texts
 from core.checkpoint import find_step, load_manifest, restore_params
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
-from core.errors import UserError, run_command
+from core.errors import run_command
 from core.keys import Purpose, make_key
+from core.manifest import recorded_hash
 from core.model import (
     Compute,
     KVCache,
@@ -33,28 +34,10 @@ from core.model import (
     forward_cached,
     logits,
 )
-from core.tokenizer import TextStream, Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.sampling import Sampling, pieces, piped_prompt, require_room, show, until_ended
+from core.tokenizer import load_tokenizer, require_same, tokenizer_record
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    temperature: float = 0.8
-    """0 takes the likeliest token; 1 samples the model's own distribution."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0 means all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks.not_negative(temperature=self.temperature)
-        checks.counts(0, top_k=self.top_k)
-        checks.above_zero_to_one(top_p=self.top_p)
-        checks.seeds(seed=self.seed)
 
 
 class Rows(NamedTuple):
@@ -73,6 +56,8 @@ class Knobs(NamedTuple):
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     seed: UInt32[Array, ""]
+    first_row: Int[Array, ""] = np.int32(0)
+    """The number of the batch's first row, which its keys are made of."""
 
 
 def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs) -> Int[Array, " B"]:
@@ -97,7 +82,8 @@ def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs
         key = jax.random.fold_in(make_key(knobs.seed, Purpose.SAMPLE, row), position)
         return jax.random.categorical(key, kept)
 
-    drawn = jax.vmap(draw)(jnp.arange(scores.shape[0]), position, kept)
+    rows = knobs.first_row + jnp.arange(scores.shape[0])
+    drawn = jax.vmap(draw)(rows, position, kept)
     return jnp.where(knobs.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
@@ -135,10 +121,12 @@ class Generator:
         sampling: Sampling,
         max_new_tokens: int,
         eos: int | None = None,
+        first_row: int = 0,
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every prompt, step by step; None for a row that has ended.
 
-        A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context.
+        A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context. Row i
+        draws from keys of (seed, first_row + i): its text does not depend on what else is in the batch.
 
         Raises:
             UserError: a prompt is empty or leaves no room in the context.
@@ -152,7 +140,7 @@ class Generator:
             tokens[row, : len(prompt)] = prompt
         knobs = Knobs(
             np.float32(sampling.temperature), np.int32(sampling.top_k),
-            np.float32(sampling.top_p), np.uint32(sampling.seed),
+            np.float32(sampling.top_p), np.uint32(sampling.seed), np.int32(first_row),
         )  # fmt: skip
 
         def steps() -> Iterator[list[int]]:
@@ -169,66 +157,6 @@ class Generator:
         return [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
 
 
-def require_room(prompts: list[list[int]], context: int) -> None:
-    """A UserError for a prompt that is empty or leaves no room in the context."""
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) < 1:
-        raise UserError("a prompt has no tokens; give at least the begin-of-sequence token")
-    if longest >= context:
-        raise UserError(
-            f"a prompt is {longest} tokens long, but the model's context is {context}: shorten it to at most "
-            f"{context - 1}"
-        )
-
-
-def until_ended(
-    steps: Iterable[list[int]], prompts: list[list[int]], context: int, max_new_tokens: int, eos: int | None
-) -> Iterator[list[int | None]]:
-    """The tokens of every step, None for a row that has ended; asks for no step that nobody needs.
-
-    A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context.
-    """
-    room = np.array([context - len(prompt) for prompt in prompts])
-    ended = np.zeros(len(prompts), bool)
-    for made, new in enumerate(itertools.islice(steps, max_new_tokens), 1):
-        if eos is not None:
-            ended |= np.array(new) == eos
-        yield [None if done else token for done, token in zip(ended, new, strict=True)]
-        ended |= made >= room
-        if ended.all():
-            return
-
-
-def pieces(
-    tokenizer: Tokenizer, prompts: list[list[int]], steps: Iterable[list[int | None]]
-) -> Iterator[list[str]]:
-    """The text that each step of `stream` adds to each row, in whole characters; at the end what is left.
-
-    prompts: the ids before it; whether the first new token begins with a space depends on them.
-    """
-    streams = [TextStream(tokenizer) for _ in prompts]
-    for stream, prompt in zip(streams, prompts, strict=True):
-        for token in prompt:
-            stream.push(token)
-    for tokens in steps:
-        yield [
-            "" if token is None else stream.push(token) for stream, token in zip(streams, tokens, strict=True)
-        ]
-    yield [stream.flush() for stream in streams]
-
-
-def show(texts: list[str], added: Iterable[list[str]]) -> None:
-    """Prints texts and what is added to them (`pieces`): one as it comes, several when all are done."""
-    if len(texts) == 1:
-        print(texts[0], end="", flush=True)
-        for (piece,) in added:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        for text, *parts in zip(texts, *added, strict=True):
-            print(f"{text}{''.join(parts)}\n-----")
-
-
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Generate text with a trained model."""
@@ -236,7 +164,9 @@ class GenerateConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """A run folder, or one checkpoint in it."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """What to go on from; repeat it for several at once. Default: the beginning of a document."""
+    """What to continue; repeat it for several at once. Default: what is piped into the command, else the
+    beginning of a document."""
+    files: BatchFile = BatchFile()
     max_new_tokens: int = 200
     sampling: Sampling = Sampling()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -247,21 +177,42 @@ class GenerateConfig:
 
 
 def main() -> int:
-    """The command: one prompt streams, several are printed one after the other when all are done."""
+    """The command: one prompt streams, several are printed one after the other when all are done.
+
+    130 when Ctrl-C cut a file of prompts short, after what was done is written.
+    """
     config = cli.parse(GenerateConfig, prog="python -m core.generate")
+    lines = config.files.read(config.prompt)
+    texts = [line["prompt"] for line in lines] if lines else config.prompt or [piped_prompt() or ""]
     keep_compiled()
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)
     model = ModelConfig(**manifest.config["model"])
     tokenizer = load_tokenizer(manifest.tokenizer["name"])
     require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
-    params = restore_params(step_dir, abstract_params(model))
-    generator = Generator(model, Compute(dtype=compute_dtype(config.dtype, jax.default_backend())))
-    texts = config.prompt or [""]
     prompts = [tokenizer.begin(text) for text in texts]
-    steps = generator.stream(params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos)
-    show(texts, pieces(tokenizer, prompts, steps))
-    return 0
+    require_room(prompts, model.context)
+    params = restore_params(step_dir, abstract_params(model))
+    dtype = compute_dtype(config.dtype, jax.default_backend())
+    generator = Generator(model, Compute(dtype=dtype))
+
+    def added(texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
+        prompts = [tokenizer.begin(text) for text in texts]
+        prompts += prompts[-1:] * (batch - len(prompts))  # of one size, so that nothing is compiled again
+        steps = generator.stream(
+            params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos, first_row
+        )
+        return (pieces_of_step[: len(texts)] for pieces_of_step in pieces(tokenizer, prompts, steps))
+
+    batch = min(config.files.batch, len(lines)) or len(texts)
+    if not lines:
+        show(texts, added(texts))
+        return 0
+    settings = generation_settings(
+        config.sampling, config.max_new_tokens, tokenizer, recorded_hash(step_dir), dtype=dtype,
+        device=jax.default_backend(),
+    )  # fmt: skip
+    return write_texts(config.files.out, lines, batch, settings, added)
 
 
 if __name__ == "__main__":

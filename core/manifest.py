@@ -163,6 +163,12 @@ def load_manifest(step_dir: Path, name: str = MANIFEST) -> Manifest:
     return Manifest.from_json(text, path)
 
 
+def recorded_hash(step_dir: Path, name: str = MANIFEST) -> str:
+    """The manifest's own sha256, which covers that of every file: what a folder is known by."""
+    load_manifest(step_dir, name)
+    return json.loads((step_dir / name).read_text(encoding="utf-8"))["sha256"]
+
+
 def verify(step_dir: Path, name: str = MANIFEST) -> None:
     """Reads every file of a step folder and compares it with the manifest; UserError names the first
     that is missing, unexpected, of another size or of other content."""

@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from core.errors import UserError
-from core.generate import Sampling, pieces
+from core.sampling import Sampling, pieces
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.progress import Progress

@@ -1,6 +1,5 @@
 """What is evaluated: a checkpoint with Flax, or a folder of weights with PyTorch."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +8,7 @@ from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
-from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest
+from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
 from core.steps import list_steps
 from core.tokenizer import Tokenizer, load_tokenizer, require_same, tokenizer_record
@@ -76,7 +75,7 @@ def _open_checkpoint(path: Path, dtype: str) -> Model:
     params = restore_params(step_dir, abstract_params(config))
     backend = FlaxBackend(config, params, dtype)
     known = _known(step_dir.absolute().parent.parent.name, config, manifest)
-    identity = known | {"kind": "checkpoint", "sha256": _manifest_hash(step_dir / MANIFEST)}
+    identity = known | {"kind": "checkpoint", "sha256": recorded_hash(step_dir)}
     return Model(backend, tokenizer, identity, results_folder(step_dir))
 
 
@@ -87,8 +86,8 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
         from eval.torch_backend import TorchBackend
         from port_torch.folder import export_manifest, weights_hash
         from port_torch.folder_tokenizer import folder_tokenizer
-        from port_torch.generate import choose_device
         from port_torch.model import load
+        from port_torch.sampling import choose_device
     except ImportError as error:
         raise UserError(
             f"{path} is not a checkpoint, and a folder of weights needs PyTorch ({error}): "
@@ -102,7 +101,7 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
     tokenizer = folder_tokenizer(path, manifest, None, config.vocab_size)
     name = path.absolute().name
     if manifest:
-        identity = _known(name, config, manifest) | {"sha256": _manifest_hash(path / EXPORT_MANIFEST)}
+        identity = _known(name, config, manifest) | {"sha256": recorded_hash(path, EXPORT_MANIFEST)}
     else:
         identity = {"name": name, "parameters": config.n_params, "sha256": weights_hash(path)}
     return Model(
@@ -123,11 +122,6 @@ def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]
         "config": manifest.config["model"],
         "tokenizer": manifest.tokenizer,
     }
-
-
-def _manifest_hash(path: Path) -> str:
-    """The manifest's own hash, which covers that of every file."""
-    return json.loads(path.read_text(encoding="utf-8"))["sha256"]
 
 
 def describe(model: Model, dtype: str) -> str:

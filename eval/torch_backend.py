@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from core.generate import Sampling
+from core.sampling import Sampling
 from eval.batching import BUDGET, CPU_BUDGET, Batch, Scores, chunks
-from port_torch.generate import stream
 from port_torch.model import Decoder
+from port_torch.sampling import stream
 
 CHUNK = 2048  # places whose logits are held at once on a device
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.config import ModelConfig
-from core.generate import Sampling, require_room, until_ended
+from core.sampling import Sampling, require_room, until_ended
 from port_torch.model import Decoder, KVCache, rotary_angles
 
 MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
@@ -248,7 +248,7 @@ class Generator:
         eos: int | None = None,
         first_row: int = 0,
     ) -> Iterator[list[int | None]]:
-        """What `port_torch.generate.stream` yields, of other random numbers.
+        """What `port_torch.sampling.stream` yields, of other random numbers.
 
         Raises:
             UserError: a prompt is empty or leaves no room in the context.

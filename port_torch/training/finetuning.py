@@ -5,8 +5,8 @@ import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
-from core.generate import require_room
 from core.loss import IGNORE
+from core.sampling import require_room
 from core.tokenizer import Tokenizer, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
 from port_torch.training.course import Job, require_deterministic_operations, train

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.generate import Sampling
 from core.manifest import Manifest
 from core.run.log import NoLog, RunLog
+from core.sampling import Sampling
 from core.tokenizer import Tokenizer
-from port_torch.generate import stream
+from port_torch.sampling import stream
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut
 from port_torch.training.evaluate import score

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.errors import UserError
-from port_torch.generate import choose_device
+from port_torch.sampling import choose_device
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from core.generate import Sampling
 from kernels_cuda import decode_reference, library
 from port_torch import decode
 from port_torch.decode_rules import why_not
-from port_torch.generate import choose_generator, stream
 from port_torch.model import Decoder, rotary_angles
+from port_torch.sampling import choose_generator, stream
 from tests.kernels_cuda.decoding import GREEDY, SMALL, complete, random_decoder
 from tests.kernels_cuda.test_ops import EPS, F64, MTLM, random
 

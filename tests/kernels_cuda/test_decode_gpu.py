@@ -13,8 +13,8 @@ from core.config import PRESETS
 from core.generate import Sampling
 from kernels_cuda import decode_reference as reference
 from port_torch import decode
-from port_torch.generate import choose_generator
 from port_torch.model import Decoder, rotary_angles
+from port_torch.sampling import choose_generator
 from tests.kernels_cuda.decoding import GREEDY, SMALL, complete, random_decoder
 from tests.kernels_cuda.gpu import POISON, Guarded, assert_as_good, assert_equal_bits, run_twice, wide
 

@@ -16,11 +16,14 @@ import scipy.stats
 import torch
 
 import core.generate
+from core.batch_file import mark_of, read_prompts
 from core.errors import UserError
 from core.generate import Generator, Sampling
 from core.model import Compute
-from port_torch.generate import choose, main, read_prompts, stream
+from port_torch.generate import main
 from port_torch.model import load
+from port_torch.sampling import choose, stream
+from port_torch.training.tuned import shell_quoted
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export
 from tests.train_tpu.processes import start
@@ -149,6 +152,61 @@ def test_a_file_of_prompts(case, call, tmp_path):
         call(main, *common, "--out", tmp_path / "a.jsonl")
 
 
+def test_a_file_of_prompts_as_core_makes_it(case, call, tmp_path):
+    """Greedy texts are the same; batches of core are filled up, and its rows drawn as single prompts are."""
+    _, _, _, folder, checkpoint = case
+    given = tmp_path / "prompts.jsonl"
+    given.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "Grüße", "bc")))
+    greedy = ("--batch-file", given, "--max-new-tokens", "8", "--temperature", "0", "--batch", "2")
+    call(main, folder, *greedy, "--out", tmp_path / "torch.jsonl")
+    call(core.generate.main, checkpoint, *greedy, "--out", tmp_path / "jax.jsonl")
+    assert (tmp_path / "torch.jsonl").read_text() == (tmp_path / "jax.jsonl").read_text()
+    drawn = ("--max-new-tokens", "8", "--temperature", "1")
+    call(
+        core.generate.main, checkpoint, "--batch-file", given, *drawn, "--batch", "2", "--out", tmp_path / "d"
+    )
+    texts = [json.loads(line) for line in (tmp_path / "d").read_text().splitlines()]
+    alone = call(core.generate.main, checkpoint, *drawn, *(f"--prompt={row['prompt']}" for row in texts))
+    assert alone == "".join(f"{row['prompt']}{row['text']}\n-----\n" for row in texts)
+
+
+def test_instructions(folder, call):
+    """Put into the form of the rows that a model was tuned on; the shell's form of a prompt is the prompt."""
+    short = ("--max-new-tokens", "3", "--temperature", "0")
+    instruction = ("--prompt", "Add.", "--prompt-format", "instruction", "--input", "1, 2")
+    asked = call(main, folder, *instruction, *short)
+    form = "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
+    assert asked.startswith(form) and asked == call(main, folder, "--prompt", form, *short)
+    with pytest.raises(UserError, match="--prompt-format instruction"):
+        call(main, folder, "--prompt", "Add.", "--input", "1")
+    for text in (form, "it's a \\ 'b'\t", "plain"):
+        command = f"printf %s {shell_quoted(text)}"
+        assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == text
+
+
+@pytest.mark.parametrize("generate", [main, core.generate.main])
+def test_what_is_piped_in_is_the_prompt(generate, case, call, tmp_path, monkeypatch):
+    folder = case[3] if generate is main else case[4]
+    greedy = ("--max-new-tokens", "5", "--temperature", "0")
+    (tmp_path / "prompt").write_text("Grüße\n")
+    with (tmp_path / "prompt").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert call(generate, folder, *greedy) == call(generate, folder, "--prompt", "Grüße", *greedy)
+    (tmp_path / "prompt").write_bytes(b"\xff")
+    with (tmp_path / "prompt").open() as file, pytest.raises(UserError, match="is not UTF-8"):
+        monkeypatch.setattr("sys.stdin", file)
+        call(generate, folder, *greedy)
+
+
+def test_tiny_temperatures_and_shares_mean_the_same(case, call):
+    """The likeliest token, in JAX and in PyTorch; in float32 1e-310 is 0, and PyTorch divided by it."""
+    _, _, _, folder, checkpoint = case
+    wanted = call(main, folder, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "8")
+    for settings in (("--temperature", "1e-310"), ("--top-p", "1e-310"), ("--temperature", "1e-9")):
+        common = ("--prompt", "a", *settings, "--max-new-tokens", "8")
+        assert call(main, folder, *common) == call(core.generate.main, checkpoint, *common) == wanted
+
+
 def test_refusals(case, call, tmp_path):
     folder = case[3]
 
@@ -206,7 +264,7 @@ def test_ctrl_c_keeps_what_is_done(folder, cache, tmp_path):
     assert process.returncode == 130 and "interrupted: " in err
     n = len([json.loads(line)["text"] for line in out.read_text().splitlines()])
     assert 3 <= n < 5000 and f"{n} of 5000 prompts are in" in err
-    assert sorted(tmp_path.iterdir()) == [given, out]
+    assert sorted(tmp_path.iterdir()) == [given, out, mark_of(out)]
 
 
 @pytest.mark.slow
