@@ -52,8 +52,8 @@ def test_an_update_needs_what_was_tried(parts: int):
     tried = peak(lambda: stepper._rehearse(example(8), parts))
     stepper._forget()
     used = peak(lambda: stepper.update(example(8), parts, 1, 1e-4, (False, False)))
-    # Scalars and the norms of 111 gradients, next to gigabytes.
-    assert used <= tried + 2**20, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
+    # PyTorch splits no block for less than a mebibyte: which blocks are free decides on a few of them.
+    assert used <= 1.01 * tried, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
 
 
 def test_the_batch_is_split_wherever_memory_ends():
