@@ -22,6 +22,7 @@ from core.checkpoint import find_step, load_manifest, restore_params
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import run_command
+from core.folder_kinds import Kind, require_kind
 from core.keys import Purpose, make_key
 from core.manifest import recorded_hash
 from core.model import (
@@ -184,6 +185,7 @@ def main() -> int:
     config = cli.parse(GenerateConfig, prog="python -m core.generate")
     lines = config.files.read(config.prompt)
     texts = [line["prompt"] for line in lines] if lines else config.prompt or [piped_prompt() or ""]
+    require_kind(config.run, "generate", Kind.JAX)
     keep_compiled()
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)

@@ -8,6 +8,7 @@ from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
+from core.folder_kinds import Kind, require_kind
 from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
 from core.steps import list_steps
@@ -42,6 +43,7 @@ def open_model(path: Path, dtype: str, device: Device = "auto") -> Model:
     """
     if not path.exists():
         raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
+    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
     if is_checkpoint(path):
         if device != "auto":
             raise UserError(

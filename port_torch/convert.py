@@ -20,6 +20,7 @@ from core import cli
 from core.checkpoint import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from core.folders import new_folder
 from core.memory import peak_memory
 from core.model import abstract_params
@@ -62,6 +63,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # where float32 is float32
 
     # 1. The checkpoint: verified, finite, its tokenizer the one named.
+    require_kind(config.checkpoint, "convert", Kind.JAX)
     step_dir = find_step(config.checkpoint)
     manifest = load_manifest(step_dir)
     model = ModelConfig(**manifest.config["model"])

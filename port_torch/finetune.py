@@ -14,6 +14,7 @@ import tyro
 
 from core import checks, cli
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from port_torch.training.rows import read_rows
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 
@@ -59,6 +60,7 @@ def main() -> int:
     config = cli.parse(
         FinetuneConfig, prog="python -m port_torch.finetune", description=FinetuneConfig.__doc__
     )
+    require_kind(config.init_from, "start", Kind.WEIGHTS)
     file = read_rows(config.data)
     from port_torch.training.finetuning import run  # slow: PyTorch, which a malformed row does not wait for
 

@@ -14,6 +14,7 @@ import tyro
 from core import checks, cli
 from core.batch_file import BatchFile, generation_settings, write_texts
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from core.sampling import Sampling, piped_prompt, require_room
 from port_torch.training.rows import instruction
 
@@ -65,6 +66,7 @@ def main() -> int:
     if not prompts and not asks:
         prompts = [piped_prompt() or ""]
     prompts = [config.formatted(prompt) for prompt in prompts]
+    require_kind(config.folder, "generate", Kind.WEIGHTS)
     from port_torch.sampling import open_writer  # slow: PyTorch, which a malformed line does not wait for
 
     writer = open_writer(

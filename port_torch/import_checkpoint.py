@@ -15,7 +15,8 @@ from core import checks, cli
 from core.checkpoint import save_params
 from core.config import training_flags
 from core.errors import UserError, run_command
-from core.manifest import MANIFEST, Manifest, code_version
+from core.folder_kinds import Kind, require_kind
+from core.manifest import Manifest, code_version
 from core.tokenizer import load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
@@ -68,8 +69,7 @@ def detect(path: Path) -> ModuleType:
     """The module of the format that `path` has."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder or a file to import")
-    if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
-        raise UserError(f"{path} is ours already: give it to train_tpu.run --init-from as it is")
+    require_kind(path, "import", Kind.WEIGHTS)
     for module in FORMATS:
         if module.recognises(path):
             return module

@@ -17,6 +17,7 @@ import tyro
 from core import cli
 from core.config import ModelConfig
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
@@ -89,6 +90,7 @@ def out_folder(config: TrainConfig) -> Path:
 def make_job(config: TrainConfig, ranks: Ranks) -> Job:
     """Model and data of a run."""
     if config.init_from:
+        require_kind(config.init_from, "start", Kind.WEIGHTS)
         require_no_overrides(config)
         decoder, tokenizer, lineage = open_origin(config.init_from, "train", config.tokenizer)
         if config.steps is None and config.epochs is None:

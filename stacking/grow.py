@@ -21,6 +21,7 @@ from core.checkpoint import Manifest, find_step, load_manifest, verify
 from core.compilation_cache import keep_compiled
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from core.folders import new_folder
 from core.manifest import sync_path
 from core.memory import peak_memory
@@ -80,6 +81,7 @@ def main() -> int:
     keep_compiled()
 
     # 1. What is grown, and by which plan.
+    require_kind(config.source, "grow", Kind.JAX)
     step_dir = find_step(config.source)
     manifest = load_manifest(step_dir)
     model = source_model(step_dir, manifest)

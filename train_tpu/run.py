@@ -30,6 +30,7 @@ from core.compilation_cache import keep_compiled, programs_found
 from core.config import PRESETS, ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.extras import install_command
+from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
@@ -270,6 +271,7 @@ def open_source(
     path: Path, step_config: StepConfig, record: dict[str, Any], mesh: Mesh
 ) -> tuple[Path, Manifest, Params]:
     """The checkpoint that --init-from names, its manifest and its parameters."""
+    require_kind(path, "start", Kind.JAX)
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     require_same_tokenizer(manifest.tokenizer, record["tokenizer"], str(step_dir), "the data given")

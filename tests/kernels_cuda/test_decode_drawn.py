@@ -11,7 +11,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from port_torch import decode
 from port_torch.decode_rules import RULES, not_computed, why_not
-from port_torch.generate import choose_generator
+from port_torch.sampling import choose_generator
 from tests.kernels_cuda.decoding import (
     SMALL,
     configs,

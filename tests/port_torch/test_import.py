@@ -214,7 +214,7 @@ def test_refusals(call, tmp_path):
     for arguments, sentence in (
         ((tmp_path / "nothing", out), "does not exist"),
         ((tmp_path, out), "in none of the formats"),
-        ((checkpoint, out), "is ours already"),
+        ((checkpoint, out), "give it to `train_tpu.run --init-from` as it is"),
         ((folder, checkpoint), "exists already"),
         ((folder, out, "--n-heads", "2"), "--n-heads is for the original MTLM1"),
         ((folder, out, "--tokenizer", "mistral"), "the tokenizers differ: .*'bytes'.*'mistral'"),

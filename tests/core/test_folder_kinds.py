@@ -1,0 +1,85 @@
+"""Every command that opens a folder names the one that takes it where it is of another kind."""
+
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from core.folder_kinds import Kind, kind_of
+from eval.models import open_model
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "7b5e0bc"
+KINDS = {
+    "mtlm1": Kind.JAX,
+    "mtlm2": Kind.JAX,
+    "torch": Kind.TORCH,
+    "mtlm1-export": Kind.WEIGHTS,
+    "data": Kind.DATA,
+}
+
+
+def refusal(module: str, *arguments: str | Path) -> str:
+    """What a command says that refuses."""
+    command = importlib.import_module(module)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as refused:
+        patch.setattr("sys.argv", [module, *map(str, arguments)])
+        command.main()
+    return str(refused.value)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run of port_torch with its model, in a folder whose name has a space."""
+    run = shutil.copytree(FIXTURES / "torch", tmp_path / "a run")
+    shutil.copytree(FIXTURES / "mtlm1-export", run / "model")
+    return run
+
+
+def test_what_a_folder_is(finished: Path, tmp_path: Path):
+    for name, kind in KINDS.items():
+        assert kind_of(FIXTURES / name) is kind
+    for run, kind in ((FIXTURES / "mtlm1", Kind.JAX), (finished, Kind.TORCH)):
+        assert kind_of(run / "checkpoints") is kind_of(run / "checkpoints" / "00000012") is kind
+    assert kind_of(finished / "model") is Kind.WEIGHTS
+    for path in (tmp_path, tmp_path / "missing", FIXTURES / "text.txt"):
+        assert kind_of(path) is Kind.OTHER
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "advice"),
+    [
+        ("core.generate", "mtlm1-export", "python -m port_torch.generate {path}`"),
+        ("core.generate", "torch", "run its command to the end, which writes {path}/model"),
+        ("core.generate", "data", "python -m train_tpu.run --data {path}`"),
+        ("port_torch.generate", "mtlm1", "python -m core.generate {path}`"),
+        ("port_torch.generate", "data", "python -m train_tpu.run --data {path}`"),
+        ("port_torch.convert", "mtlm1-export", "in the form that convert writes already"),
+        ("port_torch.import_checkpoint", "mtlm1", "train_tpu.run --init-from` as it is"),
+        ("stacking.grow", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
+        ("port_torch.finetune", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
+        ("port_torch.train", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
+    ],
+)
+def test_the_right_command_is_named(module: str, given: str, advice: str, tmp_path: Path):
+    path, out = FIXTURES / given, tmp_path / "out"
+    arguments = {
+        "port_torch.convert": (path, out),
+        "port_torch.import_checkpoint": (path, out),
+        "port_torch.finetune": (path, "--data", tmp_path / "no.jsonl", "--out", out),
+        "port_torch.train": ("--from", path, "--out", out),
+    }.get(module, (path,))
+    assert re.search(re.escape(advice.format(path=path)), refusal(module, *arguments))
+    assert not out.exists()
+
+
+def test_a_run_of_port_torch_is_told_where_its_model_is(finished: Path):
+    quoted = f"'{finished}/model'"
+    assert refusal("port_torch.generate", finished).endswith(f"use `python -m port_torch.generate {quoted}`")
+    step = finished / "checkpoints" / "00000012"
+    assert refusal("core.generate", step).endswith(f"use `python -m port_torch.generate {quoted}`")
+    with pytest.raises(UserError, match=r"use `python -m eval\.run"):
+        open_model(finished, "float32")
+    assert f"import_checkpoint {quoted} CHECKPOINT" in refusal("stacking.grow", finished)
