@@ -37,6 +37,7 @@ from core.steps import (
     set_aside,
     step_path,
 )
+from core.tokenizer import Tokenizer
 
 __all__ = [
     "FORMAT_VERSION",
@@ -184,17 +185,18 @@ class Checkpointer:
         ]
 
 
-def save_params(folder: Path, params: PyTree, manifest: Manifest) -> Path:
+def save_params(folder: Path, params: PyTree, manifest: Manifest, tokenizer: Tokenizer | None = None) -> Path:
     """Writes parameters alone as the checkpoint `folder`, and returns it when it is on the disk.
 
     It has the layout of one step folder. UserError if `folder` exists or the disk refuses; what an
-    interrupted call left (a hidden folder beside it) is replaced.
+    interrupted call left (a hidden folder beside it) is replaced. The folder carries the file of
+    `tokenizer`, which parameters that belong to no run folder need.
     """
     assert manifest.kind == "params", manifest.kind
-    return save_tree(folder, {"params": params}, manifest)
+    return save_tree(folder, {"params": params}, manifest, tokenizer)
 
 
-def save_tree(folder: Path, tree: PyTree, manifest: Manifest) -> Path:
+def save_tree(folder: Path, tree: PyTree, manifest: Manifest, tokenizer: Tokenizer | None = None) -> Path:
     """Writes `tree`, of either kind, as the step folder `folder`; otherwise like `save_params`."""
     import orbax.checkpoint as ocp
 
@@ -208,6 +210,8 @@ def save_tree(folder: Path, tree: PyTree, manifest: Manifest) -> Path:
         _start_partial(partial, leaves)
         with ocp.Checkpointer(_handler()) as checkpointer:
             checkpointer.save(partial / STATE, args=_save_args(leaves))
+        if tokenizer:
+            tokenizer.carry(partial)
         seal(partial, manifest)
         partial.rename(folder)
         sync_path(folder.parent)

@@ -36,7 +36,8 @@ from core.model import (
     logits,
 )
 from core.sampling import Sampling, pieces, piped_prompt, require_room, show, until_ended
-from core.tokenizer import load_tokenizer, require_same, tokenizer_record
+from core.steps import tokenizer_carriers
+from core.tokenizer import load_tokenizer_of
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
 
@@ -172,6 +173,8 @@ class GenerateConfig:
     sampling: Sampling = Sampling()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    tokenizer: str | None = None
+    """The run's tokenizer.json, where neither the run nor its old path has it."""
 
     def __post_init__(self) -> None:
         checks.counts(max_new_tokens=self.max_new_tokens)
@@ -190,8 +193,8 @@ def main() -> int:
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)
     model = ModelConfig(**manifest.config["model"])
-    tokenizer = load_tokenizer(manifest.tokenizer["name"])
-    require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
+    carriers = tokenizer_carriers(step_dir)
+    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
     prompts = [tokenizer.begin(text) for text in texts]
     require_room(prompts, model.context)
     params = restore_params(step_dir, abstract_params(model))

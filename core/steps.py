@@ -59,6 +59,11 @@ def find_step(path: Path) -> Path:
     )
 
 
+def tokenizer_carriers(step_dir: Path) -> tuple[Path, Path]:
+    """The folders that may carry the tokenizer of a checkpoint: itself and its run's."""
+    return step_dir, step_dir.absolute().parent.parent
+
+
 def newest_intact(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
     """The newest step of a run folder (or its `checkpoints`) that verifies, and the newer ones that do not
     with their reasons, newest first. UserError when none does."""

@@ -1,7 +1,9 @@
 """Text to token ids and back: `mistral`, `bytes`, or the path of a tokenizer.json.
 
-A tokenizer is known by its content hash, not by its name: data, checkpoints and exports carry the
-record {name, sha256, vocab_size}, and `require_same` compares two of them.
+A tokenizer is known by its content hash, not by its name or path: data, checkpoints and exports hold the
+record {name, sha256, vocab_size}, and `require_same` compares two of them. Prepared data, run folders and
+imported parameters also carry the file itself (`Tokenizer.carry`), so that it may be moved or deleted;
+`load_tokenizer_of` finds it.
 """
 
 import abc
@@ -16,6 +18,13 @@ import numpy as np
 
 from core.config import MAX_VOCAB
 from core.errors import UserError
+from core.folders import write_atomically
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the tokenizer's file in the folders that carry it."""
+ORIGINAL = "mtlm_tokenizer.json"
+"""The same in an exported folder whose tokenizer.json had to be written in another form."""
+BUILT_IN = ("mistral", "bytes")
 
 # Mistral-7B-v0.1's sentencepiece model, as the package mistral-common carries it.
 MISTRAL_FILE = "data/tokenizer.model.v1"
@@ -37,6 +46,8 @@ class Tokenizer(abc.ABC):
     """Id of `</s>`, which closes every document."""
     sha256: str
     """Hash of the content that defines the ids."""
+    content: bytes | None = None
+    """The tokenizer.json; None for a built-in tokenizer."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -52,6 +63,11 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids`; `bos` and `eos` are skipped, bytes that are not UTF-8 become U+FFFD."""
+
+    def carry(self, folder: Path) -> None:
+        """Writes the tokenizer's file, if it has one, into `folder` as `TOKENIZER_FILE`."""
+        if self.content is not None and file_hash(folder / TOKENIZER_FILE) != self.sha256:
+            write_atomically(folder / TOKENIZER_FILE, self.content)
 
     def __reduce__(self):
         return load_tokenizer, (self.name,)
@@ -69,6 +85,53 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     raise UserError(
         f"there is no tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json"
     )
+
+
+def load_tokenizer_of(
+    record: dict, carriers: Iterable[Path], what: str, given: str | None = None
+) -> Tokenizer:
+    """The tokenizer of `record`: the one that the user names (`given`), else as `find_tokenizer` finds it.
+
+    Raises:
+        UserError: it is another tokenizer, or there is none.
+    """
+    tokenizer = load_tokenizer(find_tokenizer(record, carriers, what) if given is None else given)
+    there = "this version of mtlm" if given is None else "--tokenizer"
+    require_same(record, tokenizer_record(tokenizer), what, there)
+    return tokenizer
+
+
+def find_tokenizer(record: dict, carriers: Iterable[Path], what: str) -> str:
+    """What `load_tokenizer` takes to load the tokenizer of `record`: a built-in name, the path that is
+    recorded, or the file that the first of the folders `carriers` carries.
+
+    what: the data or model that the record belongs to, for messages.
+
+    Raises:
+        UserError: no file with the recorded sha256 is found.
+    """
+    if record["name"] in BUILT_IN:
+        return record["name"]
+    others = []
+    carried = (folder / name for folder in carriers for name in (TOKENIZER_FILE, ORIGINAL))
+    for file in (Path(record["name"]), *carried):
+        found = file_hash(file)
+        if found == record["sha256"]:
+            return str(file)
+        if found:
+            others.append(f"{file} is another one, {found[:12]}")
+    raise UserError(
+        f"the tokenizer of {what} is not found, {record['name']} with the sha256 {record['sha256'][:12]}"
+        f"{''.join(f' ({other})' for other in others)}: name its file with --tokenizer FILE"
+    )
+
+
+def file_hash(file: Path) -> str | None:
+    """sha256 of a tokenizer's file; None where there is no such file."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict:
@@ -188,7 +251,7 @@ class FileTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import tokenizers
 
-        content = path.read_bytes()
+        self.content = content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower

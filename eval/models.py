@@ -11,8 +11,8 @@ from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
 from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
-from core.steps import list_steps
-from core.tokenizer import Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.steps import list_steps, tokenizer_carriers
+from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
 from eval.flax_backend import FlaxBackend
 
@@ -30,13 +30,14 @@ class Model(NamedTuple):
     """Where results go if nothing else is said."""
 
 
-def open_model(path: Path, dtype: str, device: Device = "auto") -> Model:
+def open_model(path: Path, dtype: str, device: Device = "auto", tokenizer: str | None = None) -> Model:
     """Opens a run, a checkpoint in it, or a folder of weights.
 
     Args:
         path: a folder with checkpoints is run with Flax, one with a Hugging Face config.json with PyTorch.
         dtype: float32 or bfloat16, of activations (of weights, too, with PyTorch).
         device: for folders; JAX chooses its devices itself (JAX_PLATFORMS).
+        tokenizer: the name or file of the model's tokenizer, where it is not found otherwise.
 
     Raises:
         UserError: there is no model, it is damaged, or what it needs is not here.
@@ -50,8 +51,8 @@ def open_model(path: Path, dtype: str, device: Device = "auto") -> Model:
                 f"{path} is a checkpoint, which JAX runs on the devices it finds: set JAX_PLATFORMS=cpu or "
                 "cuda instead of --device"
             )
-        return _open_checkpoint(path, dtype)
-    return _open_folder(path, dtype, device)
+        return _open_checkpoint(path, dtype, tokenizer)
+    return _open_folder(path, dtype, device, tokenizer)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -67,13 +68,12 @@ def results_folder(path: Path) -> Path:
     return path.absolute().with_name(f"{path.absolute().name}-eval")
 
 
-def _open_checkpoint(path: Path, dtype: str) -> Model:
+def _open_checkpoint(path: Path, dtype: str, given: str | None) -> Model:
     keep_compiled()
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     config = ModelConfig(**manifest.config["model"])
-    tokenizer = load_tokenizer(manifest.tokenizer["name"])
-    require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
+    tokenizer = load_tokenizer_of(manifest.tokenizer, tokenizer_carriers(step_dir), str(step_dir), given)
     params = restore_params(step_dir, abstract_params(config))
     backend = FlaxBackend(config, params, dtype)
     known = _known(step_dir.absolute().parent.parent.name, config, manifest)
@@ -81,7 +81,7 @@ def _open_checkpoint(path: Path, dtype: str) -> Model:
     return Model(backend, tokenizer, identity, results_folder(step_dir))
 
 
-def _open_folder(path: Path, dtype: str, device: Device) -> Model:
+def _open_folder(path: Path, dtype: str, device: Device, given: str | None) -> Model:
     try:
         import torch
 
@@ -100,7 +100,7 @@ def _open_folder(path: Path, dtype: str, device: Device) -> Model:
     models = [load(path, getattr(torch, dtype), device) for device in devices]
     manifest = export_manifest(path)
     config = models[0].config
-    tokenizer = folder_tokenizer(path, manifest, None, config.vocab_size)
+    tokenizer = folder_tokenizer(path, manifest, given, config.vocab_size)
     name = path.absolute().name
     if manifest:
         identity = _known(name, config, manifest) | {"sha256": recorded_hash(path, EXPORT_MANIFEST)}

@@ -60,6 +60,8 @@ class PerplexityConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+    tokenizer: str | None = None
+    """The model's tokenizer.json, where neither the run or folder nor its old path has it."""
 
     def __post_init__(self) -> None:
         checks.counts(stride=self.stride)
@@ -199,7 +201,7 @@ def main() -> int:
     if config.text and config.data_dir:
         raise UserError("give --text or --data-dir, not both")
     text = read_text(config.text) if config.text else wikitext_test(config.data_dir)
-    model = open_model(config.model, config.dtype, config.device)
+    model = open_model(config.model, config.dtype, config.device, config.tokenizer)
     context = model.backend.context
     stride = min(512, context // 2) if config.stride is None else config.stride
     if stride >= context:

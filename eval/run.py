@@ -44,6 +44,8 @@ class EvalConfig:
     """Of the computation. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+    tokenizer: str | None = None
+    """The model's tokenizer.json, where neither the run or folder nor its old path has it."""
     shots: int | None = None
     """Solved examples before each question, from the task's training documents. Default: as the task says."""
     limit: int | None = None
@@ -67,7 +69,7 @@ def main() -> int:
             )
         check_card(config.model)
     with open_tasks(names, config.data_dir) as tasks:
-        model = open_model(config.model, config.dtype, config.device)
+        model = open_model(config.model, config.dtype, config.device, config.tokenizer)
         settings = {
             "backend": model.identity["kind"], "dtype": config.dtype, "shots": config.shots,
             "limit": config.limit, "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "bos": True,

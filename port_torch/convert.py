@@ -24,7 +24,8 @@ from core.folder_kinds import Kind, require_kind
 from core.folders import new_folder
 from core.memory import peak_memory
 from core.model import abstract_params
-from core.tokenizer import load_tokenizer, require_same, tokenizer_record
+from core.steps import tokenizer_carriers
+from core.tokenizer import load_tokenizer_of
 from port_torch.card import held_out_scores, model_card
 from port_torch.export import disk_errors, reader, write_rest, write_weights
 from port_torch.hub import push
@@ -47,7 +48,7 @@ class ConvertConfig:
     max_shard_size: str = "5GB"
     """Above this the weights are split into several files."""
     tokenizer: str | None = None
-    """Where the checkpoint's tokenizer is now, if it is a file that has moved."""
+    """The checkpoint's tokenizer.json, where neither the run nor its old path has it."""
     push_to_hub: str | None = None
     """Upload the folder to this repository of the Hugging Face Hub (`user/name`) as well."""
     dry_run: bool = False
@@ -67,8 +68,8 @@ def main() -> int:
     step_dir = find_step(config.checkpoint)
     manifest = load_manifest(step_dir)
     model = ModelConfig(**manifest.config["model"])
-    tokenizer = load_tokenizer(config.tokenizer or manifest.tokenizer["name"])
-    require_same(manifest.tokenizer, tokenizer_record(tokenizer), str(step_dir), "the tokenizer here")
+    carriers = tokenizer_carriers(step_dir)
+    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
     params = restore_params(step_dir, abstract_params(model))
     require_finite(params, f"{step_dir}")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.manifest import Manifest
-from core.tokenizer import MISTRAL_SHA256, Tokenizer, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import MISTRAL_SHA256, Tokenizer, file_hash, load_tokenizer, load_tokenizer_of
 
 FILE, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 # What two tokenizers must agree on to be taken for the same: words, spaces, other scripts, bytes, symbols.
@@ -55,16 +55,14 @@ def _recorded(folder: Path, manifest: Manifest, name: str | None) -> Tokenizer:
     The folder's file may be written in another way than the one recorded; the manifest proves it, too.
     """
     record, file = manifest.tokenizer, folder / FILE
-    if name:
-        tokenizer = load_tokenizer(name)
-        require_same(record, tokenizer_record(tokenizer), str(folder), "--tokenizer")
-        return tokenizer
-    if record["name"] in ("mistral", "bytes") or Path(record["name"]).is_file():
-        tokenizer = load_tokenizer(record["name"])
-        if tokenizer.sha256 == record["sha256"]:
-            return tokenizer
-    if not file.is_file():
-        raise UserError(f"{folder} holds no {FILE}, and {record['name']} is not there: export it again")
+    own = file_hash(file)
+    if own and name is not None and file_hash(Path(name)) == own:
+        return load_tokenizer(name)
+    try:
+        return load_tokenizer_of(record, [folder], str(folder), name)
+    except UserError:
+        if name is not None or not own:
+            raise
     return load_tokenizer(file)
 
 

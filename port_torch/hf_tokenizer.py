@@ -6,13 +6,12 @@ another tokenizer, neither of them right: leading spaces and byte fallback diffe
 
 import importlib.resources
 import json
-import shutil
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from core.tokenizer import MISTRAL_FILE, SPACE, FileTokenizer, MistralTokenizer, Tokenizer
+from core.tokenizer import MISTRAL_FILE, ORIGINAL, SPACE, FileTokenizer, MistralTokenizer, Tokenizer
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
@@ -26,14 +25,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         (folder / "tokenizer.model").write_bytes(model_file)  # for llama.cpp
         built = from_sentencepiece(model_file)
     elif isinstance(tokenizer, FileTokenizer):
-        built = tokenizers.Tokenizer.from_file(tokenizer.name)
+        built = tokenizers.Tokenizer.from_buffer(tokenizer.content)
     else:
         built = of_bytes()
     bos, eos = built.id_to_token(tokenizer.bos), built.id_to_token(tokenizer.eos)
     opened = built.encode("a").ids == [tokenizer.bos, *built.encode("a", add_special_tokens=False).ids]
     if opened and isinstance(tokenizer, FileTokenizer):
-        shutil.copy(tokenizer.name, folder / "tokenizer.json")
+        (folder / "tokenizer.json").write_bytes(tokenizer.content)
     else:
+        if isinstance(tokenizer, FileTokenizer):
+            (folder / ORIGINAL).write_bytes(tokenizer.content)
         built.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
         )

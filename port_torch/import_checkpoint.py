@@ -17,7 +17,7 @@ from core.config import training_flags
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.manifest import Manifest, code_version
-from core.tokenizer import load_tokenizer, tokenizer_record
+from core.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
@@ -53,13 +53,14 @@ def main() -> int:
     source = detect(config.source)
     imported = read(source, config)
     tokenizer = choose_tokenizer(imported, config.tokenizer, config.source)
-    manifest = make_manifest(imported, tokenizer, source.NAME, config.source)
-    out = save_params(config.out, imported.params, manifest)
+    manifest = make_manifest(imported, tokenizer_record(tokenizer), source.NAME, config.source)
+    out = save_params(config.out, imported.params, manifest, tokenizer)
     model = imported.config
     print(f"imported {config.source} ({source.NAME}): {model.n_params:,} parameters")
     if imported.assumed:
         print(f"taken as in the original, since the file does not tell: {imported.assumed}")
-    flags = f"{training_flags(model)} --tokenizer {tokenizer['name']}"
+    name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
+    flags = f"{training_flags(model)} --tokenizer {name}"
     print(f"wrote {out}; train it on with")
     print(f"  python -m train_tpu.run --init-from {out} {flags} --data TEXT --out RUN")
     return 0
@@ -92,15 +93,15 @@ def read(source: ModuleType, config: ImportConfig) -> Imported:
     return source.read(config.source)
 
 
-def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> dict[str, Any]:
-    """The record of the model's tokenizer; `folder_tokenizer` says what is refused."""
+def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> Tokenizer:
+    """The model's tokenizer; `folder_tokenizer` says what is refused."""
     vocab_size = imported.config.vocab_size
     if imported.tokenizer_folder:
         tokenizer = folder_tokenizer(imported.tokenizer_folder, imported.manifest, name, vocab_size)
     else:
         tokenizer = load_tokenizer(name or "mistral")
         require_vocabulary(source, tokenizer, vocab_size)
-    return tokenizer_record(tokenizer)
+    return tokenizer
 
 
 def make_manifest(imported: Imported, tokenizer: dict[str, Any], name: str, source: Path) -> Manifest:

@@ -21,7 +21,7 @@ from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
-from core.tokenizer import load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
@@ -33,8 +33,8 @@ from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu import config as theirs
 from train_tpu.config import ModelOverrides
 from train_tpu.data import Dataset
-from train_tpu.prepare import open_or_prepare
-from train_tpu.run import count_steps, given_value, prepared_tokenizer, settings_of_run
+from train_tpu.prepare import choose_tokenizer, open_or_prepare
+from train_tpu.run import count_steps, given_value, settings_of_run
 from train_tpu.run_folder import run_record
 
 
@@ -101,10 +101,9 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
         )
     else:
         given = theirs.TRAINING_DEFAULTS[config.preset]
-        name = config.tokenizer or prepared_tokenizer(config.data) or given["tokenizer"]
-        tokenizer, lineage = load_tokenizer(name), []
+        tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
         model = theirs.model_config(config, tokenizer.vocab_size)
-        dataset = open_data(config, name, model.context, ranks)
+        dataset = open_data(config, tokenizer.name, model.context, ranks)
         decoder = fresh_decoder(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
     steps = count_steps(config, dataset)

@@ -11,6 +11,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.run.log import CARRIED, read_log
 from core.steps import list_steps, step_path
+from core.tokenizer import TOKENIZER_FILE
 from stacking.jobs import Job
 from stacking.plan import Operator
 from stacking.report import Arm, Point
@@ -285,5 +286,7 @@ def fork(trunk: Path, step: int, out: Path, steps: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     source = step_path(trunk / "checkpoints", step)
     shutil.copytree(source, step_path(partial / "checkpoints", step), copy_function=os.link)
+    if (trunk / TOKENIZER_FILE).is_file():
+        os.link(trunk / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     write_config(partial, record | {"run": record["run"] | {"steps": steps, "out": str(out)}})
     partial.rename(out)

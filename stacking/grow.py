@@ -26,7 +26,8 @@ from core.folders import new_folder
 from core.manifest import sync_path
 from core.memory import peak_memory
 from core.run.log import carry_log
-from core.steps import step_path
+from core.steps import step_path, tokenizer_carriers
+from core.tokenizer import load_tokenizer_of
 from stacking.plan import Operator, custom_plan, make_plan
 from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
 from stacking.rewrite import Growth
@@ -61,6 +62,8 @@ class GrowConfig:
     that is less). keep: it goes on as if nothing had happened. restart: it begins anew, warmup and all."""
     steps: int | None = None
     """Updates in all, those made so far included. Default: as the run had it."""
+    tokenizer: str | None = None
+    """The run's tokenizer.json, where neither the run nor its old path has it."""
     dry_run: bool = False
     """Say what would be done, and write nothing."""
     force: bool = False
@@ -103,7 +106,9 @@ def main() -> int:
         require_safe(config.optimizer, schedule, run.optim.warmup, config.force)
         grown_run = continue_schedule(run, manifest.step, schedule, config.steps, str(config.source))
         runs = (run, with_model(grown_run, models[1]))
-    growth = Growth(step_dir, manifest, plan, models, runs, config.optimizer == "reset")
+    carriers = tokenizer_carriers(step_dir)
+    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
+    growth = Growth(step_dir, manifest, plan, models, runs, config.optimizer == "reset", tokenizer)
     record = lineage_record(config, growth)
     console.print(describe(growth, record))
     out = config.out or default_out(step_dir)
@@ -121,6 +126,7 @@ def main() -> int:
         written, grown = growth.write(target, record, probe)
         n_leaves = growth.verify(target, grown)
         if runs:
+            tokenizer.carry(folder)
             finish_run_folder(folder, step_dir, written)
 
     # 4. What was done, and what to type next.

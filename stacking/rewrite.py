@@ -26,6 +26,7 @@ from core.loss import cross_entropy
 from core.manifest import code_version
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.sharding import make_mesh
+from core.tokenizer import Tokenizer
 from stacking.plan import Plan
 from stacking.transform import RESIDUAL, grow_leaf, parameter_of, role_of
 from train_tpu import config as settings
@@ -70,6 +71,7 @@ class Growth:
     runs: tuple[RunConfig, RunConfig] | None
     """The settings before and after; None for parameters alone."""
     reset_optimizer: bool
+    tokenizer: Tokenizer
 
     def check_source(self) -> None:
         """Refuses a checkpoint that does not hold just the leaves that its own configuration says."""
@@ -98,7 +100,7 @@ class Growth:
             if data is None:
                 raise AssertionError(f"{self.step_dir} is a run's checkpoint without data")
             try:
-                dataset = open_or_prepare(run.data, self.manifest.tokenizer["name"], model.context, CACHE)
+                dataset = open_or_prepare(run.data, self.tokenizer.name, model.context, CACHE)
             except UserError as error:
                 why = f"the run's data is not at hand ({error})"
             else:
@@ -150,7 +152,7 @@ class Growth:
             self.manifest, config=config, lineage=[*self.manifest.lineage, entry], code=code_version(),
             tree={}, files={},
         )  # fmt: skip
-        save_tree(target, tree, manifest)
+        save_tree(target, tree, manifest, None if self.runs else self.tokenizer)
         return manifest, grown
 
     def verify(self, target: Path, grown: dict[str, Array]) -> int:

@@ -35,7 +35,7 @@ from stacking.policy import parse_schedule
 from stacking.report import write_report
 from train_tpu import config as settings
 from train_tpu import run as train
-from train_tpu.prepare import open_or_prepare
+from train_tpu.prepare import choose_tokenizer, open_or_prepare
 from train_tpu.progress import make_console
 
 
@@ -111,9 +111,9 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
     if run.optim.schedule != "wsd" or not run.optim.decay:
         raise UserError("arms are decayed off a trunk: the target's --schedule must be wsd, with a --decay")
     given = settings.TRAINING_DEFAULTS[run.preset]
-    tokenizer = run.tokenizer or train.prepared_tokenizer(run.data) or given["tokenizer"]
+    tokenizer = choose_tokenizer(run.tokenizer, run.data, given["tokenizer"])
     context = run.model.context or settings.preset(run.preset).context
-    dataset = open_or_prepare(run.data, tokenizer, context, CACHE)
+    dataset = open_or_prepare(run.data, tokenizer.name, context, CACHE)
     names = dataset.heldout
     if not names or (config.heldout and config.heldout not in names):
         raise UserError(f"--heldout {config.heldout}: {run.data} holds out {', '.join(names) or 'nothing'}")

@@ -172,9 +172,10 @@ def defaults(name: str) -> RunConfig:
     return RunConfig(preset=name, batch=given["batch"], optim=optim)
 
 
-# Settings that change how a run is watched, kept or carried out, but not its losses.
+# Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are
+# compared by what they hold and not by their names.
 FREE_SETTINGS = frozenset((
-    "out", "data", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
+    "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback",
 ))  # fmt: skip

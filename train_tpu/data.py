@@ -25,6 +25,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from core.errors import UserError
+from core.tokenizer import TOKENIZER_FILE
 from train_tpu.packing import open_windows
 
 FORMAT = 1
@@ -133,7 +134,9 @@ def write_manifest(
         file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
         for file in sorted(path.iterdir())
     }
-    contents = [tokenizer["sha256"], context, {name: file["sha256"] for name, file in files.items()}]
+    # The tokenizer is in it by its hash alone, whether its file is carried or not.
+    hashes = {name: file["sha256"] for name, file in files.items() if name != TOKENIZER_FILE}
+    contents = [tokenizer["sha256"], context, hashes]
     manifest = {
         "format": FORMAT,
         "tokenizer": tokenizer,

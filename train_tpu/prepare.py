@@ -28,7 +28,13 @@ from rich.table import Table
 
 from core import checks, cli
 from core.errors import UserError, run_command
-from core.tokenizer import load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    load_tokenizer_of,
+    require_same,
+    tokenizer_record,
+)
 from train_tpu import data as ds
 from train_tpu.packing import Packer, WindowWriter, encode_batches
 from train_tpu.sources import open_sources
@@ -82,12 +88,19 @@ def prepare(
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: remove it or choose another --out")
     plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
-    record = tokenizer_record(load_tokenizer(tokenizer))
+    loaded = load_tokenizer(tokenizer)
     with _partial_folder(out) as folder:
         try:
-            _write(folder, plan, tokenizer, context, workers or len(os.sched_getaffinity(0)))
+            loaded.carry(folder)
+            _write(folder, plan, loaded, context, workers or len(os.sched_getaffinity(0)))
             opened = ds.write_manifest(
-                folder, context, record, plan.counts(), plan.dropped, plan.sources_read(), train_tokens
+                folder,
+                context,
+                tokenizer_record(loaded),
+                plan.counts(),
+                plan.dropped,
+                plan.sources_read(),
+                train_tokens,
             )
         except OSError as error:
             raise UserError(
@@ -101,6 +114,14 @@ def prepare(
 def is_prepared(data: str) -> bool:
     """Whether `data` names a prepared folder, and not text."""
     return (Path(data) / ds.MANIFEST).is_file()
+
+
+def choose_tokenizer(given: str | None, data: str, default: str) -> Tokenizer:
+    """The tokenizer that the user names, else that of prepared data, else the one named `default`."""
+    if given is None and is_prepared(data):
+        dataset = ds.open_dataset(data)
+        return load_tokenizer_of(dataset.tokenizer_record, [dataset.path], f"the data {data}")
+    return load_tokenizer(default if given is None else given)
 
 
 def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.Dataset:
@@ -130,12 +151,12 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     return ds.open_dataset(out)
 
 
-def _write(folder: Path, plan: Plan, tokenizer: str, context: int, workers: int) -> None:
+def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers: int) -> None:
     """Tokenises and writes all splits, and counts them in `plan`."""
     names = list(plan.documents)
     plan.packers = {name: Packer(context) for name in names}
     writer = WindowWriter(folder, context, names)
-    encoded = encode_batches(plan.batches(), tokenizer, workers)
+    encoded = encode_batches(plan.batches(), tokenizer.name, workers)
     with _Progress() as progress, contextlib.closing(encoded):
         for batch, ids, lengths in encoded:
             n = plan.take(batch, lengths)
@@ -146,7 +167,7 @@ def _write(folder: Path, plan: Plan, tokenizer: str, context: int, workers: int)
             progress.update(plan.done(), tokens=len(owners), text_bytes=sum(plan.bytes.values()))
             if plan.is_full:
                 break
-    for split, window in plan.finish(load_tokenizer(tokenizer).eos):
+    for split, window in plan.finish(tokenizer.eos):
         writer.write(split, window)
     for split, packer in plan.packers.items():
         if packer.windows == 0:

@@ -37,18 +37,18 @@ from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params
 from core.run.log import NoLog, RunLog, read_log
 from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
-from core.tokenizer import Tokenizer, load_tokenizer
+from core.tokenizer import BUILT_IN, Tokenizer, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import RunConfig
-from train_tpu.data import Dataset, open_dataset, train_batches
+from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Loop, choose_cadence, own_rows
 from train_tpu.memory_advice import out_of_memory_explained
 from train_tpu.metrics import plot_curve
-from train_tpu.prepare import is_prepared, open_or_prepare
+from train_tpu.prepare import choose_tokenizer, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, describe_layout, memory, next_commands
 from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
@@ -80,10 +80,9 @@ def main() -> int:
 
     # 2. Data and tokenizer.
     given = settings.TRAINING_DEFAULTS[config.preset]
-    tokenizer_name = config.tokenizer or prepared_tokenizer(config.data) or given["tokenizer"]
+    tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
     context = config.model.context or PRESETS[config.preset].context
-    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer_name, context, CACHE))
-    tokenizer = load_tokenizer(dataset.tokenizer_record["name"])
+    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, context, CACHE))
     model = settings.model_config(config, tokenizer.vocab_size)
     steps = count_steps(config, dataset)
 
@@ -141,6 +140,7 @@ def main() -> int:
             return EXIT_FINISHED
 
         if processes.is_first():
+            tokenizer.carry(out)
             write_config(out, record)
 
         # 6. Compilation, once.
@@ -227,6 +227,10 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
         return default
     once = {name: getattr(default, name) for name in settings.ONCE}
     saved = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
+    if record["tokenizer"]["name"] not in BUILT_IN and given_value(argv, "--tokenizer") is None:
+        carriers = (folder, Path(saved.data))
+        own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
+        saved = dataclasses.replace(saved, tokenizer=own)
     return dataclasses.replace(saved, steps=None) if given_value(argv, "--epochs") else saved
 
 
@@ -235,11 +239,6 @@ def given_value(argv: list[str], flag: str) -> str | None:
     values = [value for name, value in itertools.pairwise(argv) if name == flag]
     values += [text.partition("=")[2] for text in argv if text.startswith(f"{flag}=")]
     return values[-1] if values else None
-
-
-def prepared_tokenizer(data: str) -> str | None:
-    """The tokenizer that a prepared folder was made with; None for data that is text."""
-    return open_dataset(data).tokenizer_record["name"] if is_prepared(data) else None
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:

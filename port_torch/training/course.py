@@ -158,6 +158,7 @@ def train(job: Job, ranks: Ranks) -> int:
         if ranks.device.type == "cuda":
             parts = stepper.fit(part, parts, job.example)
         if ranks.first:
+            job.tokenizer.carry(out)
             write_config(out, job.record)
         describe(job, ranks, console, bf16, compiled)
         console.print(how, markup=False, highlight=False)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 import core.tokenizer as module
 from core.errors import UserError
-from core.tokenizer import TextStream, load_tokenizer, require_same, tokenizer_record
+from core.tokenizer import (
+    TextStream,
+    find_tokenizer,
+    load_tokenizer,
+    load_tokenizer_of,
+    require_same,
+    tokenizer_record,
+)
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MODEL = importlib.resources.files("mistral_common").joinpath(module.MISTRAL_FILE)
@@ -150,6 +157,42 @@ def test_records_are_compared_by_content(tmp_path, mistral):
     require_same(a, tokenizer_record(load_tokenizer(moved)), "the model", "the data")
     with pytest.raises(UserError, match=r"the model has .*tokenizer\.json.*, the data D has 'mistral'"):
         require_same(a, tokenizer_record(mistral), "the model", "the data D")
+
+
+def test_a_tokenizer_is_found_by_its_hash_wherever_its_file_is(tmp_path):
+    file = bpe_file(tmp_path, ["<s>", "</s>"])
+    first = load_tokenizer(file)
+    record = tokenizer_record(first)
+    carrier, empty = tmp_path / "carrier", tmp_path / "empty"
+    carrier.mkdir()
+    empty.mkdir()
+    first.carry(carrier)
+    assert (carrier / "tokenizer.json").read_bytes() == file.read_bytes()
+    load_tokenizer("bytes").carry(empty)
+    assert not list(empty.iterdir())
+
+    # A record without a carried file, as older versions wrote it, by its path.
+    assert find_tokenizer(record, [empty], "the data") == str(file)
+    file.rename(tmp_path / "renamed.json")
+    found = load_tokenizer_of(record, [empty, carrier], "the data")
+    assert tokenizer_record(found) == record | {"name": str(carrier / "tokenizer.json")}
+    assert found.encode("the cat").tolist() == first.encode("the cat").tolist()
+    given = load_tokenizer_of(record, [], "the data", str(tmp_path / "renamed.json"))
+    assert given.sha256 == first.sha256
+
+    other = load_tokenizer(bpe_file(tmp_path, ["<|endoftext|>"]))  # where the first one was
+    for given, message in (
+        (None, rf"{record['sha256'][:12]}.*{file} is another one, {other.sha256[:12]}.*--tokenizer FILE"),
+        (str(file), rf"the data has .*{record['sha256'][:12]}.*--tokenizer has .*{other.sha256[:12]}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_tokenizer_of(record, [empty], "the data", given)
+    (carrier / "tokenizer.json").write_bytes(b"damaged")
+    file.unlink()
+    with pytest.raises(UserError, match=r"the tokenizer of the data is not found.*is another one"):
+        load_tokenizer_of(record, [carrier], "the data")
+    first.carry(carrier)  # takes the place of the damaged one
+    assert load_tokenizer_of(record, [carrier], "the data").sha256 == first.sha256
 
 
 def test_wrong_names_and_files(tmp_path):

@@ -1,5 +1,6 @@
 """The tokenizer files against sentencepiece and our own tokenizers, as transformers reads them."""
 
+import dataclasses
 import importlib.resources
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from core.tokenizer import MISTRAL_FILE, load_tokenizer
+from core.errors import UserError
+from core.tokenizer import MISTRAL_FILE, load_tokenizer, tokenizer_record
+from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.hf_tokenizer import write_tokenizer
 from tests.core.test_tokenizer import bpe_file
+from tests.port_torch.folders import SMALL, manifest_of
 from tests.port_torch.texts import encode_and_decode, fuzzed_texts
 
 MODEL = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE)
@@ -65,3 +69,20 @@ def test_a_file_that_begins_with_bos_already_is_copied(tmp_path: Path):
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "out", load_tokenizer(str(path)), 96)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
+def test_an_exported_folder_carries_the_original_of_a_file_written_in_another_form(tmp_path: Path):
+    path, folder = bpe_file(tmp_path, ["<s>", "</s>"]), tmp_path / "out"
+    tokenizer = load_tokenizer(path)
+    folder.mkdir()
+    write_tokenizer(folder, tokenizer, 96)
+    assert (folder / "tokenizer.json").read_bytes() != path.read_bytes()
+    path.unlink()
+    manifest = dataclasses.replace(manifest_of(SMALL["llama"]), tokenizer=tokenizer_record(tokenizer))
+    # Named by the user: the file of the form that the folder has, too.
+    for name in (None, str(folder / "mtlm_tokenizer.json")):
+        assert folder_tokenizer(folder, manifest, name, tokenizer.vocab_size).sha256 == tokenizer.sha256
+    again = folder_tokenizer(folder, manifest, str(folder / "tokenizer.json"), tokenizer.vocab_size)
+    assert again.encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
+    with pytest.raises(UserError, match="the tokenizers differ"):
+        folder_tokenizer(folder, manifest, "bytes", tokenizer.vocab_size)

@@ -12,11 +12,12 @@ import tensorflow_datasets as tfds
 
 from core.errors import UserError
 from core.tokenizer import load_tokenizer
+from tests.core.test_tokenizer import bpe_file
 from train_tpu import corpus, packing
 from train_tpu import prepare as module
 from train_tpu import splits as splits_module
 from train_tpu.data import open_dataset
-from train_tpu.prepare import open_or_prepare, prepare
+from train_tpu.prepare import choose_tokenizer, open_or_prepare, prepare
 from train_tpu.sources import FileSource
 
 ROOT = Path(__file__).parents[2]
@@ -301,6 +302,23 @@ def test_open_or_prepare(tmp_path, capsys, monkeypatch):
     assert (
         sum(s.documents for s in open_or_prepare("builtin", "bytes", CONTEXT, cache).splits.values()) == 1100
     )
+
+
+def test_prepared_data_carries_its_tokenizer(tmp_path):
+    file = bpe_file(tmp_path, ["<s>", "</s>"])
+    source = write_jsonl(tmp_path / "t.jsonl", documents(20))
+    out = prepare([source], tmp_path / "out", str(file), CONTEXT)
+    dataset = open_dataset(out)
+    # As it was before data carried it: a run on such data is resumed on data prepared again.
+    hashes = {name: entry["sha256"] for name, entry in dataset.files.items() if name != "tokenizer.json"}
+    contents = json.dumps([dataset.tokenizer_record["sha256"], CONTEXT, hashes])
+    assert dataset.fingerprint == hashlib.sha256(contents.encode()).hexdigest()
+
+    file.unlink()
+    tokenizer = choose_tokenizer(None, str(out), "bytes")
+    assert tokenizer.name == str(out / "tokenizer.json")
+    assert open_or_prepare(str(out), tokenizer.name, CONTEXT, tmp_path / "cache") == dataset
+    assert choose_tokenizer(None, source, "bytes").name == choose_tokenizer("bytes", str(out), "").name
 
 
 def test_command_prints_what_it_did_and_what_is_next(tmp_path):

@@ -1,13 +1,20 @@
 """`python -m train_tpu.run` end to end, as processes: what it writes, that it resumes, what it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from core.checkpoint import find_step, list_steps, load_manifest
+from core.errors import UserError
 from core.run.log import read_log
+from core.tokenizer import load_tokenizer, tokenizer_record
+from tests.core.test_tokenizer import bpe_file
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
+from train_tpu import config as settings
+from train_tpu.run import parse
+from train_tpu.run_folder import check_run_folder, run_record, write_config
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +212,50 @@ def test_settings_younger_than_a_run_have_their_defaults(finished, cache, text):
     assert losses(folder) == losses(finished[0])
     path.write_text("{")
     assert "config.json is damaged" in refusal(cache, "--out", folder)
+
+
+def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_path):
+    file, folder = bpe_file(tmp_path, ["<s>", "</s>"]), tmp_path / "run"
+    folder.mkdir()
+    tokenizer = load_tokenizer(file)
+    config = settings.defaults("mtlm1-tiny")
+    config = dataclasses.replace(config, tokenizer=str(file), data=str(tmp_path / "data"))
+    model = settings.model_config(config, tokenizer.vocab_size)
+    write_config(folder, run_record(config, model, 5, tokenizer_record(tokenizer), "f" * 64))
+    given = ["--out", str(folder)]
+    assert parse(given).tokenizer == str(file)  # a run of an older version, which carries none
+    tokenizer.carry(folder)
+    own = str(folder / "tokenizer.json")
+    file.write_text("changed since")
+    assert parse(given).tokenizer == own
+    assert parse([*given, "--tokenizer", str(file)]).tokenizer == str(file)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=rf"the run in {folder} is not found.*--tokenizer FILE"):
+        parse(given)
+    file.unlink()
+    assert parse([*given, "--tokenizer", "new.json"]).tokenizer == "new.json"
+    # The name of the file is not a setting of the run; its hash is compared instead.
+    check_run_folder(
+        folder,
+        run_record(
+            dataclasses.replace(config, tokenizer=own), model, 5, tokenizer_record(tokenizer), "f" * 64
+        ),
+        (),
+    )
+
+
+@pytest.mark.slow
+def test_a_deleted_tokenizer_is_not_missed(cache, text, tmp_path):
+    file, folder = bpe_file(tmp_path, ["<s>", "</s>"]), tmp_path / "run"
+    arguments = (*without(TINY, "--tokenizer"), "--tokenizer", file, "--data", text, "--out", folder)
+    run(cache, *arguments, "--stop-at", "3")
+    file.unlink()
+    out, _ = run(cache, "--out", folder)
+    assert "resuming" in out and "at step 3" in out
+    generated, _ = run(cache, folder, "--prompt", "the cat", module="core.generate")
+    assert generated.startswith("the cat")
+    grown = tmp_path / "grown"
+    command = (folder, "--out", grown, "--steps", "14", "--schedule", "restart")
+    out, _ = run(cache, *command, module="stacking.grow")
+    assert "the next sequence of the run's data" in out
+    assert (grown / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
