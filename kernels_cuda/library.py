@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, os_error
 from kernels_cuda import allocate, build, decode_reference, reference
 
 Backend = Literal["auto", "cuda", "torch"]
@@ -162,10 +162,8 @@ def find(compile_missing: bool = True) -> Source:
         except UserError as error:
             return Source(None, f"plain PyTorch, because {missing} and none could be compiled: {error}")
         except OSError as error:
-            where = error.filename or kept
-            return Source(
-                None, f"plain PyTorch, because {missing} and none could be kept: {where}: {error.strerror}"
-            )
+            why = os_error(error) or f"{kept}: {error}"
+            return Source(None, f"plain PyTorch, because {missing} and none could be kept: {why}")
     return Source(kept, f"compiled here, because {missing}")
 
 

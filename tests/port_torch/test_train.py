@@ -1,10 +1,12 @@
 """Training of the mirror against transformers with PyTorch's AdamW, against train_tpu, and against itself."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +19,15 @@ from core.model import Compute
 from core.run.log import read_log
 from core.sharding import make_mesh
 from core.steps import find_step, list_steps
+from kernels_cuda import library
 from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.train import fresh_decoder
 from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
+from port_torch.training.course import load_kernels
 from port_torch.training.evaluate import score
+from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of, write_export
@@ -182,6 +187,37 @@ def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
     room[0] = 0
     with pytest.raises(UserError, match="a sequence of 96 tokens does not fit"):
         stepper.fit(8, 1, lambda n: empty_rows(n, 96, packed=False))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cuda"])
+def test_the_first_rank_decides_which_kernels_all_run(kernels: str, monkeypatch, capsys):
+    """Where it has none nobody waits for it, compiles them again or runs others."""
+    loads, told, source = [], [], [None]
+    config = SimpleNamespace(kernels=kernels)
+
+    def load(backend: str) -> library.Source:
+        loads.append(backend)
+        if source[0] is None and backend == "cuda":
+            raise UserError("backend cuda is not possible: nvcc fails")
+        return library.Source(
+            source[0], "plain PyTorch, because nvcc fails" if source[0] is None else "built"
+        )
+
+    monkeypatch.setattr(library, "load", load)
+    monkeypatch.setattr(Ranks, "largest", lambda self, value: told.append(value) or max(told))
+    ranks = [Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    for rank in ranks:  # the first finds none
+        with pytest.raises(UserError) if kernels == "cuda" else contextlib.nullcontext():
+            load_kernels(config, rank)
+    assert loads == [kernels] and told == [1, 0]
+    told.clear(), loads.clear()
+    source[0] = Path("built.so")
+    load_kernels(config, ranks[0])
+    source[0] = None  # the second has none of its own
+    with pytest.raises(UserError) if kernels == "cuda" else contextlib.nullcontext():
+        load_kernels(config, ranks[1])
+        assert "kernels of process 1: plain PyTorch, because nvcc fails" in capsys.readouterr().err
+    assert loads == [kernels] * 2 and told == [0, 0]
 
 
 def test_an_update_that_is_not_finite_changes_nothing(dataset: Dataset):
