@@ -7,6 +7,7 @@ leaves the folder, no pickle is opened, and a tensor that holds NaN or infinity 
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -81,7 +82,7 @@ def open_folder(path: Path) -> Folder:
     config = read_json(path, CONFIG)
     tensors: dict[str, TensorInfo] = {}
     for file, names in _weight_files(path).items():
-        found = _read_header(_inside(path, file))
+        found = _read_header(inside(path, file))
         for name in found:
             if name in tensors:
                 raise UserError(f"{name} is in {file} and in {tensors[name].file}: remove one of them")
@@ -133,12 +134,12 @@ def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of the folder."""
-    file = _inside(folder, name)
+    file = inside(folder, name)
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): copy it again from where it came") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: copy it again from where it came")
@@ -169,16 +170,29 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
     return files
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of that name, which must lie in the folder itself, by name and after every link."""
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name, which must lie in the folder itself, by name and after every link.
+
+    Raises:
+        UserError: it lies elsewhere, or the name is none that a file can have.
+    """
     file = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{folder} names the file {name!r}, which lies outside of it: it is not opened")
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        target = file.resolve()
+        there = target.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
         raise UserError(
-            f"{file} is a link to {file.resolve()}, outside of its folder: it is not opened; "
-            f"where that is meant, copy the folder with `cp -rL` and give the copy"
+            f"{folder} names the file {reprlib.repr(name)}, which cannot be opened ({error})"
+        ) from None
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{file} is a link to {target}, outside of its folder, and not opened: give a folder of real "
+            f"files (`hf download REPOSITORY --local-dir FOLDER`, or `cp -rL` to copy this one)"
         )
+    if there and not target.is_file():
+        raise UserError(f"{file} is not a file: copy the folder again from where it came")
     return file
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from core.errors import UserError
 from core.manifest import Manifest
 from core.tokenizer import MISTRAL_SHA256, Tokenizer, file_hash, load_tokenizer, load_tokenizer_of
+from port_torch.folder import inside
 
 FILE, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 # What two tokenizers must agree on to be taken for the same: words, spaces, other scripts, bytes, symbols.
@@ -20,7 +21,7 @@ def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, 
     Raises:
         UserError: none is found, or it has another number of ids than the model, or others than the folder's.
     """
-    file = folder / FILE
+    file, model_file = inside(folder, FILE), inside(folder, SENTENCEPIECE)
     if manifest:
         tokenizer = _recorded(folder, manifest, name)
     elif name:
@@ -30,12 +31,20 @@ def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, 
                 f"the tokenizer {name!r} gives other ids than {file}, so it is not that of the model: leave "
                 "--tokenizer out, or name the right one"
             )
-    elif _is_mistral(folder / SENTENCEPIECE):
+    elif _is_mistral(model_file):
         tokenizer = load_tokenizer("mistral")
     elif file.is_file():
         tokenizer = load_tokenizer(file)
     else:
         raise UserError(f"{folder} holds no {FILE}: name the model's tokenizer with --tokenizer")
+    # With a file, the tokenizer named agrees with it.
+    if tokenizer.vocab_size < vocab_size and (name is None or file.is_file()):
+        n = tokenizer.vocab_size
+        raise UserError(
+            f"{folder} has {vocab_size} rows of embeddings for the {n} ids of its tokenizer, and such a "
+            f"padded vocabulary is not read: cut it with transformers, `model.resize_token_embeddings({n})` "
+            f"and `model.save_pretrained(NEW)`, copy the tokenizer's files to NEW, and give NEW"
+        )
     require_vocabulary(folder, tokenizer, vocab_size)
     return tokenizer
 

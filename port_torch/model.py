@@ -17,9 +17,8 @@ from core.config import ModelConfig
 from kernels_cuda import ops
 from kernels_cuda.loss import LossSums, linear_cross_entropy
 from kernels_cuda.reference import rotate
-from port_torch.folder import open_folder
-from port_torch.hf_config import model_config
-from port_torch.names import Leaf, exported_tensors
+from port_torch.model_folder import open_model
+from port_torch.names import Leaf
 
 
 class KVCache(NamedTuple):
@@ -246,15 +245,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device 
     """The model of an exported folder, or of any Llama's that fits, ready to run.
 
     Raises:
-        UserError: the folder is damaged, or of a model that this decoder is not (see `open_folder`,
-            `model_config`).
+        UserError: the folder is damaged, or of a model that this decoder is not (see `open_model`).
     """
-    opened = open_folder(folder)
-    config = model_config(opened.config)
-    leaves = exported_tensors(config)
-    opened.require({name: leaf.shape for name, leaf in leaves.items()})
+    opened = open_model(folder)
     with torch.device("meta"):
-        model = Decoder(config)
-    weights = {parameter_name(leaf): opened.read(name).to(device, dtype) for name, leaf in leaves.items()}
+        model = Decoder(opened.config)
+    weights = {
+        parameter_name(leaf): opened.folder.read(name).to(device, dtype)
+        for name, leaf in opened.leaves.items()
+    }
     model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -5,10 +5,10 @@ from pathlib import Path
 from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST
-from port_torch.folder import CONFIG, open_folder
+from port_torch.folder import CONFIG
 from port_torch.formats.imported import Imported
 from port_torch.formats.llama import read_params
-from port_torch.hf_config import model_config
+from port_torch.model_folder import open_model
 
 NAME = "mtlm-export"
 
@@ -24,13 +24,15 @@ def read(path: Path) -> Imported:
     Raises:
         UserError: a file differs from the manifest, or config.json or the tensors from its model.
     """
-    folder = open_folder(path)
-    assert folder.manifest is not None, "recognises() found one"
-    config = ModelConfig(**folder.manifest.config["model"])
-    for name, theirs in model_config(folder.config).function().items():
+    opened = open_model(path)
+    manifest = opened.folder.manifest
+    if manifest is None:
+        raise RuntimeError(f"{path} had a manifest when `recognises` looked, and has none now")
+    config = ModelConfig(**manifest.config["model"])
+    for name, theirs in opened.config.function().items():
         ours = getattr(config, name)
         if theirs != ours:
             raise UserError(
                 f"{path / CONFIG} says {name} {theirs}, and {EXPORT_MANIFEST} {ours}: export the model again"
             )
-    return Imported(config, read_params(folder, config), tokenizer_folder=path, manifest=folder.manifest)
+    return Imported(config, read_params(opened), tokenizer_folder=path, manifest=manifest)

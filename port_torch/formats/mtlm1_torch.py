@@ -97,7 +97,7 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and plain values, and opening such a file may run any code, so "
-            f"it is not opened: save its state_dict alone ({str(error).splitlines()[0]})"
+            f"it is not opened: save its state_dict alone, `torch.save(model.state_dict(), FILE)`"
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a whole file of PyTorch's ({error}): copy it again") from error
@@ -133,9 +133,15 @@ def _config(
     if n_heads is None and d % HEAD_SIZE:
         raise UserError(f"{path} is {d} wide, which heads of {HEAD_SIZE} do not divide: give --n-heads")
     return ModelConfig(
-        vocab_size=vocab, context=context or CONTEXT, d_model=d, n_layers=max(layers) + 1,
-        n_heads=n_heads or d // HEAD_SIZE, d_mlp=gate.shape[0], rope_theta=ROPE_THETA, norm_eps=NORM_EPS,
-    )  # fmt: skip
+        vocab_size=vocab,
+        context=CONTEXT if context is None else context,
+        d_model=d,
+        n_layers=max(layers) + 1,
+        n_heads=d // HEAD_SIZE if n_heads is None else n_heads,
+        d_mlp=gate.shape[0],
+        rope_theta=ROPE_THETA,
+        norm_eps=NORM_EPS,
+    )
 
 
 def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:

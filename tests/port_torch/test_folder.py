@@ -1,6 +1,7 @@
 """Folders of weights: what is whole comes back bit for bit, what was changed or leads out is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST
+from core.tokenizer import load_tokenizer
 from port_torch.folder import open_folder
+from port_torch.folder_tokenizer import folder_tokenizer
+from port_torch.hf_tokenizer import write_tokenizer
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of, write_export, write_folder
 
@@ -120,6 +124,35 @@ def test_a_link_does_not_lead_out_of_the_folder(sharded, name):
     (sharded / name).unlink()
     (sharded / name).symlink_to(f"real-{name}")
     open_folder(sharded)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300, "/".join(["y"] * 3000)])
+def test_a_name_that_no_file_can_have_is_refused(sharded, name):
+    edit_index(sharded, lambda files: files.update({NORM: name}))
+    refuse(sharded, "names the file .*, which cannot be opened|is missing")
+
+
+def test_links_in_a_circle_and_what_is_no_file_are_refused(sharded):
+    (sharded / "b.safetensors").unlink()
+    (sharded / "b.safetensors").symlink_to("b.safetensors")
+    refuse(sharded, "b.safetensors.* (cannot be opened|is missing|is not a whole)")
+    (sharded / "b.safetensors").unlink()
+    (sharded / "b.safetensors").mkdir()
+    refuse(sharded, "b.safetensors is not a file")
+    (sharded / "b.safetensors").rmdir()
+    os.mkfifo(sharded / "b.safetensors")  # opening one would wait for ever
+    refuse(sharded, "b.safetensors is not a file")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_that_is_a_link_out_of_the_folder_is_refused(tmp_path, name):
+    folder = write_folder(tmp_path / "folder", CONFIG, tensors_of(CONFIG, PARAMS))
+    write_tokenizer(folder, load_tokenizer("bytes"), CONFIG.context)
+    (tmp_path / "elsewhere").write_text("")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link to .*, outside of its folder.*hf download REPO"):
+        folder_tokenizer(folder, None, None, CONFIG.vocab_size)
 
 
 def test_index_and_files_must_agree(sharded):

@@ -24,7 +24,9 @@ from core.manifest import EXPORT_MANIFEST, seal
 from core.model import abstract_params, forward, logits
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer, tokenizer_record
+from port_torch.hf_tokenizer import write_tokenizer
 from port_torch.import_checkpoint import main
+from port_torch.model import load
 from tests.models import random_params
 from tests.port_torch.folders import (
     SMALL,
@@ -192,9 +194,31 @@ def test_what_says_nothing_is_left_out(call, tmp_path):
     folder = write_folder(tmp_path / "a", LLAMA, tensors | frequencies | {"lm_head.weight": table.clone()})
     call(folder, tmp_path / "out", "--tokenizer", "bytes")
     assert_same_bits(opened(tmp_path / "out")[1], PARAMS["llama"])
+    loaded = {name: tensor.numpy() for name, tensor in load(folder).state_dict().items()}
+    assert np.array_equal(loaded["embed.weight"], table.numpy()) and "head.weight" not in loaded
     folder = write_folder(tmp_path / "b", LLAMA, tensors | {"lm_head.weight": table + 1})
-    with pytest.raises(UserError, match="says that the head is the embedding table, but"):
-        call(folder, tmp_path / "other", "--tokenizer", "bytes")
+    for opens in (lambda: call(folder, tmp_path / "other", "--tokenizer", "bytes"), lambda: load(folder)):
+        with pytest.raises(UserError, match="says that the head is the embedding table, but"):
+            opens()
+
+
+def test_a_padded_vocabulary_is_refused_with_advice_that_works(call, tmp_path):
+    """More rows than the tokenizer has ids, as Qwen's models have them; the advice is carried out here."""
+    padded = dataclasses.replace(LLAMA, vocab_size=320)
+    folder = write_folder(tmp_path / "padded", padded, tensors_of(padded, random_params(padded)))
+    write_tokenizer(folder, load_tokenizer("bytes"), padded.context)
+    advice = r"320 rows of embeddings for the 258 ids of its tokenizer.*resize_token_embeddings\(258\)"
+    with pytest.raises(UserError, match=advice):
+        call(folder, tmp_path / "out")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(258)
+    model.save_pretrained(tmp_path / "new")
+    for path in folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "new")
+    call(tmp_path / "new", tmp_path / "out")
+    expected = random_params(padded)
+    expected["embed"]["table"] = expected["embed"]["table"][:258]
+    assert_same_bits(opened(tmp_path / "out")[1], expected)
 
 
 # --- what is refused, and leaves nothing behind ---
