@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import inspect
 import io
 import re
 import shlex
@@ -50,7 +51,7 @@ def parse(
             the option that was probably meant.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    options: dict[str, Any] = {"prog": prog, "description": description}
+    options: dict[str, Any] = {"prog": prog, "description": inspect.cleandoc(description or "") or None}
     if default is not None:
         options["default"] = default
     kind = tyro.conf.OmitArgPrefixes[kind]

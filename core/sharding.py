@@ -100,6 +100,15 @@ def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
     return shape
 
 
+def resolved_mesh(text: str | None, n_devices: int) -> str:
+    """What `text` stands for on that many devices, so that two ways to write a mesh are one; a text that does
+    not fit them stays what it is."""
+    try:
+        return str(parse_mesh(text, n_devices))
+    except UserError:
+        return str(text)
+
+
 def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices (or those given); without a shape all of them lie along `data`.
 

@@ -32,13 +32,13 @@ class FinetuneConfig(TrainerConfig):
     """The run folder. The model comes to lie in its folder `model`."""
     validation: float = 0.05
     """Part of the rows that are scored and not trained on; 0 for none."""
-    lora_rank: int | None = None
+    lora_rank: cli.Maybe[int] = None
     """Train LoRA adapters of this rank instead of all weights; 8 to 64 are common."""
-    lora_alpha: float | None = None
+    lora_alpha: cli.Maybe[float] = None
     """What the adapters add is multiplied by this over the rank. Default: twice the rank."""
-    tokenizer: str | None = None
+    tokenizer: cli.Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
-    epochs: float | None = None
+    epochs: cli.Maybe[float] = None
     """Passes over the rows. Default: 3."""
     batch: int = 16
     """Packed sequences an update, over all GPUs."""

@@ -15,18 +15,20 @@ import torch
 import tyro
 
 from core import cli
+from core.cli import Maybe
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
+from core.sampling import require_room
 from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.course import Job, require_deterministic_operations, train
+from port_torch.training.course import Job, begin, require_deterministic_operations, train
 from port_torch.training.origin import open_origin
 from port_torch.training.ranks import Ranks, open_ranks
 from port_torch.training.settings import AdamWConfig, TrainerConfig
@@ -37,22 +39,35 @@ from train_tpu.prepare import choose_tokenizer, open_or_prepare
 from train_tpu.run import count_steps, given_value, settings_of_run
 from train_tpu.run_folder import run_record
 
+# Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
+# presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
+ADAMW_RATES = {
+    "mtlm1-tiny": 3e-3,
+    "mtlm2-tiny": 3e-3,
+    "mtlm1-88m": 1e-3,
+    "mtlm1-200m": 1e-3,
+    "mtlm2-40m": 1.5e-3,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainerConfig):
-    """Train the PyTorch mirror from scratch or from an exported folder; the same command resumes a run."""
+    """Train the PyTorch mirror with AdamW, from scratch or from an exported folder; the same command resumes.
+
+    The learning rates are AdamW's: train_tpu.run trains with Muon, at others.
+    """
 
     preset: str = "mtlm1-tiny"
     """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
-    init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    init_from: Annotated[Maybe[Path], tyro.conf.arg(name="from")] = None
     """Start from this exported folder instead of a preset with random parameters."""
     data: str = "builtin"
     """A prepared folder, text files (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder or a glob),
     tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
-    tokenizer: str | None = None
+    tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""
-    out: Path | None = None
+    out: Maybe[Path] = None
     """The run folder. Default: runs/PRESET-torch. The model comes to lie in its folder `model`."""
     model: ModelOverrides = ModelOverrides()
     on_bad_record: Literal["fail", "skip"] = "fail"
@@ -73,10 +88,11 @@ def parse(argv: list[str]) -> TrainConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
     preset = given_value(argv, "--preset") or TrainConfig.preset
     ours = theirs.defaults(preset)
-    optim = AdamWConfig(lr=ours.optim.lr, warmup=ours.optim.warmup)
+    optim = AdamWConfig(lr=ADAMW_RATES[preset], warmup=ours.optim.warmup)
     default = TrainConfig(preset=preset, batch=ours.batch, optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
+    found = found if found.init_from or given_value(argv, "--from") else theirs.for_help(found, argv)
     return cli.parse(
         TrainConfig, argv, prog="python -m port_torch.train", default=found, description=TrainConfig.__doc__
     )
@@ -89,6 +105,7 @@ def out_folder(config: TrainConfig) -> Path:
 
 def make_job(config: TrainConfig, ranks: Ranks) -> Job:
     """Model and data of a run."""
+    config = begin(config, out_folder(config), ranks)
     if config.init_from:
         require_kind(config.init_from, "start", Kind.WEIGHTS)
         require_no_overrides(config)
@@ -101,12 +118,16 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
         )
     else:
         given = theirs.TRAINING_DEFAULTS[config.preset]
+        theirs.model_config(config, vocab_size=1)  # what no model can be is refused before anything slow
         tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
         model = theirs.model_config(config, tokenizer.vocab_size)
         dataset = open_data(config, tokenizer.name, model.context, ranks)
         decoder = fresh_decoder(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
     steps = count_steps(config, dataset)
+    prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
+    if prompts:
+        require_room(prompts, model.context)
     heldout = ", ".join(f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout)
     tokens = dataset.splits["train"].tokens
     return Job(
@@ -124,7 +145,7 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
         ),
         example=lambda n: empty_rows(n, model.context, packed=False),
         heldout=heldout_sets(dataset),
-        prompts=[tokenizer.begin(prompt) for prompt in config.prompts],
+        prompts=prompts,
         table=[
             ("tokenizer", f"{tokenizer.name}, {model.vocab_size:,} ids"),
             ("data", f"{config.data}: {tokens:,} tokens"),

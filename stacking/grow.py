@@ -26,6 +26,7 @@ from core.folders import new_folder
 from core.manifest import sync_path
 from core.memory import peak_memory
 from core.run.log import carry_log
+from core.run.schedule import learning_rate
 from core.steps import step_path, tokenizer_carriers
 from core.tokenizer import load_tokenizer_of
 from stacking.plan import Operator, custom_plan, make_plan
@@ -33,7 +34,6 @@ from stacking.policy import continue_schedule, describe_schedule, parse_schedule
 from stacking.rewrite import Growth
 from train_tpu import config as settings
 from train_tpu.config import ModelOverrides, RunConfig
-from train_tpu.optimizer import learning_rate
 from train_tpu.progress import make_console
 from train_tpu.run_folder import write_config
 

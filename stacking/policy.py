@@ -1,11 +1,11 @@
-"""How training goes on behind a growth: the schedule, and which policies do not go together."""
+"""How training continues after a growth: the schedule, and which policies do not go together."""
 
 import dataclasses
 from typing import Literal
 
 from core.errors import UserError
+from core.run.schedule import in_decay, jump
 from train_tpu.config import RunConfig
-from train_tpu.optimizer import learning_rate
 
 REWARM = 200  # steps, where nothing is said and enough of them are left
 
@@ -28,7 +28,7 @@ def parse_schedule(text: str, steps_left: int) -> Schedule:
             raise UserError("--schedule rewarm:0 does not re-warm: give a number of steps, or keep")
         if n > steps_left > 0:
             raise UserError(
-                f"--schedule {text}: only {steps_left} steps are left: give fewer, or more --steps"
+                f"--schedule {text}: only {steps_left} steps are left: give at most rewarm:{steps_left}"
             )
         return Schedule("rewarm", n)
     if text in ("keep", "restart"):
@@ -55,10 +55,9 @@ def require_safe(optimizer: Literal["copy", "reset"], schedule: Schedule, warmup
 def continue_schedule(
     run: RunConfig, step: int, schedule: Schedule, steps: int | None, where: str
 ) -> RunConfig:
-    """The settings under which a run grown at `step` goes on.
+    """The settings under which a run grown at `step` is trained on.
 
-    What goes on must be the schedule that ran until here: if another number of steps would have had another
-    learning rate before `step`, the rate would jump.
+    The learning rate must not jump (core.run.schedule), and a re-warming must not raise it out of a decay.
 
     Args:
         steps: updates in all; None: as the run had.
@@ -69,7 +68,7 @@ def continue_schedule(
     """
     if run.steps is None:
         raise AssertionError("a saved run has a number of steps")
-    total = steps or run.steps
+    total = run.steps if steps is None else steps
     optim = run.optim
     if schedule.kind == "restart":
         if total <= step:
@@ -85,16 +84,21 @@ def continue_schedule(
     )
     if total <= step:
         raise UserError(f"the schedule of {where} has ended (step {step} of {total}): {remedy}")
-    for past in range(step):
-        old, new = learning_rate(optim, past, run.steps), learning_rate(optim, past, total)
-        if old != new:
-            raise UserError(
-                f"{where} was trained for {run.steps} steps, and at step {past} its learning rate was "
-                f"{old:.3g} where {total} steps have {new:.3g}: {remedy}"
-            )
+    grown = optim
     if schedule.kind == "rewarm":
-        optim = dataclasses.replace(optim, rewarm=schedule.rewarm, rewarm_at=step)
-    return dataclasses.replace(run, steps=total, optim=optim)
+        grown = dataclasses.replace(optim, rewarm=schedule.rewarm, rewarm_at=step)
+    found = jump(optim, run.steps, grown, total, step)
+    if found is not None:
+        raise UserError(
+            f"{where} was trained for {run.steps} steps; with {total} its learning rate would jump {found}: "
+            f"{remedy}"
+        )
+    if schedule.kind == "rewarm" and in_decay(optim, step, run.steps):
+        raise UserError(
+            f"{where} is in its final decay (step {step} of {run.steps}), and re-warming would raise the "
+            f"learning rate again: {remedy}, or --schedule keep to finish the decay"
+        )
+    return dataclasses.replace(run, steps=total, optim=grown)
 
 
 def describe_schedule(run: RunConfig) -> str:

@@ -23,12 +23,12 @@ from rich.table import Table
 from core import cli
 from core.config import PRESETS, preset
 from core.errors import UserError, run_command
+from core.run.schedule import OptimizerConfig
 from core.sharding import check_mesh, make_mesh, parse_mesh
 from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import ModelOverrides, RunConfig, model_config
 from train_tpu.hlo import Collective, Module
 from train_tpu.memory_advice import advice
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.splash_cost import splash_cost
 from train_tpu.step import StepConfig, compile_step
 from train_tpu.topology import GIB, Chip, open_slice

@@ -2,34 +2,49 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from core import checks
-from core.config import ModelConfig, preset
+from core.cli import Maybe
+from core.config import PRESETS, ModelConfig, preset
 from core.errors import UserError
-from train_tpu.optimizer import OptimizerConfig
+from core.run.schedule import OptimizerConfig
 from train_tpu.step import GuardConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOverrides:
-    """Departures from the preset; what is not given is the preset's."""
+    """Changes to the preset's model; what is not given is the preset's."""
 
-    context: int | None = None
-    d_model: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
-    d_mlp: int | None = None
-    positions: Literal["rope", "learned"] | None = None
-    mlp: Literal["swiglu", "gelu"] | None = None
-    biases: bool | None = None
-    tied: bool | None = None
-    rope_theta: float | None = None
-    norm_eps: float | None = None
-    dropout: float | None = None
-    init_std: float | None = None
-    scaled_residual_init: bool | None = None
+    context: Maybe[int] = None
+    """Longest sequence, in tokens; the data is cut into windows of this length."""
+    d_model: Maybe[int] = None
+    """Width of the residual stream."""
+    n_layers: Maybe[int] = None
+    """Transformer layers."""
+    n_heads: Maybe[int] = None
+    """Attention heads."""
+    d_mlp: Maybe[int] = None
+    """Hidden width of the MLP."""
+    positions: Maybe[Literal["rope", "learned"]] = None
+    """Rotary position embeddings, or a learned table."""
+    mlp: Maybe[Literal["swiglu", "gelu"]] = None
+    """SwiGLU (gate, up, down), or GELU in its tanh form (up, down)."""
+    biases: Maybe[bool] = None
+    """Biases in attention and MLP."""
+    tied: Maybe[bool] = None
+    """Whether the output head is the embedding table."""
+    rope_theta: Maybe[float] = None
+    """Base of the rotary frequencies."""
+    norm_eps: Maybe[float] = None
+    """Epsilon of RMSNorm."""
+    dropout: Maybe[float] = None
+    """Dropout probability of the embeddings and of each branch's output."""
+    init_std: Maybe[float] = None
+    """Standard deviation of the initial weights."""
+    scaled_residual_init: Maybe[bool] = None
     """Init of the projections into the residual stream divided by sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
@@ -40,29 +55,29 @@ class ModelOverrides:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Train a model from scratch, or go on with a run: --out DIR alone resumes the run in DIR as it is."""
+    """Train a language model, or resume a run. `--out DIR` alone resumes DIR with its saved settings."""
 
     preset: str = "mtlm1-tiny"
     """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
     data: str = "builtin"
     """A prepared folder, text files (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder or a glob),
     tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
-    tokenizer: str | None = None
+    tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
     tiny presets and mistral for the others."""
-    out: Path | None = None
+    out: Maybe[Path] = None
     """The run folder. Default: runs/PRESET."""
     seed: int = 0
 
-    steps: int | None = None
-    """Updates in all. Default: as many as --epochs asks for, else the preset's."""
-    epochs: float | None = None
+    steps: Maybe[int] = None
+    """Optimizer steps of the whole run. Default: as many as --epochs asks for."""
+    epochs: Maybe[float] = None
     """Passes over the training data, instead of --steps."""
     batch: int = 32
-    """Sequences an update, over all devices."""
-    accumulate: int | None = None
-    """Parts that a batch is computed in, one after the other: less memory, the same result. Default: 1; on a
-    TPU as many as leave a chip 8,192 tokens at a time."""
+    """Global batch size: sequences per optimizer step, summed over devices."""
+    accumulate: Maybe[int] = None
+    """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
+    the same up to rounding. Default: 1; on a TPU, enough for 8,192 tokens per chip."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
@@ -70,70 +85,72 @@ class RunConfig:
     """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """A damaged training record ends the run, or its sequence is left out of the loss."""
-    init_from: Path | None = None
+    init_from: Maybe[Path] = None
     """Start from the parameters of this run or checkpoint instead of random ones."""
 
-    mesh: str | None = None
-    """How the devices are arranged: data=8, fsdp=8, or fsdp=4,tensor=2. Along `data` each holds the whole
-    model, along `fsdp` a part of it that is gathered when it is used, along `tensor` some heads, MLP width
-    and vocabulary to compute with. The same result up to rounding. Default: all devices along `data`."""
+    mesh: Maybe[str] = None
+    """Device mesh, e.g. data=8, fsdp=8 or fsdp=4,tensor=2. data: replicate the model; fsdp: shard parameters
+    and optimizer state, all-gather on use; tensor: split heads, MLP and vocabulary. The result is the same up
+    to rounding. Default: all devices on data."""
     show_sharding: bool = False
     """Print how every parameter lies on the devices, and stop before training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    """Activation dtype. auto: bfloat16 on GPU and TPU, float32 on CPU; a run keeps the one it was started
+    with. Parameters and optimizer state are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    unroll: int | None = None
-    """Layers a step of the layer loop holds. Default: all on a CPU or GPU, 1 on a TPU."""
-    remat: Literal["none", "dots", "full"] | None = None
-    """What the backward pass computes again to save memory: nothing, all but matrix products and a TPU's
-    attention, or whole layers. Default: none on a CPU or GPU, dots on a TPU."""
-    loss_chunk: int | None = None
-    """Tokens whose logits are held at once on a device. Default: 8192; on a TPU 256 where the head is small
-    enough to stay on the chip with them."""
+    unroll: Maybe[int] = None
+    """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
+    faster)."""
+    remat: Maybe[Literal["none", "dots", "full"]] = None
+    """Activation rematerialization. none: keep everything; dots: keep matmul outputs (and TPU attention),
+    recompute the rest; full: recompute each layer. Default: none on CPU and GPU, dots on TPU."""
+    loss_chunk: Maybe[int] = None
+    """Chunk size of the cross-entropy, in tokens per device; logits are never materialized for more than
+    this. Default: 8192 (TPU: 256 if the output head fits in VMEM)."""
     deterministic: bool = False
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 
-    eval_every: int | None = None
+    eval_every: Maybe[int] = None
     """Updates between evaluations, besides those before the first update and after the last.
     Default: a tenth of the run."""
     eval_windows: int = 512
     """Windows of each held-out set that evaluations during the run read; the first and last read all."""
     eval_tasks: str = ""
     """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
-    eval_data_dir: Path | None = None
+    eval_data_dir: Maybe[Path] = None
     """Where the tasks' data lies (see eval.run). Default: fetched from the Hugging Face hub."""
     eval_questions: int = 200
     """Questions of each task that evaluations during the run ask; the last asks all."""
-    sample_every: int | None = None
+    sample_every: Maybe[int] = None
     """Updates between samples. Default: as --eval-every."""
     prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
-    """What the samples go on from."""
-    save_every: int | None = None
+    """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
+    save_every: Maybe[int] = None
     """Updates between checkpoints. Default: a tenth of the run."""
     save_minutes: float = 10.0
     """Also save when this much time has passed since the last checkpoint."""
     keep_last: int = 2
     """Checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Maybe[int] = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_steps: tuple[int, ...] = ()
     """Also save and keep the checkpoints of these steps."""
-    stop_at: int | None = None
+    stop_at: Maybe[int] = None
     """Stop when this step is reached, saved; the schedule stays that of all --steps. What is there then
-    has not been decayed: a trunk, to grow or to go on with."""
+    has not been decayed: a trunk, to grow or to resume."""
     log_every: int = 10
     """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
 
-    coordinator: str | None = None
+    coordinator: Maybe[str] = None
     """To train with several processes: HOST:PORT of the first, the same in all of them; or auto, for what a
     TPU pod, Slurm or MPI says. All must see the disk that --out is on. Default: this process alone."""
-    num_processes: int | None = None
-    """How many they are."""
-    process_id: int | None = None
-    """Which of them this one is, from 0."""
+    num_processes: Maybe[int] = None
+    """Total number of processes (with --coordinator HOST:PORT)."""
+    process_id: Maybe[int] = None
+    """Index of this process, 0 to num_processes - 1."""
 
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""
+    """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
     fallback: bool = False
     """If the newest checkpoint is damaged, resume from the newest intact one."""
 
@@ -152,15 +169,17 @@ class RunConfig:
         checks.seeds(seed=self.seed)
 
 
-# What a preset is trained with if nothing else is said; those of 40M and more are those of docs/RESULTS.md.
+# What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
+# Muon's. 2e-3 is the best of 1e-3, 2e-3 and 4e-3 on two held-out sets of three; 4e-3 is the highest that was
+# trained to the end of the 40M's two epochs; the 200M was measured at 1e-3 alone and keeps it.
 _TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50}
-_MTLM1 = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "lr": 1e-3, "warmup": 100}
+_LARGE = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "warmup": 100}
 TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-tiny": _TINY,
     "mtlm2-tiny": _TINY,
-    "mtlm1-88m": _MTLM1,
-    "mtlm1-200m": _MTLM1,
-    "mtlm2-40m": _MTLM1 | {"epochs": 2.0, "lr": 1.5e-3},
+    "mtlm1-88m": _LARGE | {"lr": 2e-3},
+    "mtlm1-200m": _LARGE | {"lr": 1e-3},
+    "mtlm2-40m": _LARGE | {"epochs": 2.0, "lr": 4e-3},
 }
 
 
@@ -170,6 +189,22 @@ def defaults(name: str) -> RunConfig:
     given = TRAINING_DEFAULTS[name]
     optim = OptimizerConfig(lr=given["lr"], warmup=given["warmup"])
     return RunConfig(preset=name, batch=given["batch"], optim=optim)
+
+
+def for_help(config: Any, argv: Sequence[str]) -> Any:
+    """`config` as the defaults of a command line: with the preset's own values where --help is asked for.
+
+    Otherwise what is not given stays None, so that a command can tell it from what is.
+    """
+    if not {"--help", "-h"} & set(argv):
+        return config
+    model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
+    names = [field.name for field in dataclasses.fields(ModelOverrides)]
+    shown = dataclasses.replace(config, model=ModelOverrides(**{name: model[name] for name in names}))
+    if shown.steps is None and shown.epochs is None:
+        given = TRAINING_DEFAULTS[config.preset]
+        shown = dataclasses.replace(shown, steps=given.get("steps"), epochs=given.get("epochs"))
+    return shown
 
 
 # Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are
@@ -216,16 +251,26 @@ def unflatten(flat: dict[str, Any], kind: type = RunConfig) -> Any:
     return kind(**values)
 
 
+def resolved(run: dict[str, Any]) -> dict[str, Any]:
+    """A recorded run's settings as they are compared: the preset's values where the model's are not given."""
+    model = PRESETS.get(run.get("preset", ""))
+    names = [field.name for field in dataclasses.fields(ModelOverrides)] if model else []
+    return run | {name: getattr(model, name) for name in names if run.get(name) is None}
+
+
 def require_same(
     old: dict[str, Any],
     new: dict[str, Any],
     allowed: tuple[str, ...],
     where: Path,
     defaults: Any,
+    mesh: Callable[[str | None], str] = str,
 ) -> None:
     """Refuses to resume a run under settings that would make it another run.
 
-    `defaults` are those of the command: what `old` lacks, since it is older, had them.
+    Args:
+        defaults: those of the command: what `old` lacks, since it is older, had them.
+        mesh: what a mesh's description stands for on the devices that there are.
 
     Raises:
         UserError: a setting differs and is not named in `allowed`; both values are given.
@@ -233,7 +278,11 @@ def require_same(
     unknown = sorted(set(allowed) - set(new))
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
-    old = flatten(defaults) | old
+    old, new = resolved(flatten(defaults) | old), resolved(new)
+    if old.get("dtype") == "auto":  # older records do not say what it stood for
+        old["dtype"] = new["dtype"]
+    if "mesh" in new:
+        old["mesh"], new["mesh"] = mesh(old["mesh"]), mesh(new["mesh"])
     for name in sorted(set(old) | set(new)):
         if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
             continue

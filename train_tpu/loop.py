@@ -22,6 +22,7 @@ from core.manifest import Manifest
 from core.model import Params
 from core.processes import age, any_of, are_several, is_first
 from core.run.log import NoLog, RunLog
+from core.run.schedule import learning_rate
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from core.tokenizer import Tokenizer
 from train_tpu.config import RunConfig
@@ -29,7 +30,6 @@ from train_tpu.data import Batch as LoadedBatch
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from train_tpu.metrics import model_flops_utilization
-from train_tpu.optimizer import learning_rate
 from train_tpu.progress import Progress
 from train_tpu.step import Batch, Controls, Metrics, TrainState
 

@@ -8,8 +8,10 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from core.attention import Choice
+from core.cli import command
 from core.config import ModelConfig
 from core.model import Compute
+from core.run.schedule import in_decay
 from core.sharding import layouts, splits_weights
 from train_tpu.config import RunConfig
 from train_tpu.data import Dataset
@@ -89,18 +91,24 @@ def memory(step: jax.stages.Compiled) -> str:
 def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
     """What to type next; commands of packages that are not installed here are left out.
 
-    A run that was stopped at `end` of its `steps` has a schedule that can go on; a finished one has not.
+    A run that was stopped at `end` of its `steps`, before its decay, can be grown under its own schedule; one
+    that has begun to decay needs a new one.
     """
-    restart = "" if end < steps else f" --schedule restart --steps {2 * steps}"
+    open_ended = end < steps and not in_decay(config.optim, end, steps)
+    schedule = () if open_ended else ("--schedule", "restart", "--steps", end + steps)
     commands = [
-        ("generate text", "core.generate", f"{out} --prompt 'The'"),
-        ("evaluate it", "eval.run", f"{out}"),
-        ("train on your own text", "train_tpu.run", f"--preset {config.preset} --data TEXT --out runs/mine"),
-        ("grow it", "stacking.grow", f"{out} --out {out}-grown{restart}"),
-        ("convert it to PyTorch", "port_torch.convert", f"{out} {out}-torch"),
+        ("generate text", "core.generate", (out, "--prompt", "The")),
+        ("evaluate it", "eval.run", (out,)),
+        (
+            "train on your own text",
+            "train_tpu.run",
+            ("--preset", config.preset, "--data", "TEXT", "--out", "runs/mine"),
+        ),
+        ("grow it", "stacking.grow", (out, "--out", f"{out}-grown", *schedule)),
+        ("convert it to PyTorch", "port_torch.convert", (out, f"{out}-torch")),
     ]
     lines = ["next:"]
     for what, module, arguments in commands:
         if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):
-            lines.append(f"  {what + ':':<24} python -m {module} {arguments}")
+            lines.append(f"  {what + ':':<24} {command(module, *arguments)}")
     return "\n".join(lines)

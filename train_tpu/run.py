@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from core import cli, processes
+from core import checks, cli, processes
 from core.checkpoint import (
     Checkpointer,
     find_step,
@@ -27,16 +27,26 @@ from core.checkpoint import (
     set_aside,
 )
 from core.compilation_cache import keep_compiled, programs_found
-from core.config import PRESETS, ModelConfig, training_flags
+from core.config import ModelConfig, training_flags
 from core.errors import UserError, run_command
 from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.generate import Generator
 from core.manifest import Manifest, load_manifest
-from core.model import Compute, Params
+from core.model import Compute, Params, compute_dtype
 from core.run.log import NoLog, RunLog, read_log
-from core.sharding import check_mesh, make_mesh, parse_mesh, require_deterministic_operations, state_shardings
+from core.run.schedule import check_room, require_continuous
+from core.sampling import require_room
+from core.sharding import (
+    MeshShape,
+    check_mesh,
+    make_mesh,
+    parse_mesh,
+    require_deterministic_operations,
+    resolved_mesh,
+    state_shardings,
+)
 from core.tokenizer import BUILT_IN, Tokenizer, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
@@ -51,7 +61,14 @@ from train_tpu.metrics import plot_curve
 from train_tpu.prepare import choose_tokenizer, open_or_prepare
 from train_tpu.progress import Progress, make_console
 from train_tpu.report import describe, describe_layout, memory, next_commands
-from train_tpu.run_folder import check_run_folder, lock_folder, read_config, run_record, write_config
+from train_tpu.run_folder import (
+    check_run_folder,
+    lock_folder,
+    read_config,
+    require_folder,
+    run_record,
+    write_config,
+)
 from train_tpu.step import (
     StepConfig,
     TrainState,
@@ -75,15 +92,19 @@ def main() -> int:
     processes.join(config.coordinator, config.num_processes, config.process_id)
     refuse_alone(config)
     keep_compiled()
-    shape = parse_mesh(config.mesh, jax.device_count())  # a wrong one is refused before the data is prepared
+    # What cannot be is refused before the data is prepared.
+    require_folder(out)
+    settings.model_config(config, vocab_size=1)
+    shape = mesh_shape(config, out)
     console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
     given = settings.TRAINING_DEFAULTS[config.preset]
     tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
-    context = config.model.context or PRESETS[config.preset].context
-    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, context, CACHE))
     model = settings.model_config(config, tokenizer.vocab_size)
+    if config.prompts:
+        require_room([tokenizer.begin(prompt) for prompt in config.prompts], model.context)
+    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, model.context, CACHE))
     steps = count_steps(config, dataset)
 
     # 3. Devices, and what will compute on them.
@@ -92,7 +113,11 @@ def main() -> int:
     check_mesh(model, shape, config.batch, config.accumulate)
     step_config, attention = choose_step(config, model, mesh)
     compute = step_config.compute
+    config = dataclasses.replace(config, dtype=compute.dtype)  # recorded as what it stands for here
     console.print(describe(config, model, dataset, steps, mesh, compute, attention))
+    for note in (check_room(config.optim, steps), describe_dtype(compute.dtype, out)):
+        if note:
+            console.print(f"note: {note}", markup=False, highlight=False)
     if config.show_sharding:
         console.print(describe_layout(abstract_state(step_config, mesh), mesh))
         return EXIT_FINISHED
@@ -110,7 +135,9 @@ def main() -> int:
     lock = contextlib.nullcontext()
     if processes.is_first():
         lock = lock_folder(out)
-        check_run_folder(out, record, config.allow_change)
+        check_run_folder(
+            out, record, config.allow_change, mesh=lambda text: resolved_mesh(text, jax.device_count())
+        )
     checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
     end = min(steps, config.stop_at or steps)
 
@@ -125,17 +152,18 @@ def main() -> int:
         if manifest.step > steps:
             raise UserError(
                 f"the run in {out} is at step {manifest.step} already, beyond the {steps} steps asked for: "
-                "give more --steps or another --out"
+                "resume it without them, or give another --out"
             )
         if manifest.step == steps and any(row["what"] == END for row in read_log(out, "event")):
             console.print(
-                f"the run in {out} is finished ({manifest.step} of {steps} steps): give another --out for a "
-                "new one, or more --steps with --allow-change steps to go on"
+                f"the run in {out} is finished ({manifest.step} of {steps} steps): start a new one with "
+                "another --out"
             )
             return EXIT_FINISHED
         if end < steps and manifest.step >= end:
             console.print(
-                f"the run in {out} is at step {manifest.step}, and --stop-at {end} asks for no more"
+                f"{out} is already at step {manifest.step} (--stop-at {end}): drop --stop-at to continue to "
+                f"step {steps}"
             )
             return EXIT_FINISHED
 
@@ -207,11 +235,26 @@ def refuse_alone(config: RunConfig) -> None:
             raise UserError(f"{flag} cannot be used with several processes: leave it out, or use one process")
 
 
+def mesh_shape(config: RunConfig, out: Path) -> MeshShape:
+    """The mesh of the devices that there are; a UserError where the settings' does not fit them."""
+    n_devices = jax.device_count()
+    saved = read_config(out)
+    if saved and config.mesh and saved["run"].get("mesh") == config.mesh:
+        try:
+            return parse_mesh(config.mesh, n_devices)
+        except UserError:
+            raise UserError(
+                f"the run in {out} is for --mesh {config.mesh}, and the devices here are {n_devices}: give "
+                f"--mesh {MeshShape(data=n_devices)} --allow-change mesh to resume it here"
+            ) from None
+    return parse_mesh(config.mesh, n_devices)
+
+
 def parse(argv: list[str]) -> RunConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
     preset, out = given_value(argv, "--preset") or RunConfig.preset, given_value(argv, "--out")
     folder = Path(out) if out else Path("runs") / preset
-    default = settings_of_run(folder, settings.defaults(preset), argv)
+    default = settings.for_help(settings_of_run(folder, settings.defaults(preset), argv), argv)
     return cli.parse(
         RunConfig, argv, prog="python -m train_tpu.run", default=default, description=RunConfig.__doc__
     )
@@ -245,14 +288,29 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's."""
     windows = dataset.splits["train"].windows
     given = settings.TRAINING_DEFAULTS[config.preset]
-    epochs = config.epochs if config.epochs is not None or config.steps else given.get("epochs")
-    steps = config.steps or (int(epochs * windows / config.batch) if epochs else given["steps"])
+    steps, epochs = config.steps, config.epochs
+    if steps is None and epochs is None:
+        steps, epochs = given.get("steps"), given.get("epochs")
+    if steps is None:
+        steps = int(epochs * windows / config.batch)
+        checks.counts(0, epochs=steps)
     if steps < 1:
         raise UserError(
             f"the training data holds {windows} windows of {dataset.context} tokens, fewer than one batch of "
             f"{config.batch}: give more text, a smaller --batch or a smaller --context"
         )
     return steps
+
+
+def describe_dtype(dtype: str, out: Path) -> str | None:
+    """What to tell of a run that is resumed in another type than one started on this device would have."""
+    here = compute_dtype("auto", jax.default_backend())
+    if dtype == here or not list_steps(out / "checkpoints"):
+        return None
+    return (
+        f"the run computes in {dtype}, as it was started; here a new one would in {here} "
+        f"(--dtype {here} --allow-change dtype)"
+    )
 
 
 def open_tasks(config: RunConfig, model: ModelConfig, compute: Compute, tokenizer: Tokenizer) -> Any:
@@ -314,6 +372,7 @@ def starting_state(
         step_dir = find_step(folder)
         if config.fallback:
             step_dir, skipped = newest_intact(folder)
+            require_continuous(load_manifest(step_dir).config["run"], record["run"], int(step_dir.name), out)
             for damaged, why in skipped:
                 aside = set_aside(damaged)
                 console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)

@@ -3,13 +3,16 @@
 import dataclasses
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import write_atomically
-from core.manifest import digest
+from core.manifest import digest, load_manifest
+from core.run.schedule import require_continuous
+from core.steps import find_step, list_steps
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.config import RunConfig
@@ -29,13 +32,25 @@ def run_record(
     }
 
 
-def lock_folder(out: Path) -> TextIO:
-    """Holds the run folder for this process until the returned file is closed."""
+def require_folder(out: Path) -> None:
+    """Refuses an --out that no run can be written to; before anything slow, and nothing is made.
+
+    Raises:
+        UserError: it is a file, or not empty and not a run's.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     ours = any((out / name).exists() for name in ("config.json", ".lock"))
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise UserError(f"--out {out} holds other things and no run of ours; name a new folder")
+        raise UserError(f"--out {out} is not empty and not an MTLM run; choose an empty or new folder")
+    parent = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise UserError(f"--out {out} lies in {parent}, which is a file; name another folder")
+
+
+def lock_folder(out: Path) -> TextIO:
+    """Holds the run folder for this process until the returned file is closed."""
+    require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = (out / ".lock").open("w")
     try:
@@ -68,13 +83,23 @@ def read_config(out: Path) -> dict[str, Any] | None:
 
 
 def check_run_folder(
-    out: Path, record: dict[str, Any], allowed: tuple[str, ...], defaults: Any = DEFAULTS
+    out: Path,
+    record: dict[str, Any],
+    allowed: tuple[str, ...],
+    defaults: Any = DEFAULTS,
+    mesh: Callable[[str | None], str] = str,
 ) -> None:
-    """Refuses to go on with a run of other settings, model, tokenizer or data; see `require_same`."""
+    """Refuses to resume a run under other settings, model, tokenizer or data; see `require_same`.
+
+    A learning rate that would jump is refused whatever is allowed, and first: no other message may advise it.
+    """
     old = read_config(out)
     if old:
         require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
-        settings.require_same(old["run"], record["run"], allowed, out, defaults)
+        if list_steps(out / "checkpoints"):
+            manifest = load_manifest(find_step(out))
+            require_continuous(manifest.config["run"], record["run"], manifest.step, out)
+        settings.require_same(old["run"], record["run"], allowed, out, defaults, mesh)
         if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
             raise UserError(
                 f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "

@@ -23,6 +23,7 @@ from core.config import ModelConfig
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.run.schedule import OptimizerConfig
 from core.sharding import (
     BATCH_AXES,
     batch_sharding,
@@ -32,7 +33,7 @@ from core.sharding import (
     splits_weights,
     state_shardings,
 )
-from train_tpu.optimizer import OptimizerConfig, make_optimizer, path_names
+from train_tpu.optimizer import make_optimizer, path_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 from torch.nn.attention import SDPBackend
 
+from core.cli import command
 from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import Manifest, code_version, load_manifest
 from core.model import compute_dtype
 from core.run.log import NoLog, RunLog, read_log
+from core.run.schedule import check_room, require_continuous
 from core.steps import find_step, list_steps, newest_intact, set_aside
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
@@ -40,7 +41,7 @@ from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, choose_cadence
 from train_tpu.metrics import plot_curve
 from train_tpu.progress import Progress, make_console
-from train_tpu.run_folder import check_run_folder, lock_folder, write_config
+from train_tpu.run_folder import check_run_folder, lock_folder, require_folder, write_config
 
 
 @dataclasses.dataclass
@@ -70,6 +71,17 @@ class Job:
     """What is told about model and data."""
     tuning: Tuning | None = None
     """What the card says of a fine-tuned model."""
+
+
+def begin(config: TrainerConfig, out: Path, ranks: Ranks) -> TrainerConfig:
+    """The settings as a run records them: `auto` as what it stands for on this device.
+
+    Raises:
+        UserError: no run can be written to `out`; told before anything slow.
+    """
+    require_folder(out)
+    platform = "cpu" if ranks.device.type == "cpu" else "gpu"
+    return dataclasses.replace(config, dtype=compute_dtype(config.dtype, platform))
 
 
 def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
@@ -112,7 +124,7 @@ def train(job: Job, ranks: Ranks) -> int:
     config, out, model = job.config, job.out, job.decoder.config
     console = make_console(quiet=not ranks.first)
     rows = ranks.rows(config.batch)
-    bf16 = compute_dtype(config.dtype, "cpu" if ranks.device.type == "cpu" else "gpu") == "bfloat16"
+    bf16 = config.dtype == "bfloat16"
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     end = min(job.steps, config.stop_at or job.steps)
 
@@ -138,7 +150,7 @@ def train(job: Job, ranks: Ranks) -> int:
         if manifest.step > job.steps:
             raise UserError(
                 f"the run in {out} is at step {manifest.step} already, beyond the {job.steps} steps asked "
-                "for: give more --steps or another --out"
+                "for: resume it without them, or give another --out"
             )
         finished = manifest.step == job.steps and any(row["what"] == END for row in read_log(out, "event"))
         if finished or (end < job.steps and manifest.step >= end):
@@ -161,6 +173,8 @@ def train(job: Job, ranks: Ranks) -> int:
             job.tokenizer.carry(out)
             write_config(out, job.record)
         describe(job, ranks, console, bf16, compiled)
+        if note := check_room(config.optim, job.steps):
+            console.print(f"note: {note}", markup=False, highlight=False)
         console.print(how, markup=False, highlight=False)
         if parts != config.accumulate:
             console.print(
@@ -209,7 +223,7 @@ def train(job: Job, ranks: Ranks) -> int:
         console.print(
             f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}\n"
             f"the model: {folder}, a folder for transformers, proved by its logits\n"
-            f"next: python -m port_torch.generate {shlex.quote(str(folder))} {arguments}",
+            f"next: {command('port_torch.generate', folder)} {arguments}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -229,7 +243,9 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
         origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
     if job.config.fallback and ranks.first:
-        for damaged, why in newest_intact(out)[1]:
+        intact, skipped = newest_intact(out)
+        require_continuous(load_manifest(intact).config["run"], record["run"], int(intact.name), out)
+        for damaged, why in skipped:
             aside = set_aside(damaged)
             console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
     ranks.wait()

@@ -9,7 +9,7 @@ from core.loss import IGNORE
 from core.sampling import require_room
 from core.tokenizer import Tokenizer, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
-from port_torch.training.course import Job, require_deterministic_operations, train
+from port_torch.training.course import Job, begin, require_deterministic_operations, train
 from port_torch.training.examples import examples_of
 from port_torch.training.lora import add_adapters
 from port_torch.training.origin import open_origin
@@ -38,6 +38,7 @@ def run(config: "FinetuneConfig", file: RowFile) -> int:
 
 def make_job(config: "FinetuneConfig", file: RowFile, ranks: Ranks) -> Job:
     """Model and data of a run."""
+    config = begin(config, config.out, ranks)
     origin = open_origin(config.init_from, "finetune", config.tokenizer)
     decoder, tokenizer = origin.decoder, origin.tokenizer
     model, mine = decoder.config, ranks.rows(config.batch)

@@ -18,6 +18,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.manifest import Manifest
 from core.run.log import NoLog, RunLog
+from core.run.schedule import learning_rate
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
 from port_torch.sampling import stream
@@ -29,7 +30,6 @@ from port_torch.training.step import FIGURES, Stepper
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from train_tpu.loop import END, METRICS_LAG, SAMPLE_TOKENS, Cadence
 from train_tpu.metrics import model_flops_utilization
-from train_tpu.optimizer import learning_rate
 from train_tpu.progress import Progress
 
 HALT_AFTER = 10  # updates in a row without a finite loss and gradient: no data makes up for that

@@ -6,9 +6,10 @@ from typing import Literal
 import tyro
 
 from core import checks
+from core.cli import Maybe
 from core.errors import UserError
+from core.run.schedule import OptimizerConfig
 from train_tpu.config import RunConfig
-from train_tpu.optimizer import OptimizerConfig
 
 Hidden = tyro.conf.Suppress
 _THEIRS = RunConfig()
@@ -16,13 +17,12 @@ _THEIRS = RunConfig()
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW and the course of the learning rate, without what is Muon's or growing's."""
+    """AdamW and the learning rate's schedule, without what is Muon's or growing's."""
 
     optimizer: Hidden[Literal["adamw"]] = "adamw"
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     momentum: Hidden[float] = 0.95
-    schedule_start: Hidden[int] = 0
     rewarm: Hidden[int] = 0
     rewarm_at: Hidden[int] = 0
 
@@ -36,15 +36,15 @@ class TrainerConfig:
     """How a run is computed, watched and kept."""
 
     seed: int = 0
-    steps: int | None = None
-    """Updates in all, instead of --epochs."""
-    epochs: float | None = None
+    steps: Maybe[int] = None
+    """Optimizer steps of the whole run, instead of --epochs."""
+    epochs: Maybe[float] = None
     """Passes over the training data."""
     batch: int = 32
-    """Sequences an update, over all GPUs."""
+    """Global batch size: sequences per optimizer step, summed over GPUs."""
     accumulate: int = 1
-    """Parts that a GPU computes its rows in, one after the other: less memory, the same result. More of them
-    are made where the memory does not suffice."""
+    """Gradient accumulation: micro-batches that a GPU splits its sequences into. Uses less memory; the update
+    is the same up to rounding. More are made where the memory does not suffice."""
     optim: AdamWConfig = AdamWConfig()
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
@@ -52,36 +52,36 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations; auto is bfloat16 on a GPU, float32 on a CPU. Parameters stay float32."""
+    """Activation dtype. auto: bfloat16 on a GPU, float32 on a CPU. Parameters stay float32."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """Our CUDA kernels where they are, nothing but them, or plain PyTorch."""
-    compile: bool | None = None
+    compile: Maybe[bool] = None
     """torch.compile: a minute at the start for faster steps. Default: on a GPU."""
     deterministic: bool = False
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 
-    eval_every: int | None = None
+    eval_every: Maybe[int] = None
     """Updates between evaluations, besides those before the first update and after the last.
     Default: a tenth of the run."""
     eval_windows: int = 512
     """Windows of each held-out set that evaluations during the run read; the first and last read all."""
-    sample_every: int | None = None
+    sample_every: Maybe[int] = None
     """Updates between samples. Default: as --eval-every."""
     prompts: tuple[str, ...] = _THEIRS.prompts
-    """What the samples go on from."""
-    save_every: int | None = None
+    """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
+    save_every: Maybe[int] = None
     """Updates between checkpoints. Default: a tenth of the run."""
     save_minutes: float = 10.0
     """Also save when this much time has passed since the last checkpoint."""
     keep_last: int = 2
     """Checkpoints to keep."""
-    stop_at: int | None = None
+    stop_at: Maybe[int] = None
     """Stop when this step is reached, saved; the schedule stays that of all steps."""
     log_every: int = 10
     """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
 
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the run that is resumed, by name: --allow-change steps lr."""
+    """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
     fallback: bool = False
     """If the newest checkpoint is damaged, resume from the newest intact one."""
 

@@ -13,8 +13,8 @@ from jax.experimental import topologies
 from core.attention import choose
 from core.config import ModelConfig
 from core.model import Compute
+from core.run.schedule import OptimizerConfig
 from core.sharding import make_mesh, parse_mesh
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
 
 CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512

@@ -17,6 +17,7 @@ from core import checks
 from core.config import preset
 from core.errors import UserError
 from core.generate import GenerateConfig, Sampling
+from core.run.schedule import OptimizerConfig
 from eval.perplexity import PerplexityConfig
 from eval.run import EvalConfig
 from port_torch import generate as torch_generate
@@ -28,7 +29,6 @@ from stacking.arms import StudyConfig
 from stacking.grow import GrowConfig
 from train_tpu.aot import AotConfig
 from train_tpu.config import ModelOverrides, RunConfig
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import GuardConfig
 
 X = Path("x")

@@ -17,6 +17,7 @@ from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import Compute
 from core.run.log import read_log
+from core.run.schedule import OptimizerConfig, learning_rate
 from core.sharding import make_mesh
 from core.steps import find_step, list_steps
 from kernels_cuda import library
@@ -50,7 +51,6 @@ from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_HALTED, EXIT_SAVED
 from train_tpu.loop import place_batch
-from train_tpu.optimizer import OptimizerConfig, learning_rate
 from train_tpu.prepare import open_or_prepare
 from train_tpu.step import Controls, GuardConfig, StepConfig, compile_step, fresh_state
 

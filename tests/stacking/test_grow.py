@@ -16,6 +16,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import seal
 from core.run.log import read_log
+from core.run.schedule import learning_rate
 from core.sharding import make_mesh
 from core.steps import step_path
 from stacking import grow as command
@@ -26,7 +27,6 @@ from train_tpu import config as settings
 from train_tpu.backend import choose_step
 from train_tpu.data import open_dataset, train_batches
 from train_tpu.loop import place_batch
-from train_tpu.optimizer import learning_rate
 from train_tpu.step import Controls, abstract_state, compile_step
 
 GROWN_AT = 6

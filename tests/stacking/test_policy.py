@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from core.errors import UserError
+from core.run.schedule import OptimizerConfig, learning_rate
 from stacking.policy import Schedule, continue_schedule, parse_schedule, require_safe
 from train_tpu.config import RunConfig
-from train_tpu.optimizer import OptimizerConfig, learning_rate
 
 WSD = RunConfig(steps=100, optim=OptimizerConfig(lr=1.0, warmup=10, decay=0.2))
 
@@ -44,19 +44,31 @@ def test_more_steps_move_a_decay_that_has_not_begun():
     "run, step, kind, steps, message",
     [
         (WSD, 100, "keep", None, "has ended .step 100 of 100.*--keep-steps.*--schedule restart"),
-        (WSD, 100, "rewarm", 200, "for 100 steps, and at step 81 its learning rate was 0.95 where 200 steps"),
-        (WSD, 90, "keep", 110, "at step 81 its learning rate was 0.95 where 110 steps have 1"),
-        (WSD, 90, "keep", 95, "at step 77 its learning rate was 1 where 95 steps have 0.947"),
+        (WSD, 100, "rewarm", 200, "for 100 steps; with 200 .* would jump at step 100 from 0.05 to 1 of its"),
+        (WSD, 90, "keep", 110, "with 110 its learning rate would jump at step 90 from 0.55 to 0.909 of its"),
+        (WSD, 90, "keep", 95, "with 95 its learning rate would jump at step 90 from 0.55 to 0.263 of its"),
+        (WSD, 90, "rewarm", None, "in its final decay .step 90 of 100.*re-warming.*--schedule keep"),
         (WSD, 100, "restart", None, "no steps to run: give more --steps"),
         (
             dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, schedule="cosine")),
-            50, "rewarm", 200, "at step 11 its learning rate",
+            50, "rewarm", 200, "would jump at step 50 from 0.6.* to 0.8",
         ),
     ],
 )  # fmt: skip
 def test_a_schedule_that_would_jump_or_has_ended_is_refused(run, step, kind, steps, message):
     with pytest.raises(UserError, match=message):
         continue_schedule(run, step, Schedule(kind, 5 * (kind == "rewarm")), steps, "runs/x")
+
+
+def test_what_a_refusal_advises_is_accepted():
+    """Of growing in the decay, or with another number of steps."""
+    restarted = continue_schedule(WSD, 90, Schedule("restart"), 200, "runs/x")
+    assert restarted.optim.schedule_start == 90 and rates(restarted)[90] == pytest.approx(1 / 10)
+    assert continue_schedule(WSD, 90, Schedule("keep"), None, "runs/x") == WSD
+    assert continue_schedule(WSD, 80, Schedule("rewarm", 5), None, "runs/x").optim.rewarm_at == 80
+    with pytest.raises(UserError, match="give at most rewarm:20"):
+        parse_schedule("rewarm:30", 20)
+    assert parse_schedule("rewarm:20", 20) == Schedule("rewarm", 20)
 
 
 def test_the_default_rewarming_fits_what_is_left():

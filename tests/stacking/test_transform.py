@@ -13,12 +13,13 @@ from core.errors import UserError
 from core.keys import Purpose, make_key
 from core.loss import cross_entropy
 from core.model import Compute, forward, head_table, init_params, logits
+from core.run.schedule import OptimizerConfig
 from stacking.plan import make_plan
 from stacking.transform import grow
 from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens
 from tests.several_devices import ROOT, run_on_devices
 from tests.stacking.test_plan import OPERATORS, plans
-from train_tpu.optimizer import OptimizerConfig, make_optimizer
+from train_tpu.optimizer import make_optimizer
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, TrainState, init_state, train_step
 
 STEP = StepConfig(

@@ -11,8 +11,8 @@ from core.checkpoint import restore, save_tree
 from core.config import ModelConfig
 from core.manifest import Manifest
 from core.model import Compute
+from core.run.schedule import OptimizerConfig
 from core.sharding import layouts, make_mesh, parse_mesh
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, fresh_state, lower_step
 
 LAYERS, WIDTH, MLP, VOCABULARY = 3, 64, 176, 320

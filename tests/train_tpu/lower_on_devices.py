@@ -8,8 +8,8 @@ import pytest
 from core.config import PRESETS
 from core.errors import UserError
 from core.model import Compute
+from core.run.schedule import OptimizerConfig
 from core.sharding import check_mesh, make_mesh, parse_mesh
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import GuardConfig, StepConfig, lower_step
 
 MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "fsdp=2,tensor=4")

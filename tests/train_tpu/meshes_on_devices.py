@@ -12,10 +12,10 @@ import torch
 
 from core.config import ModelConfig
 from core.model import Compute
+from core.run.schedule import OptimizerConfig
 from core.sharding import MeshShape, batch_sharding, make_mesh, parse_mesh, replicated
 from tests.models import flat
 from tests.reference import logits64
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 kind, optimizer, log = sys.argv[1:]

@@ -8,8 +8,8 @@ import numpy as np
 
 from core.config import ModelConfig
 from core.model import Compute
+from core.run.schedule import OptimizerConfig
 from core.sharding import batch_sharding, make_mesh, replicated
-from train_tpu.optimizer import OptimizerConfig
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 optimizer = sys.argv[1]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.run.schedule import OptimizerConfig, learning_rate
 from tests.models import BOTH, GPT, flat, random_params
-from train_tpu.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from train_tpu.optimizer import make_optimizer
 
 STEPS = 20
 

@@ -90,7 +90,7 @@ def test_a_mistake_of_the_first_ends_both(cache, text):
     (cache / "taken").mkdir()
     (cache / "taken" / "other").touch()
     ended = finish(start_two(cache, *COMMON, "--data", text, "--out", cache / "taken"))
-    assert ended[0][0] == 2 and "holds other things and no run of ours" in ended[0][2]
+    assert ended[0][0] == 2 and "is not empty and not an MTLM run" in ended[0][2]
     assert ended[1][0] not in (0, None)
 
 

@@ -102,7 +102,7 @@ def test_the_step_is_compiled_once_whatever_happens(cache, text):
     folder = cache / "compilations"
     # Batches of one sequence have noisy losses: a limit of 0.01 standard deviations skips many of them.
     noisy = ("--batch", "1", "--sigma", "0.01", "--window", "2", "--halt-after", "99")
-    arguments = (*TINY, *noisy, "--data", text, "--out", folder)
+    arguments = (*TINY, *noisy, "--data", text, "--out", folder, "--decay", "0")
     for steps, allowed in (("8", ()), ("12", ("--allow-change", "steps"))):
         _, err = run(cache, *arguments, "--steps", steps, *allowed, environ={"JAX_LOG_COMPILES": "1"})
         compiled = [line for line in err.splitlines() if "Compiling" in line and "train_step" in line]
@@ -127,9 +127,9 @@ def test_a_diverged_run_is_halted_with_its_last_good_state(cache, text):
 
 def test_a_changed_batch_goes_on_at_the_same_sequence(finished, cache, text):
     folder = cache / "batch"
-    run(cache, *TINY, "--data", text, "--out", folder, "--steps", "4")
-    allowed = ("--allow-change", "batch", "steps")
-    run(cache, *TINY, "--data", text, "--out", folder, "--batch", "8", "--steps", "6", *allowed)
+    arguments = (*TINY, "--data", text, "--out", folder, "--decay", "0")
+    run(cache, *arguments, "--steps", "4")
+    run(cache, *arguments, "--batch", "8", "--steps", "6", "--allow-change", "batch", "steps")
     rows = read_log(folder, "train")
     assert [row["tokens"] // 32 for row in rows] == [0, 4, 8, 12, 16, 24]
     assert load_manifest(find_step(folder)).sequences == 32
@@ -160,7 +160,7 @@ def test_refusals(finished, cache, text, tmp_path):
     assert "is at step 12 already" in refusal(cache, *TINY, "--data", text, "--out", folder, *fewer)
     other = make_text(tmp_path, repeats=50)
     assert "--allow-change data" in refusal(cache, *TINY, "--data", other, "--out", folder)
-    assert "no run of ours" in refusal(cache, *TINY, "--data", text, "--out", text.parent)
+    assert "not an MTLM run" in refusal(cache, *TINY, "--data", text, "--out", text.parent)
     assert "cannot be used" in refusal(cache, *tiny, "--attention", "cudnn")
     assert "no checkpoint in" in refusal(cache, *tiny, "--init-from", tmp_path)
     assert "not both" in refusal(cache, *tiny, "--epochs", "1")
