@@ -179,7 +179,8 @@ class Decoder(nn.Module):
         documents: Int[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
         """What the final norm is of: the residual stream, and what the last branch adds to it."""
-        assert (positions is None) == (cache is None), "positions are those of a cache's rows"
+        if (positions is None) != (cache is None):
+            raise ValueError("positions are those of a cache's rows: give both or neither")
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         visible = None
         if documents is not None:

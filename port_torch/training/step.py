@@ -114,7 +114,8 @@ class Stepper:
         Raises:
             UserError: a single row does not fit.
         """
-        assert rows % parts == 0, (rows, parts)
+        if rows % parts:
+            raise ValueError(f"{rows} rows have no {parts} equal parts")
         while True:
             try:
                 self._rehearse(example(rows), parts)
