@@ -166,18 +166,28 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
         parts.append(
             f"Not measured alike (type, shots, questions, truncation): {', '.join(sorted(differing))}."
         )
-    n_tests = 0
+    n_tests, not_compared = 0, []
     for name, folder, others in list(zip(names, folders, tasks, strict=True))[1:]:
         rows = []
         for task in shared:
             metrics = [metric for metric, *_ in figures(others[task])]
-            for metric, found in compare_task(folders[0], folder, task, metrics).items():
+            try:
+                compared = compare_task(folders[0], folder, task, metrics)
+            except UserError as error:  # of this task; the others may do
+                not_compared.append(str(error))
+                continue
+            for metric, found in compared.items():
                 n_tests += 1
                 rows.append((task, metric, *compared_cells(metric, found)))
+        if not rows:
+            continue
         parts.append(f"{name} against {names[0]}, on the same questions:")
         parts.append(
             table(("task", "metric", "difference", f"right only: {names[0]} / {name}", "p", "test"), rows)
         )
+    if not n_tests and not_compared:
+        raise UserError(not_compared[0])
+    parts += [f"Not compared: {reason}." for reason in not_compared]
     parts.append(
         "± is one standard error; of differences it is that over the questions. The p values are those of "
         f"{n_tests} single tests: of so many, {0.05 * n_tests:.1f} lie below 0.05 by chance. They know of "

@@ -33,6 +33,7 @@ from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.evaluate import evaluate_task
 from eval.harness import HarnessModel
+from eval.hub import go_offline_if_unreachable
 from eval.local_data import WIKITEXT_TEST
 from eval.models import Device, describe, open_model
 from eval.progress import Progress
@@ -181,6 +182,7 @@ def wikitext_test(data_dir: Path | None) -> str:
     else:
         import datasets
 
+        go_offline_if_unreachable()
         where = "Salesforce/wikitext, wikitext-2-raw-v1"
         try:
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]

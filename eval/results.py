@@ -127,6 +127,12 @@ def shown(metric: str, value: float, stderr: float | None) -> str:
     return f"{scale * value:.{digits}f}{error}"
 
 
+def questions(entry: Record) -> str:
+    """How many questions a figure stands on."""
+    n, of = entry["questions"], entry["of"]
+    return f"{n:,} questions" if n == of else f"ONLY {n:,} of {of:,} questions"
+
+
 def protocol(entry: Record) -> str:
     """How a task was measured, in a few words."""
     settings = entry["settings"]
@@ -227,7 +233,11 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def plot(content: Record, path: Path) -> None:
-    """Accuracies with their errors beside the published ones, a panel a task; nothing without such a task."""
+    """Accuracies with their errors next to the published ones, one panel per task; nothing without one.
+
+    A panel says on how many questions its figure stands; published figures, which are of full sets, are not
+    put next to one of a part.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,7 +259,8 @@ def plot(content: Record, path: Path) -> None:
         value, error = (entry["metrics"][metric][key] for key in ("value", "stderr"))
         others = [
             (row.model, row.scores[task][metric == "acc_norm"]) for row in PUBLISHED
-            if row.metric_stated and task in row.scores and row.scores[task][metric == "acc_norm"] is not None
+            if entry["questions"] == entry["of"] and row.metric_stated and task in row.scores
+            and row.scores[task][metric == "acc_norm"] is not None
         ]  # fmt: skip
         names = [content["model"]["name"], *(name for name, _ in others)]
         values = [100 * value, *(other for _, other in others)]
@@ -262,7 +273,9 @@ def plot(content: Record, path: Path) -> None:
             axis.set_xlabel(f"dotted: chance, {100 * entry['chance']:.1f}", fontsize=7)
         axis.set_yticks(list(heights), names, fontsize=7)
         axis.set_ylim(-0.6, len(names) - 0.4)
-        axis.set_title(f"{task} {metric}, %", fontsize=9)
+        whole = entry["questions"] == entry["of"]
+        title, color = f"{task} {metric}, %\n{questions(entry)}", "black" if whole else "#c2410c"
+        axis.set_title(title, fontsize=9, color=color)
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=130)

@@ -79,7 +79,7 @@ def main() -> int:
         print(describe(model, config.dtype))
         harness = HarnessModel(model.backend, model.tokenizer)
         try:
-            for name in names:
+            for name in tasks.names:
                 if results.has(name, tasks.files):
                     print(f"{name}: evaluated before, in {results.folder}")
                     continue

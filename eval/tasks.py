@@ -17,8 +17,10 @@ import datasets
 import lm_eval.tasks
 import yaml
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 
 from core.errors import UserError
+from eval.hub import go_offline_if_unreachable
 from eval.local_data import Fields, LocalSet, Source, local_source, read_local
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
@@ -34,6 +36,8 @@ class Tasks:
     """Tasks whose names are known; `load` makes one. See `open_tasks`."""
 
     def __init__(self, managers: dict[str, TaskManager], local: dict[str, LocalSet]):
+        self.names = list(managers)
+        """What can be loaded, groups that are in local files as their tasks."""
         self._managers = managers
         self._local = local
 
@@ -45,13 +49,15 @@ class Tasks:
         Raises:
             UserError: its documents are neither local nor to be had from the hub, or it cannot be run here.
         """
+        if not any(task in self._local for task in _leaves([name])):
+            go_offline_if_unreachable()
         try:
             loaded = self._managers[name].load([name])
         except OSError as error:  # of the hub: several kinds, all of this class
             raise UserError(
                 f"the data of {name} is neither in a --data-dir nor on this machine, and the Hugging Face "
-                f"hub cannot be reached ({_first_line(error)}): give the folder of the data, or try again "
-                "with a network"
+                f"hub cannot be reached ({_first_line(error)}): give the folder of the data with --data-dir, "
+                "or try again with a network"
             ) from None
         except (ImportError, ValueError) as error:
             raise UserError(f"the task {name} cannot be run here: {_first_line(error)}") from None
@@ -82,22 +88,23 @@ def open_tasks(names: list[str], data_dir: Path | None) -> Iterator[Tasks]:
         raise UserError(
             f"--data-dir {data_dir} is {'a file' if data_dir.exists() else 'not there'}: give a folder"
         )
+    harness: TaskManager | None = None
+    if not (data_dir and all(map(_is_local, names))):
+        harness = TaskManager()  # indexes thousands of files: seconds
+        for name in names:
+            if name not in harness.task_index:
+                raise UserError(_unknown(name, harness))
+        if data_dir:
+            names = list(dict.fromkeys(leaf for name in names for leaf in _local_members(name, harness)))
     with tempfile.TemporaryDirectory(prefix="mtlm-eval-") as name:
         folder, local = Path(name), {}
-        from_files = [name for name in names if name == BLIMP or local_source(name)] if data_dir else []
+        from_files = [name for name in names if _is_local(name)] if data_dir else []
         for task in _leaves(from_files):
             source = local_source(task)
             local[task] = read_local(task, source, data_dir)
             _write_task(task, source, local[task].splits, folder)
         ours = TaskManager(include_path=folder, include_defaults=False)
-        managers = dict.fromkeys(from_files, ours)
-        if len(from_files) < len(names):
-            harness = TaskManager()  # indexes thousands of files: seconds
-            managers |= {name: harness for name in names if name not in managers}
-            for name in names:
-                if name not in managers[name].task_index:
-                    raise UserError(_unknown(name, harness))
-        yield Tasks(managers, local)
+        yield Tasks({name: ours if name in from_files else harness for name in names}, local)
 
 
 def task_names(text: str) -> list[str]:
@@ -112,6 +119,23 @@ def _unknown(name: str, harness: TaskManager) -> str:
     near = difflib.get_close_matches(name, harness.all_tasks, n=3)
     also = f"; near it are {', '.join(near)}" if near else ""
     return f"lm-eval has no task {name!r}{also} (`lm-eval ls tasks` lists all)"
+
+
+def _is_local(name: str) -> bool:
+    """Whether a data folder can hold a task, or a group as such."""
+    return name == BLIMP or local_source(name) is not None
+
+
+def _local_members(name: str, harness: TaskManager) -> list[str]:
+    """The members of a tag or group if a data folder can hold all of them, else the name itself."""
+    if _is_local(name):
+        return [name]
+    entry = harness.task_index[name]
+    members = sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get("task", [])
+    if entry.kind not in (Kind.TAG, Kind.GROUP) or not all(isinstance(member, str) for member in members):
+        return [name]
+    leaves = [leaf for member in members for leaf in _local_members(member, harness)]
+    return leaves if leaves and all(map(_is_local, leaves)) else [name]
 
 
 def _leaves(names: list[str]) -> list[str]:

@@ -37,13 +37,12 @@ class TaskEvaluator:
             UserError: a task is unknown or its data is not to be had (see `eval.tasks`).
         """
         self.interrupted: Callable[[], bool] = lambda: False
-        self._names = task_names(names)
         self._model, self._dtype, self._tokenizer = model, dtype, tokenizer
         self._backend: FlaxBackend | None = None
         self._stack = contextlib.ExitStack()
         with self._stack:
-            self._tasks = self._stack.enter_context(open_tasks(self._names, data_dir))
-            for name in self._names:
+            self._tasks = self._stack.enter_context(open_tasks(task_names(names), data_dir))
+            for name in self._tasks.names:
                 self._tasks.load(name, None)
             self._stack = self._stack.pop_all()  # all is well: what is open stays open until the end
 
@@ -69,7 +68,7 @@ class TaskEvaluator:
         harness = HarnessModel(
             self._backend, self._tokenizer, quiet=True, interrupted=lambda: self.interrupted()
         )
-        for name in self._names:
+        for name in self._tasks.names:
             try:
                 record, _ = evaluate_task(harness, self._tasks, name, limit=limit)
             except Interrupted:

@@ -34,7 +34,7 @@ from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut, Rows
 from port_torch.training.loop import Loop
 from port_torch.training.ranks import Ranks
-from port_torch.training.result import FOLDER, write_result
+from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import Stepper
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
@@ -146,6 +146,9 @@ def train(job: Job, ranks: Ranks) -> int:
             bf16=bf16,
             compiled=compiled,
         )
+        if model_alone(out):
+            console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
+            return EXIT_FINISHED
         manifest, how = starting_state(job, stepper, console)
         if manifest.step > job.steps:
             raise UserError(
@@ -154,9 +157,10 @@ def train(job: Job, ranks: Ranks) -> int:
             )
         finished = manifest.step == job.steps and any(row["what"] == END for row in read_log(out, "event"))
         if finished or (end < job.steps and manifest.step >= end):
-            console.print(f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}")
             if ranks.first:
                 write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
+            said = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
+            console.print(said, markup=False)
             return EXIT_FINISHED
         # 3. Kernels, and parts that fit into the memory.
         load_kernels(config, ranks)
@@ -229,6 +233,23 @@ def train(job: Job, ranks: Ranks) -> int:
             soft_wrap=True,
         )
     return code
+
+
+def model_alone(out: Path) -> bool:
+    """Whether a run has finished, and its checkpoints were removed and its model kept.
+
+    Raises:
+        UserError: its model was removed, too, or changed.
+    """
+    if list_steps(out / "checkpoints") or not any(row["what"] == END for row in read_log(out, "event")):
+        return False
+    damage = why_damaged(out / FOLDER)
+    if damage:
+        raise UserError(
+            f"the run in {out} has finished, its checkpoints were removed, and of its model {damage}; or "
+            "train again, with another --out"
+        )
+    return True
 
 
 def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manifest, str]:

@@ -4,13 +4,16 @@ import contextlib
 import dataclasses
 import io
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.folders import new_folder
-from core.manifest import EXPORT_MANIFEST, Manifest, load_manifest
+from core.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
+from core.steps import set_aside
 from core.tokenizer import Tokenizer
 from port_torch.card import Tuning, held_out_scores, model_card
 from port_torch.export import disk_errors, write_rest, write_weights
@@ -31,14 +34,22 @@ def write_result(
 ) -> Path:
     """Writes the model into the run folder, adapters merged, if it is not there yet; returns its path.
 
-    An older one, of a run that went on, is removed first: its checkpoint was trained further.
+    An older one, of a run that went on, is removed first: its checkpoint was trained further. One that lacks
+    a file or was changed is set aside, which is said on stderr.
 
     manifest: of the checkpoint `step_dir`, which the decoder holds.
     """
     from port_torch.probe import compare, probe_tokens  # slow: transformers, which training does not need
 
     folder = run / FOLDER
-    if folder.exists():
+    damage = why_damaged(folder) if folder.exists() else None
+    if damage:
+        aside = set_aside(folder)
+        print(
+            f"{damage}; it is {aside.name} now, and is written again from step {manifest.step}",
+            file=sys.stderr,
+        )
+    elif folder.exists():
         if load_manifest(folder, EXPORT_MANIFEST).step == manifest.step:
             return folder
         shutil.rmtree(folder)
@@ -59,3 +70,12 @@ def write_result(
         with contextlib.redirect_stdout(io.StringIO()):
             compare(partial, model, tokens, expected, "the trained model")
     return folder
+
+
+def why_damaged(folder: Path) -> str | None:
+    """What a written model lacks or where it was changed; None if it is whole."""
+    try:
+        verify(folder, EXPORT_MANIFEST)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,6 +1,8 @@
 """Comparing two models: the tests against their definitions, and what is refused."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,22 @@ def test_the_report_says_who_is_right_where(tmp_path: Path) -> None:
     assert "| task | acc | 28.57 ± 1.00 | 71.43 ± 1.00 | v1.0, 0-shot, float32 |" in text
     assert "| task | acc | +42.86 ± 25.06 | 4 / 10 | 0.180 | McNemar |" in text
     assert unique_names(["a", "b", "a"]) == ["a [1]", "b", "a [3]"]
+
+
+def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path: Path) -> None:
+    """One task was evaluated with another --limit: it alone is left out."""
+    folders = [results(tmp_path, "a", [1] * 4 + [0] * 10), results(tmp_path, "b", [0] * 4 + [1] * 10)]
+    for folder, right in zip(folders, ([1, 0, 1], [1, 0, 1, 1]), strict=True):
+        part = results(tmp_path / "parts", folder.name, right)
+        content, other = read_results(folder), read_results(part)["evaluations"]["task"]
+        content["evaluations"]["limited"] = other | {"tasks": {"limited": other["tasks"]["task"]}}
+        (folder / "results.json").write_text(json.dumps(content))
+        shutil.copy(part / "questions/task.jsonl", folder / "questions/limited.jsonl")
+    text = report(folders, [read_results(folder) for folder in folders])
+    assert "| task | acc | +42.86 ± 25.06 | 4 / 10 | 0.180 | McNemar |" in text
+    (named,) = [line for line in text.splitlines() if line.startswith("Not compared: ")]
+    assert "asked other questions in limited (3 of 3 and 4 are the same)" in named and "--limit" in named
+    assert "1 single tests" in text
 
 
 def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST
 from eval import run
-from eval.results import read_results
+from eval.results import plot, read_results
 from port_torch.folder import open_folder
 from tests.eval.conftest import Made, make
 from tests.eval.small_sets import Sets, write_sets
@@ -99,6 +99,21 @@ def test_results(folder: Path, sets: Sets, capsys):
     assert list(read_results(out)["evaluations"]) == [*SOME.split(","), "openbookqa"]
 
 
+def plotted(content: dict, path: Path) -> dict[str, list[str]]:
+    """The plot's panels by their titles, with the models in each."""
+    with pytest.MonkeyPatch.context() as patch:
+        panels = {}
+
+        def read(figure, *_, **__) -> None:
+            for axis in figure.axes:
+                if axis.get_title():
+                    panels[axis.get_title()] = [label.get_text() for label in axis.get_yticklabels()]
+
+        patch.setattr("matplotlib.figure.Figure.savefig", read)
+        plot(content, path)
+    return panels
+
+
 def test_a_limit_is_said(folder: Path, sets: Sets, tmp_path: Path):
     """In the table and the results; the whole set is not taken for evaluated, and replaces it."""
     arguments = (
@@ -115,8 +130,12 @@ def test_a_limit_is_said(folder: Path, sets: Sets, tmp_path: Path):
     command(*arguments, "--limit", "5")
     page, n = (tmp_path / "o/results.md").read_text(), len(sets.questions["arc_easy"])
     assert f"ONLY 5 of {n}" in page
+    shown = plotted(read_results(tmp_path / "o"), tmp_path / "part.png")
+    assert shown == {f"arc_easy {m}, %\nONLY 5 of {n} questions": ["model"] for m in ("acc", "acc_norm")}
     assert len((tmp_path / "o/questions/arc_easy.jsonl").read_text().splitlines()) == 5
     command(*arguments)
+    shown = plotted(read_results(tmp_path / "o"), tmp_path / "whole.png")
+    assert "GPT-2 124M" in shown[f"arc_easy acc, %\n{n} questions"]
     assert "ONLY" not in (tmp_path / "o/results.md").read_text()
     assert len((tmp_path / "o/questions/arc_easy.jsonl").read_text().splitlines()) == n
 

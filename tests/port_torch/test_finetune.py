@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import port_torch.generate
 from core.errors import UserError
 from core.loss import IGNORE
 from core.manifest import EXPORT_MANIFEST, load_manifest
@@ -27,6 +30,7 @@ from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export
 from tests.port_torch.small_training import (
     Killed,
+    call,
     finetune_here,
     kill,
     losses,
@@ -238,7 +242,9 @@ def test_the_command_trains_and_tells_of_it(finished, folders, data):
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gpt", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_equal_to_the_bit(kind: str, finished, folders, data, tmp_path: Path, monkeypatch):
+def test_a_resumed_run_is_equal_to_the_bit(
+    kind: str, finished, folders, data, tmp_path: Path, monkeypatch, capsys
+):
     arguments = run_arguments(kind, folders, data, tmp_path / "run")
     with monkeypatch.context() as patch:
         stop_before(patch, 5, kill)
@@ -249,8 +255,36 @@ def test_a_resumed_run_is_equal_to_the_bit(kind: str, finished, folders, data, t
         assert finetune_here(patch, *arguments) == EXIT_SAVED
     assert finetune_here(monkeypatch, *arguments) == 0
     assert losses(tmp_path / "run") == losses(finished[kind])
+    (advice,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    module, *typed = shlex.split(advice.removeprefix("next: python -m "))
+    assert module == "port_torch.generate" and typed[0] == str(tmp_path / "run" / "model")
+    call(monkeypatch, port_torch.generate, *typed, "--max-new-tokens", "1")
+    shown = capsys.readouterr().out
+    assert shown.startswith("### Instruction:\nName three colours.\n\n### Response:\n")
     ours, theirs = (f / "model" / "model.safetensors" for f in (tmp_path / "run", finished[kind]))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_removed_model_is_written_again(finished, folders, data, tmp_path: Path, monkeypatch, capfd):
+    """From the checkpoint, equal to the bit; without one it is told, and nothing is trained."""
+    run = shutil.copytree(finished["gpt"], tmp_path / "run")
+    arguments = run_arguments("gpt", folders, data, run)
+    weights = run / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert finetune_here(monkeypatch, *arguments) == 0
+    out, err = capfd.readouterr()
+    assert (
+        "model.safetensors is missing" in err and "written again from step 6" in err and "its model:" in out
+    )
+    assert weights.read_bytes() == before and (run / "damaged-model" / "config.json").exists()
+    log = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    assert finetune_here(monkeypatch, *arguments) == 0 and "has finished; its model" in capfd.readouterr().out
+    weights.unlink()
+    with pytest.raises(UserError, match=r"its checkpoints were removed.*model\.safetensors is missing"):
+        finetune_here(monkeypatch, *arguments)
+    assert (run / "metrics.jsonl").read_bytes() == log
 
 
 def test_the_first_loss_is_that_of_the_responses_alone(finished, folders, data):

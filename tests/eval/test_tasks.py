@@ -1,0 +1,71 @@
+"""Tasks by name: groups whose tasks are in local files, and a hub that cannot be reached."""
+
+import shutil
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from lm_eval.tasks import TaskManager
+
+import eval.hub
+import eval.tasks
+from core.errors import UserError
+from eval.hub import go_offline_if_unreachable, reachable
+from eval.tasks import DEFINITIONS, open_tasks
+from tests.eval.small_sets import Sets
+
+NOBODY = "http://127.0.0.1:9"  # the port "discard": nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def few_definitions(monkeypatch):
+    """The harness's definitions of ARC alone: to index all of them takes seconds."""
+
+    def manager(include_path: Path = DEFINITIONS / "arc", include_defaults: bool = False) -> TaskManager:
+        return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+    monkeypatch.setattr(eval.tasks, "TaskManager", manager)
+
+
+def test_a_group_is_its_local_tasks(sets: Sets, tmp_path: Path):
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        (tmp_path / "arc" / name).mkdir(parents=True)
+        shutil.copy(sets.folder / "arc/ARC-Easy/test.jsonl", tmp_path / "arc" / name)
+    with open_tasks(["arc_easy", "ai2_arc"], tmp_path) as tasks:
+        assert tasks.names == ["arc_easy", "arc_challenge"]
+        assert list(tasks.load("arc_challenge", None)["tasks"]) == ["arc_challenge"]
+        assert list(tasks.files("arc_challenge")) == ["arc/ARC-Challenge/test.jsonl"]
+    with pytest.raises(UserError, match="lm-eval has no task 'ai2_art'; near it are ai2_arc"):
+        open_tasks(["ai2_art"], tmp_path).__enter__()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_soon(monkeypatch, tmp_path: Path, capfd):
+    """Its libraries would try again for a minute, and say so 24 times."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOBODY)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setattr(datasets.config, name, False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+    go_offline_if_unreachable.cache_clear()
+    with open_tasks(["arc_easy"], None) as tasks, pytest.raises(UserError, match="--data-dir, or try again"):
+        tasks.load("arc_easy", None)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and not capfd.readouterr().err
+    go_offline_if_unreachable.cache_clear()
+
+
+def test_what_answers_is_reachable(monkeypatch):
+    assert not reachable(NOBODY)
+    for answer, expected in (
+        (eval.hub.urllib.error.HTTPError(NOBODY, 403, "no", {}, None), True),
+        (eval.hub.urllib.error.URLError(eval.hub.ssl.SSLError("unknown authority")), True),
+        (eval.hub.urllib.error.URLError(TimeoutError()), False),
+    ):
+
+        def answering(*_, answer=answer, **__):
+            raise answer
+
+        monkeypatch.setattr(eval.hub.urllib.request, "urlopen", answering)
+        assert reachable(NOBODY) is expected
