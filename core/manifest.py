@@ -139,7 +139,7 @@ def seal(step_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     `name` is EXPORT_MANIFEST for an exported folder, here as in the functions below.
     """
     names = _list_files(step_dir, name)
-    manifest = dataclasses.replace(manifest, files=_hash_files(step_dir, names, sync=True))
+    manifest = dataclasses.replace(manifest, files=hash_files(step_dir, names, sync=True))
     path = step_dir / name
     path.write_text(manifest.to_json(), encoding="utf-8")
     sync_path(path)
@@ -189,7 +189,7 @@ def verify(step_dir: Path, name: str = MANIFEST) -> None:
             size = (step_dir / file).stat().st_size
             if size != expected[file]["size"]:
                 refuse(file, f"has {size} bytes where {name} says {expected[file]['size']}")
-        found = _hash_files(step_dir, present, sync=False)
+        found = hash_files(step_dir, present, sync=False)
     except (
         OSError
     ) as error:  # a link that leads nowhere or in a circle, a folder that may not be read, a disk
@@ -216,7 +216,7 @@ def _list_files(step_dir: Path, manifest: str) -> list[str]:
     return sorted(name.as_posix() for name in names if name.as_posix() != manifest)
 
 
-def _hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]:
+def hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]:
     """Size and sha256 of each file. hashlib releases the GIL, so threads use the cores there are."""
 
     def hash_file(name: str) -> Json:

@@ -21,7 +21,7 @@ from core.model import Compute, abstract_params, forward, logits
 from port_torch.formats import exported
 from port_torch.model import load
 from tests.train_tpu.processes import run
-from train_tpu.data import Windows, open_dataset, train_batches
+from train_tpu.data import open_dataset, open_windows, train_batches
 from train_tpu.metrics import read_log
 
 FIXTURES = Path(__file__).parent / "fixtures" / "7b5e0bc"
@@ -33,7 +33,7 @@ def test_prepared_data_is_the_text_and_in_the_same_order():
     dataset = open_dataset(FIXTURES / "data")
     assert dataset.fingerprint == EXPECTED["fingerprint"]
 
-    windows = Windows(dataset, "train").read([0, 1], vocab_size=258)
+    windows = open_windows(dataset, "train").read([0, 1], vocab_size=258)
     text = (FIXTURES / "text.txt").read_bytes()
     assert [256, *text[:64]] == windows[0].tolist() and [*text[63:128]] == windows[1].tolist()
 

@@ -1,9 +1,13 @@
 """A prepared dataset: opening it, checking it, and batches out of it through Grain.
 
-It is a folder of ArrayRecord files, TFDS's description of them, and dataset.json. That one is written last,
-so a folder that has it is complete. It holds the format's version, the tokenizer's record, the context, what
-the splits contain, what was dropped, where the text came from, the sha256 of every file, and the
-fingerprint that checkpoints and runs refer to.
+It is a folder of ArrayRecord files, TFDS's description of them, the tokenizer's file, and dataset.json. That
+one is written last, so a folder that has it is complete. It holds the format's version, the tokenizer's
+record, the context, what the splits contain, what was dropped, where the text came from, the sha256 of every
+file, the fingerprint that checkpoints and runs refer to, and its own sha256.
+
+Whoever opens it checks dataset.json against its own sha256, the small files against theirs, and the sizes of
+the shards. A shard's records have checksums of ArrayRecord's own, which are checked as they are read; all of
+it is read and hashed by `python -m train_tpu.prepare --verify DIR`.
 
 There is one endless sequence of training windows: epoch after epoch, each a shuffle of all records, seeded
 by (seed, epoch). A global batch is B neighbours of that sequence, so it depends only on the seed and on the
@@ -11,10 +15,8 @@ index of its first window; a host reads its rows of it. The cursor of a run is t
 size or number of hosts neither repeats nor skips a window, and there is no iterator state to save.
 """
 
-import bisect
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +24,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from core.errors import UserError
+from core.folders import write_atomically
+from core.manifest import digest, hash_files
 from core.tokenizer import TOKENIZER_FILE
-from train_tpu.packing import open_windows
+from train_tpu.windows import Windows
 
 FORMAT = 1
+FIELDS = frozenset((
+    "format", "tokenizer", "context", "splits", "dropped", "sources", "train_tokens", "files", "fingerprint",
+    "sha256",
+))  # fmt: skip
 MANIFEST = "dataset.json"
 TRAIN = "train"
 
@@ -61,6 +68,9 @@ class Dataset:
     files: dict[str, dict]
     """File name -> {"sha256", "bytes"}."""
     sources: list[str]
+    sealed: bool
+    """Whether dataset.json carries its own sha256. Older versions wrote none: there the fingerprint proves
+    the tokenizer, the context and the hashes of the files, but not the counts of the splits."""
 
     @property
     def heldout(self) -> list[str]:
@@ -69,8 +79,24 @@ class Dataset:
 
     def verify(self) -> None:
         """Reads every file and compares its sha256; a `UserError` names the first that differs."""
+        self._check_files(list(self.files))
+
+    def check_small_files(self) -> None:
+        """Compares the sizes of all files, and the sha256 of all but the shards, as `verify` does."""
+        self._check_files([name for name in self.files if ".array_record" not in name])
+
+    def _check_files(self, hashed: list[str]) -> None:
         for name, recorded in self.files.items():
-            if file_sha256(self.path / name) != recorded["sha256"]:
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != recorded["bytes"]:
+                raise UserError(
+                    f"{file} is {'missing' if size is None else 'truncated'} "
+                    f"({recorded['bytes']} bytes expected, {size or 0} found): prepare the data again"
+                )
+        found = hash_files(self.path, hashed, sync=False)
+        for name in hashed:
+            if found[name]["sha256"] != self.files[name]["sha256"]:
                 raise UserError(
                     f"{self.path / name} is corrupt: its sha256 is not the one in {MANIFEST}; "
                     "prepare the data again"
@@ -89,13 +115,23 @@ def open_dataset(path: Path | str) -> Dataset:
     try:
         content = json.loads(manifest.read_bytes())
         version = content["format"]
-    except (ValueError, TypeError, KeyError) as error:
+        seal = content.pop("sha256", None)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{manifest} is damaged ({error!r}): prepare the data again") from error
     if version != FORMAT:
         raise UserError(
             f"{manifest} has format {version}, this version reads {FORMAT}: prepare the data again"
         )
+    if seal is not None and seal != digest(content):
+        raise UserError(
+            f"{manifest} does not match its own sha256, so it was damaged or edited: prepare the data again"
+        )
     try:
+        unknown = sorted(content.keys() - FIELDS)
+        if unknown:
+            raise KeyError(f"unknown field {unknown[0]}")
+        if content["fingerprint"] != fingerprint_of(content):
+            raise ValueError("its fingerprint is not that of its contents")
         dataset = Dataset(
             path=path,
             context=content["context"],
@@ -104,17 +140,22 @@ def open_dataset(path: Path | str) -> Dataset:
             splits={name: Split(name=name, **split) for name, split in content["splits"].items()},
             files=content["files"],
             sources=content["sources"],
+            sealed=seal is not None,
         )
-    except (TypeError, KeyError, AttributeError) as error:
+        dataset.check_small_files()
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{manifest} is damaged ({error!r}): prepare the data again") from error
-    for name, recorded in dataset.files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != recorded["bytes"]:
-            raise UserError(
-                f"{path / name} is {'missing' if size is None else 'truncated'} "
-                f"({recorded['bytes']} bytes expected, {size or 0} found): prepare the data again"
-            )
     return dataset
+
+
+def fingerprint_of(content: dict) -> str:
+    """Hash of the tokenizer, the context and the files' hashes that a dataset.json holds.
+
+    The tokenizer is in it by its hash alone, whether its file is carried or not.
+    """
+    hashes = {name: file["sha256"] for name, file in content["files"].items() if name != TOKENIZER_FILE}
+    contents = [content["tokenizer"]["sha256"], content["context"], hashes]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def write_manifest(
@@ -126,17 +167,13 @@ def write_manifest(
     sources: list[str],
     train_tokens: int | None = None,
 ) -> Dataset:
-    """Hashes the files in the folder `path` and writes its dataset.json, which completes it.
+    """Hashes the files in the folder `path` and writes its dataset.json, which completes it; all of it is on
+    the disk on return.
 
     train_tokens: with which the reading of the sources was to end, if it was.
     """
-    files = {
-        file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(path.iterdir())
-    }
-    # The tokenizer is in it by its hash alone, whether its file is carried or not.
-    hashes = {name: file["sha256"] for name, file in files.items() if name != TOKENIZER_FILE}
-    contents = [tokenizer["sha256"], context, hashes]
+    hashed = hash_files(path, sorted(file.name for file in path.iterdir()), sync=True)
+    files = {name: {"sha256": entry["sha256"], "bytes": entry["size"]} for name, entry in hashed.items()}
     manifest = {
         "format": FORMAT,
         "tokenizer": tokenizer,
@@ -149,16 +186,11 @@ def write_manifest(
         "sources": sources,
         "train_tokens": train_tokens,
         "files": files,
-        "fingerprint": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
     }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    manifest["sha256"] = digest(manifest)
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return open_dataset(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,75 +207,16 @@ class Batch:
     """bool [rows]: the record cannot be used; the row is zeros. Only with on_bad="skip"."""
 
 
-# What ArrayRecord, protobuf and TFDS raise at a record that is damaged or of another shape.
-UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
-
-
-class Windows:
-    """The records of one split by number, read through TFDS and checked."""
-
-    def __init__(self, dataset: Dataset, split: str) -> None:
-        self.split, self.context = split, dataset.context
-        self._source, files = open_windows(dataset.path, split)
-        self._files = [dataset.path / name for name, _ in files]
-        self._ends = list(itertools.accumulate(n for _, n in files))
-        if len(self._source) != dataset.splits[split].windows:
-            raise UserError(
-                f"{dataset.path} is damaged: its split {split} has {len(self._source)} records instead of "
-                f"{dataset.splits[split].windows}; prepare the data again"
-            )
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, records: list[int], vocab_size: int) -> np.ndarray:
-        """The windows, uint16 [n, context + 1]; a `UserError` names the first record that is unusable."""
-        try:
-            rows = [item["tokens"] for item in self._source.__getitems__(records)]
-        except UNREADABLE:
-            return np.stack([self._read_one(record, vocab_size) for record in records])
-        for record, row in zip(records, rows, strict=True):
-            self._check(record, row, vocab_size)
-        return np.stack(rows)
-
-    def read_or_skip(self, records: list[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(windows, bad [n]): as `read`, but an unusable record gives a row of zeros, marked bad."""
-        try:
-            return self.read(records, vocab_size), np.zeros(len(records), bool)
-        except UserError:
-            pass
-        tokens = np.zeros((len(records), self.context + 1), np.uint16)
-        bad = np.zeros(len(records), bool)
-        for i, record in enumerate(records):
-            try:
-                tokens[i] = self._read_one(record, vocab_size)
-            except UserError:
-                bad[i] = True
-        return tokens, bad
-
-    def _read_one(self, record: int, vocab_size: int) -> np.ndarray:
-        try:
-            row = self._source[record]["tokens"]
-        except UNREADABLE as error:
-            raise UserError(
-                f"{self._place(record)} cannot be read ({error}): prepare the data again, "
-                "or skip such records with on_bad=skip"
-            ) from error
-        self._check(record, row, vocab_size)
-        return row
-
-    def _check(self, record: int, row: np.ndarray | None, vocab_size: int) -> None:
-        if row is None:  # what TFDS makes of the empty record that a truncated file can give
-            raise UserError(f"{self._place(record)} cannot be read (it is empty): prepare the data again")
-        assert row.shape == (self.context + 1,), row.shape
-        if (top := int(row.max())) >= vocab_size:
-            raise UserError(
-                f"{self._place(record)} holds the token id {top}, but the model's vocabulary has "
-                f"{vocab_size} ids: prepare the data again with the model's tokenizer"
-            )
-
-    def _place(self, record: int) -> str:
-        return f"{self.split} record {record} in {self._files[bisect.bisect(self._ends, record)]}"
+def open_windows(dataset: Dataset, split: str) -> Windows:
+    """The records of a split; a `UserError` where they are not as many as dataset.json says."""
+    hashes = {name: entry["sha256"] for name, entry in dataset.files.items()}
+    windows = Windows(dataset.path, split, dataset.context, hashes)
+    if len(windows) != dataset.splits[split].windows:
+        raise UserError(
+            f"{dataset.path} is damaged: its split {split} has {len(windows)} records instead of "
+            f"{dataset.splits[split].windows}; prepare the data again"
+        )
+    return windows
 
 
 def train_batches(
@@ -260,13 +233,14 @@ def train_batches(
 
     rows: which rows of every global batch this process reads; default: all.
     vocab_size: ids at or above it make a record unusable.
-    on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row.
+    on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row. A file
+        that the system cannot read is no such record: that raises in both cases.
 
     Batches are read ahead in threads; closing the generator ends these.
     """
     import grain
 
-    windows = Windows(dataset, TRAIN)
+    windows = open_windows(dataset, TRAIN)
     offsets = np.arange(batch)[rows].tolist()
 
     def read(number: int) -> Batch:
@@ -308,7 +282,7 @@ def heldout_windows(dataset: Dataset, split: str, limit: int | None = None) -> t
     """
     if split not in dataset.splits:
         raise UserError(f"{dataset.path} has no split {split!r}: it has {', '.join(dataset.splits)}")
-    windows = Windows(dataset, split)
+    windows = open_windows(dataset, split)
     n = min(len(windows), limit or len(windows))
     records = [i * len(windows) // n for i in range(n)]
     tokens = windows.read(records, dataset.tokenizer_record["vocab_size"])

@@ -17,13 +17,14 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from core.errors import UserError
 from core.tokenizer import load_tokenizer
 
 DATASET_NAME = "windows"
@@ -51,7 +52,13 @@ def encode_batches(
             lengths = np.frombuffer(_receive(process.stdout), np.int64)
             return np.frombuffer(_receive(process.stdout), np.uint16), lengths
         except (BrokenPipeError, EOFError) as error:
-            raise RuntimeError(f"a tokenising process ended with code {process.wait()}") from error
+            code = process.wait()
+            if code >= 0:  # its own traceback is on stderr
+                raise RuntimeError(f"a tokenising process ended with code {code}") from error
+            raise UserError(
+                f"a tokenising process was killed ({signal.Signals(-code).name}), as the system does when "
+                "memory runs out: free some, or prepare the data with fewer processes (--workers N)"
+            ) from error
         finally:
             idle.put(process)
 
@@ -193,16 +200,6 @@ def _disk_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from error
-
-
-def open_windows(folder: Path, split: str) -> tuple[Sequence, list[tuple[str, int]]]:
-    """TFDS's data source of a split (item: {"tokens": uint16 [context + 1]}), and its files with their
-    numbers of records, in order."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(str(folder))
-    info = builder.info.splits[split]
-    return builder.as_data_source(split), list(zip(info.filenames, info.shard_lengths, strict=True))
 
 
 if __name__ == "__main__":

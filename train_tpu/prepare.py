@@ -45,10 +45,10 @@ from train_tpu.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, make_p
 class PrepareConfig:
     """Tokenise text and pack it for training. Needs no network and no accelerator (except `hf:`)."""
 
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")] = ()
     """Files (.txt, .jsonl, .parquet, also as .gz, .xz, .zst), folders, globs, `builtin`, `tfds:NAME`,
     `hf:DATASET[:CONFIG]`."""
-    out: Path
+    out: cli.Maybe[Path] = None
     """Folder to make; it must not exist."""
     tokenizer: str = "mistral"
     """`mistral`, `bytes` or the path of a tokenizer.json."""
@@ -66,6 +66,8 @@ class PrepareConfig:
     """JSON field, Parquet column or TFDS feature that holds the text."""
     workers: int | None = None
     """Tokenising processes; default: one for every core."""
+    verify: cli.Maybe[Path] = None
+    """Prepare nothing: read all of this prepared folder, and compare it with its recorded hashes."""
 
 
 def prepare(
@@ -131,7 +133,7 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     """
     record = tokenizer_record(load_tokenizer(tokenizer))
     if is_prepared(data):
-        dataset = ds.open_dataset(data)
+        dataset = _opened(Path(data))
         require_same(record, dataset.tokenizer_record, "the model", f"the data {data}")
         if context != dataset.context:
             raise UserError(
@@ -145,10 +147,42 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     )
     label = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name).strip("-") or "text"
     out = cache / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not out.exists():
-        print(f"preparing {data} with the tokenizer {tokenizer}, once, into {out}", flush=True)
-        prepare([data], out, tokenizer, context)
-    return ds.open_dataset(out)
+    with _prepared_by_one(out):
+        if not out.exists():
+            print(f"preparing {data} with the tokenizer {tokenizer}, once, into {out}", flush=True)
+            prepare([data], out, tokenizer, context)
+    return _opened(out)
+
+
+def _opened(path: Path) -> ds.Dataset:
+    """The prepared dataset; says what is not proved of one that an older version made."""
+    dataset = ds.open_dataset(path)
+    if not dataset.sealed:
+        print(
+            f"note: an older version prepared {path}, so its counts of bytes, by which bits per byte are "
+            "computed, carry no hash and cannot be checked; prepared again they do",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+@contextlib.contextmanager
+def _prepared_by_one(out: Path) -> Iterator[None]:
+    """Waits, and says so, while another process prepares the same text into `out`.
+
+    The kernel lets the lock go however that one ends.
+    """
+    if out.exists():
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which prepares the same text into {out}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers: int) -> None:
@@ -274,9 +308,26 @@ def _print_summary(dataset: ds.Dataset, dropped: dict[str, int], train_tokens: i
         print(f"repaired: {dropped['repaired_documents']:,} documents with lone surrogates (now U+FFFD)")
 
 
+def _verify(path: Path) -> int:
+    """Reads every file of a prepared folder; a `UserError` names the first that is not as it was written."""
+    started = time.monotonic()
+    dataset = _opened(path)
+    dataset.verify()
+    total = sum(entry["bytes"] for entry in dataset.files.values())
+    print(
+        f"{path} is intact: {len(dataset.files)} files, {total / 1e6:,.1f} MB, compared with their sha256 in "
+        f"{time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare", description=__doc__)
+    if config.verify is not None:
+        return _verify(config.verify)
+    if config.out is None:
+        raise UserError("no folder to write is given: name a new one with --out DIR")
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")
     pairs = [pair.partition("=") for pair in config.valid]
@@ -285,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--valid {name} has no path: write NAME=PATH")
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise UserError("two --valid sets have one name: give each its own")
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "verify"}
     options |= {"sources": list(config.sources), "valid": {name: path for name, _, path in pairs}}
     try:
         prepare(**options)

@@ -1,4 +1,9 @@
+import errno
+import gc
 import itertools
+import json
+import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -9,14 +14,18 @@ import pytest
 from bench import loader
 from core.errors import UserError
 from train_tpu import packing
+from train_tpu import windows as module
 from train_tpu.data import (
     Dataset,
     Split,
     heldout_windows,
+    open_dataset,
+    open_windows,
     record_at,
     train_batches,
     write_manifest,
 )
+from train_tpu.windows import BadRecord
 
 CONTEXT, RECORDS, VOCAB = 16, 103, 500
 RECORD = {"name": "random", "sha256": "0" * 64, "vocab_size": VOCAB}
@@ -165,14 +174,120 @@ def damage_one(dataset: Dataset, record: int) -> None:
 
 
 def unreadable(dataset: Dataset) -> list[int]:
-    source = packing.open_windows(dataset.path, "train")[0]
+    source = open_windows(dataset, "train")
     bad = []
     for record in range(50, 75):
         try:
-            source[record]
-        except RuntimeError:
+            source.read([record], VOCAB)
+        except BadRecord:
             bad.append(record)
     return bad
+
+
+def n_open() -> int:
+    """Files that this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_few_files_are_open_at_a_time(tmp_path, tokens, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 2)
+    dataset = make(tmp_path / "data", tokens)
+    assert len(list(dataset.path.glob("windows-train*"))) == 52
+    monkeypatch.setattr(module, "most_open", lambda: 3)
+    opened = open_windows(dataset, "train")
+    order = np.random.default_rng(0).permutation(RECORDS).tolist()
+    gc.collect()
+    before = n_open()
+    assert (np.concatenate([opened.read([n], VOCAB) for n in order]) == tokens[order]).all()
+    assert n_open() <= before + 3
+    assert (opened.read(order, VOCAB) == tokens[order]).all()
+    monkeypatch.undo()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 1 <= module.most_open() <= max(1, soft // 2)
+
+
+def test_what_the_system_refuses_is_no_damaged_record(dataset, tokens):
+    opened = open_windows(dataset, "train")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest number that is free: no file can be opened below it
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(UserError, match="no damaged record is the cause: too many files are open"):
+            opened.read_or_skip([3], VOCAB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (opened.read([3], VOCAB) == tokens[[3]]).all()  # the failure is not remembered
+
+    file = sorted(dataset.path.glob("windows-train*"))[2]
+    file.rename(file.with_suffix(".away"))
+    for on_bad in ("fail", "skip"):
+        with pytest.raises(UserError, match=r"record (5|6|7)\d in .*no damaged record.*No such file"):
+            take(dataset, 20, on_bad=on_bad)
+
+
+def test_an_input_error_of_a_damaged_file_is_not_called_damage(dataset, monkeypatch):
+    damage_one(dataset, 60)
+
+    def failing(folder, names, sync):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / names[0]))
+
+    monkeypatch.setattr(module, "hash_files", failing)
+    with pytest.raises(UserError, match=r"no damaged record is the cause: .*Input/output error"):
+        open_windows(dataset, "train").read_or_skip([60], VOCAB)
+
+
+def test_an_intact_file_is_never_damage(dataset, monkeypatch):
+    def failing(self, records):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module.Shards, "read", failing)
+    with pytest.raises(UserError, match=r"record 60 in .*\(no\), though the file is what it was"):
+        open_windows(dataset, "train").read_or_skip([60], VOCAB)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """The content with one bit changed."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, tokens, sealed):
+    rng = np.random.default_rng(0)
+    dataset = make(tmp_path / "data", tokens, tokens[:3], 3 * CONTEXT)
+    if not sealed:  # as an older version wrote it
+        content = json.loads((dataset.path / "dataset.json").read_text())
+        del content["sha256"]
+        (dataset.path / "dataset.json").write_text(json.dumps(content, indent=1) + "\n")
+        dataset = open_dataset(dataset.path)
+        assert not dataset.sealed
+
+    def all_of_it() -> tuple:
+        opened = open_dataset(dataset.path)
+        return opened, *(heldout_windows(opened, split)[0].tobytes() for split in opened.splits)
+
+    expected = all_of_it()
+    refused = 0
+    for file in sorted(dataset.path.iterdir()):
+        original = file.read_bytes()
+        for bit in rng.integers(0, 8 * len(original), 40 if file.suffix == ".json" else 10).tolist():
+            file.write_bytes(flipped(original, bit))
+            try:
+                found = all_of_it()
+            except UserError as error:
+                assert str(dataset.path) in str(error)
+                refused += 1
+            else:
+                if sealed or file.name != "dataset.json":
+                    assert found == expected, (file, bit)
+                else:  # what no hash of an older version covers
+                    assert found[0].fingerprint == expected[0].fingerprint and found[1:] == expected[1:]
+                    assert found[0].files == expected[0].files
+        file.write_bytes(original)
+    assert refused > 60
+    assert all_of_it() == expected
 
 
 def test_id_outside_the_vocabulary_is_named_or_skipped(tmp_path, tokens):

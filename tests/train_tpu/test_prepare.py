@@ -1,9 +1,12 @@
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +284,86 @@ def test_verify_names_the_damaged_file(tmp_path):
                 open_dataset(out)
         file.write_bytes(original)
     dataset.verify()
+
+
+def test_the_command_verifies_all_of_it(tmp_path, capsys):
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(50))], tmp_path / "out", "bytes", CONTEXT)
+    assert module.main(["--verify", str(out)]) == 0
+    assert f"{out} is intact: 4 files" in capsys.readouterr().out
+    shard = next(out.glob("windows-train*"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    open_dataset(out)  # of a shard only the size is compared at every start
+    with pytest.raises(UserError, match=f"{shard.name} is corrupt"):
+        module.main(["--verify", str(out)])
+    with pytest.raises(UserError, match="--out DIR"):
+        module.main([str(tmp_path / "t.jsonl")])
+
+
+def test_what_an_older_version_made_opens_with_a_note(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT)
+    sealed = open_or_prepare(str(out), "bytes", CONTEXT, tmp_path)
+    assert capsys.readouterr().err == ""
+    manifest = out / "dataset.json"
+    content = json.loads(manifest.read_text())
+    for field, changed, message in (
+        ("fingerprint", "0" * 64, "not match its own sha256"),
+        ("splits", content["splits"] | {"train": content["splits"]["train"] | {"bytes": 1}}, "own sha256"),
+        ("sha256", "0" * 64, "own sha256"),
+    ):
+        manifest.write_text(json.dumps(content | {field: changed}))
+        with pytest.raises(UserError, match=message):
+            open_dataset(out)
+    del content["sha256"]
+    manifest.write_text(json.dumps(content | {"fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="its fingerprint is not that of its contents"):
+        open_dataset(out)
+    manifest.write_text(json.dumps(content))
+    older = open_or_prepare(str(out), "bytes", CONTEXT, tmp_path)
+    assert older.fingerprint == sealed.fingerprint
+    assert "an older version prepared" in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+    start = packing._start_worker
+
+    def start_and_kill(tokenizer):
+        process = start(tokenizer)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(packing, "_start_worker", start_and_kill)
+    (tmp_path / "made").mkdir()
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    with pytest.raises(UserError, match=r"a tokenising process was killed \(SIGKILL\).*--workers N"):
+        prepare([source], tmp_path / "made/out", "bytes", CONTEXT, workers=2)
+    assert left_in(tmp_path / "made") == []
+
+
+def test_the_second_of_two_runs_waits_for_the_text(tmp_path, monkeypatch, capsys):
+    source, cache = write_jsonl(tmp_path / "t.jsonl", documents(50)), tmp_path / "cache"
+    calls, begun = [], threading.Event()
+
+    def slow(*arguments):
+        calls.append(arguments)
+        begun.set()
+        deadline = time.monotonic() + 60
+        while "waiting for another process" not in capsys.readouterr().out and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(module, "prepare", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(open_or_prepare, source, "bytes", CONTEXT, cache)
+        assert begun.wait(60)
+        second = threads.submit(open_or_prepare, source, "bytes", CONTEXT, cache)
+        assert first.result() == second.result()
+    assert len(calls) == 1
+    # The file of the lock is left there, and blocks nobody.
+    shutil.rmtree(first.result().path)
+    monkeypatch.setattr(module, "prepare", prepare)
+    assert open_or_prepare(source, "bytes", CONTEXT, cache) == first.result()
 
 
 def test_open_or_prepare(tmp_path, capsys, monkeypatch):
