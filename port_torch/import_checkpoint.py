@@ -60,9 +60,8 @@ def main() -> int:
     if imported.assumed:
         print(f"taken as in the original, since the file does not tell: {imported.assumed}")
     name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
-    flags = f"{training_flags(model)} --tokenizer {name}"
-    print(f"wrote {out}; train it on with")
-    print(f"  python -m train_tpu.run --init-from {out} {flags} --data TEXT --out RUN")
+    flags = (*training_flags(model).split(), "--tokenizer", name, "--data", "TEXT", "--out", "RUN")
+    print(f"wrote {out}; train it on with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
     return 0
 
 

@@ -79,7 +79,7 @@ def main() -> int:
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
     console = make_console()
-    say = functools.partial(console.print, markup=False, highlight=False)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     config = cli.parse(GrowConfig, prog="python -m stacking.grow", description=GrowConfig.__doc__)
     keep_compiled()
 
@@ -132,12 +132,14 @@ def main() -> int:
     # 4. What was done, and what to type next.
     before, after = written.lineage[-1]["probe"]["loss"]
     change = "equal to the bit, as it must be" if plan.preserves else f"{after - before:+.4f}"
-    following = f"--out {out}" if runs else f"--init-from {out} {training_flags(models[1])} --data DATA"
+    following = ["--out", out]
+    if not runs:
+        following = ["--init-from", out, *training_flags(models[1]).split(), "--data", "DATA"]
     say(
         f"verified: {n_leaves} leaves against their sources, to the bit\n"
         f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"
         f"took {time.monotonic() - started:.1f} s and {peak_memory() / 2**30:.2f} GiB of memory at most\n"
-        f"next: python -m train_tpu.run {following}"
+        f"next: {cli.command('train_tpu.run', *following)}"
     )
     return 0
 

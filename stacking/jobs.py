@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from core.cli import command
 from core.errors import UserError
 
 # Starts a module so that it gets a SIGTERM, and saves its state, when the process that started it has died,
@@ -68,7 +69,7 @@ def run_jobs(
     console.print(f"{len(open_jobs)} of {len(unique)} jobs to do, {total:.3g} FLOPs", highlight=False)
     if dry_run:
         for job in open_jobs.values():
-            console.print(f"  {job.name}: python -m {' '.join(job.command)}", markup=False, highlight=False)
+            console.print(f"  {job.name}: {command(*job.command)}", markup=False, highlight=False)
         return
     slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for _ in range(at_once):

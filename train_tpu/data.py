@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+from core.cli import command
 from core.errors import UserError
 from core.folders import write_atomically
 from core.manifest import digest, hash_files
@@ -110,7 +111,7 @@ def open_dataset(path: Path | str) -> Dataset:
     if not manifest.is_file():
         raise UserError(
             f"{path} is not a prepared dataset (it has no {MANIFEST}): make one with "
-            f"`python -m train_tpu.prepare TEXT --out {path}`"
+            f"`{command('train_tpu.prepare', 'TEXT', '--out', path)}`"
         )
     try:
         content = json.loads(manifest.read_bytes())

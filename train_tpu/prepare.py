@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core import checks, cli
+from core.config import PRESETS
 from core.errors import UserError, run_command
 from core.tokenizer import (
     Tokenizer,
@@ -321,6 +322,14 @@ def _verify(path: Path) -> int:
     return 0
 
 
+def next_command(out: Path, tokenizer: str, context: int) -> str:
+    """What trains on prepared data: with a preset of its context, or with --context. The data knows its
+    tokenizer."""
+    preset = "mtlm1-tiny" if tokenizer == "bytes" or context <= PRESETS["mtlm1-tiny"].context else "mtlm2-40m"
+    other = () if PRESETS[preset].context == context else ("--context", context)
+    return cli.command("train_tpu.run", "--preset", preset, *other, "--data", out)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare", description=__doc__)
@@ -343,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {config.out} was not made", file=sys.stderr)
         return 130
-    print(f"\nnext: python -m train_tpu.run --data {config.out} --tokenizer {config.tokenizer}")
+    print(f"\nnext: {next_command(config.out, config.tokenizer, config.context)}")
     return 0
 
 

@@ -224,7 +224,7 @@ def main() -> int:
             lock.__exit__(None, None, None)
     if code == EXIT_FINISHED and processes.is_first():
         console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
-        console.print(next_commands(out, config, steps, end), highlight=False)
+        console.print(next_commands(out, config, steps, end), highlight=False, markup=False, soft_wrap=True)
     return code
 
 
