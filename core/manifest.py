@@ -31,6 +31,10 @@ LISTINGS = ("tree", "files")  # fields written with one line an entry
 Json = dict[str, Any]
 
 
+# Operations of a lineage after which a run counts its steps and tokens from 0.
+NEW_RUN = ("init_from", "train", "finetune")
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything about a checkpoint but the arrays. All values are JSON: a tuple comes back as a list.
@@ -62,9 +66,21 @@ class Manifest:
 
     @property
     def last_growth(self) -> Json | None:
-        """The lineage record of the last time these parameters were grown; `stacking.grow` writes it."""
-        grown = [entry for entry in self.lineage if entry["operation"] == "grow"]
-        return grown[-1] if grown else None
+        """The lineage record of the last time this run was grown; `stacking.grow` writes it.
+
+        What its parameters were taken from may have been grown as well; its counters are of another run.
+        """
+        for entry in reversed(self.lineage):
+            if entry["operation"] in NEW_RUN:
+                return None
+            if entry["operation"] == "grow":
+                return entry
+        return None
+
+    @property
+    def took_parameters(self) -> bool:
+        """Whether the run began with the parameters of another one, whose training its counters leave out."""
+        return any(entry["operation"] in NEW_RUN for entry in self.lineage)
 
     def to_json(self) -> str:
         """The text of manifest.json, its last field the sha256 of all others."""

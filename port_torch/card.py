@@ -118,9 +118,10 @@ def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
 
 def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     run = manifest.config.get("run", {})
-    yield "updates", f"{manifest.step:,}"
+    later = ", not counting the run that its parameters come from" if manifest.took_parameters else ""
+    yield "updates", f"{manifest.step:,}{later}"
     yield "sequences", f"{manifest.sequences:,}"
-    yield "tokens", f"{manifest.tokens:,}"
+    yield "tokens", f"{manifest.tokens:,}{later}"
     if manifest.data:
         # Of a path only its end: the rest says where someone keeps their files.
         name = f"{Path(run['data']).name}, " if run.get("data") else ""

@@ -166,8 +166,6 @@ def with_model(run: RunConfig, model: ModelConfig) -> RunConfig:
 def lineage_record(config: GrowConfig, growth: Growth) -> dict[str, Any]:
     """What the grown checkpoint's manifest says of its origin; the probe's losses are added when measured."""
     manifest, plan = growth.manifest, growth.plan
-    earlier = manifest.last_growth or {"tokens": 0, "flops": 0}
-    tokens_since = manifest.tokens - earlier["tokens"]
     return {
         "operation": "grow",
         "plan": plan.name,
@@ -180,12 +178,18 @@ def lineage_record(config: GrowConfig, growth: Growth) -> dict[str, Any]:
         "step": manifest.step,
         "sequences": manifest.sequences,
         "tokens": manifest.tokens,
-        "flops": earlier["flops"] + tokens_since * growth.models[0].flops_per_token(),
+        "flops": training_flops(manifest, growth.models[0]),
         "parameters": [model.n_params for model in growth.models],
         "model": [dataclasses.asdict(model) for model in growth.models],
         "source_files": {name: entry["sha256"] for name, entry in manifest.files.items()},
         "source_code": manifest.code,
     }
+
+
+def training_flops(manifest: Manifest, model: ModelConfig) -> int:
+    """FLOPs of a run up to a checkpoint; `model` is what it has trained since it was last grown."""
+    earlier = manifest.last_growth or {"tokens": 0, "flops": 0}
+    return earlier["flops"] + (manifest.tokens - earlier["tokens"]) * model.flops_per_token()
 
 
 def default_out(step_dir: Path) -> Path:

@@ -76,7 +76,7 @@ def make_manifest(step: int, kind: str = "train") -> Manifest:
         config={"model": {"d_model": 32}, "run": {"name": "é", "rate": 3e-4}},
         tokenizer={"name": "bytes", "sha256": "0" * 64},
         data={"fingerprint": "f", "cursor": 8 * step},
-        lineage=[{"grown_from": "elsewhere"}],
+        lineage=[{"operation": "grow", "from": "elsewhere"}],
     )
 
 

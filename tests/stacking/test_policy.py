@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from core.config import preset
 from core.errors import UserError
+from core.manifest import Manifest
 from core.run.schedule import OptimizerConfig, learning_rate
+from stacking.grow import training_flops
 from stacking.policy import Schedule, continue_schedule, parse_schedule, require_safe
 from train_tpu.config import RunConfig
 
@@ -101,3 +104,19 @@ def test_a_reset_optimizer_needs_a_rate_that_starts_low():
             require_safe("reset", schedule, warmup, force=False)
     require_safe("reset", Schedule("rewarm", 5), 0, force=False)
     require_safe("reset", Schedule("restart"), 10, force=False)
+
+
+def test_a_run_counts_its_own_training_alone():
+    """One that took the parameters of a grown run begins its counters, and its FLOPs, at 0."""
+    small, large = preset("mtlm1-tiny"), preset("mtlm1-88m")
+    grown = {"operation": "grow", "step": 50, "tokens": 1000, "flops": 7}
+    empty = {"kind": "train", "step": 9, "sequences": 9, "config": {}, "tokenizer": {}}
+    resumed = Manifest(**empty, tokens=1300, lineage=[grown])
+    assert resumed.last_growth == grown and not resumed.took_parameters
+    assert training_flops(resumed, large) == 7 + 300 * large.flops_per_token()
+    taken = [grown, {"operation": "init_from", "path": "a", "step": 60, "tokens": 1300}]
+    new = Manifest(**empty, tokens=20, lineage=taken)
+    assert new.last_growth is None and new.took_parameters
+    assert training_flops(new, small) == 20 * small.flops_per_token()
+    again = Manifest(**empty, tokens=40, lineage=[*taken, grown | {"tokens": 20, "flops": 9}])
+    assert training_flops(again, large) == 9 + 20 * large.flops_per_token()
