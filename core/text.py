@@ -163,9 +163,9 @@ class _Values:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - self.NEAR_END
-                within = error.pos - self._at
-                if not cut or not self._fill():
-                    self._move(self._at + within)
+                if not cut:
+                    self._move(error.pos)
+                if not cut or not self._fill():  # what the file's end cuts short is named by its first line
                     self._require(False, error.msg.removesuffix(" at"))
             except RecursionError as error:
                 self._require(False, str(error))

@@ -62,8 +62,8 @@ class TrainConfig(TrainerConfig):
     init_from: Annotated[Maybe[Path], tyro.conf.arg(name="from")] = None
     """Start from this exported folder instead of a preset with random parameters."""
     data: str = "builtin"
-    """A prepared folder, text files (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder or a glob),
-    tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
+    """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
+    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
     tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""

@@ -60,8 +60,8 @@ class RunConfig:
     preset: str = "mtlm1-tiny"
     """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
     data: str = "builtin"
-    """A prepared folder, text files (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder or a glob),
-    tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
+    """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
+    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
     tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
     tiny presets and mistral for the others."""

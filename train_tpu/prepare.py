@@ -29,6 +29,7 @@ from rich.table import Table
 from core import checks, cli
 from core.config import PRESETS
 from core.errors import UserError, run_command
+from core.formats import Form
 from core.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -47,8 +48,10 @@ class PrepareConfig:
     """Tokenise text and pack it for training. Needs no network and no accelerator (except `hf:`)."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")] = ()
-    """Files (.txt, .jsonl, .parquet, also as .gz, .xz, .zst), folders, globs, `builtin`, `tfds:NAME`,
-    `hf:DATASET[:CONFIG]`."""
+    """Files (.txt, .jsonl, .ndjson, .json, .parquet, also with .gz, .bz2, .xz, .zst), folders, globs,
+    `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository the data is read: no licences and
+    readme files, no split but train, and no .txt files beside JSON or Parquet. What is left out is said; name
+    it, or give a glob, to read it."""
     out: cli.Maybe[Path] = None
     """Folder to make; it must not exist."""
     tokenizer: str = "mistral"
@@ -65,6 +68,8 @@ class PrepareConfig:
     of the sources is then that of the documents read. Sets of --valid are whole. Default: all text."""
     field: str = "text"
     """JSON field, Parquet column or TFDS feature that holds the text."""
+    format: cli.Maybe[Form] = None
+    """What the files hold, whatever they are called: text for plain text such as .raw or .md."""
     workers: int | None = None
     """Tokenising processes; default: one for every core."""
     verify: cli.Maybe[Path] = None
@@ -80,6 +85,7 @@ def prepare(
     valid_fraction: float | None = None,
     train_tokens: int | None = None,
     field: str = "text",
+    format: Form | None = None,
     workers: int | None = None,
 ) -> Path:
     """Prepares `sources` into the new folder `out` and returns it; see `PrepareConfig` for the arguments.
@@ -90,7 +96,7 @@ def prepare(
     checks.counts(most=2**63, train_tokens=train_tokens)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: remove it or choose another --out")
-    plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field)
+    plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
     loaded = load_tokenizer(tokenizer)
     with _partial_folder(out) as folder:
         try:
@@ -110,7 +116,7 @@ def prepare(
                 f"{out} could not be written ({error}): make room or choose another --out"
             ) from error
         folder.rename(out)
-    _print_summary(opened, plan.dropped, train_tokens)
+    _print_summary(opened, plan, train_tokens)
     return out
 
 
@@ -142,7 +148,7 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
                 f"prepare it again with --context {context} or choose a model of context {dataset.context}"
             )
         return dataset
-    identities = [source.identity() for source in open_sources([data])]
+    identities = [source.identity() for source in open_sources([data], say=lambda _: None)]
     key = json.dumps(
         [ds.FORMAT, record["sha256"], context, VALID_FRACTION, VALID_FRACTION_OF_FEW, identities]
     )
@@ -286,7 +292,8 @@ class _Progress:
             print(f"{done:4.0%} read, {rates}, {left:.0f} s left", flush=True)
 
 
-def _print_summary(dataset: ds.Dataset, dropped: dict[str, int], train_tokens: int | None) -> None:
+def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) -> None:
+    dropped = plan.dropped
     table = Table(title=f"tokenizer {dataset.tokenizer_record['name']}, context {dataset.context}")
     table.add_column("split")
     for column in ("documents", "bytes", "tokens", "bytes/token", "windows"):
@@ -304,6 +311,14 @@ def _print_summary(dataset: ds.Dataset, dropped: dict[str, int], train_tokens: i
         print(
             f"train was to reach {train_tokens:,} tokens: "
             + (f"read no further than {found:,}" if found >= train_tokens else f"all the text has {found:,}")
+        )
+    about = "" if plan.copies_are_exact else "about "
+    if n := dropped["copied_documents"]:
+        print(f"copies: {about}{n:,} documents are exact copies of earlier ones; they are kept")
+    if n := dropped["heldout_documents_in_train"]:
+        print(
+            f"held out and trained on: {about}{n:,} documents of train are exact copies of held-out ones, "
+            "whose loss will look too low"
         )
     if dropped["repaired_documents"]:
         print(f"repaired: {dropped['repaired_documents']:,} documents with lone surrogates (now U+FFFD)")

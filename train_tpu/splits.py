@@ -9,9 +9,14 @@ import numpy as np
 
 from core import checks
 from core.errors import UserError
+from core.formats import Form
+from core.text import repair
 from train_tpu import data as ds
+from train_tpu.copies import Copies
+from train_tpu.file_source import cut_point
 from train_tpu.packing import Packer
-from train_tpu.sources import Source, cut_point, open_sources
+from train_tpu.source import Source
+from train_tpu.sources import open_sources
 
 VALID = "valid"
 VALID_FRACTION = 0.01
@@ -20,7 +25,6 @@ FEW_DOCUMENTS = 1000
 VALID_FRACTION_OF_FEW = 0.05
 
 BATCH_BYTES = 1 << 20  # of text, for one call of a worker: long enough to hide the call, short in memory
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass
@@ -32,6 +36,8 @@ class DocumentBatch:
     """Length of the text in UTF-8."""
     seen: list[tuple[int, int, int]]
     """Empty documents, repaired documents and training sources met until then, this one's included."""
+    hashes: list[int | None]
+    """64 bits of the hash of the whole document; None for the first of two parts that one was cut into."""
 
 
 class Plan:
@@ -57,22 +63,25 @@ class Plan:
         self.bytes = dict.fromkeys(names, 0)
         self.packers: dict[str, Packer] = {}
         self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
+        self._copies, self._heldout = Copies(), Copies()
+        self._heldout_in_train = 0
         self._met = (0, 0, 0)  # as `DocumentBatch.seen`, of what is read
         self._sources_taken = 0
         self._position = 0  # of `size`
 
     def batches(self) -> Iterator[tuple[DocumentBatch, list[bytes]]]:
         """Documents, about `BATCH_BYTES` of them together."""
-        batch, documents, size = DocumentBatch([], [], []), [], 0
-        for split, text in self._assigned():
+        batch, documents, size = DocumentBatch([], [], [], []), [], 0
+        for split, text, hashed in self._assigned():
             batch.splits.append(split)
+            batch.hashes.append(hashed)
             batch.bytes.append(len(text))
             batch.seen.append(self._met)
             documents.append(text)
             size += len(text)
             if size >= BATCH_BYTES:
                 yield batch, documents
-                batch, documents, size = DocumentBatch([], [], []), [], 0
+                batch, documents, size = DocumentBatch([], [], [], []), [], 0
         if documents:
             yield batch, documents
 
@@ -91,7 +100,19 @@ class Plan:
             self.documents[split] += 1
             self.bytes[split] += size
         self._count(batch.seen[n - 1])
+        self._compare(batch, n)
         return n
+
+    def _compare(self, batch: DocumentBatch, n: int) -> None:
+        """Looks for copies among the batch's first `n` documents, and in what was taken before."""
+        hashes: dict[bool, list[int]] = {False: [], True: []}
+        for split, hashed in zip(batch.splits[:n], batch.hashes[:n], strict=True):
+            if hashed is not None:
+                hashes[split in self.heldout].append(hashed)
+        train, heldout = (np.array(hashes[held], np.uint64) for held in (False, True))
+        self._heldout.add(heldout)  # these are read first
+        self._heldout_in_train += self._heldout.among(train)
+        self._copies.add(train)
 
     @property
     def is_full(self) -> bool:
@@ -103,6 +124,9 @@ class Plan:
         if not self.is_full:
             self._count(self._met)  # with the empty documents behind the last one
         self.dropped["train_tokens_at_end"] = self.packers[ds.TRAIN].rest
+        # These are not dropped, but counted.
+        self.dropped["copied_documents"] = self._copies.count()
+        self.dropped["heldout_documents_in_train"] = self._heldout_in_train
         for split, packer in self.packers.items():
             if split != ds.TRAIN:
                 yield split, packer.last(fill=eos)
@@ -112,6 +136,11 @@ class Plan:
         asked = self.packers[ds.TRAIN].tokens / self.train_tokens if self.train_tokens else 0
         return min(1.0, max(asked, self._position / max(self.size, 1)))
 
+    @property
+    def copies_are_exact(self) -> bool:
+        """Whether the numbers of copies are no estimates."""
+        return self._copies.is_exact and self._heldout.is_exact
+
     def sources_read(self) -> list[str]:
         """Names of the training sources that were read; others lie behind the end."""
         return [source.name for source in self.train[: self._sources_taken]]
@@ -119,22 +148,28 @@ class Plan:
     def _count(self, seen: tuple[int, int, int]) -> None:
         self.dropped["empty_documents"], self.dropped["repaired_documents"], self._sources_taken = seen
 
-    def _assigned(self) -> Iterator[tuple[str, bytes]]:
+    def _assigned(self) -> Iterator[tuple[str, bytes, int | None]]:
+        """(split, document or part of one, hash)."""
         for name, group in self.heldout.items():
             for text in self._clean(group):
-                yield name, text.encode()
+                document = text.encode()
+                yield name, document, hash64(document)
         for text in self._clean(self.train, training=True):
+            document = text.encode()
+            hashed = hash64(document)
             if self.few:
                 cut = int(len(text) * (1 - self.fraction))
                 cut = cut_point(text, cut, within=(len(text) - cut) // 4)
                 # The end goes first: where the document is the last one taken, both parts of it are.
-                for split, part in ((VALID, text[cut:]), (ds.TRAIN, text[:cut])):
-                    if part.strip():
-                        yield split, part.encode()
-            else:
-                document = text.encode()
-                held = self.fraction > 0 and _hash01(document) < self.fraction
-                yield VALID if held else ds.TRAIN, document
+                # A copy is cut where this one is, so no end that is held out trains.
+                parts = [(VALID, text[cut:]), (ds.TRAIN, text[:cut])]
+                parts = [(split, part.encode()) for split, part in parts if part.strip()]
+                for split, part in parts[:-1]:
+                    yield split, part, None
+                yield *parts[-1], hashed
+            else:  # by the text alone, so copies are held out together
+                held = self.fraction > 0 and hashed / 2**64 < self.fraction
+                yield VALID if held else ds.TRAIN, document, hashed
 
     def _clean(self, group: list[Source], training: bool = False) -> Iterator[str]:
         before = self._position
@@ -144,7 +179,7 @@ class Plan:
             for text, position in source.documents():
                 self._position = before + position
                 if text.strip():
-                    whole = SURROGATES.sub("\ufffd", text)
+                    whole = repair(text)
                     repaired += whole != text
                     self._met = empty, repaired, sources
                     yield whole
@@ -162,7 +197,12 @@ class Plan:
 
 
 def make_plan(
-    sources: list[str], valid: dict[str, str], fraction: float | None, train_tokens: int | None, field: str
+    sources: list[str],
+    valid: dict[str, str],
+    fraction: float | None,
+    train_tokens: int | None,
+    field: str,
+    form: Form | None,
 ) -> Plan:
     """The plan for sources as `PrepareConfig` names them, and what it says of the rest.
 
@@ -177,10 +217,10 @@ def make_plan(
             raise UserError(
                 f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
             )
-    heldout = {name: open_sources([path], field) for name, path in valid.items()}
+    heldout = {name: open_sources([path], field, form, heldout=True) for name, path in valid.items()}
     held = {source.identity(): name for name, group in heldout.items() for source in group}
     train = []
-    for source in open_sources(sources, field):
+    for source in open_sources(sources, field, form):
         if source.identity() in held:
             print(f"{source.name} is held out as {held[source.identity()]}, so it does not train")
         else:
@@ -200,6 +240,6 @@ def _fewer_than(n: int, sources: list[Source]) -> bool:
     return all(count < n for count, _ in enumerate(documents, start=1))
 
 
-def _hash01(document: bytes) -> float:
-    """A number in [0, 1) that depends on the document's text alone."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") / 2**64
+def hash64(document: bytes) -> int:
+    """A number in [0, 2^64) that depends on the document's text alone."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")

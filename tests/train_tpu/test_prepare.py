@@ -20,8 +20,8 @@ from train_tpu import corpus, packing
 from train_tpu import prepare as module
 from train_tpu import splits as splits_module
 from train_tpu.data import open_dataset
+from train_tpu.file_source import FileSource
 from train_tpu.prepare import choose_tokenizer, open_or_prepare, prepare
-from train_tpu.sources import FileSource
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -256,10 +256,24 @@ def test_a_held_out_file_does_not_train(tmp_path, capsys):
     folder = tmp_path / "text"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", documents(20))
-    held = write_jsonl(folder / "valid.jsonl", documents(5, seed=1))
+    held = write_jsonl(folder / "other.jsonl", documents(5, seed=1))
     out = prepare([str(folder)], tmp_path / "out", "bytes", CONTEXT, valid={"held": held})
     assert open_dataset(out).splits["train"].documents == 20
     assert "is held out as held" in capsys.readouterr().out
+
+
+def test_copies_are_counted_and_said(tmp_path, capsys):
+    """Those that train again, and those that a set of --valid holds out as well."""
+    texts, held = documents(40), documents(5, seed=1)
+    source = write_jsonl(tmp_path / "t.jsonl", [*texts, texts[3], texts[3], held[0]])
+    valid = {"held": write_jsonl(tmp_path / "v.jsonl", held)}
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid=valid, workers=1)
+    said = capsys.readouterr().out
+    assert "copies: 2 documents are exact copies of earlier ones" in said
+    assert "1 documents of train are exact copies of held-out ones" in said
+    dropped = json.loads((out / "dataset.json").read_text())["dropped"]
+    assert (dropped["copied_documents"], dropped["heldout_documents_in_train"]) == (2, 1)
+    assert open_dataset(out).splits["train"].documents == 43  # none is left out
 
 
 def test_verify_names_the_damaged_file(tmp_path):

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -13,11 +14,15 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from core.errors import UserError
-from train_tpu import sources
-from train_tpu.sources import cut_point, open_sources
+from train_tpu import file_source
+from train_tpu.file_source import cut_point
+from train_tpu.sources import open_sources
 
 TEXTS = ["First document.\n\nIts second paragraph.", "Zweites, mit Umlauten: äöü 😀", "", "third\r\n  line"]
-PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACK = {
+    "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}  # fmt: skip
 
 
 def texts(*names: str, field: str = "text") -> list[str]:
@@ -38,11 +43,15 @@ def parquet(rows: list[str], field: str = "text") -> bytes:
 def test_every_format_gives_the_same_documents(tmp_path, packed):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt{packed}").write_bytes(PACK[packed](text.encode()))
-    (tmp_path / f"lines.jsonl{packed}").write_bytes(PACK[packed](jsonl(TEXTS)))
-    (tmp_path / f"rows.parquet{packed}").write_bytes(PACK[packed](parquet(TEXTS)))
+    array = json.dumps([{"text": text} for text in TEXTS], indent=1).encode()
+    for name, content in (
+        ("a.jsonl", jsonl(TEXTS)), ("b.ndjson", jsonl(TEXTS)), ("c.json", jsonl(TEXTS)), ("d.json", array),
+        ("E.JSONL", b"\xef\xbb\xbf" + jsonl(TEXTS)), ("rows.parquet", parquet(TEXTS)),
+    ):  # fmt: skip
+        path = tmp_path / f"{name}{packed.upper() if name.isupper() else packed}"
+        path.write_bytes(PACK[packed](content))
+        assert texts(str(path)) == TEXTS, name
     assert texts(str(tmp_path / f"*.txt{packed}")) == TEXTS
-    assert texts(str(tmp_path / f"lines.jsonl{packed}")) == TEXTS
-    assert texts(str(tmp_path / f"rows.parquet{packed}")) == TEXTS
 
 
 def test_folders_globs_and_order(tmp_path):
@@ -57,7 +66,7 @@ def test_folders_globs_and_order(tmp_path):
 def test_another_field(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x"], field="body"))
     (tmp_path / "a.parquet").write_bytes(parquet(["y"], field="body"))
-    assert texts(str(tmp_path), field="body") == ["x", "y"]
+    assert texts(str(tmp_path / "a.*"), field="body") == ["x", "y"]
 
 
 def test_position_reaches_the_size(tmp_path):
@@ -69,7 +78,7 @@ def test_position_reaches_the_size(tmp_path):
 
 
 def test_long_text_is_cut_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONG_TEXT", 1000)
+    monkeypatch.setattr(file_source, "LONG_TEXT", 1000)
     content = "\n\n".join(f"Paragraph {i} has äöü and words." * (1 + i % 5) for i in range(200))
     (tmp_path / "long.txt").write_text(content, encoding="utf-8")
     parts = texts(str(tmp_path / "long.txt"))
@@ -104,27 +113,84 @@ noise = np.random.default_rng(0).bytes(4000).hex()  # so that half a file is not
             b'{"body": "x"}\n',
             r"line 1 has no text in the field 'text' \(its fields: body\).*--field",
         ),
-        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl line 1 has no text"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl line 1 is not JSON"),
-        ("a.txt", b"good \xff bad", r"a\.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1 has no text in the field 'text' but a number: leave such"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2 has no text .* but null: leave such"),
+        (
+            "a.jsonl",
+            b'{"data": {"text": "a"}, "n": 1, "tags": []}\n',
+            r"\(its fields: data \(an object with 'text'\), n \(a number\), tags \(a list\)\): none of them",
+        ),
+        ("a.jsonl", b'{"text": [], "body": "x"}\n', r"\(its fields: text \(a list\), body\): .*--field"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl line 1 is not UTF-8 text"),
+        ("a.txt", b"good \xff bad", r"a\.txt line 1 is not UTF-8 text"),
         (
             "a.parquet",
             parquet(["x"], field="body"),
-            r"a\.parquet has no column 'text' \(its columns: id, body\)",
+            r"a\.parquet has no text in the column 'text' \(its columns: id \(int64\), body\)",
         ),
-        ("a.parquet", parquet(["x", None]), r"a\.parquet row 2 has no text"),
+        ("a.parquet", parquet(["x", None]), r"a\.parquet row 2 has no text .* but null: leave such"),
+        ("a.parquet", parquet([{"v": "x"}]), r"text \(struct<v: string>\)\): none of them is a text"),
+        ("a.parquet", parquet([["x"]]), r"text \(list<[a-z]+: string>\)\): none of them is a text"),
+        ("a.parquet", parquet([b"x", b"\xff"]), r"a\.parquet row 2 is not UTF-8 text"),
         ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read"),
         ("a.txt.gz", damaged(gzip.compress(noise.encode())), r"a\.txt\.gz cannot be read"),
         ("a.txt.xz", damaged(lzma.compress(noise.encode())), r"a\.txt\.xz cannot be read"),
         ("a.txt.zst", damaged(PACK[".zst"](noise.encode())), r"a\.txt\.zst cannot be read"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz cannot be read"),
-        ("a.csv", b"x,y", r"a\.csv is of no known format"),
+        ("a.csv", b"x,y", r"a\.csv is of no known format .*train_tpu\.prepare .*a\.csv --format text"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         texts(str(tmp_path / name))
+
+
+def test_columns_of_bytes_and_of_dotted_names(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet([text.encode() for text in TEXTS]))
+    (tmp_path / "b.parquet").write_bytes(parquet(TEXTS, field="meta.text"))
+    assert texts(str(tmp_path / "a.parquet")) == TEXTS
+    assert texts(str(tmp_path / "b.parquet"), field="meta.text") == TEXTS
+
+
+def test_a_format_can_be_given(tmp_path):
+    for name in ("a.raw", "b", "c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d.raw.gz").write_bytes(gzip.compress(b"d.raw.gz"))
+    everything = open_sources([str(tmp_path)], form="text")
+    found = [text for source in everything for text, _ in source.documents()]
+    assert found == ["a.raw", "b", "c.txt", "d.raw.gz"]
+    (source,) = open_sources([str(tmp_path / "b")], form="json")
+    with pytest.raises(UserError, match="b line 1 is not JSON"):
+        list(source.documents())
+
+
+def test_one_file_is_read_once_and_said(tmp_path, capsys):
+    """By whatever name, and in whatever compression."""
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x"))
+    (tmp_path / "link.txt").symlink_to(path)
+    (tmp_path / "b.txt").write_text("x")  # a copy under another name is another file
+    assert texts(str(path), str(tmp_path / "*.txt*"), str(path)) == ["x", "x"]
+    said = capsys.readouterr().out
+    assert said.count("a.txt, which is the same or a copy of it, is read") == 4
+    assert "a.txt.gz is left out" in said and "link.txt is left out" in said
+
+
+def test_identity(tmp_path):
+    """Changes with the file, the field and the form, and with how a form is read; a file that is read as ever
+    has the identity that it always had, so that what was prepared of it is found."""
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    stat = path.stat()
+    (source,) = open_sources([str(path)])
+    assert source.identity() == f"{path} {stat.st_size} {stat.st_mtime_ns} text"
+    assert open_sources([str(path)], form="text")[0].identity() == source.identity()
+    assert open_sources([str(path)], form="json")[0].identity() == f"{source.identity()} json"
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"x"))
+    (packed,) = open_sources([str(tmp_path / "a.txt.xz")])
+    assert packed.identity().endswith(" text 2")
 
 
 def test_what_is_not_there_is_named(tmp_path):
@@ -200,7 +266,7 @@ class FakeHub:
         return str(self.folder / file)
 
 
-def test_hub(tmp_path, monkeypatch):
+def test_hub(tmp_path, monkeypatch, capsys):
     for name in (
         "one/train-0.jsonl",
         "one/train-1.jsonl",
@@ -223,6 +289,14 @@ def test_hub(tmp_path, monkeypatch):
     next(documents)
     assert hub.downloaded == ["one/train-0.jsonl"]  # one by one: the rest is not fetched yet
     assert len(list(documents)) == 2
+    assert texts("hf:someone/stories:one/test*") == ["one/test-0.jsonl"]  # a glob takes what it names
+    assert texts("hf:someone/stories:test") == ["one/test-0.jsonl"]
+    (heldout,) = open_sources(["hf:someone/stories"], heldout=True)
+    assert [text for text, _ in heldout.documents()] == ["one/test-0.jsonl"]
+    capsys.readouterr()
+    open_sources(["hf:someone/stories"])
+    said = capsys.readouterr().out
+    assert "README.md) of documentation" in said and "one/test-0.jsonl) of the split test" in said
     with pytest.raises(UserError, match=r"no .* file in its configuration or folder 'three'"):
         texts("hf:someone/stories:three")
     with pytest.raises(
