@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,32 @@ from core.manifest import sync_path
 
 CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
 """Where is kept what can be made again: prepared text, compiled programs, kernels."""
+
+
+def require_place(out: Path) -> None:
+    """Refuses a path at which nothing can be written. To be called before anything slow; it makes nothing.
+
+    Raises:
+        UserError: `out`, or the nearest folder above it that there is, is a file or does not take one.
+    """
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        where = "is a file" if nearest == out.absolute() else f"lies in {nearest}, which is a file"
+        raise UserError(f"{out} {where}: name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({nearest}: {error.strerror}): give a place that you may write to"
+        ) from None
+
+
+def require_new(out: Path) -> None:
+    """Refuses a path at which something is already, or nothing can be made; otherwise as `require_place`."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already: choose another folder, or remove it first")
+    require_place(out)
 
 
 @contextlib.contextmanager
@@ -22,8 +49,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: `out` exists, before or after.
     """
     out = out.absolute()
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already: choose another folder, or remove it first")
+    require_new(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:

@@ -21,7 +21,7 @@ from core.checkpoint import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
-from core.folders import new_folder
+from core.folders import new_folder, require_new
 from core.memory import peak_memory
 from core.model import abstract_params
 from core.steps import tokenizer_carriers
@@ -113,8 +113,7 @@ def main() -> int:
 
 def check(config: ConvertConfig) -> None:
     """Refuses what cannot be done before anything is read."""
-    if config.out.exists():
-        raise UserError(f"{config.out} exists already: choose another folder, or remove it first")
+    require_new(config.out)
     if config.dry_run and not config.push_to_hub:
         raise UserError("--dry-run says what would be uploaded: give --push-to-hub user/name with it")
     if not SIZE.fullmatch(config.max_shard_size):

@@ -16,6 +16,7 @@ from core.checkpoint import save_params
 from core.config import training_flags
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.folders import require_new
 from core.manifest import Manifest, code_version
 from core.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
@@ -49,6 +50,7 @@ class ImportConfig:
 def main() -> int:
     """The command; prints what was imported and how to train it."""
     config = cli.parse(ImportConfig, prog="python -m port_torch.import_checkpoint")
+    require_new(config.out)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed here
     source = detect(config.source)
     imported = read(source, config)

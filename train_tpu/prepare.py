@@ -29,6 +29,7 @@ from rich.table import Table
 from core import checks, cli
 from core.config import PRESETS
 from core.errors import UserError, run_command
+from core.folders import require_new
 from core.formats import Form
 from core.tokenizer import (
     Tokenizer,
@@ -94,8 +95,7 @@ def prepare(
     """
     checks.counts(context=context, workers=workers)
     checks.counts(most=2**63, train_tokens=train_tokens)
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already: remove it or choose another --out")
+    require_new(out)
     plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
     loaded = load_tokenizer(tokenizer)
     with _partial_folder(out) as folder:

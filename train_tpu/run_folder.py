@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from core.config import ModelConfig
 from core.errors import UserError
-from core.folders import write_atomically
+from core.folders import require_place, write_atomically
 from core.manifest import digest, load_manifest
 from core.run.schedule import require_continuous
 from core.steps import find_step, list_steps
@@ -36,16 +36,12 @@ def require_folder(out: Path) -> None:
     """Refuses an --out that no run can be written to; before anything slow, and nothing is made.
 
     Raises:
-        UserError: it is a file, or not empty and not a run's.
+        UserError: it cannot be written, or is not empty and not a run's.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+    require_place(out)
     ours = any((out / name).exists() for name in ("config.json", ".lock"))
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out {out} is not empty and not an MTLM run; choose an empty or new folder")
-    parent = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if parent is not None and not parent.is_dir():
-        raise UserError(f"--out {out} lies in {parent}, which is a file; name another folder")
 
 
 def lock_folder(out: Path) -> TextIO:

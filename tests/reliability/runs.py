@@ -149,7 +149,7 @@ def read_only(folder: Path, text: Path) -> Counter[str]:
         commands = [
             ("train_tpu.run", *TINY, "--data", text, "--out", place / "run"),
             ("train_tpu.prepare", text, "--out", place / "data", "--tokenizer", "bytes", "--context", "32"),
-            ("stacking.grow", done, "--out", place / "grown"),
+            ("stacking.grow", done, "--out", place / "grown", "--schedule", "restart", "--steps", "24"),
             ("port_torch.convert", done, place / "exported"),
             ("port_torch.import_checkpoint", exported, place / "imported"),
             ("port_torch.train", "--data", text, "--tokenizer", "bytes", "--out", place / "torch"),
