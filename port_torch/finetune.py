@@ -17,6 +17,7 @@ from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from port_torch.training.rows import read_rows
 from port_torch.training.settings import AdamWConfig, TrainerConfig
+from train_tpu.run_folder import require_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def main() -> int:
         FinetuneConfig, prog="python -m port_torch.finetune", description=FinetuneConfig.__doc__
     )
     require_kind(config.init_from, "start", Kind.WEIGHTS)
+    require_folder(config.out)
     file = read_rows(config.data)
     from port_torch.training.finetuning import run  # slow: PyTorch, which a malformed row does not wait for
 

@@ -37,7 +37,7 @@ from train_tpu.config import ModelOverrides
 from train_tpu.data import Dataset
 from train_tpu.prepare import choose_tokenizer, open_or_prepare
 from train_tpu.run import count_steps, given_value, settings_of_run
-from train_tpu.run_folder import run_record
+from train_tpu.run_folder import require_folder, run_record
 
 # Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
 # presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
@@ -80,6 +80,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
     if config.deterministic:
         require_deterministic_operations()
+    require_folder(out_folder(config))
     with open_ranks(config.device) as ranks:
         return train(make_job(config, ranks), ranks)
 
