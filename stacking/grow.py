@@ -134,7 +134,8 @@ def main() -> int:
     change = "equal to the bit, as it must be" if plan.preserves else f"{after - before:+.4f}"
     following = ["--out", out]
     if not runs:
-        following = ["--init-from", out, *training_flags(models[1]).split(), "--data", "DATA"]
+        flags = [*training_flags(models[1]).split(), "--tokenizer", written.tokenizer["name"]]
+        following = ["--init-from", out, *flags, "--data", "DATA"]
     say(
         f"verified: {n_leaves} leaves against their sources, to the bit\n"
         f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"

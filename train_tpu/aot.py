@@ -25,6 +25,7 @@ from core.config import PRESETS, preset
 from core.errors import UserError, run_command
 from core.run.schedule import OptimizerConfig
 from core.sharding import check_mesh, make_mesh, parse_mesh
+from train_tpu import config as settings
 from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import ModelOverrides, RunConfig, model_config
 from train_tpu.hlo import Collective, Module
@@ -70,7 +71,8 @@ class AotConfig:
     json: bool = False
     """Print all figures as one JSON object."""
     table: bool = False
-    """Instead: every preset on v5e:2x4, v5e:4x4 and v6e:2x4, as a Markdown table; minutes each."""
+    """Instead: every preset on v5e:2x4, v5e:4x4 and v6e:2x4 under the other settings given, as a Markdown
+    table; minutes each."""
     out: Path | None = None
     """With --table: the file to write; it grows row by row."""
 
@@ -90,6 +92,9 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     config = cli.parse(AotConfig, prog="python -m train_tpu.aot", description=AotConfig.__doc__)
     if config.table:
+        for flag in ("--preset", "--topology", "--json"):
+            if any(text.partition("=")[0] == flag for text in sys.argv[1:]):
+                raise UserError(f"--table is of all presets and slices, in Markdown: leave {flag} out")
         return make_table(config)
     if config.out:
         raise UserError("--out is the file of --table; without it the report goes to the terminal")
@@ -349,6 +354,13 @@ _COLUMNS = ("preset", "slice", "batch", "fits", "HBM a chip, GiB", "MFLOPs a tok
 
 def make_table(config: AotConfig) -> int:
     """Compiles every preset for every slice, a process each; returns the exit code."""
+    given, default = settings.flatten(config), settings.flatten(AotConfig())
+    flags = [
+        word
+        for name, value in given.items()
+        if value != default[name] and name not in ("table", "out")
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     out = config.out.open("w") if config.out else contextlib.nullcontext(sys.stdout)
     with out as file:
@@ -356,7 +368,7 @@ def make_table(config: AotConfig) -> int:
         for topology in TABLE_TOPOLOGIES:
             for name in PRESETS:
                 command = [sys.executable, "-m", "train_tpu.aot", "--json", "--preset", name,
-                           "--topology", topology, "--batch", str(config.batch)]  # fmt: skip
+                           "--topology", topology, *flags]  # fmt: skip
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode not in (0, EXIT_DOES_NOT_FIT):
                     raise UserError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")

@@ -216,7 +216,7 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers
             raise UserError(
                 f"the split {split!r} is empty: its {plan.documents[split]} documents give "
                 f"{packer.tokens} tokens, and {need} are needed; give more text"
-                + (", a shorter --context" if split == ds.TRAIN else " or another --valid-fraction")
+                + (" or a shorter context" if split == ds.TRAIN else " or hold out a larger part of it")
             )
     writer.close()
 

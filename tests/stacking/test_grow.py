@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import stacking.rewrite
+from core import cli
 from core.checkpoint import find_step, flatten, load_manifest, restore, save_params
 from core.config import ModelConfig
 from core.errors import UserError
@@ -20,11 +22,13 @@ from core.run.schedule import learning_rate
 from core.sharding import make_mesh
 from core.steps import step_path
 from stacking import grow as command
+from stacking.grow import source_model
 from stacking.plan import make_plan
 from stacking.transform import grow
 from tests.train_tpu.processes import ROOT, TINY, environment, losses, refusal, run
 from train_tpu import config as settings
 from train_tpu.backend import choose_step
+from train_tpu.config import RunConfig
 from train_tpu.data import open_dataset, train_batches
 from train_tpu.loop import place_batch
 from train_tpu.step import Controls, abstract_state, compile_step
@@ -194,14 +198,29 @@ def test_a_preset_is_named_where_the_grown_model_is_one():
     assert (other.preset, other.model.n_layers) == ("mtlm1-88m", 18)
 
 
-@pytest.mark.slow
-def test_parameters_alone_grow_and_train(cache, text, trunk, grow_here, tmp_path):
+@pytest.fixture(scope="module")
+def imported(cache, trunk):
+    """The trunk's parameters alone, as an import writes them."""
     state, manifest, _, _ = open_state(trunk)
-    imported = save_params(
-        tmp_path / "imported",
-        state.params,
-        dataclasses.replace(manifest, kind="params", tree={}, files={}, data=None),
-    )
+    manifest = dataclasses.replace(manifest, kind="params", tree={}, files={}, data=None)
+    return save_params(cache / "grow-imported", state.params, manifest)
+
+
+def test_what_to_type_behind_grown_parameters(grow_here, imported, tmp_path, capsys):
+    """Everything that a new run must be told of them: it parses to just their model and tokenizer."""
+    out = tmp_path / "with a space"
+    assert grow_here(imported, "--out", out) == 0
+    printed = capsys.readouterr().out
+    words = shlex.split(printed.rpartition("next: ")[2])
+    assert words[:3] == ["python", "-m", "train_tpu.run"] and words[-2:] == ["--data", "DATA"]
+    run_config = cli.parse(RunConfig, words[3:], prog="run")
+    assert run_config.init_from == out and run_config.tokenizer == "bytes"
+    made, grown = settings.model_config(run_config, 258), source_model(out, load_manifest(out))
+    assert made.function() == grown.function() and grown.n_layers == 6
+
+
+@pytest.mark.slow
+def test_parameters_alone_grow_and_train(cache, text, imported, grow_here, tmp_path):
     out = tmp_path / "grown"
     assert grow_here(imported, "--op", "identity", "--out", out) == 0
     assert load_manifest(out).kind == "params"

@@ -6,13 +6,15 @@ The models have the presets' parts in the small, so that each compiles in well u
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import types
 
 import jax
 import pytest
 
-from core.config import ModelConfig, preset
+from core import cli
+from core.config import PRESETS, ModelConfig, preset
 from core.errors import UserError, run_command
 from core.sharding import make_mesh, parse_mesh
 from train_tpu import aot
@@ -260,11 +262,35 @@ def call(monkeypatch, *arguments: str) -> int:
         (("--preset", "mtlm2-41m"), "did you mean 'mtlm2-40m'"),
         (("--accumulate", "0"), "must be positive"),
         (("--out", "x.md"), "--table"),
+        (("--table", "--preset=mtlm2-40m"), "leave --preset out"),
+        (("--table", "--topology", "v5e:2x4"), "leave --topology out"),
+        (("--table", "--out", "nowhere/x.md"), "nowhere/x.md: No such file or directory"),
     ],
 )
 def test_mistakes_are_told(monkeypatch, capsys, arguments, said):
     assert call(monkeypatch, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_table_is_made_under_the_settings_given(monkeypatch, capsys, tmp_path):
+    commands = []
+    report = {
+        "preset": "p", "topology": "t", "batch": 64, "fits": False, "memory": {"total": 0, "limit": 0},
+        "advice": "", "compile_seconds": 1.0,
+    }  # fmt: skip
+
+    def run(command, **_):
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, aot.EXIT_DOES_NOT_FIT, json.dumps(report), "")
+
+    monkeypatch.setattr(aot.subprocess, "run", run)
+    given = ("--batch", "64", "--mesh", "fsdp=8", "--n-layers", "8", "--biases", "True", "--lr", "1")
+    assert call(monkeypatch, "--table", *given, "--out", str(tmp_path / "t.md")) == 0
+    assert len((tmp_path / "t.md").read_text().splitlines()) == 2 + len(commands) == 2 + 3 * len(PRESETS)
+    for command in commands:
+        own = ("--json", "--preset", command[3], "--topology", command[5])
+        found, meant = (cli.parse(aot.AotConfig, argv, prog="aot") for argv in (command[1:], own + given))
+        assert command[0] == "train_tpu.aot" and found == meant
 
 
 def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):

@@ -123,10 +123,14 @@ def flat_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, optimizer", [("llama", "adamw"), ("llama", "muon"), ("gpt", "muon"), ("odd", "adamw")]
+    "kind, optimizer, dtype",
+    [
+        *(("llama", "adamw", "float32"), ("llama", "muon", "float32"), ("gpt", "muon", "float32")),
+        *(("odd", "adamw", "float32"), ("llama", "muon", "bfloat16"), ("gpt", "adamw", "bfloat16")),
+    ],
 )
-def test_every_mesh_equals_one_device(kind, optimizer, tmp_path):
-    run_on_devices(8, HERE / "meshes_on_devices.py", kind, optimizer, str(tmp_path / "log"))
+def test_every_mesh_equals_one_device(kind, optimizer, dtype, tmp_path):
+    run_on_devices(8, HERE / "meshes_on_devices.py", kind, optimizer, dtype, str(tmp_path / "log"))
 
 
 @pytest.mark.slow

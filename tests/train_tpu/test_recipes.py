@@ -77,7 +77,7 @@ def test_mtlm2_interrupted_and_finished(tmp_path):
     settings = {
         "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "MODEL": "mtlm2-tiny", "RUN_DIR": "out",
         "TASKS": "arc_easy,wikitext", "EVAL_DATA": "sets", "DATA": write_text(tmp_path / "text.jsonl", 2000),
-        "HELDOUT": f"a={write_text(tmp_path / 'a.jsonl', 3, 1)} b={write_text(tmp_path / 'b.jsonl', 2, 2)}",
+        "HELDOUT": f"a={write_text(tmp_path / 'a.jsonl', 3, 1)};b={write_text(tmp_path / 'b.jsonl', 2, 2)}",
     }  # fmt: skip
     out = tmp_path / "out"
 
@@ -122,10 +122,10 @@ def test_mtlm1_in_three_phases(tmp_path):
     settings = {
         "TOKENS": tokens, "BATCH": BATCH, "CONTEXT": CONTEXT, "BASE": "mtlm1-tiny", "RUN_DIR": "out",
         "TASKS": "",
-        "DATA": f"{write_text(tmp_path / 'text.jsonl', 20)} {tmp_path}/more/*.jsonl",
+        "DATA": f"{write_text(tmp_path / 'text.jsonl', 20)};{tmp_path}/more text/*.jsonl",
     }  # fmt: skip
-    (tmp_path / "more").mkdir()
-    write_text(tmp_path / "more" / "text.jsonl", 400, seed=1)
+    (tmp_path / "more text").mkdir()
+    write_text(tmp_path / "more text" / "text.jsonl", 400, seed=1)
     out = tmp_path / "out"
     run("mtlm1", tmp_path, **settings)
     assert open_dataset(out / "data").heldout == ["valid"]
@@ -147,6 +147,23 @@ def test_mtlm1_in_three_phases(tmp_path):
     process = start("mtlm1", tmp_path, **settings | {"BATCH": 2})
     assert "was started with --batch 4, not 2" in process.communicate(timeout=300)[1]
     assert process.returncode == 2
+
+
+@BOTH
+def test_paths_with_spaces_reach_the_commands_whole(tmp_path, recipe):
+    """A python that only notes its arguments and fails, so that the recipe ends after preparing."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nprintf "%s\\n" "$@" >arguments\nexit 2\n')
+    python.chmod(0o755)
+    text = {"DATA": "my texts/*.jsonl;b.txt", "HELDOUT": "a=my a.txt;b=c.txt"}
+    settings = {"PATH": f"{python.parent}:/usr/bin:/bin", "RUN_DIR": "my run", **text}
+    process = start(recipe, tmp_path, **settings)
+    process.communicate(timeout=120)
+    assert process.returncode == 2
+    given = (tmp_path / "arguments").read_text().splitlines()
+    assert given[1:6] == ["train_tpu.prepare", "my texts/*.jsonl", "b.txt", "--out", "my run/data"]
+    assert given[-2:] == ["--valid=a=my a.txt", "--valid=b=c.txt"]
 
 
 @BOTH

@@ -37,8 +37,10 @@
 set -euo pipefail
 
 TOKENS=${TOKENS:-14000000000}                           # to train on
-DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.prepare, or a folder that it made
-HELDOUT=${HELDOUT:-}                                    # NAME=PATH ..., held-out sets; default: 0.1% of DATA
+DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.prepare, or a folder
+                                                        # that it made; several sources: A;B
+HELDOUT=${HELDOUT:-}                                    # held-out sets, NAME=PATH;NAME=PATH
+VALID_FRACTION=${VALID_FRACTION:-0.001}                 # without them: the part of DATA that is held out
 RUN_DIR=${RUN_DIR:-runs/mtlm1}                          # everything goes into this folder
 BATCH=${BATCH:-256}                                     # sequences a step, over all chips
 BASE=${BASE:-mtlm1-88m}                                 # the preset that is grown to twice its layers
@@ -68,9 +70,9 @@ data=$RUN_DIR/data
 if [[ -f $DATA/dataset.json ]]; then
     data=$DATA
 elif [[ ! -d $data ]]; then
-    read -ra sources <<<"$DATA"
-    read -ra sets <<<"$HELDOUT"
-    held=(--valid-fraction 0.001)
+    mapfile -td ';' sources < <(printf %s "$DATA")
+    mapfile -td ';' sets < <(printf %s "$HELDOUT")
+    held=(--valid-fraction "$VALID_FRACTION")
     ((${#sets[@]} == 0)) || held=("${sets[@]/#/--valid=}")
     python -m train_tpu.prepare "${sources[@]}" --out "$data" --context "$CONTEXT" --train-tokens "$TOKENS" "${held[@]}"
 elif ! grep -q "\"train_tokens\": $TOKENS," "$data/dataset.json"; then
