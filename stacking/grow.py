@@ -28,7 +28,7 @@ from core.memory import peak_memory
 from core.run.log import carry_log
 from core.run.schedule import learning_rate
 from core.steps import step_path, tokenizer_carriers
-from core.tokenizer import load_tokenizer_of
+from core.tokenizer import TOKENIZER_FILE, load_tokenizer_of
 from stacking.plan import Operator, custom_plan, make_plan
 from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
 from stacking.rewrite import Growth
@@ -88,7 +88,7 @@ def main() -> int:
     step_dir = find_step(config.source)
     manifest = load_manifest(step_dir)
     model = source_model(step_dir, manifest)
-    if config.layers:
+    if config.layers is not None:
         if config.factor is not None:
             raise UserError("--layers is the whole plan: leave --factor out")
         plan = custom_plan(config.layers, model.n_layers)
@@ -101,7 +101,7 @@ def main() -> int:
     runs = None
     if manifest.kind == "train":
         run = settings.unflatten(manifest.config["run"])
-        left = (config.steps or run.steps) - manifest.step
+        left = (run.steps if config.steps is None else config.steps) - manifest.step
         schedule = parse_schedule(config.schedule, left)
         require_safe(config.optimizer, schedule, run.optim.warmup, config.force)
         grown_run = continue_schedule(run, manifest.step, schedule, config.steps, str(config.source))
@@ -134,7 +134,8 @@ def main() -> int:
     change = "equal to the bit, as it must be" if plan.preserves else f"{after - before:+.4f}"
     following = ["--out", out]
     if not runs:
-        flags = [*training_flags(models[1]).split(), "--tokenizer", written.tokenizer["name"]]
+        named = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
+        flags = [*training_flags(models[1]).split(), "--tokenizer", named]
         following = ["--init-from", out, *flags, "--data", "DATA"]
     say(
         f"verified: {n_leaves} leaves against their sources, to the bit\n"
