@@ -261,8 +261,8 @@ def test_a_byte_that_the_disk_changes_is_noticed(grow_here, trunk, tmp_path, mon
     """Between writing and checking, before the files were hashed or after."""
     real = stacking.rewrite.save_tree
 
-    def damaging(target, tree, manifest):
-        real(target, tree, manifest)
+    def damaging(target, *rest):
+        real(target, *rest)
         chunk = next((target / "state/params.layers.mlp.up.kernel").glob("0*"))
         content = bytearray(chunk.read_bytes())
         content[100] ^= 1
