@@ -36,7 +36,7 @@ from train_tpu.optimizer import path_names
 from train_tpu.prepare import open_or_prepare
 from train_tpu.step import StepConfig, abstract_state
 
-PROBE_ROWS = 1  # sequences; 200M parameters take seconds for 1024 tokens on a CPU, three times
+PROBE_ROWS = 1  # sequences; 200M parameters take seconds for 1024 tokens on a CPU, and there are two losses
 PROBE_CHUNK = 1024  # tokens whose logits are held at once
 
 

@@ -8,8 +8,8 @@ What the copies start with:
 
     parameter    copied; zeroed in o and down of an identity block; given anew in a fresh layer
     mu           copied; 0 where the parameter was zeroed or is fresh: it has no past direction
-    nu           copied, always: with 0 under a warm counter the first update would be 6.6 times the learning
-                 rate at beta2 = 0.999
+    nu           copied, always: with 0 under a warm counter the first updates would reach 6.6 times the
+                 learning rate at beta2 = 0.999
     counters     kept, as the moments are. Both start anew together, when the optimizer is reset, or not at
                  all: kept moments under a counter of 0 would be corrected for a bias that they do not have
     the guard    its window is emptied: losses and gradient norms have another level in another model

@@ -32,7 +32,8 @@
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 6 GB for the runs and exports
 #
-# The learning rate is the presets', that of the runs in docs/RESULTS.md (130M tokens, batch 128), not tuned for these.
+# The learning rate is the preset's (2e-3 for the 88M, and for what it grows into), measured on 65M tokens at batch 128
+# (docs/RESULTS.md) and not tuned for these.
 # Whether growing pays is in docs/STACKING.md: fewer FLOPs for the same loss, and a worse loss for the same tokens.
 set -euo pipefail
 
