@@ -23,6 +23,7 @@ from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import run_command
 from core.folder_kinds import Kind, require_kind
+from core.gpu_memory import require_free_memory
 from core.keys import Purpose, make_key
 from core.manifest import recorded_hash
 from core.model import (
@@ -189,6 +190,7 @@ def main() -> int:
     lines = config.files.read(config.prompt)
     texts = [line["prompt"] for line in lines] if lines else config.prompt or [piped_prompt() or ""]
     require_kind(config.run, "generate", Kind.JAX)
+    require_free_memory()
     keep_compiled()
     step_dir = find_step(config.run)
     manifest = load_manifest(step_dir)

@@ -9,6 +9,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
+from core.gpu_memory import require_free_memory
 from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
 from core.steps import list_steps, tokenizer_carriers
@@ -69,6 +70,7 @@ def results_folder(path: Path) -> Path:
 
 
 def _open_checkpoint(path: Path, dtype: str, given: str | None) -> Model:
+    require_free_memory()
     keep_compiled()
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)

@@ -33,6 +33,7 @@ from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.generate import Generator
+from core.gpu_memory import require_free_memory
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
 from core.run.log import NoLog, RunLog, read_log
@@ -89,6 +90,7 @@ def main() -> int:
     out = config.out or Path("runs") / config.preset
     if config.deterministic:
         require_deterministic_operations()
+    require_free_memory()
     processes.join(config.coordinator, config.num_processes, config.process_id)
     refuse_alone(config)
     keep_compiled()
