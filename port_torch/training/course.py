@@ -300,7 +300,7 @@ def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: boo
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
         *job.table,
         ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
-        ("optimizer", f"AdamW, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+        ("optimizer", f"AdamW for all parameters, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
                     f"{', compiled' if compiled else ''}"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.config import ModelConfig
+from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import Compute
@@ -21,6 +21,7 @@ from core.run.schedule import OptimizerConfig, learning_rate
 from core.sharding import make_mesh
 from core.steps import find_step, list_steps
 from kernels_cuda import library
+from port_torch import train as torch_train
 from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
@@ -47,6 +48,7 @@ from tests.port_torch.small_training import (
     update_losses,
 )
 from tests.train_tpu.processes import refusal, run, start, without
+from train_tpu.config import defaults as training_defaults
 from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_HALTED, EXIT_SAVED
@@ -323,6 +325,21 @@ def test_a_diverged_run_is_halted_with_its_last_good_state(data32: Path, tmp_pat
     skips = read_log(tmp_path / "run", "skip")
     assert [row["streak"] for row in skips] == list(range(1, 11)) and len(skips[0]["records"]) == 4
     assert list_steps(tmp_path / "run" / "checkpoints")[-1] <= 20
+
+
+def test_its_learning_rates_are_adamws_and_its_help_says_so(tmp_path: Path, monkeypatch, capsys):
+    """Muon's rates, which train_tpu.run has, are up to three times as high."""
+    monkeypatch.chdir(tmp_path)
+    assert set(torch_train.ADAMW_RATES) == set(PRESETS)
+    for preset, rate in torch_train.ADAMW_RATES.items():
+        config = torch_train.parse(["--preset", preset])
+        assert config.optim.lr == rate <= training_defaults(preset).optim.lr
+        assert config.optim.warmup == training_defaults(preset).optim.warmup
+    with pytest.raises(SystemExit):
+        torch_train.parse(["--preset", "mtlm2-40m", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "with AdamW" in said and "train_tpu.run trains with Muon" in said
+    assert "Peak learning rate of AdamW. (default: 0.0015)" in said and "(default: None)" not in said
 
 
 def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
