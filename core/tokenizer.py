@@ -16,7 +16,6 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from core.config import MAX_VOCAB
 from core.errors import UserError
 from core.folders import write_atomically
 
@@ -81,6 +80,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name)
     if path.is_file():
+        from core.file_tokenizer import FileTokenizer  # which imports this module
+
         return FileTokenizer(path)
     raise UserError(
         f"there is no tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json"
@@ -159,7 +160,7 @@ class ByteTokenizer(Tokenizer):
     sha256 = hashlib.sha256(b"ids 0-255: bytes of UTF-8; 256: <s>; 257: </s>").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -202,7 +203,7 @@ class MistralTokenizer(Tokenizer):
         self._unit_ids = _UnitCache(unit.encode)
 
     def encode(self, text: str) -> np.ndarray:
-        _utf8(text)
+        utf8(text)
         if not text:
             return np.empty(0, np.uint16)
         units = self._UNITS.findall(SPACE + text)
@@ -242,48 +243,6 @@ class _UnitCache(dict):
         return ids
 
 
-class FileTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library.
-
-    It must have the tokens `<s>` and `</s>`, or `<|endoftext|>`, which then serves as both.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import tokenizers
-
-        self.content = content = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        self.name = str(path.resolve())
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values(), default=-1) + 1
-        if self.vocab_size > MAX_VOCAB:
-            raise UserError(
-                f"{path} has {self.vocab_size} ids, but token ids are stored in 16 bits: "
-                f"choose a tokenizer of at most {MAX_VOCAB}"
-            )
-        pair = ("<s>", "</s>") if {"<s>", "</s>"} <= ids.keys() else ("<|endoftext|>",) * 2
-        if not set(pair) <= ids.keys():
-            raise UserError(
-                f"{path} has neither the tokens <s> and </s> nor <|endoftext|>: add a pair of them"
-            )
-        self.bos, self.eos = (ids[token] for token in pair)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<s>" in a document is text, not a token
-
-    def encode(self, text: str) -> np.ndarray:
-        _utf8(text)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
-
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        kept = [int(i) for i in ids if i not in (self.bos, self.eos)]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
-
-
 class TextStream:
     """Turns ids that come one by one into text that can be shown at once.
 
@@ -321,7 +280,8 @@ class TextStream:
         return self._tokenizer.decode(self._ids)[len(shown) :]
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """The text in UTF-8; a `UserError` where it holds a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

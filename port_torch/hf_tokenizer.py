@@ -11,7 +11,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from core.tokenizer import MISTRAL_FILE, ORIGINAL, SPACE, FileTokenizer, MistralTokenizer, Tokenizer
+from core.file_tokenizer import FileTokenizer
+from core.tokenizer import MISTRAL_FILE, ORIGINAL, SPACE, MistralTokenizer, Tokenizer
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:

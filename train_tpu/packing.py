@@ -50,7 +50,10 @@ def encode_batches(
         try:
             _send(process.stdin, np.array([len(d) for d in documents], np.int64), b"".join(documents))
             lengths = np.frombuffer(_receive(process.stdout), np.int64)
-            return np.frombuffer(_receive(process.stdout), np.uint16), lengths
+            ids = np.frombuffer(_receive(process.stdout), np.uint16)
+            if message := _receive(process.stdout).decode():
+                raise UserError(message)
+            return ids, lengths
         except (BrokenPipeError, EOFError) as error:
             code = process.wait()
             if code >= 0:  # its own traceback is on stderr
@@ -103,11 +106,16 @@ def _work(tokenizer_name: str) -> None:
         except EOFError:
             return
         ends = np.cumsum(lengths)
-        ids = [
-            np.concatenate([bos, tokenizer.encode(text[start:end].decode()), eos])
-            for start, end in zip(ends - lengths, ends, strict=True)
-        ]
-        _send(sys.stdout.buffer, np.array([len(i) for i in ids], np.int64), np.concatenate(ids))
+        ids, message = [np.empty(0, np.uint16)], ""
+        try:
+            ids = [
+                np.concatenate([bos, tokenizer.encode(text[start:end].decode()), eos])
+                for start, end in zip(ends - lengths, ends, strict=True)
+            ]
+        except UserError as error:  # a document that the tokenizer cannot encode
+            message = str(error)
+        lengths = np.array([len(i) for i in ids], np.int64)
+        _send(sys.stdout.buffer, lengths, np.concatenate(ids), message.encode())
 
 
 def _send(stream: BinaryIO, *messages: bytes | np.ndarray) -> None:

@@ -29,9 +29,11 @@ from rich.table import Table
 from core import checks, cli
 from core.config import PRESETS
 from core.errors import UserError, run_command
+from core.file_tokenizer import keeps_text
 from core.folders import require_new
 from core.formats import Form
 from core.tokenizer import (
+    TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
     load_tokenizer_of,
@@ -117,6 +119,11 @@ def prepare(
             ) from error
         folder.rename(out)
     _print_summary(opened, plan, train_tokens)
+    if not keeps_text(loaded):
+        print(
+            f"note: the tokenizer {tokenizer} does not keep all of a text (unknown characters, blanks or "
+            "capitals), so bits per byte, which divide by all bytes, do not compare with those of others"
+        )
     return out
 
 
@@ -197,7 +204,8 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers
     names = list(plan.documents)
     plan.packers = {name: Packer(context) for name in names}
     writer = WindowWriter(folder, context, names)
-    encoded = encode_batches(plan.batches(), tokenizer.name, workers)
+    name = tokenizer.name if tokenizer.content is None else str(folder / TOKENIZER_FILE)
+    encoded = encode_batches(plan.batches(), name, workers)
     with _Progress() as progress, contextlib.closing(encoded):
         for batch, ids, lengths in encoded:
             n = plan.take(batch, lengths)

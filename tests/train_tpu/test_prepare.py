@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
 
 from core.errors import UserError
 from core.tokenizer import load_tokenizer
@@ -337,6 +338,42 @@ def test_what_an_older_version_made_opens_with_a_note(tmp_path, capsys):
     older = open_or_prepare(str(out), "bytes", CONTEXT, tmp_path)
     assert older.fingerprint == sealed.fingerprint
     assert "an older version prepared" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_loses_text_is_refused_or_said(tmp_path, capsys):
+    odd = [text + " \u20ac zzz" for text in documents(50)]
+    source = write_jsonl(tmp_path / "t.jsonl", odd)
+    for unknown in (None, "<unk>"):
+        model = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "Document": 2, "<unk>": 3}, unknown or "no")
+        made = tokenizers.Tokenizer(model)
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(tmp_path / "words.json"))
+        if unknown is None:
+            with pytest.raises(UserError, match="no id for characters outside its vocabulary"):
+                prepare([source], tmp_path / "out", str(tmp_path / "words.json"), CONTEXT)
+        else:
+            prepare([source], tmp_path / "out", str(tmp_path / "words.json"), CONTEXT)
+            assert "does not keep all of a text" in capsys.readouterr().out
+    prepare([source], tmp_path / "bytes", "bytes", CONTEXT)
+    assert "does not keep" not in capsys.readouterr().out
+
+
+def test_what_a_worker_cannot_encode_is_one_sentence(tmp_path, monkeypatch):
+    code = (
+        "import train_tpu.packing as p; from core.errors import UserError; from core.tokenizer import *\n"
+        "def fail(self, text): raise UserError('cannot encode it')\n"
+        "ByteTokenizer.encode = fail; p._work('bytes')"
+    )
+
+    def start(tokenizer):
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
+
+    monkeypatch.setattr(packing, "_start_worker", start)
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    with pytest.raises(UserError, match=r"^cannot encode it$"):
+        prepare([source], tmp_path / "out", "bytes", CONTEXT, workers=1)
 
 
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
