@@ -204,7 +204,7 @@ def test_where_the_kernels_cannot_decode(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err == ""  # a CPU has no choice
     with pytest.raises(UserError, match="--backend cuda is not possible: the model is on the device cpu"):
         choose_generator(model, "cuda")
-    with pytest.raises(UserError, match="a prompt has no tokens"):
+    with pytest.raises(UserError, match="the prompt has no tokens"):
         next(decode.Generator(model).stream([[]], GREEDY, 1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert why_not(model) == "the weights are float32, not bfloat16 (embed.weight)"
