@@ -90,11 +90,18 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
 
 def _usage(model: ModelConfig, prompt: str) -> str:
     trust = "" if is_llama(model) else ", trust_remote_code=True"
-    why = "" if is_llama(model) else "\nIts code is in this folder: `modeling_mtlm.py`.\n"
+    why = (
+        ""
+        if is_llama(model)
+        else (
+            "\nThe model's code is in this folder: `modeling_mtlm.py`. The tokenizer runs none of it; "
+            "`AutoTokenizer` opens the model's configuration first, and `PreTrainedTokenizerFast` does not.\n"
+        )
+    )
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -51,6 +51,8 @@ class ConvertConfig:
     """The checkpoint's tokenizer.json, where neither the run nor its old path has it."""
     push_to_hub: str | None = None
     """Upload the folder to this repository of the Hugging Face Hub (`user/name`) as well."""
+    private: bool = False
+    """With --push-to-hub: as a private repository."""
     dry_run: bool = False
     """With --push-to-hub: upload nothing, list what would be."""
 
@@ -102,12 +104,12 @@ def main() -> int:
     # 5. In place.
     seconds, memory = time.monotonic() - started, peak_memory() - memory_before
     print(
-        f"{config.out}: {model.n_params:,} parameters in {config.dtype}; {seconds:.1f} s, at most "
-        f"{memory / 1e6:,.0f} MB above the process after its imports "
-        f"({memory / (4 * model.n_params):.2f} times the float32 weights)"
+        f"{config.out}: {model.n_params:,} parameters in {config.dtype}, written and checked in "
+        f"{seconds:.1f} s with {memory / 1e6:,.0f} MB of memory at most (the weights in float32 are "
+        f"{4 * model.n_params / 1e6:,.1f} MB)"
     )
     if config.push_to_hub:
-        push(config.out, config.push_to_hub, config.dry_run)
+        push(config.out, config.push_to_hub, config.private, config.dry_run)
     return 0
 
 
@@ -116,6 +118,8 @@ def check(config: ConvertConfig) -> None:
     require_new(config.out)
     if config.dry_run and not config.push_to_hub:
         raise UserError("--dry-run says what would be uploaded: give --push-to-hub user/name with it")
+    if config.private and not config.push_to_hub:
+        raise UserError("--private is about the upload: give --push-to-hub user/name with it")
     if not SIZE.fullmatch(config.max_shard_size):
         raise UserError(f"--max-shard-size {config.max_shard_size!r} is no size: give one like 500MB or 5GB")
 

@@ -72,9 +72,11 @@ def is_llama(config: ModelConfig) -> bool:
 def hf_config(config: ModelConfig, bos: int, eos: int, dtype: str) -> Json:
     """The content of config.json. bos, eos: token ids; dtype: of the weights in the folder."""
     c = config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if is_llama(c):
         kind: Json = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     else:
+        # transformers 5 checks rope_parameters against the head size even where nothing is rotated.
         kind = {
             "architectures": ["MtlmForCausalLM"],
             "model_type": "mtlm",
@@ -104,7 +106,7 @@ def hf_config(config: ModelConfig, bos: int, eos: int, dtype: str) -> Json:
         # Both spellings of both: transformers 4.57 reads rope_theta and torch_dtype, and silently takes its
         # own default where it finds only the new ones.
         "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        **({"rope_parameters": rope} if c.positions == "rope" else {}),
         "torch_dtype": dtype,
         "dtype": dtype,
         "bos_token_id": bos,

@@ -19,7 +19,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """Writes the files of `tokenizer` for a model of that context.
 
     What they give for a text is `<s>` and the ids of `tokenizer.encode`, also where the text itself has
-    `<s>`, which stays text. A tokenizer.json that gives this already is copied byte for byte.
+    `<s>`, which stays text; nothing is cut or padded unless asked for. A tokenizer.json that gives this
+    already is copied byte for byte.
     """
     if isinstance(tokenizer, MistralTokenizer):
         model_file = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
@@ -29,27 +30,53 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         built = tokenizers.Tokenizer.from_buffer(tokenizer.content)
     else:
         built = of_bytes()
+    padding = built.padding
+    settled = built.truncation is None and padding is None
+    built.no_truncation()
+    built.no_padding()
     bos, eos = built.id_to_token(tokenizer.bos), built.id_to_token(tokenizer.eos)
     opened = built.encode("a").ids == [tokenizer.bos, *built.encode("a", add_special_tokens=False).ids]
-    if opened and isinstance(tokenizer, FileTokenizer):
+    if opened and settled and isinstance(tokenizer, FileTokenizer):
         (folder / "tokenizer.json").write_bytes(tokenizer.content)
     else:
         if isinstance(tokenizer, FileTokenizer):
             (folder / ORIGINAL).write_bytes(tokenizer.content)
-        built.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
-        )
+        if not opened:
+            built.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
+            )
         built.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
+        "pad_token": pad_token(built, bos, eos, padding),
+        # Behind it a batch of prompts ends where each is continued.
+        "padding_side": "left",
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def pad_token(built: tokenizers.Tokenizer, bos: str, eos: str, padding: dict | None) -> str:
+    """The token that fills up the shorter rows of a batch, so that no id has to be added for it.
+
+    A tokenizer's own, or the unknown token, as the field does for Llama. Not `</s>` where it can be avoided:
+    collators take the padding's id out of the loss wherever it stands, and the model would never learn to
+    end. `<s>` is never predicted, so that this costs nothing.
+
+    padding: that of the tokenizer.json, which names a token.
+    """
+    model = json.loads(built.to_str())["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:  # of a Unigram model
+        unknown = model["vocab"][model["unk_id"]][0]
+    candidates = [padding and padding["pad_token"], "<pad>", "[PAD]", "<|pad|>", unknown, "<unk>", bos]
+    taken = (token for token in candidates if token and token != eos and built.token_to_id(token) is not None)
+    return next(taken, eos)
 
 
 def from_sentencepiece(model_file: bytes) -> tokenizers.Tokenizer:

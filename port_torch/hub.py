@@ -8,23 +8,33 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from core.errors import UserError
 
 
-def push(folder: Path, name: str, dry_run: bool) -> None:
+def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
     """Uploads the folder as the model `name` ("user/name"), made if it is not there; `dry_run` only lists.
 
+    private: nobody else sees it.
+
     Raises:
-        UserError: the Hub refuses; the folder stays as it is.
+        UserError: the Hub refuses, or the model is there and public where it should be private; the folder
+            stays as it is.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    by_hand = f"hf upload {name} {folder}"
+    by_hand = f"hf upload {name} {folder}{' --private' if private else ''}"
     if dry_run:
-        print(f"would upload to {name}:")
+        print(f"would upload to {name}{', private' if private else ''}:")
         for path in files:
             print(f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}")
         print(f"  {sum(path.stat().st_size for path in files):>13,}  bytes in all; to upload them: {by_hand}")
         return
     try:
         api = HfApi()
-        api.create_repo(name, exist_ok=True)
+        api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
+        # One that exists stays as visible as it was, whatever `private` says.
+        public = private and not api.model_info(name).private
+        if public:
+            raise UserError(
+                f"{name} exists on the Hub and is public, against --private: {folder} is complete, but "
+                "was not uploaded; make that repository private in its settings, or name another"
+            )
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from MTLM")
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]

@@ -1,9 +1,11 @@
 """The command: what it writes, what it refuses, and that nothing half-written stays."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from core.manifest import EXPORT_MANIFEST
 from port_torch import convert, export, probe
 from port_torch.folder import open_folder
 from port_torch.hf_config import hf_config, model_config
+from port_torch.hub import push
 from port_torch.model import load
 from port_torch.names import exported_tensors
 from tests.models import random_params
@@ -75,6 +78,29 @@ def test_the_card(trained: Path, exported: Path):
         assert told in card.content, told
     assert str(trained.parent) not in card.content  # nobody's paths
     assert ("trust_remote_code" in card.content) == (config.mlp != "swiglu")
+
+
+def test_the_lines_of_the_card_and_a_pipeline_of_batches(exported: Path, monkeypatch, capsys):
+    """As a user types them; nothing is asked on stdin, and a batch continues as each prompt does alone."""
+    from transformers import AutoTokenizer, pipeline
+
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
+    card = (exported / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(code.replace("FOLDER", repr(str(exported))), {})
+    assert capsys.readouterr().out.startswith("<s>This function returns") and not asked
+
+    hf, tokenizer = (
+        transformers_model(exported),
+        AutoTokenizer.from_pretrained(exported, trust_remote_code=True),
+    )
+    generate = pipeline("text-generation", model=hf, tokenizer=tokenizer)
+    prompts = ["Document 1", "th", "a longer prompt than the others"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    together = generate(prompts, batch_size=3, **options)
+    assert [row[0]["generated_text"] for row in together] == alone
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -137,6 +163,7 @@ def test_refusals(tmp_path: Path, monkeypatch):
     for arguments, told in (
         ((source, there), "there exists already"),
         ((source, out, "--dry-run"), "give --push-to-hub"),
+        ((source, out, "--private"), "give --push-to-hub"),
         ((source, out, "--max-shard-size", "big"), "no size"),
         ((source, out, "--tokenizer", "mistral"), "tokenizers differ"),
         ((nan, out), "layers/attn/q/kernel holds 1 values that are NaN"),
@@ -202,8 +229,11 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     uploads = []
 
     class Api:
-        def create_repo(self, name, exist_ok):
-            uploads.append((name, exist_ok))
+        def create_repo(self, name, private, exist_ok):
+            uploads.append((name, private, exist_ok))
+
+        def model_info(self, name):
+            return SimpleNamespace(private=name == "me/hidden")
 
         def upload_folder(self, **given):
             uploads.append(given["folder_path"])
@@ -216,7 +246,15 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     assert not uploads and f"{size:,}  model.safetensors" in said and "hf upload me/model" in said
     with pytest.raises(UserError, match=r"is complete, but was not uploaded \(no route to host\)"):
         run_here(monkeypatch, source, tmp_path / "two", "--push-to-hub", "me/model")
-    assert uploads == [("me/model", True), tmp_path / "two"] and names_in(tmp_path / "two") >= NAMES
+    assert uploads == [("me/model", None, True), tmp_path / "two"] and names_in(tmp_path / "two") >= NAMES
+    # With --private: a repository made now, one that is there and private, one that is there and public.
+    uploads.clear()
+    with pytest.raises(UserError, match="no route to host"):
+        push(tmp_path / "two", "me/hidden", private=True, dry_run=False)
+    assert uploads == [("me/hidden", True, True), tmp_path / "two"]
+    with pytest.raises(UserError, match="me/model exists on the Hub and is public, against --private"):
+        push(tmp_path / "two", "me/model", private=True, dry_run=False)
+    assert uploads[2:] == [("me/model", True, True)]
 
 
 def test_the_training_half_needs_no_torch():
@@ -228,7 +266,6 @@ def test_the_training_half_needs_no_torch():
 def test_200m_takes_at_most_two_and_a_half_times_its_weights(tmp_path: Path, cache: Path):
     """Memory above the process after its imports, as the command itself prints it."""
     import dataclasses
-    import re
 
     import jax
 
@@ -245,4 +282,5 @@ def test_200m_takes_at_most_two_and_a_half_times_its_weights(tmp_path: Path, cac
             cache, tmp_path / "source", tmp_path / dtype, "--dtype", dtype, module="port_torch.convert"
         )
         print(out)
-        assert float(re.search(r"\(([0-9.]+) times the float32 weights\)", out)[1]) <= 2.5
+        memory, weights = re.search(r"([0-9,]+) MB of memory at most .* ([0-9,.]+) MB\)", out).groups()
+        assert float(memory.replace(",", "")) <= 2.5 * float(weights.replace(",", ""))

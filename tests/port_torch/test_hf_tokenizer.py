@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 
 from core.errors import UserError
-from core.tokenizer import MISTRAL_FILE, load_tokenizer, tokenizer_record
+from core.tokenizer import MISTRAL_FILE, ORIGINAL, load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.hf_tokenizer import write_tokenizer
 from tests.core.test_tokenizer import bpe_file
@@ -57,6 +57,54 @@ def test_special_tokens_and_settings(tmp_path: Path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (1, 2, 96)
     assert len(tokenizer) == 32_000
     assert (tmp_path / "tokenizer.model").read_bytes() == MODEL.read_bytes()
+
+
+def of_kind(kind: str, folder: Path) -> str:
+    """A tokenizer's name, or the path of a file made here."""
+    if kind in ("mistral", "bytes"):
+        return kind
+    specials = {"own": ["<s>", "</s>", "<pad>"], "gpt2": ["<|endoftext|>"]}[kind]
+    return str(bpe_file(folder, specials))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad"), [("mistral", "<unk>"), ("bytes", "<s>"), ("own", "<pad>"), ("gpt2", "<|endoftext|>")]
+)
+def test_batches_are_padded_and_no_end_is_taken_out_of_the_loss(tmp_path: Path, kind: str, pad: str):
+    """transformers' own collator masks every label that is the padding's id."""
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+    ours = load_tokenizer(of_kind(kind, tmp_path))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours, 96)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token == pad and len(tokenizer) == ours.vocab_size
+    texts = ["the cat sat", "a"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    rows = [ours.begin(text) for text in texts]
+    assert batch["attention_mask"].sum(1).tolist() == [len(row) for row in rows]
+    assert [ids[-len(row) :].tolist() for ids, row in zip(batch["input_ids"], rows, strict=True)] == rows
+    documents = [{"input_ids": [*row, ours.eos]} for row in rows]
+    labels = DataCollatorForLanguageModeling(tokenizer, mlm=False)(documents)["labels"]
+    # GPT-2's kind has one token for both ends and padding, as the field has it.
+    assert kind == "gpt2" or (labels[:, -1] == ours.eos).all()
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(tmp_path: Path):
+    """A file saved by a training script cuts and fills every text to its own length; ours never did."""
+    path = bpe_file(tmp_path, ["<s>", "</s>"])
+    given = tokenizers.Tokenizer.from_file(str(path))
+    given.enable_truncation(16)
+    given.enable_padding(length=16, pad_token="[PAD]")
+    given.save(str(path))
+    ours = load_tokenizer(path)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours, 96)
+    texts = ["the cat", "the cat sat on the mat and the dog did not " * 5]
+    assert encode_and_decode(str(tmp_path / "out"), texts) == expected_of(str(path), texts)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert [exported.encode(text).ids for text in texts] == [ours.begin(text) for text in texts]
+    assert load_tokenizer(tmp_path / "out" / ORIGINAL).sha256 == ours.sha256  # what the checkpoint records
 
 
 def test_a_file_that_begins_with_bos_already_is_copied(tmp_path: Path):
