@@ -51,7 +51,7 @@ def check(config: ModelConfig) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = write_folder(Path(root) / "folder", config, tensors_of(config, params))
         assert open_model(folder).config == config
-        mirror, ids = load(folder), torch.from_numpy(tokens).long()
+        mirror, ids = load(folder), torch.tensor(tokens).long()
         kind = LlamaForCausalLM if is_llama(config) else MtlmForCausalLM
         theirs = kind.from_pretrained(folder, dtype=torch.float32)
         with torch.inference_mode():
