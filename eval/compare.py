@@ -18,6 +18,7 @@ from scipy import stats
 
 from core import cli
 from core.errors import UserError, run_command
+from core.folder_kinds import Kind, require_kind
 from core.folders import write_atomically
 from eval.models import results_folder
 from eval.ratio import ratio_of_sums
@@ -55,6 +56,7 @@ def evaluated_folder(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path} is not there: give runs, exported folders or folders of results")
+    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
     return results_folder(path)
 
 

@@ -61,7 +61,7 @@ def main() -> int:
     """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
     config = cli.parse(GenerateConfig, prog="python -m port_torch.generate")
     lines = config.files.read(config.prompt)
-    asks = not lines and not config.prompt and sys.stdin.isatty()
+    asks = not lines and not config.prompt and sys.stdin is not None and sys.stdin.isatty()
     prompts = [line["prompt"] for line in lines] or config.prompt
     if not prompts and not asks:
         prompts = [piped_prompt() or ""]
@@ -103,6 +103,9 @@ def converse(writer: "Writer", config: GenerateConfig) -> int:
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
+        except UnicodeDecodeError as error:
+            print(f"error: that is not UTF-8 ({error})", file=sys.stderr)
+            continue
         try:
             writer.print([config.formatted(text)], number)
         except KeyboardInterrupt:

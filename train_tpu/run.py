@@ -96,6 +96,8 @@ def main() -> int:
     keep_compiled()
     # What cannot be is refused before the data is prepared.
     require_folder(out)
+    if config.init_from:
+        require_kind(config.init_from, "start", Kind.JAX)
     settings.model_config(config, vocab_size=1)
     shape = mesh_shape(config, out)
     console = make_console(quiet=not processes.is_first())
@@ -330,7 +332,6 @@ def open_source(
     path: Path, step_config: StepConfig, record: dict[str, Any], mesh: Mesh
 ) -> tuple[Path, Manifest, Params]:
     """The checkpoint that --init-from names, its manifest and its parameters."""
-    require_kind(path, "start", Kind.JAX)
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     require_same_tokenizer(manifest.tokenizer, record["tokenizer"], str(step_dir), "the data given")

@@ -9,6 +9,7 @@ import pytest
 
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
+from eval.compare import evaluated_folder
 from eval.models import open_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "7b5e0bc"
@@ -59,6 +60,7 @@ def test_what_a_folder_is(finished: Path, tmp_path: Path):
         ("port_torch.convert", "mtlm1-export", "in the form that convert writes already"),
         ("port_torch.import_checkpoint", "mtlm1", "train_tpu.run --init-from` as it is"),
         ("stacking.grow", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
+        ("train_tpu.run", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
         ("port_torch.finetune", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
         ("port_torch.train", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
     ],
@@ -70,6 +72,7 @@ def test_the_right_command_is_named(module: str, given: str, advice: str, tmp_pa
         "port_torch.import_checkpoint": (path, out),
         "port_torch.finetune": (path, "--data", tmp_path / "no.jsonl", "--out", out),
         "port_torch.train": ("--from", path, "--out", out),
+        "train_tpu.run": ("--init-from", path, "--out", out),
     }.get(module, (path,))
     assert re.search(re.escape(advice.format(path=path)), refusal(module, *arguments))
     assert not out.exists()
@@ -80,6 +83,7 @@ def test_a_run_of_port_torch_is_told_where_its_model_is(finished: Path):
     assert refusal("port_torch.generate", finished).endswith(f"use `python -m port_torch.generate {quoted}`")
     step = finished / "checkpoints" / "00000012"
     assert refusal("core.generate", step).endswith(f"use `python -m port_torch.generate {quoted}`")
-    with pytest.raises(UserError, match=r"use `python -m eval\.run"):
-        open_model(finished, "float32")
+    for opened in (lambda path: open_model(path, "float32"), evaluated_folder):
+        with pytest.raises(UserError, match=r"use `python -m eval\.run"):
+            opened(finished)
     assert f"import_checkpoint {quoted} CHECKPOINT" in refusal("stacking.grow", finished)

@@ -30,6 +30,7 @@ from tests.train_tpu.processes import start
 
 LENGTHS = (1, 5, 16, 21)
 GREEDY = Sampling(temperature=0)
+ONE_KIND = pytest.mark.parametrize("case", ["llama"], indirect=True)  # what does not depend on the model
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -152,6 +153,7 @@ def test_a_file_of_prompts(case, call, tmp_path):
         call(main, *common, "--out", tmp_path / "a.jsonl")
 
 
+@ONE_KIND
 def test_a_file_of_prompts_as_core_makes_it(case, call, tmp_path):
     """Greedy texts are the same; batches of core are filled up, and its rows drawn as single prompts are."""
     _, _, _, folder, checkpoint = case
@@ -184,6 +186,7 @@ def test_instructions(folder, call):
         assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == text
 
 
+@ONE_KIND
 @pytest.mark.parametrize("generate", [main, core.generate.main])
 def test_what_is_piped_in_is_the_prompt(generate, case, call, tmp_path, monkeypatch):
     folder = case[3] if generate is main else case[4]
@@ -191,18 +194,22 @@ def test_what_is_piped_in_is_the_prompt(generate, case, call, tmp_path, monkeypa
     (tmp_path / "prompt").write_text("Grüße\n")
     with (tmp_path / "prompt").open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        assert call(generate, folder, *greedy) == call(generate, folder, "--prompt", "Grüße", *greedy)
+        assert call(generate, folder, *greedy) == call(main, case[3], "--prompt", "Grüße", *greedy)
+    monkeypatch.setattr("sys.stdin", None)  # closed
+    assert call(generate, folder, *greedy) == call(main, case[3], "--prompt", "", *greedy)
     (tmp_path / "prompt").write_bytes(b"\xff")
     with (tmp_path / "prompt").open() as file, pytest.raises(UserError, match="is not UTF-8"):
         monkeypatch.setattr("sys.stdin", file)
         call(generate, folder, *greedy)
 
 
+@ONE_KIND
 def test_tiny_temperatures_and_shares_mean_the_same(case, call):
     """The likeliest token, in JAX and in PyTorch; in float32 1e-310 is 0, and PyTorch divided by it."""
     _, _, _, folder, checkpoint = case
     wanted = call(main, folder, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "8")
-    for settings in (("--temperature", "1e-310"), ("--top-p", "1e-310"), ("--temperature", "1e-9")):
+    assert Sampling(temperature=1e-9) == GREEDY
+    for settings in (("--temperature", "1e-310"), ("--top-p", "1e-310")):
         common = ("--prompt", "a", *settings, "--max-new-tokens", "8")
         assert call(main, folder, *common) == call(core.generate.main, checkpoint, *common) == wanted
 
