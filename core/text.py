@@ -119,7 +119,7 @@ def json_values(stream: io.BufferedReader, path: Path, block: int = BLOCK) -> It
     for number, line in enumerate(stream, start=1):
         try:
             text = line.decode("utf-8", "surrogatepass").removeprefix(BOM)
-            if text.strip():
+            if text and not text.isspace():
                 yield number, json.loads(text)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, number, offset + error.start, error) from None
