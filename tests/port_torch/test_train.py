@@ -361,6 +361,12 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
         (("--out", finished, "--seed", "1"), "was started with --seed 0, not 1"),
         (("--out", finished, "--allow-change", "nothing"), "'nothing', which is not a setting"),
         (("--out", finished, "--steps", "6", "--allow-change", "steps"), "is at step 12 already"),
+        (
+            ("--out", finished, "--steps", "24", "--allow-change", "steps"),
+            "would jump at step 12 from 0.5 to 1 .*--steps 24 --schedule-start 12 --allow-change steps sch",
+        ),
+        ((*TINY, *new, "--prompts", "a" * 40), "prompt.* tokens long"),
+        ((*TINY, "--data", data32, "--out", model / "config.json"), "is a file: name another folder"),
     ):
         with pytest.raises(UserError, match=message):
             train_here(monkeypatch, *arguments)

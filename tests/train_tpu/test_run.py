@@ -29,6 +29,7 @@ def test_a_run_writes_what_it_promises_and_says_what_to_do_next(finished, cache)
     folder, out = finished
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["d_model"] == 32 and config["run"]["steps"] == 12
+    assert config["run"]["dtype"] == "float32"  # what "auto" stands for on a CPU
     assert [step for step, _, _ in losses(folder)] == list(range(12))
     assert [row["step"] for row in read_log(folder, "eval")] == [0, 5, 10, 12]
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

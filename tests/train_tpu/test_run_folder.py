@@ -153,3 +153,23 @@ def test_help_of_a_run_shows_the_runs_own_values(tmp_path, capsys):
         command.parse(["--out", str(folder), "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Transformer layers. (default: 3)" in said and "(default: 77)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompts", "x" * 300), "prompt.* tokens long"),
+        (("--out", "file"), "is a file: name another folder"),
+        (("--d-model", "33"), "model.d_model 33 is not divisible"),
+        (("--mesh", "data=3"), "is of 3 devices"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_data_is_prepared(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(command, "keep_compiled", lambda: None)
+    monkeypatch.setattr(command, "open_or_prepare", lambda *_: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(command.sys, "argv", ["run", "--data", "nowhere", *arguments])
+    with pytest.raises(UserError, match=says):
+        command.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
