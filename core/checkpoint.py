@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,8 @@ import jax
 
 from core.errors import UserError
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, load_manifest, seal, sync_path, verify
-from core.processes import is_first, wait_for_all
+from core.processes import committing, is_first, meeting, tell_all, wait_for_all
+from core.run.guard import dispensable_steps
 from core.steps import (
     delete_step,
     find_step,
@@ -68,8 +69,8 @@ TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
 class Checkpointer:
     """Saves the steps of one run into `folder`, in the background, and deletes the old ones.
 
-    Of several processes each writes what its devices hold, and the first commits it: `folder` must lie on
-    a disk that all of them see.
+    Of several processes each writes what its devices hold, and the first commits it, while the others wait
+    to hear how that went: `folder` must lie on a disk that all of them see.
 
     Use it as a context manager, or call `close`: a save still in flight is then committed, not lost.
     """
@@ -81,7 +82,8 @@ class Checkpointer:
         keep_every: int | None = None,
         keep_steps: Collection[int] = (),
     ) -> None:
-        """`keep_last` newest steps are kept, every step divisible by `keep_every`, and `keep_steps`.
+        """`keep_last` newest steps are kept, as many of those in good health (core/run/guard.py), every step
+        divisible by `keep_every`, and `keep_steps`.
 
         What killed processes left unfinished in `folder` is removed.
         """
@@ -96,7 +98,8 @@ class Checkpointer:
                 remove_unfinished(self.folder)
         except OSError as error:
             _fail(self.folder, error)
-        wait_for_all("the folder of checkpoints is there")
+        newest = tell_all(str((list_steps(self.folder) or [-1])[-1]))  # a shared disk may show it late
+        self._latest = None if newest == "-1" else int(newest)
         import orbax.checkpoint as ocp
 
         self._orbax = ocp.AsyncCheckpointer(_handler())
@@ -112,8 +115,7 @@ class Checkpointer:
     @property
     def latest_committed(self) -> int | None:
         """The newest complete step in the folder, whoever wrote it."""
-        steps = list_steps(self.folder)
-        return steps[-1] if steps else None
+        return self._latest
 
     def save(self, step: int, state: PyTree, manifest: Manifest) -> None:
         """Starts saving `state`, and returns when its arrays may be overwritten or donated.
@@ -123,7 +125,6 @@ class Checkpointer:
         full or refuses; the steps committed before are untouched by that.
         """
         self.wait()
-        wait_for_all("the checkpoint before is committed")
         latest = self.latest_committed
         if latest == step:
             return
@@ -140,8 +141,10 @@ class Checkpointer:
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             _fail(self.folder, error)
+        final = step_path(self.folder, step)
+        committed = meeting(f"{final.name} is committed")
         self._thread = threading.Thread(
-            name="checkpoint", target=self._commit, args=(partial, step_path(self.folder, step), manifest)
+            name="checkpoint", target=self._commit, args=(partial, final, manifest, committed)
         )
         self._thread.start()
 
@@ -161,28 +164,27 @@ class Checkpointer:
         finally:
             self._orbax.close()
 
-    def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
-        """In the background: waits for Orbax, makes the step whole, then deletes what is no longer kept."""
+    def _commit(self, partial: Path, final: Path, manifest: Manifest, committed: Callable[[], None]) -> None:
+        """In the background: waits for Orbax, makes the step whole, then deletes what is no longer kept.
+
+        The first process does the work, however long that takes; the others return when it is done.
+        """
         try:
             self._orbax.wait_until_finished()  # until every process has written its part
-            if not is_first():
-                return
-            seal(partial, manifest)
-            partial.rename(final)
-            sync_path(self.folder)
-            for step in self._dispensable():
-                delete_step(step_path(self.folder, step))
+            if is_first():
+                with committing():
+                    seal(partial, manifest)
+                    partial.rename(final)
+                    sync_path(self.folder)
+                    keep = (self._keep_last, self._keep_every, self._keep_steps)
+                    for step in dispensable_steps(self.folder, *keep):
+                        delete_step(step_path(self.folder, step))
+            committed()
+            self._latest = manifest.step
         except BaseException as error:  # `wait` raises it where the caller can see it
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
             self._error = error
-
-    def _dispensable(self) -> list[int]:
-        older = list_steps(self.folder)[: -self._keep_last]
-        return [
-            step
-            for step in older
-            if step not in self._keep_steps and (not self._keep_every or step % self._keep_every)
-        ]
 
 
 def save_params(folder: Path, params: PyTree, manifest: Manifest, tokenizer: Tokenizer | None = None) -> Path:

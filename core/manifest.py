@@ -26,6 +26,7 @@ ADVICE = {
     MANIFEST: "copy the checkpoint again from where it came, or resume from an older one with --fallback",
     EXPORT_MANIFEST: "copy the folder again from where it came, or export it again",
 }
+OPTIONAL = {"health"}  # fields that older files lack
 LISTINGS = ("tree", "files")  # fields written with one line an entry
 
 Json = dict[str, Any]
@@ -54,6 +55,9 @@ class Manifest:
     """Which tokenizer, with its content hash."""
     data: Json | None = None
     """`fingerprint` of the dataset and `cursor`, the next sequence to read; None: not trained here."""
+    health: Json | None = None
+    """Of a run's checkpoint, see core/run/guard.py: whether it is `good`, its recent `loss`, the `streak` of
+    skipped updates before it. None, and not in the file: not known."""
     lineage: list[Json] = dataclasses.field(default_factory=list)
     """What these parameters were grown or imported from, oldest first."""
     code: Json = dataclasses.field(default_factory=lambda: code_version())
@@ -86,6 +90,7 @@ class Manifest:
         """The text of manifest.json, its last field the sha256 of all others."""
         fields = dataclasses.asdict(self)
         fields = {"format_version": fields.pop("format_version"), **fields}
+        fields = {name: value for name, value in fields.items() if value is not None or name not in OPTIONAL}
         lines = []
         for name, value in fields.items():
             if name in LISTINGS and value:
@@ -113,7 +118,10 @@ class Manifest:
                 "open it with the version that wrote it (see `code` in the manifest)"
             )
         known = {field.name for field in dataclasses.fields(cls)} | {"sha256"}
-        for problem, names in (("lacks", known - fields.keys()), ("has the unknown", fields.keys() - known)):
+        for problem, names in (
+            ("lacks", known - fields.keys() - OPTIONAL),
+            ("has the unknown", fields.keys() - known),
+        ):
             if names:
                 raise UserError(f"{where} {problem} field {', '.join(sorted(names))}: {advice}")
         if fields.pop("sha256") != digest(fields):

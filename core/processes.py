@@ -5,29 +5,39 @@ the first does. So whatever decides the next call must be the same everywhere: i
 results, or it is agreed on here.
 """
 
+import atexit
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+import core.run.folder
 from core.errors import UserError, tell
+from core.watch import PATIENCE, WAY_OUT, Watch
 
 ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
 ARRIVAL = 300  # seconds within which all processes must have started
 SILENCE = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
-LOST = re.compile("connection|peer|heartbeat|coordination", re.IGNORECASE)  # in what JAX says of it
 FAREWELL = 60  # seconds that the first to finish waits for the last
+HEARING = (
+    3.0  # seconds after a broken connection within which the cause is heard from the process that failed
+)
+# In what is said of a process that is gone, by JAX, by gloo and by Orbax, each with an error type of its own.
+LOST = re.compile("gloo|nccl|peer|heartbeat|coordination|barrier|socket closed|connection", re.IGNORECASE)
 
-_joined = False
+_watch: Watch | None = None
+_calls = itertools.count()  # of what all processes do in the same order: a name for each
 T = TypeVar("T")
 
 
@@ -37,7 +47,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     Raises:
         UserError: the three do not belong together, or the others did not come.
     """
-    global _joined
+    global _watch
     rest = (num_processes, process_id)
     if coordinator is None:
         if rest != (None, None):
@@ -60,7 +70,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             num_processes=num_processes,
             process_id=process_id,
             initialization_timeout=ARRIVAL,
-            heartbeat_timeout_seconds=SILENCE,
+            heartbeat_timeout_seconds=PATIENCE,  # core/watch.py notices sooner and ends more gently
             shutdown_timeout_seconds=FAREWELL,
         )
     except (RuntimeError, ValueError) as error:
@@ -68,7 +78,15 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"the processes of --coordinator {coordinator} did not come together: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    _joined = True
+    state = distributed.global_state
+    if state.num_processes > 1:
+        _watch = Watch(state.client, state.process_id, state.num_processes, SILENCE)
+        atexit.register(_watch.leave)  # before JAX's own farewell, which was registered earlier
+
+
+def _client() -> Any:
+    """JAX's client of the key-value store that the first process keeps for all."""
+    return distributed.global_state.client
 
 
 def age() -> float:
@@ -89,8 +107,36 @@ def are_several() -> bool:
 
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here."""
-    if are_several():
-        multihost_utils.sync_global_devices(what)
+    meeting(what)()
+
+
+def meeting(what: str) -> Callable[[], None]:
+    """What `wait_for_all` waits for, to be called later, from a thread: every process must ask for it now."""
+    name = f"mtlm/{next(_calls)}/{what}"
+
+    def wait() -> None:
+        if are_several():
+            _client().wait_at_barrier(name, PATIENCE * 1000)
+
+    return wait
+
+
+def tell_all(value: str) -> str:
+    """The first process's value, in every process; all must ask."""
+    if not are_several():
+        return value
+    key = f"mtlm/{next(_calls)}/told"
+    if is_first():
+        _client().key_value_set(key, value)
+        return value
+    return _client().blocking_key_value_get(key, PATIENCE * 1000)
+
+
+@contextlib.contextmanager
+def committing() -> Iterator[None]:
+    """While it is entered, the end of another process does not end this one."""
+    with _watch.committing if _watch else contextlib.nullcontext():
+        yield
 
 
 def in_turn(action: Callable[[], T]) -> T:
@@ -114,6 +160,12 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     return tuple(map(bool, every.reshape(-1, len(flags)).any(axis=0)))
 
 
+def require_shared(folder: Path) -> None:
+    """`core.run.folder.require_shared` among these processes."""
+    if are_several():
+        core.run.folder.require_shared(folder, is_first(), tell_all, lambda flag: any_of(flag)[0])
+
+
 def require_equal(value: str, what: str) -> None:
     """Refuses to go on if the processes do not have the same `value`.
 
@@ -131,28 +183,43 @@ def require_equal(value: str, what: str) -> None:
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """A process of several that fails ends now, so that the others hear of it.
+    """A process of several that fails ends now, and the others hear why.
 
     Python would first wait for them to finish, who wait for this one.
     """
     try:
         yield
     except BaseException as error:
-        if not _joined:
+        if _watch is None:
             raise
+        if _is_loss(error):
+            said = f"another process of this run has ended ({_first_line(error)}): {WAY_OUT}"
+            _watch.say_and_end(*(_cause() or (said, 1)))
         code = tell(error)
         if code is None:
-            code = 1
-            if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
-                said = str(error).splitlines()[0]
-                print(
-                    f"error: another process of this run has ended ({said}): the last checkpoint is kept; "
-                    "start all of them again",
-                    file=sys.stderr,
-                )
-            elif not isinstance(error, SystemExit):
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            if not isinstance(error, SystemExit):
                 sys.excepthook(type(error), error, error.__traceback__)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
-                stream.flush()
-        os._exit(code)
+        _watch.fail(_first_line(error), code)
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error is of an exchange with a process that is gone."""
+    kinds = (jax.errors.JaxRuntimeError, ValueError, RuntimeError, TimeoutError, ConnectionError)
+    return isinstance(error, kinds) and bool(LOST.search(str(error)))
+
+
+def _cause() -> tuple[str, int] | None:
+    """What the process that failed says of it, if that is heard within a moment."""
+    deadline = time.monotonic() + HEARING
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # the first is gone, and the store with it
+            if heard := _watch.heard():
+                return heard
+        time.sleep(0.1)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    said = (str(error).splitlines() or [""])[0]
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"

@@ -2,10 +2,11 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import UserError
-from core.manifest import MANIFEST, sync_path, verify
+from core.manifest import MANIFEST, Manifest, load_manifest, sync_path, verify
 
 STEP_NAME = re.compile(r"\d{8,}")
 HIDDEN_NAME = re.compile(r"\.\d{8,}\.(partial|deleted)")  # being written, being deleted
@@ -91,6 +92,57 @@ def set_aside(step_dir: Path) -> Path:
     step_dir.rename(aside)
     sync_path(step_dir.parent)
     return aside
+
+
+def find_start(
+    folder: Path,
+    from_step: int | None,
+    fallback: bool,
+    check: Callable[[Manifest], None],
+    say: Callable[[str], None],
+) -> Path | None:
+    """The checkpoint of a run's folder of them to resume from; None where there is none yet.
+
+    from_step: the older one to take. fallback: whether damaged ones are set aside, which `say` is told. One
+    that is not the newest is given to `check`, which may refuse it, before anything is renamed.
+
+    Raises:
+        UserError: it is not there, or none is intact.
+    """
+    steps = list_steps(folder)
+    if from_step is not None:
+        if from_step not in steps:
+            there = f"holds steps {', '.join(map(str, steps))}" if steps else "holds none"
+            raise UserError(f"--from-step {from_step} is not there: {folder} {there}")
+        check(load_manifest(step_path(folder, from_step)))
+        return step_path(folder, from_step)
+    if not steps:
+        return None
+    if not fallback:
+        return find_step(folder)
+    step_dir, skipped = newest_intact(folder)
+    check(load_manifest(step_dir))
+    for damaged, why in skipped:
+        say(f"falling back behind {damaged.name}, now {set_aside(damaged).name}: {why}")
+    return step_dir
+
+
+def leave_newer(folder: Path, step: int) -> list[Path]:
+    """Renames all steps behind `step`, for a run that resumes from it, to `left-00001200`; the new paths.
+
+    They may be resumed again by renaming them back, or removed.
+    """
+    left = []
+    for newer in (other for other in list_steps(folder) if other > step):
+        aside = folder / f"left-{step_path(folder, newer).name}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"left-{step_path(folder, newer).name}-{number}")
+        step_path(folder, newer).rename(aside)
+        left.append(aside)
+    sync_path(folder)
+    return left
 
 
 def _steps_folder(path: Path) -> Path:

@@ -10,8 +10,8 @@ from core import checks
 from core.cli import Maybe
 from core.config import PRESETS, ModelConfig, preset
 from core.errors import UserError
+from core.run.guard import GuardConfig
 from core.run.schedule import OptimizerConfig
-from train_tpu.step import GuardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,10 @@ class RunConfig:
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 
     eval_every: Maybe[int] = None
-    """Updates between evaluations, besides those before the first update and after the last.
-    Default: a tenth of the run."""
+    """Updates between evaluations, besides those before the first update and after the last; 0: only the
+    last. Default: a tenth of the run."""
     eval_windows: int = 512
-    """Windows of each held-out set that evaluations during the run read; the first and last read all."""
+    """Windows of each held-out set that evaluations read; the last, and one where a model grew, read all."""
     eval_tasks: str = ""
     """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
     eval_data_dir: Maybe[Path] = None
@@ -122,7 +122,7 @@ class RunConfig:
     eval_questions: int = 200
     """Questions of each task that evaluations during the run ask; the last asks all."""
     sample_every: Maybe[int] = None
-    """Updates between samples. Default: as --eval-every."""
+    """Updates between samples; 0: none. Default: as --eval-every."""
     prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
     """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
     save_every: Maybe[int] = None
@@ -153,15 +153,19 @@ class RunConfig:
     """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
     fallback: bool = False
     """If the newest checkpoint is damaged, resume from the newest intact one."""
+    from_step: Maybe[int] = None
+    """Resume from this older checkpoint; newer ones are renamed to left-STEP."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        names = ("steps", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows", "eval_every",
-                 "eval_questions", "sample_every", "save_every", "keep_last", "keep_every", "log_every",
-                 "stop_at", "num_processes")  # fmt: skip
+        names = ("steps", "batch", "accumulate", "unroll", "loss_chunk", "eval_windows", "eval_questions",
+                 "save_every", "keep_last", "keep_every", "log_every", "stop_at",
+                 "num_processes")  # fmt: skip
         checks.counts(**checks.fields(self, *names))
-        checks.counts(0, process_id=self.process_id)
+        checks.counts(0, **checks.fields(self, "eval_every", "sample_every", "process_id", "from_step"))
+        if self.from_step is not None and self.fallback:
+            raise UserError("give --from-step or --fallback, not both")
         for step in self.keep_steps:
             checks.counts(keep_steps=step)
         checks.positive(**checks.fields(self, "epochs", "save_minutes"))
@@ -212,10 +216,10 @@ def for_help(config: Any, argv: Sequence[str]) -> Any:
 FREE_SETTINGS = frozenset((
     "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
-    "stop_at", "log_every", "init_from", "allow_change", "fallback",
+    "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step",
 ))  # fmt: skip
 # Settings that a run folder does not pass on to the next start: they are of one start only.
-ONCE = ("allow_change", "fallback", "stop_at")
+ONCE = ("allow_change", "fallback", "from_step", "stop_at")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:

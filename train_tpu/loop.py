@@ -6,9 +6,10 @@ late, so that the device never waits for the host.
 
 import collections
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from core.generate import Generator, Sampling
 from core.manifest import Manifest
 from core.model import Params
 from core.processes import age, any_of, are_several, is_first
+from core.run.cadence import Agreement, Cadence, find_due, sample_length
+from core.run.guard import Health
 from core.run.log import NoLog, RunLog
 from core.run.schedule import learning_rate
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
@@ -35,24 +38,8 @@ from train_tpu.step import Batch, Controls, Metrics, TrainState
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
-SAMPLE_TOKENS = 96
 END = "end"  # the event that a finished run logs last
 HALT = "halt"  # that of one which the guard ended
-
-
-class Cadence(NamedTuple):
-    """Updates between evaluations, samples and checkpoints."""
-
-    evaluate: int
-    sample: int
-    save: int
-
-
-def choose_cadence(config: Any, steps: int) -> Cadence:
-    """What the settings say, and a tenth of the run where they say nothing."""
-    tenth = max(1, math.ceil(steps / 10))
-    evaluate = config.eval_every or tenth
-    return Cadence(evaluate, config.sample_every or evaluate, config.save_every or tenth)
 
 
 class InFlight(NamedTuple):
@@ -107,26 +94,18 @@ class Loop:
         self._saved_step = self.checkpointer.latest_committed
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
-        self._clock = self._last_save = time.monotonic()
-        self._agreed_to_stop = self._agreed_late = False
+        self._clock = time.monotonic()
+        self._agreement = Agreement(self.config.save_minutes, lambda: self.interrupt.requested is not None)
+        self._health = Health(self.checkpointer.folder, self.manifest)
         self._aside = 0.0  # seconds spent on other things than updates
 
     @property
     def _stopping(self) -> bool:
-        return self._agreed_to_stop if are_several() else self.interrupt.requested is not None
-
-    @property
-    def _late(self) -> bool:
-        return self._agreed_late if are_several() else self._overdue()
-
-    def _overdue(self) -> bool:
-        return time.monotonic() - self._last_save > 60 * self.config.save_minutes
+        return self._agreement.stop or (not are_several() and self.interrupt.requested is not None)
 
     def _agree(self) -> None:
-        """Signals reach single processes, and clocks differ; but all must stop, or save, at the same step."""
-        if are_several() and self.step % AGREE_EVERY == 0:
-            asked = self.interrupt.requested is not None
-            self._agreed_to_stop, self._agreed_late = any_of(asked, self._overdue())
+        if not are_several() or self.step % AGREE_EVERY == 0:
+            self._agreement.hear(*any_of(*self._agreement.wishes()))
 
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
@@ -145,7 +124,7 @@ class Loop:
             self._save()
             self.checkpointer.wait()
             self.log.write(self.step, "event", what=HALT, why=str(halted))
-            self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
+            self.progress.say(f"halted: {halted}; {self._health.after_halt(self.step)}")
             return EXIT_HALTED
         if self.step == self.end and not self._stopping:
             self._save()
@@ -172,15 +151,16 @@ class Loop:
 
     def _before_step(self) -> None:
         step, last, grown = self.step, self.step == self.end, self.step == self._grown_at
-        evaluate = last or grown or step % self.cadence.evaluate == 0
-        sample = bool(self.config.prompts) and (last or step % self.cadence.sample == 0)
-        save = step > 0 and (step % self.cadence.save == 0 or self._late or step in self.config.keep_steps)
+        evaluate, sample, save = find_due(self.cadence, step, last, self._agreement.late)
+        evaluate |= grown
+        sample &= bool(self.config.prompts)
+        save |= step > 0 and step in self.config.keep_steps
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)
         began = time.monotonic()
         if evaluate:
-            self._evaluate(limit=None if step == 0 or last or grown else self.config.eval_windows)
+            self._evaluate(limit=None if last or grown else self.config.eval_windows)
             if self.tasks and not self._stopping:
                 self._evaluate_tasks(limit=None if last else self.config.eval_questions)
         if sample and not self._stopping:
@@ -223,6 +203,7 @@ class Loop:
             if done.step == self._first_step:
                 self._report_start()
             self._report(done, metrics)
+            self._health.see(float(metrics.loss), int(metrics.streak))
             if metrics.streak >= self.config.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the graph stops applying by itself
                 raise Halted(
@@ -312,7 +293,7 @@ class Loop:
             if not is_first():
                 return
         made = self.generator.complete(
-            params, prompts, Sampling(seed=self.config.seed), SAMPLE_TOKENS, self.tokenizer.eos
+            params, prompts, Sampling(seed=self.config.seed), sample_length(self.step), self.tokenizer.eos
         )
         texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(prompts, made, strict=True)]
         self.log.sample(self.step, texts)
@@ -327,16 +308,22 @@ class Loop:
             sequences=self.cursor,
             tokens=self.cursor * self._context,
             data={**self.manifest.data, "cursor": self.cursor},
+            health=self._health.record(),
         )
         self.checkpointer.save(self.step, self.state, manifest)
         self._saved_step = self.step
-        self._last_save = time.monotonic()
+        self._agreement.saved()
 
 
 def own_copy(params: Params, mesh: Mesh) -> Params:
     """The whole parameters on one device of this process; every process must ask."""
-    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _whole(mesh)(params))
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[Params], Params]:
+    """One function for a mesh, so that it is compiled once."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def own_rows(batch: int, accumulate: int, mesh: Mesh) -> np.ndarray:

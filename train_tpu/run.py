@@ -21,10 +21,8 @@ from core.checkpoint import (
     Checkpointer,
     find_step,
     list_steps,
-    newest_intact,
     restore,
     restore_params,
-    set_aside,
 )
 from core.compilation_cache import keep_compiled, programs_found
 from core.config import ModelConfig, training_flags
@@ -36,7 +34,9 @@ from core.generate import Generator
 from core.gpu_memory import require_free_memory
 from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
-from core.run.log import NoLog, RunLog, read_log
+from core.run.cadence import choose_cadence
+from core.run.guard import changed_measure
+from core.run.log import SAMPLES, NoLog, RunLog, read_log
 from core.run.schedule import check_room, require_continuous
 from core.sampling import require_room
 from core.sharding import (
@@ -48,6 +48,7 @@ from core.sharding import (
     resolved_mesh,
     state_shardings,
 )
+from core.steps import find_start, leave_newer
 from core.tokenizer import BUILT_IN, Tokenizer, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
@@ -56,7 +57,7 @@ from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import END, Loop, choose_cadence, own_rows
+from train_tpu.loop import END, Loop, own_rows
 from train_tpu.memory_advice import out_of_memory_explained
 from train_tpu.metrics import plot_curve
 from train_tpu.prepare import choose_tokenizer, open_or_prepare
@@ -75,6 +76,7 @@ from train_tpu.step import (
     TrainState,
     abstract_state,
     compile_step,
+    emptied,
     fresh_state,
     init_state,
 )
@@ -142,7 +144,7 @@ def main() -> int:
         check_run_folder(
             out, record, config.allow_change, mesh=lambda text: resolved_mesh(text, jax.device_count())
         )
-    checkpointer = Checkpointer(out / "checkpoints", config.keep_last, config.keep_every, config.keep_steps)
+    processes.require_shared(out.absolute())
     end = min(steps, config.stop_at or steps)
 
     with Interrupt() as interrupt, tasks or contextlib.nullcontext():
@@ -174,6 +176,9 @@ def main() -> int:
         if processes.is_first():
             tokenizer.carry(out)
             write_config(out, record)
+
+        keep = (config.keep_last, config.keep_every, config.keep_steps)
+        checkpointer = Checkpointer(out / "checkpoints", *keep)
 
         # 6. Compilation, once.
         started, found_before = time.monotonic(), programs_found()
@@ -227,7 +232,8 @@ def main() -> int:
             checkpointer.close()
             lock.__exit__(None, None, None)
     if code == EXIT_FINISHED and processes.is_first():
-        console.print(f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}", highlight=False)
+        samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
+        console.print(f"loss curve: {plot_curve(out)}{samples}", highlight=False)
         console.print(next_commands(out, config, steps, end), highlight=False, markup=False, soft_wrap=True)
     return code
 
@@ -371,25 +377,38 @@ def starting_state(
         tokenizer=record["tokenizer"], data={"fingerprint": dataset.fingerprint, "cursor": 0},
     )  # fmt: skip
     folder = out / "checkpoints"
-    if list_steps(folder):
-        step_dir = find_step(folder)
-        if config.fallback:
-            step_dir, skipped = newest_intact(folder)
-            require_continuous(load_manifest(step_dir).config["run"], record["run"], int(step_dir.name), out)
-            for damaged, why in skipped:
-                aside = set_aside(damaged)
-                console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
+    say = functools.partial(console.print, markup=False, highlight=False)
+
+    def check(start: Manifest) -> None:
+        require_continuous(start.config["run"], record["run"], start.step, out)
+
+    step_dir = processes.in_turn(lambda: find_start(folder, config.from_step, config.fallback, check, say))
+    processes.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    if step_dir:
         old = load_manifest(step_dir)
         state = restore(step_dir, abstract)
+        if config.from_step is not None and processes.is_first():
+            for left in leave_newer(folder, config.from_step):
+                say(f"a newer checkpoint is left, as {left}")
         # A run that the guard halted goes on behind the batches that halted it.
         state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
+        changed = changed_measure(old, manifest)
+        if changed:
+            state = state._replace(guard=emptied(state.guard))
         manifest = dataclasses.replace(
-            manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
+            manifest,
+            step=old.step,
+            sequences=old.sequences,
+            tokens=old.tokens,
+            lineage=old.lineage,
+            health=old.health,
         )
         grown = old.last_growth
         how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
         if grown and grown["step"] == old.step:
             how += f", grown here from {grown['layers'][0]} to {grown['layers'][1]} layers ({grown['plan']})"
+        if changed:
+            how += f"; the guard starts anew, for other {' and '.join(changed)}"
         return state, manifest, how
     if source:
         step_dir, old, params = source

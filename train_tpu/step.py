@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from core import checks
 from core.config import ModelConfig
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.run.guard import GuardConfig, can_judge, spike_limit
 from core.run.schedule import OptimizerConfig
 from core.sharding import (
     BATCH_AXES,
@@ -34,23 +34,6 @@ from core.sharding import (
     state_shardings,
 )
 from train_tpu.optimizer import make_optimizer, path_names
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardConfig:
-    """When an update is not applied. Only upward surprises count."""
-
-    window: int = 128
-    """Accepted steps whose losses and gradient norms are the measure of the next."""
-    sigma: float = 8.0
-    """Skip above mean + sigma standard deviations of a full window; 0 leaves only non-finite values."""
-    halt_after: int = 10
-    """Skipped steps in a row after which nothing is applied any more and the run ends."""
-
-    def __post_init__(self) -> None:
-        checks.counts(2, window=self.window)  # a spread needs two steps
-        checks.not_negative(sigma=self.sigma)
-        checks.counts(halt_after=self.halt_after)
 
 
 class Guard(NamedTuple):
@@ -126,6 +109,15 @@ def init_state(config: StepConfig, params: Params) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     guard = Guard(window, jnp.copy(window), zero, jnp.copy(zero), jnp.copy(zero))
     return TrainState(params, make_optimizer(config.optim).init(params), guard)
+
+
+def emptied(guard: Guard) -> Guard:
+    """The guard with nothing in its window, for a run whose losses will have another level or noise."""
+    return guard._replace(
+        losses=jnp.zeros_like(guard.losses),
+        norms=jnp.zeros_like(guard.norms),
+        accepted=jnp.zeros_like(guard.accepted),
+    )
 
 
 def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
@@ -234,16 +226,14 @@ def _norms(gradients: Params) -> tuple[dict[str, Array], Array]:
 
 
 def _acceptable(guard: Guard, loss: Array, norm: Array, controls: Controls) -> Bool[Array, ""]:
-    """Finite, not far above a full window, and the run not halted."""
-
-    def surprising(value: Array, window: Array) -> Array:
-        return value > window.mean() + controls.sigma * window.std()
-
-    full = guard.accepted >= guard.losses.shape[0]
-    spike = surprising(loss, guard.losses) | surprising(norm, guard.norms)
+    """Finite, not far above what the window holds, and the run not halted."""
+    size = guard.losses.shape[0]
+    held = (jnp.arange(size) < guard.accepted).astype(jnp.float32)
+    spike = loss > spike_limit(guard.losses, held, controls.sigma)
+    spike |= norm > spike_limit(guard.norms, held, controls.sigma)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     halted = guard.streak >= controls.halt_after
-    return finite & ~(full & (controls.sigma > 0) & spike) & ~halted
+    return finite & ~(can_judge(guard.accepted, size) & (controls.sigma > 0) & spike) & ~halted
 
 
 def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:

@@ -14,6 +14,7 @@ from core.folders import write_atomically
 from core.run.board import Board
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.txt"
 DAMAGED = "metrics.damaged.jsonl"  # the lines of metrics.jsonl that could not be read
 CARRIED = "before_growth"
 """Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
@@ -57,7 +58,7 @@ class RunLog:
         parts = []
         for row in read_log(self.folder, "sample"):
             parts += [f"===== step {row['step']} =====", *(f"{text}\n-----" for text in row["texts"]), ""]
-        (self.folder / "samples.txt").write_text("\n".join(parts), encoding="utf-8")
+        (self.folder / SAMPLES).write_text("\n".join(parts), encoding="utf-8")
 
     def close(self) -> None:
         """Writes out what is buffered."""

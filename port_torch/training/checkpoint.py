@@ -19,11 +19,13 @@ from core.checkpoint import differing_leaves
 from core.errors import UserError
 from core.folders import new_folder
 from core.manifest import Manifest, load_manifest, seal, verify
-from core.steps import delete_step, list_steps, remove_unfinished, step_path
+from core.run.guard import dispensable_steps
+from core.steps import delete_step, remove_unfinished, step_path
 from port_torch.export import disk_errors
 from port_torch.training.step import Stepper
 
 STATE = "state.safetensors"
+GUARD = "guard/"  # older checkpoints have none of it
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -33,11 +35,13 @@ def state_tensors(stepper: Stepper) -> dict[str, Tensor]:
     tensors = {f"params/{name}": p.detach() for name, p in stepper.parameters.items()}
     for name, p in stepper.parameters.items():
         tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for moment in MOMENTS}
-    return tensors | {f"updates/{i}": group["step"] for i, group in enumerate(optimizer.param_groups)}
+    tensors |= {f"updates/{i}": group["step"] for i, group in enumerate(optimizer.param_groups)}
+    return tensors | {f"{GUARD}{name}": tensor for name, tensor in stepper.guard.tensors().items()}
 
 
 def save(folder: Path, stepper: Stepper, manifest: Manifest, keep_last: int) -> None:
-    """Saves step `manifest.step` into the folder of checkpoints, then deletes all but the newest.
+    """Saves step `manifest.step` into the folder of checkpoints, then deletes all but the newest and the
+    newest good ones.
 
     A step that is there already is left as it is: a run's state is a function of its step.
 
@@ -55,7 +59,7 @@ def save(folder: Path, stepper: Stepper, manifest: Manifest, keep_last: int) -> 
         partial.mkdir()
         save_file(tensors, partial / STATE)
         seal(partial, dataclasses.replace(manifest, tree=tree))
-    for step in list_steps(folder)[:-keep_last]:
+    for step in dispensable_steps(folder, keep_last):
         delete_step(step_path(folder, step))
 
 
@@ -68,6 +72,8 @@ def restore(step_dir: Path, stepper: Stepper) -> Manifest:
     verify(step_dir)
     manifest = load_manifest(step_dir)
     here = state_tensors(stepper)
+    if not any(name.startswith(GUARD) for name in manifest.tree):
+        here = {name: tensor for name, tensor in here.items() if not name.startswith(GUARD)}
     differing = differing_leaves(manifest.tree, here)
     if differing:
         name, (there, ours) = next(iter(differing.items()))

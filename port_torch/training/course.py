@@ -5,6 +5,7 @@ The commands say what is trained on what (`Job`); everything from there on is he
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import sys
@@ -23,9 +24,11 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.manifest import Manifest, code_version, load_manifest
 from core.model import compute_dtype
-from core.run.log import NoLog, RunLog, read_log
+from core.run.cadence import choose_cadence
+from core.run.guard import changed_measure
+from core.run.log import SAMPLES, NoLog, RunLog, read_log
 from core.run.schedule import check_room, require_continuous
-from core.steps import find_step, list_steps, newest_intact, set_aside
+from core.steps import find_start, find_step, leave_newer, list_steps
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch.card import Tuning
@@ -38,7 +41,7 @@ from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import Stepper
 from train_tpu.interrupt import EXIT_FINISHED, Interrupt
-from train_tpu.loop import END, choose_cadence
+from train_tpu.loop import END
 from train_tpu.metrics import plot_curve
 from train_tpu.progress import Progress, make_console
 from train_tpu.run_folder import check_run_folder, lock_folder, require_folder, write_config
@@ -130,10 +133,13 @@ def train(job: Job, ranks: Ranks) -> int:
 
     # 1. The run folder: new, or that of the run to go on with.
     with contextlib.ExitStack() as stack:
-        if ranks.first:
+
+        def enter() -> None:
             stack.enter_context(lock_folder(out))
             check_run_folder(out, job.record, config.allow_change, job.defaults)
-        ranks.wait()
+
+        ranks.first_does(enter)
+        ranks.require_shared(out)
         interrupt = stack.enter_context(Interrupt())
 
         # 2. The state: the parameters given, or those of the newest checkpoint.
@@ -145,6 +151,7 @@ def train(job: Job, ranks: Ranks) -> int:
             z_loss=config.z_loss,
             bf16=bf16,
             compiled=compiled,
+            guard=config.guard,
         )
         if model_alone(out):
             console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
@@ -223,9 +230,10 @@ def train(job: Job, ranks: Ranks) -> int:
         step_dir = find_step(out)
         last = load_manifest(step_dir)
         folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
+        samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
         arguments = job.tuning.arguments if job.tuning else "--prompt The"
         console.print(
-            f"loss curve: {plot_curve(out)}; samples: {out / 'samples.txt'}\n"
+            f"loss curve: {plot_curve(out)}{samples}\n"
             f"the model: {folder}, a folder for transformers, proved by its logits\n"
             f"next: {command('port_torch.generate', folder)} {arguments}",
             highlight=False,
@@ -260,23 +268,37 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
         tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
         lineage=job.lineage, code=code_version() | {"torch": torch.__version__},
     )  # fmt: skip
-    if not list_steps(out / "checkpoints"):
+    say = functools.partial(console.print, markup=False, highlight=False)
+    folder = out / "checkpoints"
+
+    def check(start: Manifest) -> None:
+        require_continuous(start.config["run"], record["run"], start.step, out)
+
+    start = (job.config.from_step, job.config.fallback, check, say)
+    step_dir = ranks.in_turn(lambda: find_start(folder, *start))
+    ranks.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    if step_dir is None:
         origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
-    if job.config.fallback and ranks.first:
-        intact, skipped = newest_intact(out)
-        require_continuous(load_manifest(intact).config["run"], record["run"], int(intact.name), out)
-        for damaged, why in skipped:
-            aside = set_aside(damaged)
-            console.print(f"falling back behind {damaged.name}, now {aside.name}: {why}", highlight=False)
-    ranks.wait()
-    step_dir = find_step(out)
     require_same_origin(job, load_manifest(step_dir).lineage)
     old = checkpoint.restore(step_dir, stepper)
+    if job.config.from_step is not None and ranks.first:
+        for left in leave_newer(folder, job.config.from_step):
+            say(f"a newer checkpoint is left, as {left}")
+    how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    changed = changed_measure(old, manifest)
+    if changed:
+        stepper.guard.empty()
+        how += f"; the guard starts anew, for other {' and '.join(changed)}"
     manifest = dataclasses.replace(
-        manifest, step=old.step, sequences=old.sequences, tokens=old.tokens, lineage=old.lineage
+        manifest,
+        step=old.step,
+        sequences=old.sequences,
+        tokens=old.tokens,
+        lineage=old.lineage,
+        health=old.health,
     )
-    return manifest, f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    return manifest, how
 
 
 def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.manifest import Manifest
+from core.run.cadence import Agreement, Cadence, find_due, sample_length
+from core.run.guard import Health
 from core.run.log import NoLog, RunLog
 from core.run.schedule import learning_rate
 from core.sampling import Sampling
@@ -28,11 +30,9 @@ from port_torch.training.evaluate import score
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import FIGURES, Stepper
 from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from train_tpu.loop import END, METRICS_LAG, SAMPLE_TOKENS, Cadence
+from train_tpu.loop import END, METRICS_LAG
 from train_tpu.metrics import model_flops_utilization
 from train_tpu.progress import Progress
-
-HALT_AFTER = 10  # updates in a row without a finite loss and gradient: no data makes up for that
 
 
 class Figures:
@@ -66,7 +66,7 @@ class InFlight(NamedTuple):
 
 
 class Halted(Exception):
-    """`HALT_AFTER` updates in a row changed nothing."""
+    """The guard has refused `halt_after` updates in a row."""
 
 
 @dataclasses.dataclass
@@ -102,11 +102,12 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._first_step = self.step
-        self._stop = self._late = False
+        self._agreement = Agreement(self.config.save_minutes, lambda: self.interrupt.requested is not None)
+        self._health = Health(self.folder / "checkpoints", self.manifest)
         self._streak = 0
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
-        self._clock = self._last_save = time.monotonic()
+        self._clock = time.monotonic()
 
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
@@ -121,7 +122,7 @@ class Loop:
         except Halted as halted:
             self._save()
             self.log.write(self.step, "event", what="halt", why=str(halted))
-            self.progress.say(f"halted: {halted}; the last good state is saved as step {self.step}")
+            self.progress.say(f"halted: {halted}; {self._health.after_halt(self.step)}")
             return EXIT_HALTED
         if self.step == self.end and not self._stopping():
             self._save()
@@ -140,18 +141,17 @@ class Loop:
     def _stopping(self) -> bool:
         """Whether to stop here: with several ranks, once an update told all of them that one was asked to."""
         alone = self.stepper.ranks.size == 1
-        return self._stop or (alone and self.interrupt.requested is not None)
+        return self._agreement.stop or (alone and self.interrupt.requested is not None)
 
     def _before_step(self) -> None:
         step, last = self.step, self.step == self.end
-        evaluate = last or step % self.cadence.evaluate == 0
-        sample = bool(self.prompts) and (last or step % self.cadence.sample == 0)
-        save = step > self._first_step and (step % self.cadence.save == 0 or self._late)
+        evaluate, sample, save = find_due(self.cadence, step, last, self._agreement.late)
+        sample &= bool(self.prompts)
         if not (evaluate or sample or save):
             return
         self._read_figures(leave=0)
         if evaluate:
-            self._evaluate(limit=None if step == 0 or last else self.config.eval_windows)
+            self._evaluate(limit=None if last else self.config.eval_windows)
         if sample and self.stepper.ranks.first and not self._stopping():
             self._sample()
         if save:
@@ -168,9 +168,7 @@ class Loop:
         first = self.step * self.config.batch
         assert batch.first == first, f"batch starts at {batch.first}, the cursor is at {first}"
         rate = learning_rate(self.config.optim, self.step, self.steps)
-        asked = self.interrupt.requested is not None
-        late = time.monotonic() - self._last_save > 60 * self.config.save_minutes
-        figures = self.stepper.update(batch.rows, self.parts, self.step, rate, (asked, late))
+        figures = self.stepper.update(batch.rows, self.parts, self.step, rate, self._agreement.wishes())
         self._in_flight.append(InFlight(self.step, batch, rate, Figures(figures)))
         self.step += 1
 
@@ -181,15 +179,15 @@ class Loop:
             now = time.monotonic()
             self._durations.append(now - self._clock)
             self._clock = now
-            self._stop |= figures["interrupted"] > 0
-            self._late |= figures["late"] > 0
+            self._agreement.hear(figures["interrupted"] > 0, figures["late"] > 0)
             self._streak = self._streak + 1 if figures["skipped"] else 0
             self._report(done, figures)
-            if self._streak == HALT_AFTER:
-                # What is in flight behind it changes the state unless it is not finite either: it counts.
+            self._health.see(figures["loss"], self._streak)
+            if self._streak == self.config.guard.halt_after:
+                # What is in flight behind it changes the state unless it is refused as well: it counts.
                 raise Halted(
-                    f"{HALT_AFTER} updates in a row were not applied, the last at step {done.step} with loss "
-                    f"{figures['loss']:.4g} and gradient norm {figures['grad_norm']:.4g}"
+                    f"{self._streak} updates in a row were not applied, the last at step {done.step} with "
+                    f"loss {figures['loss']:.4g} and gradient norm {figures['grad_norm']:.4g}"
                 )
 
     def _report(self, done: InFlight, figures: dict[str, float]) -> None:
@@ -236,7 +234,7 @@ class Loop:
         decoder = self.stepper.decoder.eval()
         made: list[list[int]] = [[] for _ in self.prompts]
         sampling = Sampling(seed=self.config.seed)
-        for new in stream(decoder, self.prompts, sampling, SAMPLE_TOKENS, self.tokenizer.eos):
+        for new in stream(decoder, self.prompts, sampling, sample_length(self.step), self.tokenizer.eos):
             for ids, token in zip(made, new, strict=True):
                 ids += [] if token is None else [token]
         texts = [self.tokenizer.decode([*p, *ids]) for p, ids in zip(self.prompts, made, strict=True)]
@@ -244,7 +242,7 @@ class Loop:
         self.progress.say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
 
     def _save(self) -> None:
-        self._last_save, self._late = time.monotonic(), False
+        self._agreement.saved()
         if not self.stepper.ranks.first:
             return
         sequences = self.step * self.config.batch
@@ -254,5 +252,6 @@ class Loop:
             sequences=sequences,
             tokens=sequences * self.context,
             data={**self.manifest.data, "cursor": sequences},
+            health=self._health.record(),
         )
         checkpoint.save(self.folder / "checkpoints", self.stepper, manifest, self.config.keep_last)

@@ -6,15 +6,18 @@ rank 0's; everything that a decision hangs on is made the same on every rank by 
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from core.errors import UserError
+from core.run.folder import require_shared
 from port_torch.sampling import choose_device
 
 T = TypeVar("T")
@@ -61,17 +64,62 @@ class Ranks:
         """Returns when every rank has come here."""
         self.largest(0)
 
+    def share(self, value: str) -> str:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, device=self.device)
+        return held[0]
+
+    def first_does(self, action: Callable[[], T]) -> T | None:
+        """What `action` gives the first rank, which alone does it; None elsewhere, when it is done.
+
+        Raises:
+            UserError: the first's own.
+            SystemExit: on the other ranks, after an error of the first, which says for all what it is.
+        """
+        made, failure = None, None
+        if self.first:
+            try:
+                made = action()
+            except UserError as error:
+                failure = error
+        failed = self.share("failed" if failure else "")
+        if failure:
+            raise failure
+        if failed:
+            raise SystemExit(2)
+        return made
+
     def in_turn(self, action: Callable[[], T]) -> T:
         """What `action` gives each rank: the first does it alone, the others when it is done.
 
-        For what is made once where the ranks share a disk.
+        For what is made once where the ranks share a disk. Errors of the first are those of `first_does`.
         """
-        if not self.first:
-            self.wait()
-        made = action()
+        made = self.first_does(action)
+        return made if self.first else action()
+
+    def require_equal(self, value: str, what: str) -> None:
+        """Refuses, on every rank, to go on if the ranks do not have the same `value`."""
+        digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+        if self.largest(digest) != -self.largest(-digest):
+            self.refuse(f"the processes have not the same {what}: give all of them the same disk and files")
+
+    def require_shared(self, folder: Path) -> None:
+        """`core.run.folder.require_shared` among the ranks."""
+        if self.size == 1:
+            return
+        try:
+            require_shared(folder, self.first, self.share, lambda flag: self.largest(int(flag)) > 0)
+        except UserError as error:
+            self.refuse(str(error))
+
+    def refuse(self, sentence: str) -> NoReturn:
+        """Ends all ranks, each of which calls it, with a sentence that the first says."""
         if self.first:
-            self.wait()
-        return made
+            raise UserError(sentence)
+        raise SystemExit(2)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import tyro
 from core import checks
 from core.cli import Maybe
 from core.errors import UserError
+from core.run.guard import GuardConfig
 from core.run.schedule import OptimizerConfig
 from train_tpu.config import RunConfig
 
@@ -46,6 +47,7 @@ class TrainerConfig:
     """Gradient accumulation: micro-batches that a GPU splits its sequences into. Uses less memory; the update
     is the same up to rounding. More are made where the memory does not suffice."""
     optim: AdamWConfig = AdamWConfig()
+    guard: GuardConfig = GuardConfig()
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
 
@@ -61,12 +63,12 @@ class TrainerConfig:
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 
     eval_every: Maybe[int] = None
-    """Updates between evaluations, besides those before the first update and after the last.
-    Default: a tenth of the run."""
+    """Updates between evaluations, besides those before the first update and after the last; 0: only the
+    last. Default: a tenth of the run."""
     eval_windows: int = 512
-    """Windows of each held-out set that evaluations during the run read; the first and last read all."""
+    """Windows of each held-out set that evaluations read; the last reads all."""
     sample_every: Maybe[int] = None
-    """Updates between samples. Default: as --eval-every."""
+    """Updates between samples; 0: none. Default: as --eval-every."""
     prompts: tuple[str, ...] = _THEIRS.prompts
     """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
     save_every: Maybe[int] = None
@@ -84,13 +86,18 @@ class TrainerConfig:
     """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
     fallback: bool = False
     """If the newest checkpoint is damaged, resume from the newest intact one."""
+    from_step: Maybe[int] = None
+    """Resume from this older checkpoint; newer ones are renamed to left-STEP."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        names = ("steps", "batch", "accumulate", "eval_every", "eval_windows", "sample_every", "save_every",
-                 "keep_last", "stop_at", "log_every")  # fmt: skip
+        names = ("steps", "batch", "accumulate", "eval_windows", "save_every", "keep_last", "stop_at",
+                 "log_every")  # fmt: skip
         checks.counts(**checks.fields(self, *names))
+        checks.counts(0, **checks.fields(self, "eval_every", "sample_every", "from_step"))
+        if self.from_step is not None and self.fallback:
+            raise UserError("give --from-step or --fallback, not both")
         checks.positive(**checks.fields(self, "epochs", "save_minutes"))
         checks.not_negative(z_loss=self.z_loss)
         checks.seeds(seed=self.seed)

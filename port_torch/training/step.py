@@ -1,7 +1,7 @@
 """One update: the loss of every part of the batch, gradients, clipping, AdamW. Nothing waits for the device.
 
 Every part is divided by the targets of the whole global batch, so that parts and ranks sum up to the big
-batch's mean. An update whose loss or gradient is not finite changes nothing; that is decided on the device.
+batch's mean. An update that the guard refuses changes nothing; that is decided on the device.
 Parameters and gradients are float32; products run in bfloat16 under autocast.
 """
 
@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from core.errors import UserError
 from core.loss import IGNORE
+from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.adamw import AdamW, clip_scale
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
@@ -41,6 +42,41 @@ class Losses(nn.Module):
         return self.decoder.loss(self.decoder(tokens, documents=documents), targets, self.z_loss)
 
 
+class Guard:
+    """The rule of core/run/guard.py on the device: nothing waits for what it decides."""
+
+    def __init__(self, config: GuardConfig, device: torch.device):
+        self._sigma = config.sigma
+        self._places = torch.arange(config.window, device=device)
+        self.losses, self.norms = (torch.zeros(config.window, device=device) for _ in range(2))
+        self.accepted = torch.zeros((), dtype=torch.int64, device=device)
+        """Updates applied so far; the next goes to this place modulo the window."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved with a run."""
+        return {"losses": self.losses, "norms": self.norms, "accepted": self.accepted}
+
+    def empty(self) -> None:
+        """Forgets what it has seen, for a run whose losses will have another level or noise."""
+        for tensor in self.tensors().values():
+            tensor.zero_()
+
+    def refuses(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether an update is not applied; an applied one is remembered."""
+        size = len(self._places)
+        held = (self._places < self.accepted).float()
+        skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        if self._sigma > 0:
+            spike = loss > spike_limit(self.losses, held, self._sigma)
+            spike |= norm > spike_limit(self.norms, held, self._sigma)
+            skip |= can_judge(self.accepted, size) & spike
+        here = (self._places == self.accepted % size) & ~skip
+        self.losses.copy_(torch.where(here, loss, self.losses))
+        self.norms.copy_(torch.where(here, norm, self.norms))
+        self.accepted += ~skip
+        return skip
+
+
 class Stepper:
     """The model with its optimizer, on one device of one or several ranks."""
 
@@ -54,11 +90,13 @@ class Stepper:
         z_loss: float = 0.0,
         bf16: bool = False,
         compiled: bool = False,
+        guard: GuardConfig | None = None,
     ):
-        """decoder: on the device; what of it needs no gradient stays as it is."""
+        """decoder: on the device; what of it needs no gradient stays as it is. guard: default limits."""
         self.decoder, self.ranks, self._clip, self._bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
         self.parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters, optim)
+        self.guard = Guard(guard or GuardConfig(), ranks.device)
         self.losses: nn.Module = Losses(decoder, z_loss)
         if compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
@@ -94,7 +132,7 @@ class Stepper:
             sums[:2] += torch.stack([total.detach(), nll.detach()]) / counted
         ranks.sum(sums)
         norm = get_total_norm([p.grad for p in self.parameters.values()])
-        skip = ~(torch.isfinite(norm) & torch.isfinite(sums[0]))
+        skip = self.guard.refuses(sums[0], norm)
         scale = clip_scale(norm, self._clip) if self._clip else None
         self.optimizer.set_lr(lr)
         self.optimizer.step(grad_scale=scale, skip=skip)

@@ -26,6 +26,7 @@ from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.train import fresh_decoder
+from port_torch.training import checkpoint
 from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
 from port_torch.training.course import load_kernels
 from port_torch.training.evaluate import score
@@ -306,6 +307,8 @@ def test_from_a_folder_and_on_with_a_finished_run(
         "4",
         "--prompts",
         "a",
+        "--eval-windows",
+        "1000",
     )
     assert train_here(monkeypatch, *arguments, "--steps", "2") == 0
     first, last = read_log(folder, "eval")[0], read_log(finished, "eval")[-1]
@@ -316,6 +319,36 @@ def test_from_a_folder_and_on_with_a_finished_run(
     assert train_here(monkeypatch, *arguments, "--steps", "3", "--allow-change", "steps") == 0
     assert load_manifest(folder / "model", EXPORT_MANIFEST).step == 3
     assert (folder / "model" / "model.safetensors").read_bytes() != before
+
+
+def test_an_older_step_is_resumed_and_newer_ones_are_left(
+    finished: Path, data32: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """Samples and evaluations off, too: what is not there is not named."""
+    folder = tmp_path / "run"
+    off = ("--sample-every", "0", "--eval-every", "0")
+    assert train_here(monkeypatch, *TINY, "--data", data32, "--out", folder, *off, "--stop-at", "7") == 0
+    assert list_steps(folder / "checkpoints") == [6, 7]
+    with pytest.raises(UserError, match=r"--from-step 5 is not there: .* holds steps 6, 7"):
+        train_here(monkeypatch, "--out", folder, "--from-step", "5")
+    capsys.readouterr()
+    assert train_here(monkeypatch, "--out", folder, "--from-step", "6") == 0
+    assert (folder / "checkpoints" / "left-00000007").is_dir()
+    assert losses(folder) == losses(finished)
+    assert [row["step"] for row in read_log(folder, "eval")] == [12]
+    assert not (folder / "samples.txt").exists() and "samples.txt" not in capsys.readouterr().out
+    assert load_manifest(find_step(folder)).health["good"]
+
+
+def test_a_checkpoint_without_a_guard_still_opens(finished: Path, monkeypatch):
+    """As those were that an earlier version saved."""
+    step_dir = find_step(finished)
+    saved = load_manifest(step_dir)
+    tree = {name: leaf for name, leaf in saved.tree.items() if not name.startswith("guard/")}
+    assert len(tree) == len(saved.tree) - 3
+    monkeypatch.setattr(checkpoint, "load_manifest", lambda _: dataclasses.replace(saved, tree=tree))
+    decoder = Decoder(ModelConfig(**saved.config["model"]))
+    assert checkpoint.restore(step_dir, make_stepper(decoder, OPTIM)).step == 12
 
 
 @pytest.mark.slow

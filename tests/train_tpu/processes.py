@@ -69,7 +69,11 @@ def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple
 
 
 def start_two(
-    cache: Path, *arguments: str | Path, second: tuple[str, ...] = (), environs: Sequence[dict] = ({}, {})
+    cache: Path,
+    *arguments: str | Path,
+    second: tuple[str, ...] = (),
+    environs: Sequence[dict] = ({}, {}),
+    module: str = "train_tpu.run",
 ) -> list[subprocess.Popen]:
     """Both processes of one run, of two CPU devices each; `second` are further arguments of the second."""
     with socket.socket() as probe:
@@ -77,7 +81,7 @@ def start_two(
         port = probe.getsockname()[1]
     several = ("--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id")
     return [
-        start(cache, *arguments, *several, str(i), *more, devices=2, environ=environs[i])
+        start(cache, *arguments, *several, str(i), *more, devices=2, environ=environs[i], module=module)
         for i, more in enumerate(((), second))
     ]
 

@@ -77,6 +77,51 @@ def test_one_that_dies_ends_the_other_and_the_last_checkpoint_is_kept(cache, tex
     verify(find_step(folder))
 
 
+SLOW = "tests.train_tpu.slow_commit"
+
+
+def sentence(err: str) -> str:
+    """The one sentence of a process that ended; nothing else is on stderr."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def test_nobody_leaves_before_a_slow_commit_is_done(cache, text):
+    """Committing takes three times as long as JAX waits for the last process to leave."""
+    folder, environ = cache / "slow-disk", {"SEAL_SECONDS": "15"}
+    command = (*COMMON, "--data", text, "--out", folder, "--save-every", "100", "--stop-at", "2")
+    ended = finish(start_two(cache, *command, environs=(environ, environ), module=SLOW))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert list_steps(folder / "checkpoints") == [2]
+    verify(find_step(folder))
+
+
+def test_one_that_dies_does_not_take_the_commit_of_the_first_with_it(cache, text):
+    """The first notices the death within 6 seconds, and needs 12 to commit."""
+    folder, environ = cache / "died-in-commit", {"SEAL_SECONDS": "12", "SILENCE": "5"}
+    command = (*COMMON, "--data", text, "--out", folder, "--save-every", "100", "--stop-at", "2")
+    first, second = start_two(cache, *command, environs=(environ, environ), module=SLOW)
+    assert any("committing" in line for line in first.stdout)
+    second.kill()
+    ((code, _, err),) = finish([first])
+    assert code == 1 and "process 1 gives no sign of life" in sentence(err)
+    second.communicate()
+    assert list_steps(folder / "checkpoints") == [2]
+    verify(find_step(folder))
+
+
+def test_folders_that_are_not_the_same_are_refused_at_once(cache, text, tmp_path):
+    """As from two machines that share no disk: the same relative path in different places."""
+    environs = [{"SEAL_SECONDS": "0", "WORK": str(tmp_path / name)} for name in ("one", "two")]
+    for environ in environs:
+        Path(environ["WORK"]).mkdir()
+    ended = finish(start_two(cache, *COMMON, "--data", text, "--out", "run", environs=environs, module=SLOW))
+    for code, _, err in ended:
+        assert code == 2 and "not every process sees the folder" in sentence(err)
+    assert not (tmp_path / "two" / "run").exists()
+
+
 def test_processes_that_were_given_different_things_are_refused(cache, text):
     command = (*COMMON, "--data", text, "--out", cache / "different")
     ended = finish(start_two(cache, *command, second=("--lr", "0.02")))
@@ -91,7 +136,7 @@ def test_a_mistake_of_the_first_ends_both(cache, text):
     (cache / "taken" / "other").touch()
     ended = finish(start_two(cache, *COMMON, "--data", text, "--out", cache / "taken"))
     assert ended[0][0] == 2 and "is not empty and not an MTLM run" in ended[0][2]
-    assert ended[1][0] not in (0, None)
+    assert ended[1][0] == 2 and "process 0 of this run has ended: --out" in sentence(ended[1][2])
 
 
 @pytest.mark.parametrize(

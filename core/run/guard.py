@@ -1,0 +1,178 @@
+"""The guard: which updates are not applied, which checkpoints count as good, and what to do after a halt.
+
+Formulas here take arrays of JAX and tensors of PyTorch alike, so that both trainers compute the same rule.
+"""
+
+import collections
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from core import checks
+from core.errors import UserError
+from core.manifest import Manifest, load_manifest
+from core.steps import list_steps, step_path
+
+EARLY = 16
+"""Applied updates from which on the guard judges by what it has seen, before its window is full."""
+RECENT = 8
+"""Applied updates whose mean loss is the level of a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When an update is not applied. Only upward surprises count."""
+
+    window: int = 128
+    """Applied updates whose losses and gradient norms are the baseline for the next. It starts empty, and is
+    emptied by growth and when batch, data or z-loss change."""
+    sigma: float = 8.0
+    """Skip above mean + sigma standard deviations of the window, from 16 updates on; while it fills, sigma is
+    larger by sqrt(window / updates). 0 leaves only non-finite values."""
+    halt_after: int = 10
+    """Skipped updates in a row after which nothing is applied any more and the run ends."""
+
+    def __post_init__(self) -> None:
+        checks.counts(2, window=self.window)  # a spread needs two updates
+        checks.not_negative(sigma=self.sigma)
+        checks.counts(halt_after=self.halt_after)
+
+
+def spike_limit(window: Any, held: Any, sigma: Any) -> Any:
+    """The value above which an update is a spike.
+
+    Early in training the level falls and few values stand in the window, so its deviation says little: the
+    limit is wider by sqrt(W / n).
+
+    Args:
+        window: [W] losses or gradient norms of applied updates.
+        held: [W] 1.0 where the window holds one, n of them; else 0.0.
+        sigma: standard deviations above the mean.
+    """
+    n = held.sum()
+    n = n + (n == 0)
+    mean = (window * held).sum() / n
+    spread = ((((window - mean) * held) ** 2).sum() / n) ** 0.5
+    return mean + sigma * (window.shape[0] / n) ** 0.5 * spread
+
+
+def can_judge(accepted: Any, window: int) -> Any:
+    """Whether enough updates stand in the window to judge the next."""
+    return accepted >= min(EARLY, window)
+
+
+def changed_measure(old: Manifest, new: Manifest) -> list[str]:
+    """Names of what the level or noise of loss and gradient norm depend on and that has changed: the guard's
+    window is then emptied. A changed learning rate is none: the window protects from too high a one."""
+    before, after = _measure(old), _measure(new)
+    return [name for name in after if before[name] != after[name]]
+
+
+def _measure(manifest: Manifest) -> dict[str, Any]:
+    run, model = manifest.config.get("run", {}), manifest.config.get("model", {})
+    data = (manifest.data or {}).get("fingerprint")
+    return {
+        "batch": run.get("batch"),
+        "z_loss": run.get("z_loss", 0.0),
+        "data": data,
+        "layers": model.get("n_layers"),
+    }
+
+
+class Health:
+    """What losses and skips say of the state that a run is in."""
+
+    def __init__(self, checkpoints: Path, manifest: Manifest):
+        """checkpoints: the run's folder of them, good ones among them with a level to compare with.
+
+        manifest: of the checkpoint that the run resumes from, with its settings now; levels of other data or
+            batches do not compare.
+        """
+        self._checkpoints = checkpoints
+        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._streak = 0
+        self._best: float | None = None
+        if manifest.health and manifest.health["loss"] is not None:
+            self._recent.append(manifest.health["loss"])
+        for step in good_steps(checkpoints):
+            old = load_manifest(step_path(checkpoints, step))
+            if old.health and not changed_measure(old, manifest):
+                self._note(old.health["loss"])
+
+    def _note(self, loss: float | None) -> None:
+        if loss is not None:
+            self._best = loss if self._best is None else min(self._best, loss)
+
+    def see(self, loss: float, streak: int) -> None:
+        """Takes the loss of the newest update, and how many in a row were not applied up to it."""
+        self._streak = streak
+        if not streak:
+            self._recent.append(loss)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the newest applied updates; None before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else None
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss is above that of the best checkpoint by more than a tenth and 0.1 nats: more than
+        the noise of a mean of 8, less than what a ruined model shows."""
+        return self._best is not None and self.loss is not None and self.loss > 1.1 * self._best + 0.1
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest of a checkpoint says; the level is remembered if the state is good."""
+        good = not self._streak and not self.rose
+        if good:
+            self._note(self.loss)
+        return {"good": good, "loss": self.loss, "streak": self._streak}
+
+    def after_halt(self, step: int) -> str:
+        """What is saved as `step`, and the ways out."""
+        good = [other for other in good_steps(self._checkpoints) if other < step]
+        if self.rose:
+            said = (
+                f"step {step} is saved, but the training loss before it, {self.loss:.4g}, has risen from "
+                f"{self._best:.4g}, so the same command will hardly recover"
+            )
+        else:
+            said = (
+                f"the state before them is saved as step {step}, and the same command goes on behind their "
+                "batches"
+            )
+        if good:
+            older = f"--from-step {good[-1]} --lr LOWER --allow-change lr resumes from an older checkpoint"
+        else:
+            older = "there is no older checkpoint: start anew, with a lower --lr or more --warmup"
+        return (
+            f"{said}; {older}; which records these batches were of is in metrics.jsonl (kind skip); "
+            "--sigma 0 --allow-change sigma refuses only what is not finite"
+        )
+
+
+def good_steps(checkpoints: Path) -> list[int]:
+    """The steps in a folder of checkpoints that were saved in good health, or before that was noted."""
+    return [step for step in list_steps(checkpoints) if _is_good(step_path(checkpoints, step))]
+
+
+def _is_good(step_dir: Path) -> bool:
+    try:
+        health = load_manifest(step_dir).health
+    except UserError:  # damaged: it is not what one would go back to
+        return False
+    return health is None or health["good"]
+
+
+def dispensable_steps(
+    checkpoints: Path, keep_last: int, keep_every: int | None = None, keep_steps: Any = ()
+) -> list[int]:
+    """The steps that need not be kept: neither among the newest nor among the newest good ones.
+
+    So no checkpoint from before a streak of skipped updates, or before the loss rose, is deleted for one in
+    or after it.
+    """
+    steps = list_steps(checkpoints)
+    good = (step for step in reversed(steps) if _is_good(step_path(checkpoints, step)))
+    kept = {*steps[-keep_last:], *itertools.islice(good, keep_last), *keep_steps}
+    return [step for step in steps if step not in kept and (not keep_every or step % keep_every)]

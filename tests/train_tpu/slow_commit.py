@@ -1,0 +1,27 @@
+"""`train_tpu.run` in the folder WORK, on a disk that takes SEAL_SECONDS to commit a checkpoint, and with
+less patience than in earnest."""
+
+import os
+import time
+
+import core.checkpoint
+from core import processes
+from core.errors import run_command
+from train_tpu.run import main_of_several
+
+processes.FAREWELL, processes.SILENCE = 5, float(os.environ.get("SILENCE", processes.SILENCE))
+seal = core.checkpoint.seal
+
+
+def slow_seal(*args) -> None:
+    """As on a disk that is slow to flush."""
+    print("committing", flush=True)
+    time.sleep(float(os.environ["SEAL_SECONDS"]))
+    seal(*args)
+
+
+core.checkpoint.seal = slow_seal
+
+if __name__ == "__main__":
+    os.chdir(os.environ.get("WORK", "."))
+    run_command(main_of_several)
