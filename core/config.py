@@ -133,10 +133,9 @@ def training_flags(model: ModelConfig) -> str:
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name; a `UserError` names the nearest one otherwise."""
+    """The preset of that name; a `UserError` lists them otherwise, with the one that was probably meant."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-    raise UserError(
-        f"there is no preset {name!r}; did you mean {near[0]!r}? The presets are {', '.join(PRESETS)}"
-    )
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    raise UserError(f"there is no preset {name!r}{guess} The presets are {', '.join(PRESETS)}")

@@ -65,15 +65,15 @@ def describe_layout(state: TrainState, mesh: Mesh) -> Table:
     state: arrays, or shapes and types.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("parameter", "shape", "split over", "bytes a device", "with its moments"):
-        table.add_column(name, justify="right" if "bytes" in name or "moments" in name else "left")
+    for name in ("parameter", "shape", "sharding", "bytes per device", "with optimizer state"):
+        table.add_column(name, justify="right" if "bytes" in name or "state" in name else "left")
     moments = list(layouts(mesh, state.opt_state))
     totals = [0, 0]
     for leaf in layouts(mesh, state.params):
         its = sum(m.device_bytes for m in moments if m.path.endswith(f"/{leaf.path}"))
         sizes = [leaf.device_bytes, leaf.device_bytes + its]
         totals = [total + size for total, size in zip(totals, sizes, strict=True)]
-        axes = ", ".join(axis or "-" for axis in leaf.spec) or "every device holds it"
+        axes = ", ".join(axis or "-" for axis in leaf.spec) or "replicated"
         table.add_row(leaf.path, " x ".join(map(str, leaf.shape)), axes, *(f"{size:,}" for size in sizes))
     table.add_row("in all", "", "", *(f"{total:,}" for total in totals), end_section=True)
     return table

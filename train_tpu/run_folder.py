@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import require_place, write_atomically
-from core.manifest import digest, load_manifest
+from core.manifest import Manifest, digest, load_manifest
 from core.run.schedule import require_continuous
 from core.steps import find_step, list_steps
 from core.tokenizer import require_same as require_same_tokenizer
@@ -92,8 +92,7 @@ def check_run_folder(
     old = read_config(out)
     if old:
         require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
-        if list_steps(out / "checkpoints"):
-            manifest = load_manifest(find_step(out))
+        if manifest := newest_manifest(out):
             require_continuous(manifest.config["run"], record["run"], manifest.step, out)
         settings.require_same(old["run"], record["run"], allowed, out, defaults, mesh)
         if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
@@ -102,6 +101,17 @@ def check_run_folder(
                 f"not {record['data']['path']} ({record['data']['fingerprint'][:12]}): give the same data, "
                 "another --out, or --allow-change data"
             )
+
+
+def newest_manifest(out: Path) -> Manifest | None:
+    """That of a run's newest checkpoint; None where there is none, or one that cannot be read: whoever opens
+    it says so, or falls back to an older one."""
+    if not list_steps(out / "checkpoints"):
+        return None
+    try:
+        return load_manifest(find_step(out))
+    except UserError:
+        return None
 
 
 def write_config(out: Path, record: dict[str, Any]) -> None:

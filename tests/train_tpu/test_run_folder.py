@@ -55,6 +55,12 @@ def test_more_steps_after_a_decay_are_refused_whatever_is_allowed(tmp_path):
     resumed(folder)
 
 
+def test_a_damaged_checkpoint_is_left_to_those_who_open_it_or_fall_back(tmp_path):
+    folder = make_run(tmp_path / "a", 350)
+    (step_path(folder / "checkpoints", 350) / "manifest.json").write_text("{")
+    resumed(folder)
+
+
 def test_more_steps_before_the_decay_are_a_change_by_name(tmp_path):
     folder = make_run(tmp_path / "a", 175)
     with pytest.raises(UserError, match=r"--steps 350, not 700: .*--allow-change steps"):
