@@ -58,9 +58,9 @@ BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
 def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
     """One row: median seconds a step, compile seconds, peak device memory, last loss."""
     model = preset(name)
-    if config.context:
+    if config.context is not None:
         model = dataclasses.replace(model, context=config.context)
-    batch = config.batch or BATCH.get(name, 32)
+    batch = BATCH.get(name, 32) if config.batch is None else config.batch
     if ours and config.deterministic:
         require_deterministic_operations()
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -78,7 +78,8 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
     tokens = [rng.integers(0, model.vocab_size, (batch, model.context + 1), np.uint16) for _ in range(4)]
     started = time.perf_counter()
     if ours:
-        compute = Compute(dtype, attention, config.unroll or model.n_layers, config.remat, mesh)
+        unroll = model.n_layers if config.unroll is None else config.unroll
+        compute = Compute(dtype, attention, unroll, config.remat, mesh)
         optim = OptimizerConfig(optimizer=config.optimizer)
         step_config = StepConfig(model, optim, GuardConfig(), compute, 0.0, config.loss_chunk)
         compiled = compile_step(step_config, batch, 1, mesh)

@@ -64,11 +64,11 @@ class TrainBenchConfig:
     def model(self, case: str) -> ModelConfig:
         """The model of a case."""
         model = preset(case)
-        return dataclasses.replace(model, context=self.context) if self.context else model
+        return dataclasses.replace(model, context=self.context) if self.context is not None else model
 
     def sequences(self, case: str) -> int:
         """Sequences a step."""
-        return self.batch or BATCH.get(case, 8)
+        return BATCH.get(case, 8) if self.batch is None else self.batch
 
 
 def run_row(config: TrainBenchConfig, row: str) -> Row:

@@ -89,7 +89,7 @@ class ModelConfig:
         6 for every weight of a matrix product (the head counted, the embedding look-up not), and
         attention's two products over the half of the scores that the causal mask leaves.
         """
-        s = sequence or self.context
+        s = self.context if sequence is None else sequence
         n_mlp = 3 if self.mlp == "swiglu" else 2
         layer = 4 * self.d_model**2 + n_mlp * self.d_model * self.d_mlp
         matrices = self.n_layers * layer + self.vocab_size * self.d_model

@@ -64,7 +64,7 @@ class Tasks:
         for task in loaded["tasks"].values():
             fixed = task.get_config("num_fewshot")
             if fixed is None or (shots is not None and fixed != 0):  # 0: the task's prompt is made without
-                task.set_config("num_fewshot", shots or 0)
+                task.set_config("num_fewshot", 0 if shots is None else shots)
             if task.get_config("num_fewshot") and not (
                 task.has_training_docs() or task.has_validation_docs()
             ):

@@ -112,7 +112,9 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
         raise UserError("arms are decayed off a trunk: the target's --schedule must be wsd, with a --decay")
     given = settings.TRAINING_DEFAULTS[run.preset]
     tokenizer = choose_tokenizer(run.tokenizer, run.data, given["tokenizer"])
-    context = run.model.context or settings.preset(run.preset).context
+    context = run.model.context
+    if context is None:
+        context = settings.preset(run.preset).context
     dataset = open_or_prepare(run.data, tokenizer.name, context, CACHE)
     names = dataset.heldout
     if not names or (config.heldout and config.heldout not in names):

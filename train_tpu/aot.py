@@ -221,7 +221,7 @@ def read_module(module: Module, step: StepConfig, batch: int, mesh: Mesh, chip: 
         "collectives": [c._asdict() | {"axes": _axes(c, mesh)} for c in collectives],
         "sent_bytes": sent,
         "bound_tokens_per_second": {name: tokens / t if t else None for name, t in times.items()},
-        "compiler_estimate": tokens / (cycles / chip.clock) if chip.clock else None,
+        "compiler_estimate": tokens / (cycles / chip.clock) if chip.clock is not None else None,
         "custom_kernels": sum(kernel.times for kernel in module.kernels()),
         "host_transfers": module.host_transfers(),
         "aliased_buffers": module.n_aliased,

@@ -47,11 +47,13 @@ def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step
     )
     tpu = platform == "tpu"
     # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
-    unroll = config.unroll or (1 if tpu else model.n_layers)
+    unroll = (1 if tpu else model.n_layers) if config.unroll is None else config.unroll
     # On a TPU what is computed again from the products is cheaper than what would be written and read.
     remat = config.remat or ("dots" if tpu else "none")
     compute = Compute(dtype, attention.name, unroll, remat, mesh)
-    chunk = config.loss_chunk or (tpu_loss_chunk(model) if tpu else LOSS_CHUNK)
+    chunk = config.loss_chunk
+    if chunk is None:
+        chunk = tpu_loss_chunk(model) if tpu else LOSS_CHUNK
     return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk), attention
 
 

@@ -284,7 +284,7 @@ def heldout_windows(dataset: Dataset, split: str, limit: int | None = None) -> t
     if split not in dataset.splits:
         raise UserError(f"{dataset.path} has no split {split!r}: it has {', '.join(dataset.splits)}")
     windows = open_windows(dataset, split)
-    n = min(len(windows), limit or len(windows))
+    n = len(windows) if limit is None else min(limit, len(windows))
     records = [i * len(windows) // n for i in range(n)]
     tokens = windows.read(records, dataset.tokenizer_record["vocab_size"])
     predicted = dataset.splits[split].tokens - 1

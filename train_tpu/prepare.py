@@ -100,10 +100,11 @@ def prepare(
     require_new(out)
     plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
     loaded = load_tokenizer(tokenizer)
+    n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
     with _partial_folder(out) as folder:
         try:
             loaded.carry(folder)
-            _write(folder, plan, loaded, context, workers or len(os.sched_getaffinity(0)))
+            _write(folder, plan, loaded, context, n_workers)
             opened = ds.write_manifest(
                 folder,
                 context,

@@ -145,7 +145,7 @@ def main() -> int:
             out, record, config.allow_change, mesh=lambda text: resolved_mesh(text, jax.device_count())
         )
     processes.require_shared(out.absolute())
-    end = min(steps, config.stop_at or steps)
+    end = steps if config.stop_at is None else min(steps, config.stop_at)
 
     with Interrupt() as interrupt, tasks or contextlib.nullcontext():
         if tasks:

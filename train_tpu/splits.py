@@ -58,7 +58,7 @@ class Plan:
         self.train, self.heldout, self.fraction, self.few = train, heldout, fraction, few
         self.train_tokens = train_tokens
         self.size = sum(source.size for source in [*train, *(s for group in heldout.values() for s in group)])
-        names = [ds.TRAIN, *heldout] + ([VALID] if fraction else [])
+        names = [ds.TRAIN, *heldout] + ([VALID] if fraction > 0 else [])
         self.documents = dict.fromkeys(names, 0)
         self.bytes = dict.fromkeys(names, 0)
         self.packers: dict[str, Packer] = {}
@@ -133,7 +133,8 @@ class Plan:
 
     def done(self) -> float:
         """The part of the work that is done, about: of the tokens asked for, or of the text."""
-        asked = self.packers[ds.TRAIN].tokens / self.train_tokens if self.train_tokens else 0
+        limit = self.train_tokens
+        asked = 0 if limit is None else self.packers[ds.TRAIN].tokens / max(limit, 1)
         return min(1.0, max(asked, self._position / max(self.size, 1)))
 
     @property

@@ -175,4 +175,4 @@ def dispensable_steps(
     steps = list_steps(checkpoints)
     good = (step for step in reversed(steps) if _is_good(step_path(checkpoints, step)))
     kept = {*steps[-keep_last:], *itertools.islice(good, keep_last), *keep_steps}
-    return [step for step in steps if step not in kept and (not keep_every or step % keep_every)]
+    return [step for step in steps if step not in kept and (keep_every is None or step % keep_every)]

@@ -129,7 +129,7 @@ def train(job: Job, ranks: Ranks) -> int:
     rows = ranks.rows(config.batch)
     bf16 = config.dtype == "bfloat16"
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    end = min(job.steps, config.stop_at or job.steps)
+    end = job.steps if config.stop_at is None else min(job.steps, config.stop_at)
 
     # 1. The run folder: new, or that of the run to go on with.
     with contextlib.ExitStack() as stack:

@@ -43,10 +43,16 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Ranks) -> Job:
     decoder, tokenizer = origin.decoder, origin.tokenizer
     model, mine = decoder.config, ranks.rows(config.batch)
     divided = divide(file, tokenizer, model.context, config)
-    if config.lora_rank:
-        add_adapters(decoder, config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.seed)
+    trained = "all weights"
+    if config.lora_rank is not None:
+        trained = f"LoRA adapters of rank {config.lora_rank}"
+        alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        add_adapters(decoder, config.lora_rank, alpha, config.seed)
     n = len(divided.train.tokens)
-    steps = config.steps or max(1, round((config.epochs or EPOCHS) * n / config.batch))
+    steps = config.steps
+    if steps is None:
+        epochs = EPOCHS if config.epochs is None else config.epochs
+        steps = max(1, round(epochs * n / config.batch))
     record = tokenizer_record(tokenizer)
     contents = [file.sha256, record["sha256"], model.context, config.validation, config.seed]
     if file.has_context:  # runs from before it was read did not learn from the same rows
@@ -70,7 +76,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Ranks) -> Job:
         prompts=sample_prompts(config, file.form, divided.shown, tokenizer, model.context),
         table=[
             ("started from", str(config.init_from)),
-            ("trained", f"LoRA adapters of rank {config.lora_rank}" if config.lora_rank else "all weights"),
+            ("trained", trained),
             ("data", f"{config.data}: {len(file.rows):,} rows of {file.form!r}, packed into {n:,} sequences, "
                      f"{filled:.0%} filled"),
             ("left out", f"{divided.n_long:,} rows, which are longer than the context"),
@@ -129,7 +135,7 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneC
 
 def some(rows: Rows, limit: int | None) -> Rows:
     """All rows, or `limit` of them spread evenly."""
-    n = min(len(rows.tokens), limit or len(rows.tokens))
+    n = len(rows.tokens) if limit is None else min(limit, len(rows.tokens))
     return rows.part([i * len(rows.tokens) // n for i in range(n)])
 
 

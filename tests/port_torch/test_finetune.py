@@ -403,7 +403,7 @@ def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
     for arguments, message in (
         ((folders["gpt"], "--data", tmp_path / "no", "--out", out), " cannot be read"),
         ((tmp_path, "--data", data, "--out", out), "holds no config.json"),
-        ((tmp_path, "--data", "none", "--out", data), r"--out .* is a file; name a folder"),
+        ((tmp_path, "--data", "none", "--out", data), "is a file: name another folder"),
         ((tmp_path, "--data", "none", "--out", folders["gpt"].parent), "not an MTLM run"),
         ((folders["gpt"], "--data", data, "--out", out, "--validation", "1"), "--validation is 1.0"),
         ((folders["gpt"], "--data", data, "--out", out, "--lora-alpha", "1"), "give --lora-rank with it"),

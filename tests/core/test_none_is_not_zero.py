@@ -1,0 +1,61 @@
+"""None means "not given" and 0 is a value: no optional number is asked for its truth, in any package."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("core", "train_tpu", "stacking", "port_torch", "kernels_cuda", "eval", "bench")
+OPTIONAL = {f"{number} | None" for number in ("int", "float")} | {"Maybe[int]", "Maybe[float]"}
+
+
+def test_no_optional_number_is_asked_for_its_truth():
+    """`x or y`, `if x` and `not x` take a 0 for nothing; `x is None` says what is meant."""
+    trees = {path: ast.parse(path.read_text()) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    fields = {name for tree in trees.values() for name in optional_fields(tree)}
+    assert {"steps", "stop_at", "context", "n_heads"} <= fields
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in trees.items()
+        for node in asked(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in fields - other_fields(tree))
+        or (isinstance(node, ast.Name) and node.id in optional_arguments(tree))
+    ]
+    assert not found, "\n".join(found)
+
+
+def optional_fields(tree: ast.AST) -> set[str]:
+    """Fields of classes that are a number or None."""
+    return {ast.unparse(field.target) for field in fields_of(tree) if is_optional(field.annotation)}
+
+
+def other_fields(tree: ast.AST) -> set[str]:
+    """Fields of the file's own classes that are something else, whatever has their name elsewhere."""
+    return {ast.unparse(field.target) for field in fields_of(tree)} - optional_fields(tree)
+
+
+def fields_of(tree: ast.AST) -> Iterator[ast.AnnAssign]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from (field for field in node.body if isinstance(field, ast.AnnAssign))
+
+
+def optional_arguments(tree: ast.AST) -> set[str]:
+    """Arguments of functions that are a number or None."""
+    arguments = (node for node in ast.walk(tree) if isinstance(node, ast.arg) and node.annotation)
+    return {node.arg for node in arguments if is_optional(node.annotation)}
+
+
+def is_optional(annotation: ast.AST) -> bool:
+    return ast.unparse(annotation).removeprefix("cli.") in OPTIONAL
+
+
+def asked(tree: ast.AST) -> Iterator[ast.expr]:
+    """Every expression of which a statement or an operator wants to know whether it is true."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BoolOp):
+            yield from node.values[:-1]
+        elif isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+            yield node.test
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield node.operand
