@@ -117,6 +117,12 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.parametrize("given", [{"n_heads": 0}, {"n_heads": HEADS, "context": 0}])
+def test_mtlm1_takes_no_0_for_not_given(weights, tmp_path, given):
+    with pytest.raises(UserError, match=r"is 0; it must"):
+        mtlm1_torch.read(saved(tmp_path, weights), **given)
+
+
 def test_mtlm1_runs_no_code_of_the_file(weights, tmp_path):
     trace = tmp_path / "was-run"
     path = saved(tmp_path, {"model": weights, "config": Malicious(trace)})
