@@ -461,7 +461,8 @@ def test_command_prints_what_it_did_and_what_is_next(tmp_path):
     assert done.returncode == 0, done.stderr
     split = open_dataset(out).splits["train"]
     assert f"{split.tokens:,}" in done.stdout and f"{split.bytes / split.tokens:.3f}" in done.stdout
-    assert f"python -m train_tpu.run --data {out}" in done.stdout
+    flags = f"--preset mtlm1-tiny --context {CONTEXT} --data {out}"
+    assert f"next: python -m train_tpu.run {flags}" in done.stdout
 
 
 @pytest.mark.parametrize(
