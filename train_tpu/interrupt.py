@@ -11,7 +11,7 @@ EXIT_SAVED = 3
 EXIT_KEPT = 4
 """Interrupted; nothing newer than the last checkpoint was saved."""
 EXIT_HALTED = 5
-"""The guard ended the run; the last good state was saved."""
+"""The guard ended the run; its state was saved, and older good checkpoints are kept."""
 
 
 class Interrupt:
