@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.processes import SILENCE, join
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
+from train_tpu.run_folder import lock_folder
 
 pytestmark = pytest.mark.slow
 COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices
@@ -131,12 +132,13 @@ def test_processes_that_were_given_different_things_are_refused(cache, text):
 
 
 def test_a_mistake_of_the_first_ends_both(cache, text):
-    """It alone looks into the run folder."""
-    (cache / "taken").mkdir()
-    (cache / "taken" / "other").touch()
-    ended = finish(start_two(cache, *COMMON, "--data", text, "--out", cache / "taken"))
-    assert ended[0][0] == 2 and "is not empty and not an MTLM run" in ended[0][2]
-    assert ended[1][0] == 2 and "process 0 of this run has ended: --out" in sentence(ended[1][2])
+    """It alone locks the run folder."""
+    folder = cache / "taken"
+    folder.mkdir()
+    with lock_folder(folder):
+        ended = finish(start_two(cache, *COMMON, "--data", text, "--out", folder))
+    assert ended[0][0] == 2 and "another process" in sentence(ended[0][2])
+    assert ended[1][0] == 2 and "process 0 of this run has ended: another process" in sentence(ended[1][2])
 
 
 @pytest.mark.parametrize(
