@@ -22,7 +22,7 @@ from core.tokenizer import load_tokenizer_of
 from kernels_cuda.build import made_of
 from port_torch.formats import exported
 from port_torch.model import load
-from train_tpu.data import Windows, open_dataset
+from train_tpu.data import open_dataset, open_windows
 from train_tpu.run_folder import read_config
 
 Opened = Any
@@ -52,7 +52,7 @@ def open_data(folder: Path) -> Opened:
     vocab_size = dataset.tokenizer_record["vocab_size"]
     tokens = {}
     for name in dataset.splits:
-        windows = Windows(dataset, name)
+        windows = open_windows(dataset, name)
         tokens[name] = windows.read(list(range(len(windows))), vocab_size)
     splits = {name: [split.documents, split.bytes, split.tokens] for name, split in dataset.splits.items()}
     tokenizer = load_tokenizer_of(dataset.tokenizer_record, [folder], str(folder), None)
