@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from core import checks
 from core.errors import UserError
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, load_manifest, seal, sync_path, verify
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
@@ -87,7 +88,7 @@ class Checkpointer:
 
         What killed processes left unfinished in `folder` is removed.
         """
-        assert keep_last >= 1 and (keep_every is None or keep_every >= 1), (keep_last, keep_every)
+        checks.counts(keep_last=keep_last, keep_every=keep_every)
         self.folder = folder.absolute()
         self._keep_last = keep_last
         self._keep_every = keep_every
@@ -128,8 +129,10 @@ class Checkpointer:
         latest = self.latest_committed
         if latest == step:
             return
-        assert latest is None or step > latest, f"step {step} after {latest}: a run only goes forward"
-        assert manifest.step == step, f"a manifest of step {manifest.step} for step {step}"
+        if latest is not None and step < latest:
+            raise ValueError(f"step {step} after {latest}: a run only goes forward")
+        if manifest.step != step:
+            raise ValueError(f"a manifest of step {manifest.step} for step {step}")
         leaves, _ = flatten(state)
         manifest = _complete(manifest, leaves)
         partial = self.folder / f".{step:08d}.partial"
@@ -194,7 +197,8 @@ def save_params(folder: Path, params: PyTree, manifest: Manifest, tokenizer: Tok
     interrupted call left (a hidden folder beside it) is replaced. The folder carries the file of
     `tokenizer`, which parameters that belong to no run folder need.
     """
-    assert manifest.kind == "params", manifest.kind
+    if manifest.kind != "params":
+        raise ValueError(f"a manifest of kind {manifest.kind} for parameters alone")
     return save_tree(folder, {"params": params}, manifest, tokenizer)
 
 
@@ -256,7 +260,8 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaf path ("params/layers/q") -> leaf, in the tree's order, and the tree's definition."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert len(flat) == len(leaves), "two leaves have the same path"
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves have the same path")
     return flat, treedef
 
 
@@ -269,14 +274,16 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
-    assert len(jax.tree.leaves(root)) == len(flat), "a leaf's path is the beginning of another's"
+    if len(jax.tree.leaves(root)) != len(flat):
+        raise ValueError("a leaf's path is the beginning of another's")
     return root
 
 
 def _complete(manifest: Manifest, leaves: dict[str, Any]) -> Manifest:
     """The manifest as it will be written but for the files: copied, so later changes do not reach it."""
     for path, leaf in leaves.items():
-        assert isinstance(leaf, jax.Array), f"{path} is a {type(leaf).__name__}, not a jax array"
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(f"{path} is a {type(leaf).__name__}, not a jax array")
     tree = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()}
     return Manifest.from_json(replace(manifest, tree=tree, files={}).to_json())
 

@@ -65,7 +65,8 @@ def write_weights(
 
     def tensor(name: str) -> torch.Tensor:
         array = read(names[name]).detach().to("cpu", torch_dtype).contiguous()
-        assert array.shape == names[name].shape, (name, array.shape, names[name].shape)
+        if array.shape != names[name].shape:
+            raise ValueError(f"{name} has the shape {array.shape}, not {names[name].shape}")
         return array
 
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")

@@ -178,7 +178,8 @@ class Loop:
                 self._read_metrics(leave=0)
                 self._save()
             raise
-        assert loaded.first == self.cursor, f"batch starts at {loaded.first}, the cursor is at {self.cursor}"
+        if loaded.first != self.cursor:
+            raise RuntimeError(f"the batch starts at {loaded.first}, the cursor is at {self.cursor}")
         rate = learning_rate(self.config.optim, self.step, self.steps)
         controls = Controls(
             lr=np.float32(rate),

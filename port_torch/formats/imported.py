@@ -50,5 +50,6 @@ def assemble(config: ModelConfig, read: Callable[[str, int | None], Float[np.nda
 
 
 def _put(place: np.ndarray, values: np.ndarray) -> None:
-    assert place.shape == values.shape, (place.shape, values.shape)  # numpy would broadcast
+    if place.shape != values.shape:  # numpy would broadcast
+        raise ValueError(f"values of shape {values.shape} for a place of shape {place.shape}")
     place[...] = values

@@ -54,7 +54,8 @@ def read(path: Path) -> Imported:
             its own, and an array whose file is gone reads as zeros.
     """
     item = _find_item(path)
-    assert item is not None, "recognises() found one"
+    if item is None:
+        raise ValueError(f"{path} holds no Orbax item, though `recognises` found one")
     arrays = _load(item)
     config = _config(item, arrays)
     expected = _expected(config)

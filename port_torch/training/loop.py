@@ -166,7 +166,8 @@ class Loop:
             self._save()
             raise
         first = self.step * self.config.batch
-        assert batch.first == first, f"batch starts at {batch.first}, the cursor is at {first}"
+        if batch.first != first:
+            raise RuntimeError(f"the batch starts at {batch.first}, the cursor is at {first}")
         rate = learning_rate(self.config.optim, self.step, self.steps)
         figures = self.stepper.update(batch.rows, self.parts, self.step, rate, self._agreement.wishes())
         self._in_flight.append(InFlight(self.step, batch, rate, Figures(figures)))

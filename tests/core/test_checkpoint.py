@@ -338,7 +338,7 @@ def test_a_step_is_saved_once_and_never_before_another(tmp_path: Path) -> None:
     before = (tmp_path / "00000004/manifest.json").stat().st_mtime_ns
     save_steps(tmp_path, 4)
     assert (tmp_path / "00000004/manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(AssertionError, match="step 3 after 4"):
+    with pytest.raises(ValueError, match="step 3 after 4"):
         save_steps(tmp_path, 3)
 
 
