@@ -76,14 +76,14 @@ class Ranks:
         """What `action` gives the first rank, which alone does it; None elsewhere, when it is done.
 
         Raises:
-            UserError: the first's own.
+            Exception: the first's own.
             SystemExit: on the other ranks, after an error of the first, which says for all what it is.
         """
         made, failure = None, None
         if self.first:
             try:
                 made = action()
-            except UserError as error:
+            except Exception as error:  # whatever it is, the others must not wait for it
                 failure = error
         failed = self.share("failed" if failure else "")
         if failure:

@@ -44,6 +44,14 @@ def test_a_run_writes_what_it_promises_and_says_what_to_do_next(finished, cache)
     assert generated.startswith("Document") and len(generated) > len("Document\n")
 
 
+def test_the_first_update_waits_for_little_evaluation_and_short_samples(finished):
+    """The last evaluation reads all of the held-out text; the first does not, and its samples are short."""
+    scored = {row["step"]: row["scored_tokens"] for row in read_log(finished[0], "eval")}
+    assert scored[0] == scored[5] == 4 * 32 < scored[12]  # --eval-windows 4
+    first = read_log(finished[0], "sample")[0]["texts"][0]
+    assert len(first) <= 1 + 16  # the prompt, and 16 of the 31 bytes that the context has room for
+
+
 def test_held_out_loss_falls(finished):
     rows = read_log(finished[0], "eval")
     assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"] - 0.5

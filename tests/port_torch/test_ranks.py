@@ -1,0 +1,107 @@
+"""What several ranks agree on, with two threads that stand for two of them."""
+
+import dataclasses
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from core.checkpoint import find_step, load_manifest
+from core.errors import UserError
+from port_torch.training.course import starting_state
+from port_torch.training.ranks import Ranks
+
+RUN = Path(__file__).parents[1] / "fixtures" / "7b5e0bc" / "torch"
+
+
+class Meeting:
+    """Where both put a value, and get both."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = [None, None]
+        self._barrier = threading.Barrier(2, timeout=60)
+
+    def all(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired(Ranks):
+    """A rank whose exchanges are those of a meeting, not of torch.distributed."""
+
+    meeting: Meeting
+
+    def largest(self, value: int) -> int:
+        return max(self.meeting.all(self.rank, value))
+
+    def share(self, value: str) -> str:
+        return self.meeting.all(self.rank, value)[0]
+
+
+def both(action: Callable[[Ranks], Any]) -> list[Any]:
+    """What `action` gives each of two ranks that do it at once, or raises there."""
+    meeting, outcomes = Meeting(), [None, None]
+
+    def do(rank: int) -> None:
+        try:
+            outcomes[rank] = action(Paired(rank, 2, torch.device("cpu"), meeting))
+        except BaseException as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=do, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    return outcomes
+
+
+def test_ranks_that_would_resume_from_other_states_are_refused(tmp_path: Path):
+    """The first sees a run's checkpoint, the second an empty folder, as without a shared disk."""
+    saved = load_manifest(find_step(RUN))
+    record = {**saved.config, "tokenizer": saved.tokenizer, "data": saved.data}
+
+    def resume(ranks: Ranks) -> Any:
+        job = SimpleNamespace(
+            out=RUN if ranks.first else tmp_path,
+            record=record,
+            lineage=[],
+            config=SimpleNamespace(from_step=None, fallback=False, seed=0),
+        )
+        return starting_state(job, SimpleNamespace(ranks=ranks), Console(file=io.StringIO()))
+
+    first, second = both(resume)
+    assert isinstance(first, UserError) and "have not the same checkpoint" in str(first)
+    assert isinstance(second, SystemExit) and second.code == 2
+
+
+@pytest.mark.parametrize("error", [UserError("no"), PermissionError(13, "Permission denied", "run")])
+def test_an_error_of_the_first_ends_both_and_the_first_says_it(error: Exception):
+    def fail() -> None:
+        raise error
+
+    first, second = both(lambda ranks: ranks.first_does(fail))
+    assert first is error
+    assert isinstance(second, SystemExit) and second.code == 2
+
+
+def test_what_the_first_makes_the_others_find(tmp_path: Path):
+    file = tmp_path / "made"
+
+    def make() -> bool:
+        there = file.exists()
+        file.touch()
+        return there
+
+    assert both(lambda ranks: ranks.in_turn(make)) == [False, True]
