@@ -202,7 +202,7 @@ def test_out_alone_resumes_a_run_as_it_is(finished, cache, text):
     assert list_steps(folder / "checkpoints") == [2, 5, 7]
     assert "python -m stacking.grow" in out and "--schedule restart" not in out
     again, _ = run(cache, "--out", folder, "--stop-at", "7")
-    assert "--stop-at 7 asks for no more" in again
+    assert "is already at step 7 (--stop-at 7): drop --stop-at to continue" in again
     out, _ = run(cache, f"--out={folder}")
     assert "resuming" in out and "--schedule restart" in out
     assert losses(folder) == losses(finished[0])
