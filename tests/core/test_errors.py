@@ -45,7 +45,7 @@ from core.errors import run_command
 from core.watch import Watch
 
 class Store:
-    """Of an only process, in place of JAX's."""
+    # In place of JAX's: an only process has nobody to hear from.
     def key_value_set(self, *_, **__): ...
     def key_value_dir_get(self, _): return []
 
