@@ -56,7 +56,7 @@ def choose_generator(model: Decoder, backend: library.Backend) -> decode.Generat
 def choose(
     scores: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """A token a row from softmax(scores / temperature), cut to the top k and the top p.
+    """One token per row from softmax(scores / temperature), cut to the top k and the top p.
 
     uniform: a random number in [0, 1) a row, float64; the same numbers give the same tokens.
     """

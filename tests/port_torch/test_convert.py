@@ -15,7 +15,7 @@ from safetensors import safe_open
 from core.checkpoint import load_manifest, save_params
 from core.errors import UserError
 from core.manifest import EXPORT_MANIFEST
-from port_torch import convert, export, probe
+from port_torch import conversion, convert, export, probe
 from port_torch.folder import open_folder
 from port_torch.hf_config import hf_config, model_config
 from port_torch.hub import push
@@ -211,7 +211,12 @@ def test_killed_on_the_way_nothing_has_the_name(tmp_path: Path, monkeypatch):
     """Whatever stops it before the renaming leaves no folder; what a kill left is replaced."""
     config = SMALL["llama"]
     source = write_checkpoint(tmp_path / "source", config, random_params(config))
-    steps = ((convert, "write_weights"), (export, "write_tokenizer"), (export, "seal"), (convert, "compare"))
+    steps = (
+        (conversion, "write_weights"),
+        (export, "write_tokenizer"),
+        (export, "seal"),
+        (conversion, "compare"),
+    )
     for module, step in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
