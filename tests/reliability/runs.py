@@ -17,7 +17,7 @@ from pathlib import Path
 from core.checkpoint import find_step, list_steps, verify
 from tests.train_tpu.processes import TINY, losses, run, start
 
-LONG = (*TINY, "--steps", "150", "--eval-every", "25", "--save-every", "7", "--window", "16", "--lr", "0.003")
+LONG = (*TINY, "--steps", "60", "--eval-every", "20", "--save-every", "7", "--window", "16", "--lr", "0.003")
 
 
 class Trial:
