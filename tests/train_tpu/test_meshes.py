@@ -156,7 +156,9 @@ def test_a_run_changes_its_mesh_when_asked_by_name(cache, text):
         "was started with --mesh fsdp=4,tensor=2, not fsdp=8" in refused and "--allow-change mesh" in refused
     )
     # On fewer devices the run's own mesh does not fit, and the sentence says so.
-    assert "is of 8 devices, and there are 1" in refusal(cache, *TINY, "--out", folder)
+    assert "is for --mesh fsdp=4,tensor=2, and the devices here are 1" in refusal(
+        cache, *TINY, "--out", folder
+    )
     allowed = (*common, "--out", folder, "--mesh", "data=2,fsdp=2,tensor=2", "--allow-change", "mesh")
     out, _ = run(cache, *allowed, devices=8)
     assert "at step 6" in out
