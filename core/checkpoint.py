@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import jax
 
 from core import checks
-from core.errors import UserError
+from core.errors import FULL, UserError
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, load_manifest, seal, sync_path, verify
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
 from core.run.guard import dispensable_steps
@@ -387,7 +387,7 @@ def _fail(folder: Path, error: BaseException) -> NoReturn:
         number, reason = int(match[1]), os.strerror(int(match[1]))
     else:
         raise error
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if number in FULL:
         problem, advice = "has no room for a checkpoint", "free some space"
     else:
         problem, advice = "does not take a checkpoint", "give a folder that can be written"

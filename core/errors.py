@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more: full, the user's share used up, or the file too large."""
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UserError(Exception):
@@ -54,11 +57,6 @@ def tell(error: BaseException) -> int | None:
         print(f"error: {sentence}", file=sys.stderr)
         return 2
     return None
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk says that takes no more: full, the user's share used up, or the file too large."""
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def os_error(error: OSError) -> str | None:

@@ -86,6 +86,11 @@ class Manifest:
         """Whether the run began with the parameters of another one, whose training its counters leave out."""
         return any(entry["operation"] in NEW_RUN for entry in self.lineage)
 
+    def resumed_from(self, old: "Manifest") -> "Manifest":
+        """This run's manifest with the counters and the history of the checkpoint that it resumes from."""
+        same = ("step", "sequences", "tokens", "lineage", "health")
+        return dataclasses.replace(self, **{name: getattr(old, name) for name in same})
+
     def to_json(self) -> str:
         """The text of manifest.json, its last field the sha256 of all others."""
         fields = dataclasses.asdict(self)

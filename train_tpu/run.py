@@ -395,14 +395,7 @@ def starting_state(
         changed = changed_measure(old, manifest)
         if changed:
             state = state._replace(guard=emptied(state.guard))
-        manifest = dataclasses.replace(
-            manifest,
-            step=old.step,
-            sequences=old.sequences,
-            tokens=old.tokens,
-            lineage=old.lineage,
-            health=old.health,
-        )
+        manifest = manifest.resumed_from(old)
         grown = old.last_growth
         how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
         if grown and grown["step"] == old.step:

@@ -290,14 +290,7 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
     if changed:
         stepper.guard.empty()
         how += f"; the guard starts anew, for other {' and '.join(changed)}"
-    manifest = dataclasses.replace(
-        manifest,
-        step=old.step,
-        sequences=old.sequences,
-        tokens=old.tokens,
-        lineage=old.lineage,
-        health=old.health,
-    )
+    manifest = manifest.resumed_from(old)
     return manifest, how
 
 
