@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import ModelConfig
-from kernels_cuda.ops import compute_type
+from kernels_cuda.registry import compute_type
 from port_torch.model import Decoder
 
 

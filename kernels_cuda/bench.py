@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import UserError, run_command
-from kernels_cuda import library, loss, ops, reference
-from kernels_cuda.adamw import AdamW
+from kernels_cuda import library
+from kernels_cuda.ops.adamw import AdamW
+from kernels_cuda.ops.linear_cross_entropy import linear_cross_entropy
+from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
+from kernels_cuda.ops.rotary import rotate
+from kernels_cuda.registry import reference
 
 EPS = 1e-6
 BF16 = torch.bfloat16
@@ -120,7 +124,7 @@ def norms(rows: int, d: int, residual_type: torch.dtype) -> Made:
         return F.rms_norm(total, (d,), weight, EPS).to(BF16), total
 
     ways = {
-        "mtlm": lambda: ops.add_rms_norm(residual, branch, weight, EPS),
+        "mtlm": lambda: add_rms_norm(residual, branch, weight, EPS),
         "torch formula": lambda: plain(residual, branch, weight),
         "torch F.rms_norm": lambda: fused(residual, branch, weight),
         "torch.compile": bind(torch.compile(plain, dynamic=False), residual, branch, weight),
@@ -144,7 +148,7 @@ def norm_alone(rows: int, d: int) -> Made:
         return (F.rms_norm(x, (d,), weight, EPS),)
 
     ways = {
-        "mtlm": lambda: (ops.rms_norm(x, weight, EPS),),
+        "mtlm": lambda: (rms_norm(x, weight, EPS),),
         "torch F.rms_norm": lambda: plain(x, weight),
         "torch.compile": bind(torch.compile(plain, dynamic=False), x, weight),
     }
@@ -166,7 +170,7 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     gradients = [torch.randn(b, heads, s, k, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
 
     def forward(qkv):
-        return reference.rotate(qkv[:, :, 0], cos, sin), reference.rotate(qkv[:, :, 1], cos, sin)
+        return rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
 
     def backward(q, k, v):
         return reference.rotary_pack(q, k, v, cos, sin, True)
@@ -198,7 +202,7 @@ def losses(n: int, d: int, vocab: int) -> Made:
     def both(way):
         return lambda: torch.autograd.grad(way(hidden, table), (hidden, table))
 
-    yield task, "mtlm", both(lambda h, t: loss.linear_cross_entropy(h, t, targets).total / n)
+    yield task, "mtlm", both(lambda h, t: linear_cross_entropy(h, t, targets).total / n)
     yield task, "torch", both(plain)
     yield task, "torch.compile", both(torch.compile(plain, dynamic=False))
     try:

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from core.config import ModelConfig
-from kernels_cuda import ops
-from kernels_cuda.loss import LossSums, linear_cross_entropy
-from kernels_cuda.reference import rotate
+from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
+from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
+from kernels_cuda.ops.rotary import rotate, rotated_projections
+from kernels_cuda.registry import compute_type
 from port_torch.model_folder import open_model
 from port_torch.names import Leaf
 
@@ -43,8 +44,8 @@ class RMSNorm(nn.Module):
         self, x: Float[Tensor, "*batch D"], branch: Float[Tensor, "*batch D"] | None = None
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
         if branch is None:
-            return ops.rms_norm(x, self.weight, self.eps), x
-        return ops.add_rms_norm(x, branch, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
         weights, biases = tuple(part.weight for part in parts), tuple(part.bias for part in parts)
         if rotation is not None:
-            return ops.rotated_projections(x, weights, biases, *rotation, self.n_heads)
+            return rotated_projections(x, weights, biases, *rotation, self.n_heads)
         bias = None if biases[0] is None else torch.cat(biases)
         packed = F.linear(x, torch.cat(weights), bias)
         return packed.view(*x.shape[:2], 3, self.n_heads, -1).unbind(2)
@@ -190,7 +191,7 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = x + self.positions(index)
         # Rows are cast after the look-up, so that their gradients are summed in the table's type.
-        x, branch = self.dropout(x.to(ops.compute_type(x))), None
+        x, branch = self.dropout(x.to(compute_type(x))), None
         rotation = rotary_angles(index, self.config) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])

@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from core.errors import UserError
 from core.loss import IGNORE
 from core.run.guard import GuardConfig, can_judge, spike_limit
-from kernels_cuda.adamw import AdamW, clip_scale
+from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
 from port_torch.training.ranks import Ranks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels_cuda.adamw import AdamW, clip_scale
+from kernels_cuda.ops.adamw import AdamW, clip_scale
 from tests.kernels_cuda.gpu import Guarded, assert_equal_bits, error
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.config import PRESETS
 from core.generate import Sampling
-from kernels_cuda import decode_reference as reference
+from kernels_cuda.registry import reference
 from port_torch import decode
 from port_torch.model import Decoder, rotary_angles
 from port_torch.sampling import choose_generator

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.gpu
 TRANSLATED = """
 import sys, torch
 from pathlib import Path
-from kernels_cuda import build, decode_reference as reference, library
+from kernels_cuda import build, library
+from kernels_cuda.registry import reference
 from tests.kernels_cuda.gpu import assert_as_good
 file = Path(sys.argv[1])
 build.build(file, ("8.0+PTX",))

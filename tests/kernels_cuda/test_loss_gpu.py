@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels_cuda import loss, reference
+from kernels_cuda.ops import linear_cross_entropy as loss
+from kernels_cuda.ops.softmax_loss import IGNORE
+from kernels_cuda.registry import reference
 from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, run_twice, wide
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +34,7 @@ def test_as_exact_as_pytorch_at_every_size(vocab: int, dtype: torch.dtype):
     for rows in (0, 1, 2, 31, 33, 199):
         logits = (torch.randn(rows, vocab, device="cuda") * 4 + 20).to(dtype)
         targets = torch.randint(vocab, (rows,), device="cuda")
-        targets[1::5] = reference.IGNORE
+        targets[1::5] = IGNORE
         for z_loss in (0.0, 1e-3):
             got = run_twice(lambda x=logits, t=targets, z=z_loss: softmax_loss(torch.ops.mtlm, x, t, z, True))
             plain = softmax_loss(reference, logits, targets, z_loss, True)
@@ -97,7 +99,7 @@ def head(
     hidden = torch.randn(n, d, device="cuda").to(dtype)
     table = (torch.randn(vocab, d, device="cuda") / d**0.5).to(table_type)
     targets = torch.randint(vocab, (n,), device="cuda")
-    targets[::7] = reference.IGNORE
+    targets[::7] = IGNORE
     return hidden, table, targets
 
 
@@ -119,8 +121,8 @@ def test_head_and_loss(n: int, types: tuple[torch.dtype, torch.dtype], monkeypat
         monkeypatch.setattr(loss, "LOGITS_BYTES", most * 2000)
         given = head(n, 384, 1000, *types)
         got = run_twice(lambda given=given: sums_and_gradients(loss.linear_cross_entropy, *given, 1e-4))
-        plain = sums_and_gradients(reference.linear_cross_entropy, *given, 1e-4)
-        exact = sums_and_gradients(reference.linear_cross_entropy, *wide(*given), 1e-4)
+        plain = sums_and_gradients(loss.all_logits_at_once, *given, 1e-4)
+        exact = sums_and_gradients(loss.all_logits_at_once, *wide(*given), 1e-4)
         assert_as_good(got[2:], plain[2:], exact[2:], f"at most {most} rows")
         # A sum is one number, whose error may by chance be nothing. bfloat16 rounds each logit, of about 1,
         # by up to 4e-3 while a loss is about 7; float32 sums of up to 1000 terms.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from core.config import ModelConfig
-from kernels_cuda import library, ops
+from kernels_cuda import registry
 from port_torch.model import Decoder
 from tests.kernels_cuda.decoding import configs, random_decoder
 from tests.kernels_cuda.gpu import assert_as_good, assert_equal_bits, error
@@ -43,8 +43,8 @@ def gradients(model: Decoder, tokens: torch.Tensor, step=loss_of) -> list[torch.
 
 def plainly(model: Decoder, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(library, "_loaded", None)
-        assert not ops.kernels_loaded()
+        patch.setattr(registry, "_kernels_loaded", False)
+        assert not registry.kernels_loaded()
         return gradients(model, tokens)
 
 

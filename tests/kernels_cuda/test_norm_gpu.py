@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels_cuda import ops, reference
+from kernels_cuda.ops.rms_norm import add_rms_norm
+from kernels_cuda.registry import reference
 from tests.kernels_cuda.gpu import STRIDES, assert_as_good, assert_equal_bits, run_twice, strided, wide
 
 pytestmark = pytest.mark.gpu
@@ -181,5 +182,5 @@ def test_autograd_equals_pytorchs_own():
             return torch.autograd.grad((normed, total), leaves, gradients)
 
         plain = lambda *args: reference.add_rms_norm(*args)[:2]  # noqa: E731
-        got, theirs = run(ops.add_rms_norm, residual, branch, weight), run(plain, residual, branch, weight)
+        got, theirs = run(add_rms_norm, residual, branch, weight), run(plain, residual, branch, weight)
         assert_as_good(got, theirs, run(plain, *wide(residual, branch, weight)), types)

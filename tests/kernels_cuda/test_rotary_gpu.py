@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels_cuda import ops, reference
+from kernels_cuda.ops.rotary import rotate, rotated_projections
+from kernels_cuda.registry import reference
 from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, run_twice, wide
 
 pytestmark = pytest.mark.gpu
@@ -117,7 +118,7 @@ def test_projections_and_their_gradients():
             torch.nn.functional.linear(x, w, bias).view(b, s, heads, k)
             for w, bias in zip(weights, biases, strict=True)
         ]
-        return reference.rotate(parts[0], cos, sin), reference.rotate(parts[1], cos, sin), parts[2]
+        return rotate(parts[0], cos, sin), rotate(parts[1], cos, sin), parts[2]
 
     tensors = (x, *weights, *biases)
-    assert_as_good(run(ops.rotated_projections, *tensors), run(plain, *tensors), run(plain, *wide(*tensors)))
+    assert_as_good(run(rotated_projections, *tensors), run(plain, *tensors), run(plain, *wide(*tensors)))

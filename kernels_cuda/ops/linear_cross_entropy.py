@@ -13,12 +13,13 @@ Shapes: N tokens, D d_model, V vocabulary.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.torch_version import TorchVersion
 
-from kernels_cuda import library, reference
-from kernels_cuda.ops import compute_type, on_kernels
+from kernels_cuda.ops.softmax_loss import IGNORE
+from kernels_cuda.registry import compute_type, declare, on_kernels, wide_type
 
 # Logits held at once: with the table's float32 gradient less than a gibibyte at 32768 x 768 x 32000, in
 # three chunks of 11008 rows. Their product for d_hidden is 258 tiles of 128 x 256, nearly twice the 132
@@ -38,7 +39,7 @@ class LossSums(NamedTuple):
 
 
 def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
-    """Sum of -log softmax(hidden table^T)[target] over all targets but -1 (`reference.IGNORE`).
+    """Sum of -log softmax(hidden table^T)[target] over all targets but -1 (`IGNORE`).
 
     On a GPU without the kernels, and on a CPU, the plain formula. With them a target outside of the
     vocabulary makes the sums NaN instead of stopping the process.
@@ -51,7 +52,7 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss:
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if not on_kernels(hidden, table):
-        return LossSums(*reference.linear_cross_entropy(hidden, table, targets, z_loss))
+        return LossSums(*all_logits_at_once(hidden, table, targets, z_loss))
     if torch.compiler.is_compiling():
         introduce_to_inductor()
     hidden = hidden.to(compute_type(hidden))
@@ -61,6 +62,19 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss:
     else:
         sums = torch.ops.mtlm.linear_cross_entropy(hidden, table, targets, z_loss, False)[0]
     return LossSums(sums[0], sums[1].detach())
+
+
+def all_logits_at_once(
+    hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The plain formula: sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]."""
+    logits = F.linear(hidden, table.to(hidden.dtype))
+    logits = logits.to(wide_type(logits.dtype))
+    counted = targets != IGNORE
+    lse = torch.logsumexp(logits, dim=-1)
+    picked = logits.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
+    nll = torch.where(counted, lse - picked, 0)
+    return (nll + torch.where(counted, z_loss * lse**2, 0)).sum(), nll.detach().sum()
 
 
 @torch.compiler.assume_constant_result
@@ -108,12 +122,36 @@ def rows_at_once(rows: int, row_bytes: int) -> int:
     return min(most, -(-rows // chunks // 256) * 256) if chunks > 1 else rows
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in total's type: cuBLAS adds bfloat16 products up in float32 where they lie."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _linear_cross_entropy_fake(
+    hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float, gradients: bool
+):
+    wide = wide_type(hidden.dtype)
+    d_hidden = hidden.new_empty(hidden.shape[0] if gradients else 0, hidden.shape[1])
+    d_table = hidden.new_empty(table.shape if gradients else (0, hidden.shape[1]), dtype=wide)
+    return hidden.new_empty(2, dtype=wide), d_hidden, d_table
+
+
+@declare(
+    "linear_cross_entropy(Tensor hidden, Tensor table, Tensor targets, float z_loss, bool gradients)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_linear_cross_entropy_fake,
+)
 def _linear_cross_entropy(
     hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums [2] of total and nll; gradients of `total` by hidden, in its type, and by table, in float32."""
     n, d = hidden.shape
-    wide = reference.wide_type(hidden.dtype)
+    wide = wide_type(hidden.dtype)
     losses = hidden.new_empty(2, n, dtype=wide)
     d_hidden = hidden.new_empty(n if gradients else 0, d)
     d_table = hidden.new_zeros(table.shape if gradients else (0, d), dtype=wide)
@@ -133,29 +171,3 @@ def _linear_cross_entropy(
                 torch.mm(logits, weights, out=d_hidden[part])
                 _add_product(d_table, logits.T, h)
     return losses.sum(1), d_hidden, d_table
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in total's type: cuBLAS adds bfloat16 products up in float32 where they lie."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-library.LIBRARY.define(
-    "linear_cross_entropy(Tensor hidden, Tensor table, Tensor targets, float z_loss, bool gradients)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.LIBRARY.impl("linear_cross_entropy", _linear_cross_entropy, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mtlm::linear_cross_entropy", lib=library.LIBRARY)
-def _(hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float, gradients: bool):
-    wide = reference.wide_type(hidden.dtype)
-    d_hidden = hidden.new_empty(hidden.shape[0] if gradients else 0, hidden.shape[1])
-    d_table = hidden.new_empty(table.shape if gradients else (0, hidden.shape[1]), dtype=wide)
-    return hidden.new_empty(2, dtype=wide), d_hidden, d_table

@@ -1,13 +1,13 @@
 """AdamW in few launches, with learning rate, clipping and skipping read from the device (csrc/adamw.cu)."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels_cuda import library  # noqa: F401  declares torch.ops.mtlm.adamw_
-from kernels_cuda.reference import wide_type
+from kernels_cuda.registry import declare, wide_type
 
 
 class AdamW(torch.optim.Optimizer):
@@ -135,3 +135,37 @@ def _device(group: dict[str, Any]) -> torch.device:
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     """What takes gradients of this global norm down to `max_norm`; at most 1 (torch's clip_grad_norm_)."""
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
+
+
+@declare(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] copies, Tensor lr, Tensor step, Tensor grad_scale, Tensor skip, float beta1, float beta2,"
+    " float eps, float weight_decay) -> ()"
+)
+def _adamw_plain(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One update of AdamW (Loshchilov and Hutter 2019) in place, number `step` counted from 1."""
+    # 1 - beta^step in float64: float32's 1 - 0.9999 is off by 1.7e-4 of itself.
+    correction1, correction2 = (-torch.expm1(step.double() * math.log(beta)) for beta in (beta1, beta2))
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = g.to(p.dtype) * grad_scale
+        new_m = m + (1 - beta1) * (g - m)
+        new_v = beta2 * v + (1 - beta2) * g * g
+        new_p = p * (1 - lr * weight_decay) - lr / correction1 * new_m / ((new_v / correction2).sqrt() + eps)
+        for old, new in ((p, new_p), (m, new_m), (v, new_v)):
+            old.copy_(torch.where(skip, old, new))
+        if copies:
+            copies[i].copy_(p)
