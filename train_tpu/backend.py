@@ -1,7 +1,7 @@
 """What the step is compiled to on the devices at hand: parts of a batch, type, attention, unrolling, chunks.
 
 A setting that is given counts; here is what holds for the others, and why. What holds on a TPU was chosen by
-what its compiler makes of it (train_tpu.aot, docs/LOG.md), and has not been run on one.
+estimates of memory traffic (docs/LOG.md). No TPU has confirmed them: what is fastest has yet to be measured.
 """
 
 from jax.sharding import Mesh
@@ -21,8 +21,8 @@ TPU_ON_CHIP = 112 * 2**20  # what arrays may take of a v5e's 128 MiB of vector m
 def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
     """Into how many micro-batches a batch is split: --accumulate, or what suits the devices.
 
-    On a TPU, parts of at most `TPU_TOKENS` tokens a chip: the activations of a layer then stay in its vector
-    memory. Whether the batch falls into equal parts is `core.sharding.check_mesh`'s affair.
+    On a TPU, parts of at most `TPU_TOKENS` tokens per chip: the compiler then keeps a layer's activations in
+    vector memory. Whether the batch falls into equal parts is `core.sharding.check_mesh`'s affair.
     """
     rows, rest = divmod(config.batch, mesh.shape["data"] * mesh.shape["fsdp"])
     if config.accumulate is not None:
@@ -48,7 +48,7 @@ def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step
     tpu = platform == "tpu"
     # Unrolled layers ran 1.3 times as fast on an H200 (docs/LOG.md); a TPU's compiler takes minutes for them.
     unroll = (1 if tpu else model.n_layers) if config.unroll is None else config.unroll
-    # On a TPU what is computed again from the products is cheaper than what would be written and read.
+    # On a TPU: a third of the memory (docs/LOG.md). Whether it is faster has not been measured.
     remat = config.remat or ("dots" if tpu else "none")
     compute = Compute(dtype, attention.name, unroll, remat, mesh)
     chunk = config.loss_chunk
@@ -61,8 +61,8 @@ def tpu_loss_chunk(model: ModelConfig) -> int:
     """Rows whose logits a TPU holds at once.
 
     Few, if their logits (float32), the head (bfloat16) and its gradient (float32) all fit into the chip's
-    vector memory: the loop over the chunks then leaves HBM alone. If not, every chunk reads and writes
-    the gradient of the head, and chunks should be large.
+    vector memory: the compiler then keeps them there through the loop over the chunks. If not, every chunk
+    reads and writes the gradient of the head in HBM, and chunks should be large.
     """
     on_chip = model.vocab_size * (model.d_model * (2 + 4) + TPU_LOSS_CHUNK * 4)
     return TPU_LOSS_CHUNK if on_chip <= TPU_ON_CHIP else LOSS_CHUNK

@@ -27,7 +27,7 @@ from port_torch.train import TrainConfig
 from port_torch.training.settings import AdamWConfig
 from stacking.arms import StudyConfig
 from stacking.grow import GrowConfig
-from train_tpu.aot import AotConfig
+from train_tpu.aot.__main__ import AotConfig
 from train_tpu.config import ModelOverrides, RunConfig
 from train_tpu.step import GuardConfig
 

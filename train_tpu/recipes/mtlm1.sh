@@ -11,19 +11,16 @@
 # Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu on a GPU), and activate that
 # environment. MTLM2's data serves: DATA=runs/mtlm2/data.
 #
-# What to expect. No TPU has run this: the TPU's figures are bounds from its compiler, for batch 256
-# (docs/results/aot.md). The GPU's are measured, but not over so many tokens (docs/RESULTS.md, batch 128); this script
-# has run to its end at a hundredth, on H100s, in 8 minutes (there, too).
+# What to expect. Nobody has run this in full. On a TPU it has not been run at all, so its time and cost there are not
+# known; the memory is what the TPU's compiler asks for (docs/RESULTS.md). The GPU's times are 7B tokens at the rates
+# measured over 65M each (docs/RESULTS.md, batch 128). At a hundredth this script took 8 minutes on H100s (same page).
 #
 #                      TPU v5e-8                                                    one H100
-#   88M, 7B tokens     1.3 h at the bound (1.46M tokens/s)                          4.0 h (490k tokens/s)
-#   200M, 7B tokens    2.5 h at the bound (0.79M tokens/s)                          7.2 h (271k tokens/s)
-#   both               3.8 h at the bound; the compiler's own estimate of MTLM2     11.2 h
-#                      is 3.3 times its bound, which would be 12.5 h here
-#   memory             7.0, then 10.9 of 15.75 GiB a chip                           23.3 GiB for the 200M, 32 at a time
-#   cost of that time  USD 36 at the bound, 120 at 3.3 times that, at USD 1.20 a    yours
-#                      chip-hour on demand (2026-11; check
-#                      https://cloud.google.com/tpu/pricing)
+#   88M, 7B tokens     not measured                                                 4.0 h (490k tokens/s)
+#   200M, 7B tokens    not measured                                                 7.2 h (271k tokens/s)
+#   memory             7.0, then 10.9 of 15.75 GiB per chip                         23.3 GiB for the 200M, 32 at a time
+#   cost               USD 9.60 per hour, at USD 1.20 per chip-hour on demand       yours
+#                      (2026-11; check https://cloud.google.com/tpu/pricing)
 #   growing            18 to 36 s, 2.8 GiB of the host's memory (docs/STACKING.md)
 #   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
 #                      download. It needs no accelerator: where these hours cost, prepare on another machine and

@@ -10,17 +10,17 @@
 # `bash mtlm2.sh --accumulate 2`. Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu
 # on a GPU), and activate that environment.
 #
-# What to expect. No TPU has run this: the TPU's figures are its compiler's, for batch 256 (docs/results/aot.md,
-# docs/RESULTS.md). The GPU's are measured, but not over so many tokens (docs/RESULTS.md, batch 128); this script has
-# run to its end at a hundredth, on an H100, in 4 minutes (there, too).
+# What to expect. Nobody has run this in full. On a TPU it has not been run at all, so its speed there is not known:
+# the time given is that of MTLM2's original script, at the 0.55M to 0.6M tokens/s that its README reports; the memory
+# is what the TPU's compiler asks for (docs/RESULTS.md). The GPU's time is 14B tokens at the rate measured over 261M
+# (docs/RESULTS.md, batch 128). At a hundredth this script took 4 minutes on an H100 (same page).
 #
 #                      TPU v5e-8                                                    one H200
-#   training           0.6 h at the compiler's bound (6.9M tokens/s), 1.9 h at      2.6 h (1.47M tokens/s)
-#                      its own estimate (2.1M), 6.5 to 7.1 h at the original's
-#                      speed (0.55M to 0.6M)
-#   memory             1.7 of 15.75 GiB a chip                                      18.9 GiB
-#   cost of that time  USD 5, 18 or 62 to 68, at USD 1.20 a chip-hour on demand     yours
-#                      (2026-11; check https://cloud.google.com/tpu/pricing)
+#   training           not measured; 6.5 to 7.1 h at the original's speed           2.6 h (1.47M tokens/s)
+#   memory             1.7 of 15.75 GiB per chip                                    18.9 GiB
+#   cost of that time  USD 62 to 68 at the original's speed, at USD 1.20 per        yours
+#                      chip-hour on demand (2026-11; check
+#                      https://cloud.google.com/tpu/pricing)
 #   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
 #                      download. It needs no accelerator: where these hours cost, prepare on another machine and
 #                      give the folder as DATA.

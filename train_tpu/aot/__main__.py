@@ -1,0 +1,84 @@
+"""`python -m train_tpu.aot`: what the TPU's compiler makes of the training step, on a machine without a TPU.
+
+What the command does is in train_tpu/aot/report.py, imported once it is known that it can be done.
+"""
+
+import dataclasses
+import json
+from typing import Literal
+
+from core import cli
+from core.config import preset
+from core.errors import run_command
+from core.run.schedule import OptimizerConfig
+from train_tpu.aot.topology import parse_topology
+from train_tpu.config import ModelOverrides, RunConfig, model_config
+
+EXIT_DOES_NOT_FIT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AotConfig:
+    """Compile the training step for a TPU slice, without one, and print what the compiler says.
+
+    Settings have the names and defaults that train_tpu.run gives them on a TPU; the vocabulary is the
+    preset's 32,000. Exit code 0: it fits; 1: it does not; 2: a mistake in the settings.
+    """
+
+    preset: str = "mtlm2-40m"
+    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
+    topology: str = "v5e:2x4"
+    """The slice: GENERATION:XxY, of v5e or v6e."""
+    batch: int = 256
+    """Global batch size: sequences per optimizer step, summed over chips."""
+    accumulate: cli.Maybe[int] = None
+    """Gradient accumulation: split each batch into this many micro-batches. Default: enough for 8,192
+    tokens per chip."""
+    mesh: cli.Maybe[str] = None
+    """How the chips are arranged, as in train_tpu.run. Default: all along data."""
+    model: ModelOverrides = ModelOverrides()
+    optim: OptimizerConfig = OptimizerConfig()
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activation dtype. auto: bfloat16."""
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    """Attention implementation. auto: splash where it can."""
+    unroll: cli.Maybe[int] = None
+    """Unroll factor of the scan over layers. Default: 1."""
+    remat: cli.Maybe[Literal["none", "dots", "full"]] = None
+    """Activation rematerialization. Default: dots."""
+    loss_chunk: cli.Maybe[int] = None
+    """Tokens per chip whose logits exist at once. Default: 256 if the output head fits in VMEM, else 8192."""
+    json: bool = False
+    """Print everything as one JSON object; sizes in bytes, per chip."""
+
+    def __post_init__(self) -> None:
+        self.run_config()
+
+    def run_config(self) -> RunConfig:
+        """The same settings as a run has them; RunConfig refuses what is wrong."""
+        names = {field.name for field in dataclasses.fields(RunConfig)}
+        return RunConfig(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+        )
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    config = cli.parse(AotConfig, prog="python -m train_tpu.aot", description=AotConfig.__doc__)
+    run = config.run_config()
+    model = model_config(run, preset(config.preset).vocab_size)
+    parse_topology(config.topology)
+    from train_tpu.aot.report import compile_and_report, print_report  # slow: JAX
+
+    report = compile_and_report(run, model, config.topology)
+    if config.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print_report(report)
+    return 0 if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    run_command(main)
