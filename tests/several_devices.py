@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.checks import require
+
 ROOT = Path(__file__).parents[1]
 # Nearly all the time of small tests goes into compiling; this makes it several times as fast (a step of
 # two layers in 0.5 s instead of 4.4 s on two cores).
@@ -15,7 +17,7 @@ if version("jaxlib").startswith("0.10."):  # a version that does not know a flag
 
 
 def run_on_devices(devices: int, script: Path, *arguments: str, **environment: str) -> str:
-    """Runs a script with `devices` simulated CPU devices; its assertions are the test.
+    """Runs a script with `devices` simulated CPU devices; what it requires is the test.
 
     Returns:
         What it printed.
@@ -29,5 +31,5 @@ def run_on_devices(devices: int, script: Path, *arguments: str, **environment: s
     }
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, f"{script.name} failed:\n{done.stdout}\n{done.stderr[-6000:]}"
+    require(done.returncode == 0, f"{script.name} failed:\n{done.stdout}\n{done.stderr[-6000:]}")
     return done.stdout

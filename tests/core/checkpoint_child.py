@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from core.checkpoint import Checkpointer, Manifest, find_step, restore
 from core.errors import run_command
+from tests.checks import require
 
 ROWS, COLUMNS = 512, 1024  # one leaf is 2 MiB of float32
 
@@ -78,9 +79,10 @@ def restore_sharded(folder: Path) -> None:
     )
     state = restore(find_step(folder), abstract)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    found = jax.tree.map(lambda x: x.sharding, state)
+    require(found == shardings, found, shardings)
     shard = state["params"]["w"].addressable_shards[0].data
-    assert shard.shape == (ROWS // 4, COLUMNS // 2), shard.shape
+    require(shard.shape == (ROWS // 4, COLUMNS // 2), shard.shape)
 
 
 def main() -> None:
@@ -96,7 +98,7 @@ def main() -> None:
     elif mode == "big-leaves":
         save_two_with_little_room(folder, (3, 1000, 1000), limit=None)
     else:
-        assert mode == "many-leaves"
+        require(mode == "many-leaves", mode)
         save_two_with_little_room(folder, (300, 1), limit=None)
 
 

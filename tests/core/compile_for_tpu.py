@@ -14,6 +14,7 @@ from core.config import ModelConfig
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import make_mesh, parse_mesh
+from tests.checks import require
 from train_tpu.aot.hlo import Module
 from train_tpu.aot.topology import open_slice
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
@@ -22,19 +23,20 @@ CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
 heads, shape = int(sys.argv[1]), parse_mesh(sys.argv[2], 8)
 
 mesh = make_mesh(shape, open_slice("v5e:2x4"))
-assert mesh.size == 8 and mesh.devices.flat[0].platform == "tpu"
+require(mesh.size == 8 and mesh.devices.flat[0].platform == "tpu", mesh)
 model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
 attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_dim, context=model.context)
-assert attention.name == "splash", attention
+require(attention.name == "splash", attention)
 config = StepConfig(
     model, OptimizerConfig(), GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),
     z_loss=0.0, loss_chunk=CHUNK,
 )  # fmt: skip
 text = compile_step(config, ROWS, 1, mesh).as_text()
 
-assert "tpu_custom_call" in text  # the splash kernel is in it
+require("tpu_custom_call" in text, text[:500])  # the splash kernel is in it
 # Every leaf of the state is given back in its own memory.
-assert Module(text).n_donated == len(jax.tree.leaves(abstract_state(config, mesh)))
+n_leaves, n_donated = len(jax.tree.leaves(abstract_state(config, mesh))), Module(text).n_donated
+require(n_donated == n_leaves, n_donated, n_leaves)
 
 # A chip holds the scores of one chunk of rows, of all its own sequences of 512 or of all 32 never; and of its
 # part of the vocabulary.
@@ -44,5 +46,5 @@ arrays = [
 ]
 scores = {dims for name, dims in arrays if name == "f32" and part in dims and not {256, 64} & {*dims}}
 sizes = {int(np.prod(dims)) // part for dims in scores}
-assert max(sizes) == CHUNK, scores
+require(max(sizes) == CHUNK, scores)
 print(f"compiled for {mesh.size} x {mesh.devices.flat[0].device_kind}")

@@ -6,6 +6,7 @@ import numpy as np
 
 from core.loss import IGNORE, cross_entropy
 from core.sharding import make_mesh, parse_mesh
+from tests.checks import require
 
 rng = np.random.default_rng(0)
 hidden = jnp.asarray(rng.standard_normal((16, 9, 24)), jnp.float32)
@@ -21,7 +22,7 @@ def run(mesh, table, targets):
     return *sums, *gradients, forward_only
 
 
-assert jax.device_count() == 8
+require(jax.device_count() == 8, jax.devices())
 # 101 rows cannot be divided over `tensor`, and are not.
 for vocabulary, texts in ((104, ("data=8", "data=2,fsdp=2,tensor=2")), (101, ("fsdp=4,tensor=2",))):
     table = jnp.asarray(rng.standard_normal((vocabulary, 24)), jnp.float32)
@@ -34,6 +35,7 @@ for vocabulary, texts in ((104, ("data=8", "data=2,fsdp=2,tensor=2")), (101, ("f
         for a, b in zip(run(mesh, table, targets), one, strict=True):
             # Up to the order of summation: a few roundings of 6e-8.
             np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
-            assert len(a.devices()) == 8
+            require(len(a.devices()) == 8, text, a.devices())
     # What is not in the vocabulary is no token's, also where each device sees a part of it.
-    assert np.isnan(run(mesh, table, targets.at[7, 2].set(vocabulary))[0])
+    loss = run(mesh, table, targets.at[7, 2].set(vocabulary))[0]
+    require(np.isnan(loss), loss)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tests.checks import require
+
 POISON = float("nan")
 
 
@@ -29,22 +31,20 @@ def assert_as_good(
     may differ by float32's own rounding, 2^-24 a term, 1e-6 of the whole being far above that.
     """
     for number, (ours, theirs, true) in enumerate(zip(got, plain, exact, strict=True)):
-        assert ours.shape == true.shape and ours.dtype == theirs.dtype, (
-            what,
-            number,
-            ours.dtype,
-            theirs.dtype,
-        )
-        assert torch.isfinite(ours).all(), (what, number, "not finite")
+        require(
+            ours.shape == true.shape and ours.dtype == theirs.dtype,
+            what, number, ours.shape, true.shape, ours.dtype, theirs.dtype,
+        )  # fmt: skip
+        require(torch.isfinite(ours).all(), what, number, "not finite")
         if true.numel():
             mine, allowed = error(ours, true), 2 * error(theirs, true) + 1e-6
-            assert mine <= allowed, f"{what} output {number}: error {mine:.3g} > {allowed:.3g}"
+            require(mine <= allowed, f"{what} output {number}: error {mine:.3g} > {allowed:.3g}")
 
 
 def assert_equal_bits(got: Sequence[Tensor], again: Sequence[Tensor]) -> None:
     for a, b in zip(got, again, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+        require(a.shape == b.shape and a.dtype == b.dtype, a.shape, b.shape, a.dtype, b.dtype)
+        require(torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))), a, b)
 
 
 class Guarded:
@@ -65,8 +65,8 @@ class Guarded:
 
     def check(self) -> None:
         for whole, size in self._made:
-            assert (whole[: self.MARGIN] == 77).all(), "written before the beginning"
-            assert (whole[self.MARGIN + size :] == 77).all(), "written beyond the end"
+            require((whole[: self.MARGIN] == 77).all(), "written before the beginning")
+            require((whole[self.MARGIN + size :] == 77).all(), "written beyond the end")
 
 
 def strided(t: Tensor, kind: str) -> Tensor:
@@ -79,7 +79,7 @@ def strided(t: Tensor, kind: str) -> Tensor:
         return torch.cat([t, t.new_full((*t.shape[:-1], 3), POISON)], dim=-1)[..., : t.shape[-1]]
     if kind == "transposed":
         return t.transpose(0, -1).contiguous().transpose(0, -1)
-    assert kind == "plain", kind
+    require(kind == "plain", kind)
     return t
 
 

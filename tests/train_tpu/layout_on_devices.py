@@ -13,6 +13,7 @@ from core.manifest import Manifest
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import layouts, make_mesh, parse_mesh
+from tests.checks import require
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, fresh_state, lower_step
 
 LAYERS, WIDTH, MLP, VOCABULARY = 3, 64, 176, 320
@@ -28,7 +29,7 @@ def config_for(mesh) -> StepConfig:
     return StepConfig(MODEL, OptimizerConfig(optimizer="adamw"), GuardConfig(), Compute(mesh=mesh), 0.0, 64)
 
 
-assert jax.device_count() == 8
+require(jax.device_count() == 8, jax.devices())
 
 # Parameters and both moments, in bytes that each device has.
 for text, parts in (
@@ -45,8 +46,8 @@ for text, parts in (
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     expected = 3 * 4 * (MATRICES // parts + SMALL) + WINDOWS
-    assert set(held.values()) == {expected}, (text, held, expected)
-    assert sum(row.device_bytes for row in layouts(mesh, state)) == expected, text
+    require(set(held.values()) == {expected}, text, held, expected)
+    require(sum(row.device_bytes for row in layouts(mesh, state)) == expected, text)
 
 # A device holds the weights of all layers whole (or their gradients, or moments) only along `data`: what the
 # backward pass needs of them is gathered again, not kept.
@@ -55,7 +56,7 @@ for text in ("data=8", "fsdp=8"):
     mesh = make_mesh(parse_mesh(text, 8))
     compiled = lower_step(config_for(mesh), 16, 1, mesh).compile().as_text()
     found = whole.intersection(re.findall(r"\bf32\[([0-9,]+)\]", compiled))
-    assert found == (whole if text == "data=8" else set()), (text, found)
+    require(found == (whole if text == "data=8" else set()), text, found)
 
 # A checkpoint of one mesh is one of any.
 folder = Path(sys.argv[1])
@@ -69,4 +70,4 @@ for text, n in (("data=8", 8), ("fsdp=8", 8), ("data=1", 1), ("fsdp=4,tensor=2",
     found = restore(saved, abstract)
     for a, b, wanted in zip(*map(jax.tree.leaves, (found, state, abstract)), strict=True):
         np.testing.assert_array_equal(a, b)
-        assert a.sharding == wanted.sharding
+        require(a.sharding == wanted.sharding, text, a.sharding, wanted.sharding)

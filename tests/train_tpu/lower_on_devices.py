@@ -10,6 +10,7 @@ from core.errors import UserError
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import check_mesh, make_mesh, parse_mesh
+from tests.checks import require
 from train_tpu.step import GuardConfig, StepConfig, lower_step
 
 MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "fsdp=2,tensor=4")
@@ -37,6 +38,6 @@ for name, preset in PRESETS.items():
         )
         module = lower_step(config, ROWS, 2, mesh).as_text()
         axes = ", ".join(f'"{axis}"={size}' for axis, size in shape._asdict().items())
-        assert f"sdy.mesh @mesh = <[{axes}]" in module, (name, text)
+        require(f"sdy.mesh @mesh = <[{axes}]" in module, name, text)
         lowered += 1
 print(f"{lowered} lowered, {refused} refused")

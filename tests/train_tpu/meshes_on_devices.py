@@ -14,6 +14,7 @@ from core.config import ModelConfig
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import MeshShape, batch_sharding, make_mesh, parse_mesh, replicated
+from tests.checks import require
 from tests.models import flat
 from tests.reference import logits64
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
@@ -52,14 +53,14 @@ def train(shape: MeshShape, model=MODEL, accumulate=1, remat="none", unroll=1):
     before, seen, gradients = flat(state.params), [], {}
     for i in range(2):
         state, metrics = step(state, jax.device_put(data(i, accumulate), batch_sharding(mesh)), controls)
-        assert metrics.applied
+        require(metrics.applied, shape, i, metrics)
         seen.append((float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)))
         if i == 0:  # from zero, the first moment of both optimizers is (1 - beta) of the gradient
             for path, moment in flat(state.opt_state).items():
                 for name in before:
                     if path.endswith(f"mu/{name}"):
                         gradients[name] = moment / (1 - BETA)
-    assert gradients.keys() == before.keys()
+    require(gradients.keys() == before.keys(), gradients.keys(), before.keys())
     return np.array(seen), gradients, before, flat(state.params)
 
 
@@ -82,7 +83,7 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[s
     return {name: float(np.linalg.norm(one[name] - other[name])) for name in one}
 
 
-assert jax.device_count() == 8
+require(jax.device_count() == 8, jax.devices())
 # XLA says on stderr where it can only go on by giving every device everything; Python keeps the old one.
 sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
@@ -96,9 +97,9 @@ size = {name: float(np.linalg.norm(g)) for name, g in gradients.items()}
 # bfloat16 rounds at 2^-9 where float32 does at 2^-24; a sum over `tensor` adds parts that are rounded to it,
 # a few roundings more of the size of one device's own.
 ROUNDING = {"float32": 1.0, "bfloat16": 2.0**15}[dtype]
-assert all(noise[name] < 2e-6 * ROUNDING * max(size[name], 0.1) for name in noise), noise
+require(all(noise[name] < 2e-6 * ROUNDING * max(size[name], 0.1) for name in noise), noise)
 if dtype == "bfloat16":  # that it is computed in it: at least one rounding of each matrix's gradient
-    assert all(noise[name] > 2.0**-9 * size[name] for name in noise if name.endswith("kernel")), noise
+    require(all(noise[name] > 2.0**-9 * size[name] for name in noise if name.endswith("kernel")), noise)
 # The two updates amplify it: AdamW divides it by eps = 1e-3; Muon raises what is small in a gradient to full
 # size, rounding included (its iteration multiplies small singular values by up to 3.4^5 = 470).
 amplified = {"adamw": 3e-6, "muon": 1e-4}[optimizer]
@@ -112,7 +113,7 @@ def check(name, results, expected):
     apart = distance(gradient, gradient1)
     worst = max(apart, key=lambda leaf: apart[leaf] / noise[leaf])
     print(f"{name}: {apart[worst] / noise[worst]:.2f} of one device's own error at most, in {worst}")
-    assert apart[worst] <= 4 * noise[worst], (name, worst, apart[worst], noise[worst])
+    require(apart[worst] <= 4 * noise[worst], name, worst, apart[worst], noise[worst])
     if (
         dtype == "bfloat16"
     ):  # logits are float32, of activations that are off by 2^-9; a step hardly changes that
@@ -123,7 +124,7 @@ def check(name, results, expected):
     for leaf in end:
         np.testing.assert_allclose(end[leaf], end1[leaf], rtol=0, atol=amplified, err_msg=f"{name}: {leaf}")
     moved = np.abs(end["embed/table"] - start["embed/table"]).max()
-    assert moved > 0.005, moved
+    require(moved > 0.005, moved)
 
 
 for text in MESHES:
@@ -132,7 +133,7 @@ if dtype == "bfloat16":
     sys.exit()
 dropped = dataclasses.replace(MODEL, dropout=0.2)
 harder = train(ONE, dropped, accumulate=2)
-assert abs(harder[0][0, 0] - seen[0, 0]) > 1e-4  # the masks count
+require(abs(harder[0][0, 0] - seen[0, 0]) > 1e-4, harder[0][0, 0], seen[0, 0])  # the masks count
 # Masks, parts of the batch and what is computed again.
 for text, remat, unroll in (
     ("fsdp=8", "dots", 2),
@@ -141,4 +142,4 @@ for text, remat, unroll in (
 ):
     check(f"{text} {remat}", train(parse_mesh(text, 8), dropped, 2, remat, unroll), harder)
 said = Path(log).read_text()
-assert "full rematerialization" not in said, said
+require("full rematerialization" not in said, said)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.run.log import read_log
+from tests.checks import require
 from tests.several_devices import FAST_COMPILE
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple
     process = start(cache, *arguments, **kwargs)
     out, err = process.communicate(timeout=timeout)
     code = process.returncode
-    assert code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}"
+    require(code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}")
     return out, err
 
 
@@ -96,7 +97,7 @@ def refusal(cache: Path, *arguments: str | Path, **kwargs) -> str:
     """Runs a command that must refuse: exit code 2 and one sentence, no traceback. Gives the sentence."""
     _, err = run(cache, *arguments, expect=2, **kwargs)
     lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    require(len(lines) == 1 and lines[0].startswith("error: "), err)
     return lines[0]
 
 
