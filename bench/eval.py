@@ -22,7 +22,8 @@ from rich.table import Table
 from core import checks, cli
 from core.errors import UserError, run_command
 from eval.run import DEFAULT_TASKS
-from eval.tasks import open_tasks, task_names
+from eval.settings import task_names
+from eval.tasks import open_tasks
 
 ROWS = ("hf", "torch", "jax")
 DTYPES = ("float32", "bfloat16")

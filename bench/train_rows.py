@@ -26,8 +26,8 @@ from kernels_cuda import library
 from port_torch.hf_config import hf_config, is_llama
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.train import fresh_decoder
 from port_torch.training.batches import Rows
+from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
 from port_torch.training.step import Stepper, parameter_groups

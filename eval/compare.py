@@ -14,15 +14,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 from jaxtyping import Float
-from scipy import stats
 
 from core import cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import write_atomically
-from eval.models import results_folder
 from eval.ratio import ratio_of_sums
 from eval.results import RESULTS, all_tasks, figures, protocol, read_results, shown, table
+from eval.settings import results_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,8 @@ def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N
     Right or wrong: McNemar's exact test, which asks only of the questions that one model alone gets right. A
     share (mc2): the paired t-test.
     """
+    from scipy import stats  # slow
+
     difference = second - first
     n = len(difference)
     mean = float(difference.mean())
@@ -102,6 +103,8 @@ def compare_pages(
 
     The difference is sum(second - first) / sum(bytes); its error that of the linearised ratio over documents.
     """
+    from scipy import stats  # slow
+
     bits = (second - first) / math.log(2)
     ratio, stderr = ratio_of_sums(bits, n_bytes)
     p = float(2 * stats.t.sf(abs(ratio) / stderr, len(bits) - 1)) if stderr else float(ratio == 0)

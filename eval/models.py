@@ -1,23 +1,21 @@
 """What is evaluated: a checkpoint with Flax, or a folder of weights with PyTorch."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from core.checkpoint import find_step, load_manifest, restore_params
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
-from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
-from core.manifest import EXPORT_MANIFEST, MANIFEST, Manifest, recorded_hash
+from core.manifest import EXPORT_MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
-from core.steps import list_steps, tokenizer_carriers
+from core.steps import tokenizer_carriers
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
 from eval.flax_backend import FlaxBackend
-
-Device = Literal["auto", "cpu", "cuda"]
+from eval.settings import Device, is_checkpoint, require_model, results_folder
 
 
 class Model(NamedTuple):
@@ -43,30 +41,10 @@ def open_model(path: Path, dtype: str, device: Device = "auto", tokenizer: str |
     Raises:
         UserError: there is no model, it is damaged, or what it needs is not here.
     """
-    if not path.exists():
-        raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
-    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
+    require_model(path, device)
     if is_checkpoint(path):
-        if device != "auto":
-            raise UserError(
-                f"{path} is a checkpoint, which JAX runs on the devices it finds: set JAX_PLATFORMS=cpu or "
-                "cuda instead of --device"
-            )
         return _open_checkpoint(path, dtype, tokenizer)
     return _open_folder(path, dtype, device, tokenizer)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a run folder, its folder of checkpoints, or one of them."""
-    return (path / "checkpoints").is_dir() or (path / MANIFEST).exists() or bool(list_steps(path))
-
-
-def results_folder(path: Path) -> Path:
-    """Where results go if nothing else is said: eval/step-N in the run, or FOLDER-eval beside a folder."""
-    if is_checkpoint(path):
-        step_dir = find_step(path)
-        return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
-    return path.absolute().with_name(f"{path.absolute().name}-eval")
 
 
 def _open_checkpoint(path: Path, dtype: str, given: str | None) -> Model:

@@ -20,10 +20,9 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
-from lm_eval.api.instance import Instance
 
 from core import checks, cli
 from core.errors import UserError, run_command
@@ -31,14 +30,14 @@ from core.folders import write_atomically
 from core.text import read_text
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
-from eval.evaluate import evaluate_task
-from eval.harness import HarnessModel
 from eval.hub import go_offline_if_unreachable
 from eval.local_data import WIKITEXT_TEST
-from eval.models import Device, describe, open_model
 from eval.progress import Progress
 from eval.results import table, versions
-from eval.tasks import open_tasks
+from eval.settings import Device, require_model
+
+if TYPE_CHECKING:
+    from eval.harness import HarnessModel
 
 # wiki.test.raw of wikitext-2-raw-v1 as published, with \n for line ends.
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -146,16 +145,21 @@ def measure(
     }
 
 
-def measure_words(harness: HarnessModel, text: str) -> dict[str, float | int]:
+def measure_words(harness: "HarnessModel", text: str) -> dict[str, float | int]:
     """The per-word perplexity of a text as one document, by the harness's rolling windows."""
+    from lm_eval.api.instance import Instance  # slow, as all of lm-eval
+
     harness.task = "word"
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     (logprob,) = harness.loglikelihood_rolling([request])
     return _words(-logprob, harness.bos_nats, count_words(text), len(text.encode()))
 
 
-def measure_wikitext_words(harness: HarnessModel, data_dir: Path | None) -> dict[str, float | int]:
+def measure_wikitext_words(harness: "HarnessModel", data_dir: Path | None) -> dict[str, float | int]:
     """The harness's task `wikitext`: pages, detokenised, words and bytes of the original."""
+    from eval.evaluate import evaluate_task  # slow, as all of lm-eval
+    from eval.tasks import open_tasks
+
     with open_tasks(["wikitext"], data_dir) as tasks:
         record, questions = evaluate_task(harness, tasks, "wikitext")
     entry = record["tasks"]["wikitext"]
@@ -202,7 +206,11 @@ def main() -> int:
     config = cli.parse(PerplexityConfig, prog="python -m eval.perplexity")
     if config.text and config.data_dir:
         raise UserError("give --text or --data-dir, not both")
+    require_model(config.model, config.device)
     text = read_text(config.text) if config.text else wikitext_test(config.data_dir)
+    from eval.harness import HarnessModel  # slow: JAX and lm-eval
+    from eval.models import describe, open_model
+
     model = open_model(config.model, config.dtype, config.device, config.tokenizer)
     context = model.backend.context
     stride = min(512, context // 2) if config.stride is None else config.stride

@@ -14,12 +14,8 @@ import tyro
 
 from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
-from eval.card import check_card, update_card
-from eval.evaluate import BOOTSTRAP, Record, evaluate_task
-from eval.harness import HarnessModel
-from eval.models import Device, describe, is_checkpoint, open_model
-from eval.results import Results, figures, shown
-from eval.tasks import FEWSHOT_SEED, open_tasks, task_names
+from eval.results import Record, Results, figures, shown
+from eval.settings import Device, is_checkpoint, require_model, task_names
 
 DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
 
@@ -62,12 +58,21 @@ def main() -> int:
     """The command; 130 when Ctrl-C cut it short, after what was done is written."""
     config = cli.parse(EvalConfig, prog="python -m eval.run")
     names = task_names(config.tasks)
+    require_model(config.model, config.device)
     if config.card:
-        if config.model.exists() and is_checkpoint(config.model):
+        if is_checkpoint(config.model):
             raise UserError(
                 f"--card: {config.model} is a checkpoint; convert it first and evaluate the folder"
             )
+        from eval.card import check_card, update_card
+
         check_card(config.model)
+    # Slow: JAX and lm-eval with the datasets of Hugging Face.
+    from eval.evaluate import BOOTSTRAP, evaluate_task
+    from eval.harness import HarnessModel
+    from eval.models import describe, open_model
+    from eval.tasks import FEWSHOT_SEED, open_tasks
+
     with open_tasks(names, config.data_dir) as tasks:
         model = open_model(config.model, config.dtype, config.device, config.tokenizer)
         settings = {

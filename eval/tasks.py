@@ -107,14 +107,6 @@ def open_tasks(names: list[str], data_dir: Path | None) -> Iterator[Tasks]:
         yield Tasks({name: ours if name in from_files else harness for name in names}, local)
 
 
-def task_names(text: str) -> list[str]:
-    """The names in a list with commas between, each once; a UserError where there is none."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UserError(f"{text!r} names no task")
-    return names
-
-
 def _unknown(name: str, harness: TaskManager) -> str:
     near = difflib.get_close_matches(name, harness.all_tasks, n=3)
     also = f"; near it are {', '.join(near)}" if near else ""

@@ -13,7 +13,8 @@ from eval.evaluate import evaluate_task
 from eval.flax_backend import FlaxBackend
 from eval.harness import HarnessModel, Interrupted
 from eval.results import figures, shown
-from eval.tasks import open_tasks, task_names
+from eval.settings import task_names
+from eval.tasks import open_tasks
 
 Figures = list[tuple[str, float, str]]
 

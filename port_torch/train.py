@@ -2,7 +2,7 @@
 
 From scratch it starts from the parameters of core.model.init_params, of the same seed as `train_tpu.run` to
 the bit, or with --from from an exported folder. The data and their order are those of `train_tpu.run`.
-main() is the course up to what both training commands share (training/course.py).
+What the command does is in training/pretraining.py, which is imported once it is known that it can be done.
 """
 
 import dataclasses
@@ -10,34 +10,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
-import torch
 import tyro
 
 from core import cli
 from core.cli import Maybe
-from core.config import ModelConfig
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
-from core.folders import CACHE
-from core.keys import Purpose, make_key
-from core.model import init_params
-from core.sampling import require_room
-from core.tokenizer import require_same, tokenizer_record
-from port_torch.export import reader
-from port_torch.model import Decoder, parameter_name
-from port_torch.names import exported_tensors
-from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.course import Job, begin, require_deterministic_operations, train
-from port_torch.training.origin import open_origin
-from port_torch.training.ranks import Ranks, open_ranks
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu import config as theirs
+from train_tpu.command_line import given_value, settings_of_run
 from train_tpu.config import ModelOverrides
-from train_tpu.data import Dataset
-from train_tpu.prepare import choose_tokenizer, open_or_prepare
-from train_tpu.run import count_steps, given_value, settings_of_run
-from train_tpu.run_folder import require_folder, run_record
+from train_tpu.run_folder import require_folder
 
 # Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
 # presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
@@ -77,12 +60,10 @@ class TrainConfig(TrainerConfig):
 def main() -> int:
     """Runs the command; train_tpu.interrupt says what its exit codes mean."""
     config = parse(sys.argv[1:])
-    jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
-    if config.deterministic:
-        require_deterministic_operations()
-    require_folder(out_folder(config))
-    with open_ranks(config.device) as ranks:
-        return train(make_job(config, ranks), ranks)
+    check(config)
+    from port_torch.training.pretraining import run  # slow: JAX and PyTorch
+
+    return run(config, out_folder(config))
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -104,60 +85,14 @@ def out_folder(config: TrainConfig) -> Path:
     return config.out or Path("runs") / f"{config.preset}-torch"
 
 
-def make_job(config: TrainConfig, ranks: Ranks) -> Job:
-    """Model and data of a run."""
-    config = begin(config, out_folder(config), ranks)
+def check(config: TrainConfig) -> None:
+    """Refuses what cannot be done before anything is read."""
+    require_folder(out_folder(config))
     if config.init_from:
         require_kind(config.init_from, "start", Kind.WEIGHTS)
         require_no_overrides(config)
-        decoder, tokenizer, lineage = open_origin(config.init_from, "train", config.tokenizer)
-        if config.steps is None and config.epochs is None:
-            config = dataclasses.replace(config, epochs=1.0)
-        dataset = open_data(config, tokenizer.name, decoder.config.context, ranks)
-        require_same(
-            tokenizer_record(tokenizer), dataset.tokenizer_record, str(config.init_from), "the data given"
-        )
     else:
-        given = theirs.TRAINING_DEFAULTS[config.preset]
-        theirs.model_config(config, vocab_size=1)  # what no model can be is refused before anything slow
-        tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
-        model = theirs.model_config(config, tokenizer.vocab_size)
-        dataset = open_data(config, tokenizer.name, model.context, ranks)
-        decoder = fresh_decoder(model, config.seed)
-    model, rows = decoder.config, ranks.rows(config.batch)
-    steps = count_steps(config, dataset)
-    prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
-    if prompts:
-        require_room(prompts, model.context)
-    heldout = ", ".join(f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout)
-    tokens = dataset.splits["train"].tokens
-    return Job(
-        config=config,
-        out=out_folder(config),
-        defaults=TrainConfig(),
-        decoder=decoder.to(ranks.device),
-        tokenizer=tokenizer,
-        record=run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint),
-        lineage=lineage,
-        steps=steps,
-        batches=lambda start: pretraining_batches(
-            dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
-            vocab_size=model.vocab_size, on_bad=config.on_bad_record,
-        ),
-        example=lambda n: empty_rows(n, model.context, packed=False),
-        heldout=heldout_sets(dataset),
-        prompts=prompts,
-        table=[
-            ("tokenizer", f"{tokenizer.name}, {model.vocab_size:,} ids"),
-            ("data", f"{config.data}: {tokens:,} tokens"),
-            ("held out", heldout or "none"),
-        ],
-    )  # fmt: skip
-
-
-def open_data(config: TrainConfig, tokenizer: str, context: int, ranks: Ranks) -> Dataset:
-    """The dataset; text is prepared by the first rank while the others wait."""
-    return ranks.in_turn(lambda: open_or_prepare(config.data, tokenizer, context, CACHE))
+        theirs.model_config(config, vocab_size=1)  # what no model can be
 
 
 def require_no_overrides(config: TrainConfig) -> None:
@@ -168,19 +103,6 @@ def require_no_overrides(config: TrainConfig) -> None:
             f"--{changed[0].replace('_', '-')} and --from do not go together: the folder says what its model "
             "is"
         )
-
-
-def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:
-    """The mirror with the parameters that `train_tpu.run` starts from: drawn by JAX, the same to the bit."""
-    params = jax.jit(lambda seed: init_params(model, make_key(seed, Purpose.INIT)))(jax.numpy.uint32(seed))
-    read = reader(params)
-    with torch.device("meta"):
-        decoder = Decoder(model)
-    leaves = exported_tensors(model).values()
-    copied = {"memory_format": torch.contiguous_format}  # of JAX's memory, which is not to be written to
-    weights = {parameter_name(leaf): read(leaf).clone(**copied) for leaf in leaves}
-    decoder.load_state_dict(weights, assign=True)
-    return decoder
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ main() is the whole course in order: settings, data, devices, run folder, state,
 import contextlib
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -49,10 +48,11 @@ from core.sharding import (
     state_shardings,
 )
 from core.steps import find_start, leave_newer
-from core.tokenizer import BUILT_IN, Tokenizer, find_tokenizer
+from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu import config as settings
 from train_tpu.backend import choose_step, split_batch
+from train_tpu.command_line import given_value, settings_of_run
 from train_tpu.config import RunConfig
 from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
@@ -80,8 +80,6 @@ from train_tpu.step import (
     fresh_state,
     init_state,
 )
-
-Settings = TypeVar("Settings")
 
 
 def main() -> int:
@@ -268,30 +266,6 @@ def parse(argv: list[str]) -> RunConfig:
     return cli.parse(
         RunConfig, argv, prog="python -m train_tpu.run", default=default, description=RunConfig.__doc__
     )
-
-
-def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Settings:
-    """Those of the run in `folder`, for a command line to go over.
-
-    `default` where there is no run, and for what is said of one start alone.
-    """
-    record = read_config(folder)
-    if not record:
-        return default
-    once = {name: getattr(default, name) for name in settings.ONCE}
-    saved = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
-    if record["tokenizer"]["name"] not in BUILT_IN and given_value(argv, "--tokenizer") is None:
-        carriers = (folder, Path(saved.data))
-        own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
-        saved = dataclasses.replace(saved, tokenizer=own)
-    return dataclasses.replace(saved, steps=None) if given_value(argv, "--epochs") else saved
-
-
-def given_value(argv: list[str], flag: str) -> str | None:
-    """The value that the command line gives a flag, before it is parsed."""
-    values = [value for name, value in itertools.pairwise(argv) if name == flag]
-    values += [text.partition("=")[2] for text in argv if text.startswith(f"{flag}=")]
-    return values[-1] if values else None
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:

@@ -25,11 +25,11 @@ from port_torch import train as torch_train
 from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.train import fresh_decoder
 from port_torch.training import checkpoint
 from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
 from port_torch.training.course import load_kernels
 from port_torch.training.evaluate import score
+from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
 from tests.models import random_params

@@ -1,0 +1,44 @@
+"""What the commands are given: model, device and names of tasks; checked before anything slow is imported."""
+
+from pathlib import Path
+from typing import Literal
+
+from core.errors import UserError
+from core.folder_kinds import Kind, require_kind
+from core.manifest import MANIFEST, load_manifest
+from core.steps import find_step, list_steps
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def require_model(path: Path, device: Device = "auto") -> None:
+    """A UserError where there is no model, or one that a device is not to be chosen for."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
+    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
+    if is_checkpoint(path) and device != "auto":
+        raise UserError(
+            f"{path} is a checkpoint, which JAX runs on the devices it finds: set JAX_PLATFORMS=cpu or "
+            "cuda instead of --device"
+        )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run folder, its folder of checkpoints, or one of them."""
+    return (path / "checkpoints").is_dir() or (path / MANIFEST).exists() or bool(list_steps(path))
+
+
+def results_folder(path: Path) -> Path:
+    """Where results go if nothing else is said: eval/step-N in the run, or FOLDER-eval beside a folder."""
+    if is_checkpoint(path):
+        step_dir = find_step(path)
+        return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
+    return path.absolute().with_name(f"{path.absolute().name}-eval")
+
+
+def task_names(text: str) -> list[str]:
+    """The names in a list with commas between, each once; a UserError where there is none."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"{text!r} names no task")
+    return names

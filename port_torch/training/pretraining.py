@@ -1,0 +1,106 @@
+"""Pretraining of the mirror: from what port_torch.train was given to the `Job` that is trained."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import torch
+
+from core.config import ModelConfig
+from core.folders import CACHE
+from core.keys import Purpose, make_key
+from core.model import init_params
+from core.sampling import require_room
+from core.tokenizer import require_same, tokenizer_record
+from port_torch.export import reader
+from port_torch.model import Decoder, parameter_name
+from port_torch.names import exported_tensors
+from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
+from port_torch.training.course import Job, begin, require_deterministic_operations, train
+from port_torch.training.origin import open_origin
+from port_torch.training.ranks import Ranks, open_ranks
+from train_tpu import config as theirs
+from train_tpu.data import Dataset
+from train_tpu.prepare import choose_tokenizer, open_or_prepare
+from train_tpu.run import count_steps
+from train_tpu.run_folder import run_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from port_torch.train import TrainConfig
+
+
+def run(config: "TrainConfig", out: "Path") -> int:
+    """Trains; returns the exit code of `train_tpu.interrupt`."""
+    jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
+    if config.deterministic:
+        require_deterministic_operations()
+    with open_ranks(config.device) as ranks:
+        return train(make_job(config, out, ranks), ranks)
+
+
+def make_job(config: "TrainConfig", out: "Path", ranks: Ranks) -> Job:
+    """Model and data of a run."""
+    config = begin(config, out, ranks)
+    if config.init_from:
+        decoder, tokenizer, lineage = open_origin(config.init_from, "train", config.tokenizer)
+        if config.steps is None and config.epochs is None:
+            config = dataclasses.replace(config, epochs=1.0)
+        dataset = open_data(config, tokenizer.name, decoder.config.context, ranks)
+        require_same(
+            tokenizer_record(tokenizer), dataset.tokenizer_record, str(config.init_from), "the data given"
+        )
+    else:
+        given = theirs.TRAINING_DEFAULTS[config.preset]
+        tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
+        model = theirs.model_config(config, tokenizer.vocab_size)
+        dataset = open_data(config, tokenizer.name, model.context, ranks)
+        decoder = fresh_decoder(model, config.seed)
+    model, rows = decoder.config, ranks.rows(config.batch)
+    steps = count_steps(config, dataset)
+    prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
+    if prompts:
+        require_room(prompts, model.context)
+    heldout = ", ".join(f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout)
+    tokens = dataset.splits["train"].tokens
+    return Job(
+        config=config,
+        out=out,
+        defaults=type(config)(),
+        decoder=decoder.to(ranks.device),
+        tokenizer=tokenizer,
+        record=run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint),
+        lineage=lineage,
+        steps=steps,
+        batches=lambda start: pretraining_batches(
+            dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
+            vocab_size=model.vocab_size, on_bad=config.on_bad_record,
+        ),
+        example=lambda n: empty_rows(n, model.context, packed=False),
+        heldout=heldout_sets(dataset),
+        prompts=prompts,
+        table=[
+            ("tokenizer", f"{tokenizer.name}, {model.vocab_size:,} ids"),
+            ("data", f"{config.data}: {tokens:,} tokens"),
+            ("held out", heldout or "none"),
+        ],
+    )  # fmt: skip
+
+
+def open_data(config: "TrainConfig", tokenizer: str, context: int, ranks: Ranks) -> Dataset:
+    """The dataset; text is prepared by the first rank while the others wait."""
+    return ranks.in_turn(lambda: open_or_prepare(config.data, tokenizer, context, CACHE))
+
+
+def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:
+    """The mirror with the parameters that `train_tpu.run` starts from: drawn by JAX, the same to the bit."""
+    params = jax.jit(lambda seed: init_params(model, make_key(seed, Purpose.INIT)))(jax.numpy.uint32(seed))
+    read = reader(params)
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    leaves = exported_tensors(model).values()
+    copied = {"memory_format": torch.contiguous_format}  # of JAX's memory, which is not to be written to
+    weights = {parameter_name(leaf): read(leaf).clone(**copied) for leaf in leaves}
+    decoder.load_state_dict(weights, assign=True)
+    return decoder
