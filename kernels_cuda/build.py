@@ -5,8 +5,8 @@ stable ABI of LibTorch and carries its own CUDA runtime. A .json next to it says
 both: it holds the file's sha256 and its own, and nothing is loaded that they do not fit.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,10 +18,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import tyro
 
+from core import cli
 from core.errors import UserError, run_command
 from core.folders import CACHE
 
@@ -32,6 +33,14 @@ ARCHITECTURES = ("8.0", "9.0+PTX")  # A100; H100 and H200; newer ones compile th
 COMPILER_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "--threads", "1")
 # The oldest PyTorch that the file will serve, in the ABI's notation: 2.10.
 TORCH_FLAGS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """Compile the CUDA kernels into the package. Needs nvcc, but no GPU."""
+
+    architectures: Annotated[tuple[str, ...], tyro.conf.arg(metavar="X.Y [X.Y ...]")] = ARCHITECTURES
+    """Compute capabilities; +PTX behind one serves newer ones too."""
 
 
 def find_nvcc() -> Path | None:
@@ -97,6 +106,8 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
             "no nvcc found: install the CUDA toolkit 12.4 or newer, and put its bin folder on the PATH "
             "or its folder into CUDA_HOME"
         )
+    import torch  # slow, and only here
+
     torch_folder = Path(torch.__file__).parent
     with TemporaryDirectory() as folder:
         objects = []
@@ -211,26 +222,15 @@ def _put(data: bytes, path: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_cuda.build",
-        description="Compile the CUDA kernels into the package. Needs nvcc, but no GPU.",
-    )
-    parser.add_argument(
-        "--architectures",
-        nargs="+",
-        default=ARCHITECTURES,
-        metavar="X.Y",
-        help="compute capabilities; +PTX behind one serves newer ones too (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
+    config = cli.parse(BuildConfig, prog="python -m kernels_cuda.build")
     start = time.monotonic()
     try:
-        build(BUILT, tuple(arguments.architectures))
+        build(BUILT, config.architectures)
     except CompilerError as error:
         print(error.output, file=sys.stderr)
         raise
     seconds, size = time.monotonic() - start, BUILT.stat().st_size / 2**20
-    print(f"built {BUILT} for {' '.join(arguments.architectures)}: {size:.1f} MiB, {seconds:.0f} s")
+    print(f"built {BUILT} for {' '.join(config.architectures)}: {size:.1f} MiB, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,30 @@
 """What is built, for which GPUs, and what will be used here and why: `python -m kernels_cuda.doctor`."""
 
-import argparse
+import dataclasses
 
-import torch
-
+from core import cli
 from core.errors import run_command
-from kernels_cuda import build, library
+from kernels_cuda import build
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """Say what is built, for which GPUs, and what will be used here and why."""
 
 
 def main() -> None:
     """The command."""
-    argparse.ArgumentParser(
-        prog="python -m kernels_cuda.doctor", description=__doc__.split(":")[0]
-    ).parse_args()
+    cli.parse(DoctorConfig, prog="python -m kernels_cuda.doctor")
     for name, value in facts():
         print(f"{name:<10} {value}")
 
 
 def facts() -> list[tuple[str, str]]:
     """What there is, one line a fact; the last says what will be used."""
+    import torch  # slow
+
+    from kernels_cuda import library
+
     lines = [("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
