@@ -21,7 +21,7 @@ from bench.train_rows import VARIANTS, measure
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
-from kernels_cuda.bench import Clock, ceilings
+from kernels_cuda.bench_tasks import Clock, ceilings
 from port_torch.hf_config import is_llama
 
 BATCH = {"mtlm1-200m": 32, "mtlm2-40m": 64}
