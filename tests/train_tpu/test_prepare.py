@@ -629,3 +629,15 @@ def test_memory_is_bounded_whatever_the_size_of_the_corpus(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, check=True, capture_output=True)
     # KiB of the largest process; there are three, and together they must stay below 2 GiB
     assert int(done.stdout) < 2 * 2**20 / 3
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "advice"),
+    [("Little.", 0.0, "or a shorter context"), ("Much. " * 50, 0.001, "or hold out a larger part of it")],
+)
+def test_too_little_text_is_told_without_a_flag(tmp_path, text, fraction, advice):
+    """A recipe says it in the same words, and there the settings are no flags: CONTEXT, VALID_FRACTION."""
+    source = write_jsonl(tmp_path / "text.jsonl", [text] * (1 if fraction == 0 else 3))
+    with pytest.raises(UserError, match=f"give more text {advice}$") as error:
+        prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=fraction)
+    assert "--" not in str(error.value)

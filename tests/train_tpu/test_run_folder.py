@@ -1,17 +1,26 @@
 """Under which settings a run folder is resumed; no process is started."""
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from rich.console import Console
 
+from core import processes
+from core.config import ModelConfig
 from core.errors import UserError
-from core.manifest import Manifest
-from core.sharding import resolved_mesh
-from core.steps import step_path
+from core.manifest import Manifest, load_manifest
+from core.sharding import make_mesh, resolved_mesh
+from core.steps import find_step, step_path
+from tests.several_devices import ROOT
 from train_tpu import config as settings
 from train_tpu import run as command
+from train_tpu.backend import choose_step
 from train_tpu.run_folder import check_run_folder, require_folder, run_record, write_config
 
 TOKENIZER = {"name": "bytes", "sha256": "0" * 64, "vocab_size": 258}
@@ -179,3 +188,21 @@ def test_what_cannot_be_is_refused_before_the_data_is_prepared(arguments, says, 
     with pytest.raises(UserError, match=says):
         command.main()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
+    """The first sees no checkpoint and this one that of step 12, as on a shared disk that lags. Both would
+    compile, and then wait for each other for ever."""
+    run = ROOT / "tests/fixtures/7b5e0bc/mtlm1"
+    saved = load_manifest(find_step(run))
+    first = np.frombuffer(hashlib.sha256(b"").digest(), np.uint8)
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    monkeypatch.setattr(processes, "in_turn", lambda action: action())
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([first, mine]))
+    config = dataclasses.replace(settings.unflatten(saved.config["run"]), attention="xla")
+    mesh = make_mesh()
+    step, _ = choose_step(config, ModelConfig(**saved.config["model"]), mesh)
+    record = {**saved.config, "tokenizer": saved.tokenizer}
+    data = SimpleNamespace(fingerprint=saved.data["fingerprint"])
+    with pytest.raises(UserError, match=r"^processes \[1\] have other checkpoint in .* than process 0: "):
+        command.starting_state(config, step, run, record, data, mesh, None, Console(quiet=True))
