@@ -203,7 +203,7 @@ _MEMORY_WORDS = {
 
 
 def _times(loops: int) -> str:
-    return f"in {loops} nested loop{'s' if loops > 1 else ''}" if loops else "once a step"
+    return ("once a step", "in a loop")[loops] if loops < 2 else f"in {loops} nested loops"
 
 
 def _show(console: Console, title: str, rows: list[tuple[str, ...]], *headers: str) -> None:
