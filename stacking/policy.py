@@ -1,4 +1,4 @@
-"""How training continues after a growth: the schedule, and which policies do not go together."""
+"""How training continues after a growth: the schedule, and what does not go with a reset optimizer."""
 
 import dataclasses
 from typing import Literal
@@ -12,7 +12,7 @@ REWARM = 200  # steps, where nothing is said and enough of them are left
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What becomes of the learning rate's course."""
+    """What becomes of the learning rate's schedule."""
 
     kind: Literal["rewarm", "keep", "restart"]
     rewarm: int = 0
@@ -66,8 +66,6 @@ def continue_schedule(
     Raises:
         UserError: the schedule has ended, or would jump.
     """
-    if run.steps is None:
-        raise AssertionError("a saved run has a number of steps")
     total = run.steps if steps is None else steps
     optim = run.optim
     if schedule.kind == "restart":

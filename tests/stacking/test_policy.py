@@ -8,8 +8,9 @@ from core.config import preset
 from core.errors import UserError
 from core.manifest import Manifest
 from core.run.schedule import OptimizerConfig, learning_rate
-from stacking.grow import training_flops
+from stacking.growth import training_flops
 from stacking.policy import Schedule, continue_schedule, parse_schedule, require_safe
+from tests.stacking import oracle
 from train_tpu.config import RunConfig
 
 WSD = RunConfig(steps=100, optim=OptimizerConfig(lr=1.0, warmup=10, decay=0.2))
@@ -19,28 +20,28 @@ def rates(run: RunConfig) -> list[float]:
     return [learning_rate(run.optim, step, run.steps) for step in range(run.steps)]
 
 
-def test_what_is_kept_goes_on_as_if_nothing_had_happened():
-    grown = continue_schedule(WSD, 50, Schedule("keep"), None, "runs/x")
-    assert grown == WSD
-
-
-def test_rewarming_rises_from_near_zero_to_the_schedule():
-    grown = rates(continue_schedule(WSD, 50, Schedule("rewarm", 20), None, "runs/x"))
-    plain = rates(WSD)
-    assert grown[:50] == plain[:50] and grown[70:] == plain[70:]
-    assert grown[50:70] == pytest.approx([(i + 1) / 20 for i in range(20)])
-
-
-def test_a_restart_is_a_schedule_of_the_remaining_steps():
-    ended = dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, rewarm=5, rewarm_at=3))
-    grown = continue_schedule(ended, 100, Schedule("restart"), 160, "runs/x")
-    alone = RunConfig(steps=60, optim=WSD.optim)
-    assert rates(grown)[100:] == rates(alone)
-
-
-def test_more_steps_move_a_decay_that_has_not_begun():
-    grown = continue_schedule(WSD, 80, Schedule("keep"), 200, "runs/x")
-    assert rates(grown)[80:160] == [1.0] * 80 and rates(grown)[-1] == pytest.approx(1 / 40)
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize(
+    "schedule, at, steps",
+    [
+        (Schedule("keep"), 50, 100),
+        (Schedule("keep"), 80, 200),
+        (Schedule("rewarm", 20), 50, 100),
+        (Schedule("rewarm", 5), 80, 200),
+        (Schedule("restart"), 50, 100),
+        (Schedule("restart"), 100, 160),
+    ],
+)
+def test_every_schedule_is_the_oracles(schedule, at, steps, warmup):
+    """From where the run is grown on; before that the rate was the run's own."""
+    before = dataclasses.replace(
+        WSD, optim=dataclasses.replace(WSD.optim, warmup=warmup, rewarm=5, rewarm_at=3)
+    )
+    grown = continue_schedule(before, at, schedule, steps, "runs/x")
+    decay = round(0.2 * (steps - at * (schedule.kind == "restart")))
+    expected = oracle.rates(steps, warmup, decay, schedule=schedule.kind, at=at, rewarm=schedule.rewarm)
+    found = [learning_rate(grown.optim, step, steps) for step in range(at, steps)]
+    assert found == pytest.approx(expected[at:], rel=1e-12)
 
 
 @pytest.mark.parametrize(

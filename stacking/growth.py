@@ -1,0 +1,168 @@
+"""What one growth will do: which checkpoint, by which plan, and how its training continues.
+
+Everything is decided and refused here, before JAX is imported and before anything is written.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from core.config import PRESETS, ModelConfig
+from core.errors import UserError
+from core.folder_kinds import Kind, require_kind
+from core.folders import require_new
+from core.manifest import Manifest, load_manifest
+from core.run.schedule import learning_rate
+from core.steps import find_step, tokenizer_carriers
+from core.tokenizer import Tokenizer, load_tokenizer_of
+from stacking.plan import Plan, custom_plan, make_plan
+from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
+from train_tpu import config as settings
+from train_tpu.config import ModelOverrides, RunConfig
+
+if TYPE_CHECKING:
+    from stacking.grow import GrowConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """One growth of one checkpoint: everything decided, nothing written yet."""
+
+    step_dir: Path
+    manifest: Manifest
+    """Of the step that is grown."""
+    plan: Plan
+    models: tuple[ModelConfig, ModelConfig]
+    """Before and after."""
+    runs: tuple[RunConfig, RunConfig] | None
+    """The settings before and after; None for parameters alone."""
+    schedule: str
+    """As --schedule gives it."""
+    reset_optimizer: bool
+    tokenizer: Tokenizer
+    out: Path
+    """The new run folder, or the new folder of parameters."""
+
+    @property
+    def flops(self) -> int:
+        """Training FLOPs so far."""
+        return training_flops(self.manifest, self.models[0])
+
+    def lineage_record(self) -> dict[str, Any]:
+        """What the grown checkpoint's manifest says of its origin, but for the probe's losses."""
+        manifest, plan = self.manifest, self.plan
+        return {
+            "operation": "grow",
+            "plan": plan.name,
+            "layers": [plan.n_source, plan.n_layers],
+            "sources": list(plan.sources),
+            "how": list(plan.how),
+            "optimizer": "reset" if self.reset_optimizer else "copy",
+            "schedule": self.schedule,
+            "path": str(self.step_dir),
+            "step": manifest.step,
+            "sequences": manifest.sequences,
+            "tokens": manifest.tokens,
+            "flops": self.flops,
+            "parameters": [model.n_params for model in self.models],
+            "model": [dataclasses.asdict(model) for model in self.models],
+            "source_files": {name: entry["sha256"] for name, entry in manifest.files.items()},
+            "source_code": manifest.code,
+        }
+
+    def describe(self) -> Table:
+        """The table of before and after."""
+        table = Table("", "before", "after", box=None, padding=(0, 2, 0, 0))
+
+        def row(what: str, values: Iterable[str]) -> None:
+            table.add_row(what, *values)
+
+        row("layers", (str(m.n_layers) for m in self.models))
+        row("parameters", (f"{m.n_params:,}" for m in self.models))
+        row("without embeddings", (f"{m.n_params - m.n_embedding_params:,}" for m in self.models))
+        row("MFLOPs per training token", (f"{m.flops_per_token() / 1e6:,.1f}" for m in self.models))
+        if self.runs:
+            step = self.manifest.step
+            rates = (learning_rate(run.optim, step, run.steps) for run in self.runs)
+            row("step", (f"{step:,} of {run.steps:,}" for run in self.runs))
+            row("tokens so far", [f"{self.manifest.tokens:,}"] * 2)
+            row("training FLOPs so far", [f"{self.flops:.3g}"] * 2)
+            row("learning rate here", (f"{rate:.3g}" for rate in rates))
+            row("schedule", map(describe_schedule, self.runs))
+        return table
+
+
+def decide(config: "GrowConfig") -> Growth:
+    """The growth that the command line asks for.
+
+    Raises:
+        UserError: the checkpoint cannot be grown like that, or there is no place for the result.
+    """
+    # 1. What is grown, and by which plan.
+    require_kind(config.source, "grow", Kind.JAX)
+    step_dir = find_step(config.source)
+    out = config.out or default_out(step_dir)
+    if not config.dry_run:
+        require_new(out)
+    manifest = load_manifest(step_dir)
+    model = source_model(step_dir, manifest)
+    if config.layers is not None:
+        if config.factor is not None:
+            raise UserError("--layers is the whole plan: leave --factor out")
+        plan = custom_plan(config.layers, model.n_layers)
+    else:
+        plan = make_plan(config.op, model.n_layers, config.factor)
+    models = (model, dataclasses.replace(model, n_layers=plan.n_layers))
+
+    # 2. How its training continues.
+    runs = None
+    if manifest.kind == "train":
+        run = settings.unflatten(manifest.config["run"])
+        left = (run.steps if config.steps is None else config.steps) - manifest.step
+        schedule = parse_schedule(config.schedule, left)
+        require_safe(config.optimizer, schedule, run.optim.warmup, config.force)
+        grown_run = continue_schedule(run, manifest.step, schedule, config.steps, str(config.source))
+        runs = (run, with_model(grown_run, models[1]))
+    carriers = tokenizer_carriers(step_dir)
+    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
+    reset = config.optimizer == "reset"
+    return Growth(step_dir, manifest, plan, models, runs, config.schedule, reset, tokenizer, out)
+
+
+def source_model(step_dir: Path, manifest: Manifest) -> ModelConfig:
+    """The model that a manifest describes."""
+    try:
+        return ModelConfig(**manifest.config["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{step_dir} does not say which model it holds ({error}): grow a checkpoint that train_tpu.run "
+            "or an import wrote"
+        ) from None
+
+
+def with_model(run: RunConfig, model: ModelConfig) -> RunConfig:
+    """The settings for another depth: by the preset that is just this model, else by --n-layers."""
+    for name, preset in PRESETS.items():
+        if dataclasses.replace(preset, vocab_size=model.vocab_size) == model:
+            return dataclasses.replace(run, preset=name, model=ModelOverrides())
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, n_layers=model.n_layers))
+
+
+def training_flops(manifest: Manifest, model: ModelConfig) -> int:
+    """FLOPs of a run up to a checkpoint; `model` is what it has trained since it was last grown."""
+    earlier = manifest.last_growth or {"tokens": 0, "flops": 0}
+    return earlier["flops"] + (manifest.tokens - earlier["tokens"]) * model.flops_per_token()
+
+
+def default_out(step_dir: Path) -> Path:
+    """The folder of the run that a step belongs to, with -grown appended to its name."""
+    run = run_folder(step_dir)
+    return run.with_name(f"{run.name}-grown")
+
+
+def run_folder(step_dir: Path) -> Path:
+    """RUN of RUN/checkpoints/STEP; a step that lies elsewhere stands for itself."""
+    return step_dir.parent.parent if step_dir.parent.name == "checkpoints" else step_dir
