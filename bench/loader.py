@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core import checks, cli
+from core.data.dataset import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
+from core.data.packing import WindowWriter
 from core.errors import run_command
-from train_tpu.data import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
-from train_tpu.packing import WindowWriter
 
 
 @dataclasses.dataclass

@@ -24,9 +24,9 @@ from core.attention import choose
 from core.config import preset
 from core.errors import run_command
 from core.model import Compute, compute_dtype
+from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
 from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
-from train_tpu.metrics import model_flops_utilization
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 

@@ -22,16 +22,16 @@ from torch.profiler import ProfilerActivity
 from bench.plain_torch import GPT
 from core.config import ModelConfig
 from core.errors import UserError
+from core.run.metrics import model_flops_utilization
 from kernels_cuda import library
 from port_torch.hf_config import hf_config, is_llama
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import Rows
+from port_torch.training.distributed import Ranks
 from port_torch.training.pretraining import fresh_decoder
-from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
 from port_torch.training.step import Stepper, parameter_groups
-from train_tpu.metrics import model_flops_utilization
 
 LR = 3e-4
 BATCHES = 4

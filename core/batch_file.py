@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from core import checks
+from core.data.text import read_json_lines
 from core.errors import EXIT_INTERRUPTED, UserError
 from core.folders import write_atomically
 from core.sampling import Sampling
-from core.text import read_json_lines
 from core.tokenizer import Tokenizer
 
 Json = dict[str, Any]

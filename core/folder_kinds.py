@@ -4,10 +4,10 @@ import enum
 import shlex
 from pathlib import Path
 
+from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST
+from core.checkpoint.steps import list_steps, step_path
 from core.cli import command
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST, MANIFEST
-from core.steps import list_steps, step_path
 
 DATASET = "dataset.json"  # of prepared data
 TORCH_STATE = "state.safetensors"  # of a checkpoint of port_torch

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.checkpoint.manifest import sync_path
 from core.errors import UserError
-from core.manifest import sync_path
 
 CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
 """Where is kept what can be made again: prepared text, compiled programs, kernels."""

@@ -18,14 +18,15 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from core import checks, cli
 from core.batch_file import BatchFile, generation_settings, write_texts
-from core.checkpoint import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
+from core.checkpoint.manifest import recorded_hash
+from core.checkpoint.steps import tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import run_command
 from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
 from core.keys import Purpose, make_key
-from core.manifest import recorded_hash
 from core.model import (
     Compute,
     KVCache,
@@ -37,7 +38,6 @@ from core.model import (
     logits,
 )
 from core.sampling import Sampling, pieces, piped_prompt, require_room, show, until_ended
-from core.steps import tokenizer_carriers
 from core.tokenizer import load_tokenizer_of
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled

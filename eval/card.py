@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from core.checkpoint.manifest import CARD
 from core.errors import UserError
 from core.folders import write_atomically
-from core.manifest import CARD
 from eval.results import all_tasks, figures, protocol, shown, table
 
 HEADING = "## Evaluation with lm-evaluation-harness"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.data.formats import find_variant
+from core.data.text import read_json_lines, read_text
 from core.errors import UserError
-from core.formats import find_variant
-from core.text import read_json_lines, read_text
 
 Fields = dict[str, Any]
 

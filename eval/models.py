@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.checkpoint import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, recorded_hash
+from core.checkpoint.steps import tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
 from core.gpu_memory import require_free_memory
-from core.manifest import EXPORT_MANIFEST, Manifest, recorded_hash
 from core.model import abstract_params
-from core.steps import tokenizer_carriers
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
 from eval.flax_backend import FlaxBackend

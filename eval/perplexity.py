@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from core import checks, cli
+from core.data.text import read_text
 from core.errors import UserError, run_command
 from core.folders import write_atomically
-from core.text import read_text
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.hub import go_offline_if_unreachable

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.manifest import code_version
 from core.errors import UserError
 from core.folders import write_atomically
-from core.manifest import code_version
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 
 FORMAT = 1

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
+from core.checkpoint.manifest import MANIFEST, load_manifest
+from core.checkpoint.steps import find_step, list_steps
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from core.manifest import MANIFEST, load_manifest
-from core.steps import find_step, list_steps
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
-from core.manifest import Manifest
 from core.run.log import read_log
 from port_torch.hf_config import is_llama
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from core.checkpoint import load_manifest, restore_params
+from core.checkpoint.checkpointer import load_manifest, restore_params
+from core.checkpoint.steps import tokenizer_carriers
 from core.config import ModelConfig
 from core.folders import new_folder
 from core.memory import peak_memory
 from core.model import abstract_params
-from core.steps import tokenizer_carriers
 from core.tokenizer import load_tokenizer_of
 from port_torch.card import held_out_scores, model_card
 from port_torch.export import disk_errors, reader, write_rest, write_weights
 from port_torch.hub import push
-from port_torch.probe import compare, flax_logits, probe_tokens, require_finite, rounded
+from port_torch.parity import compare, flax_logits, probe_tokens, require_finite, rounded
 
 if TYPE_CHECKING:
     from port_torch.convert import ConvertConfig

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import tyro
 
 from core import cli
+from core.checkpoint.steps import find_step
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
-from core.steps import find_step
 
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.IGNORECASE)
 

@@ -14,10 +14,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from core.checkpoint import flatten
+from core.checkpoint.checkpointer import flatten
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.model import Params
 from core.tokenizer import Tokenizer
 from port_torch import hf

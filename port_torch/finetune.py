@@ -15,9 +15,9 @@ import tyro
 from core import checks, cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.run.folder import require_folder
 from port_torch.training.rows import read_rows
 from port_torch.training.settings import AdamWConfig, TrainerConfig
-from train_tpu.run_folder import require_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class FinetuneConfig(TrainerConfig):
 
 
 def main() -> int:
-    """Runs the command; train_tpu.interrupt says what its exit codes mean."""
+    """Runs the command; core.run.interrupt says what its exit codes mean."""
     config = cli.parse(
         FinetuneConfig, prog="python -m port_torch.finetune", description=FinetuneConfig.__doc__
     )

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

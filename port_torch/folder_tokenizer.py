@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from core.checkpoint.manifest import Manifest
 from core.errors import UserError
-from core.manifest import Manifest
 from core.tokenizer import MISTRAL_SHA256, Tokenizer, file_hash, load_tokenizer, load_tokenizer_of
 from port_torch.folder import inside
 

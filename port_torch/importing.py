@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from core import cli
-from core.checkpoint import save_params
+from core.checkpoint.checkpointer import save_params
+from core.checkpoint.manifest import Manifest, code_version
 from core.config import training_flags
 from core.errors import UserError
-from core.manifest import Manifest, code_version
 from core.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax

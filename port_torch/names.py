@@ -5,7 +5,7 @@ They are those of `transformers`' Llama, so that an exported MTLM1 is one; MTLM2
 
 from typing import NamedTuple
 
-from core.checkpoint import flatten
+from core.checkpoint.checkpointer import flatten
 from core.config import ModelConfig
 from core.model import abstract_params
 

@@ -16,11 +16,11 @@ from core import cli
 from core.cli import Maybe
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.run.folder import require_folder, settings_of_run
+from core.run.presets import for_help
+from core.run.settings import ModelOverrides, given_value, model_config
 from port_torch.training.settings import AdamWConfig, TrainerConfig
-from train_tpu import config as theirs
-from train_tpu.command_line import given_value, settings_of_run
-from train_tpu.config import ModelOverrides
-from train_tpu.run_folder import require_folder
+from train_tpu.config import defaults
 
 # Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
 # presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
@@ -58,7 +58,7 @@ class TrainConfig(TrainerConfig):
 
 
 def main() -> int:
-    """Runs the command; train_tpu.interrupt says what its exit codes mean."""
+    """Runs the command; core.run.interrupt says what its exit codes mean."""
     config = parse(sys.argv[1:])
     check(config)
     from port_torch.training.pretraining import run  # slow: JAX and PyTorch
@@ -69,12 +69,12 @@ def main() -> int:
 def parse(argv: list[str]) -> TrainConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
     preset = given_value(argv, "--preset") or TrainConfig.preset
-    ours = theirs.defaults(preset)
+    ours = defaults(preset)
     optim = AdamWConfig(lr=ADAMW_RATES[preset], warmup=ours.optim.warmup)
     default = TrainConfig(preset=preset, batch=ours.batch, optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
-    found = found if found.init_from or given_value(argv, "--from") else theirs.for_help(found, argv)
+    found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
     return cli.parse(
         TrainConfig, argv, prog="python -m port_torch.train", default=found, description=TrainConfig.__doc__
     )
@@ -92,7 +92,7 @@ def check(config: TrainConfig) -> None:
         require_kind(config.init_from, "start", Kind.WEIGHTS)
         require_no_overrides(config)
     else:
-        theirs.model_config(config, vocab_size=1)  # what no model can be
+        model_config(config, vocab_size=1)  # what no model can be
 
 
 def require_no_overrides(config: TrainConfig) -> None:

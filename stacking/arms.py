@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 
 from core import checks
+from core.checkpoint.steps import list_steps, step_path
 from core.config import ModelConfig
 from core.errors import UserError
+from core.run.folder import read_config, write_config
 from core.run.log import CARRIED, read_log
-from core.steps import list_steps, step_path
 from core.tokenizer import TOKENIZER_FILE
 from stacking.jobs import Job
 from stacking.plan import Operator
 from stacking.report import Arm, Point
 from train_tpu.config import RunConfig
 from train_tpu.loop import END, HALT
-from train_tpu.run_folder import read_config, write_config
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
 

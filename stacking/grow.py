@@ -17,10 +17,10 @@ from core import checks, cli
 from core.config import training_flags
 from core.errors import run_command
 from core.memory import peak_memory
+from core.run.progress import make_console
 from core.tokenizer import TOKENIZER_FILE
 from stacking.growth import Growth, decide
 from stacking.plan import Operator
-from train_tpu.progress import make_console
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import find_step, tokenizer_carriers
 from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
-from core.manifest import Manifest, load_manifest
 from core.run.schedule import learning_rate
-from core.steps import find_step, tokenizer_carriers
+from core.run.settings import ModelOverrides, unflatten
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from stacking.plan import Plan, custom_plan, make_plan
-from stacking.policy import continue_schedule, describe_schedule, parse_schedule, require_safe
-from train_tpu import config as settings
-from train_tpu.config import ModelOverrides, RunConfig
+from stacking.schedule import continue_schedule, describe_schedule, parse_schedule, require_safe
+from train_tpu.config import RunConfig
 
 if TYPE_CHECKING:
     from stacking.grow import GrowConfig
@@ -120,7 +120,7 @@ def decide(config: "GrowConfig") -> Growth:
     # 2. How its training continues.
     runs = None
     if manifest.kind == "train":
-        run = settings.unflatten(manifest.config["run"])
+        run = unflatten(manifest.config["run"], RunConfig)
         left = (run.steps if config.steps is None else config.steps) - manifest.step
         schedule = parse_schedule(config.schedule, left)
         require_safe(config.optimizer, schedule, run.optim.warmup, config.force)

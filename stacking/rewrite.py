@@ -15,27 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from core.checkpoint import Manifest, differing_leaves, flatten, nest, read_leaves, save_tree
-from core.checkpoint import verify as verify_files
+from core.checkpoint.checkpointer import Manifest, differing_leaves, flatten, nest, read_leaves, save_tree
+from core.checkpoint.checkpointer import verify as verify_files
+from core.checkpoint.manifest import code_version, sync_path
+from core.checkpoint.steps import step_path
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
+from core.data.dataset import train_batches
+from core.data.prepare import open_or_prepare
 from core.errors import UserError
 from core.folders import CACHE, new_folder
 from core.keys import Purpose, make_key
 from core.loss import cross_entropy
-from core.manifest import code_version, sync_path
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.run.folder import write_config
 from core.run.log import carry_log
+from core.run.settings import flatten as flatten_settings
 from core.sharding import make_mesh
-from core.steps import step_path
 from stacking.growth import Growth, run_folder
 from stacking.transform import grow_leaf, parameter_of
-from train_tpu import config as settings
 from train_tpu.config import RunConfig
-from train_tpu.data import train_batches
 from train_tpu.optimizer import path_names
-from train_tpu.prepare import open_or_prepare
-from train_tpu.run_folder import write_config
 from train_tpu.step import StepConfig, abstract_state
 
 PROBE_ROWS = 1  # sequences; 200M parameters take seconds for 1024 tokens on a CPU, and there are two losses
@@ -144,7 +144,7 @@ def write(growth: Growth, target: Path, probe: Int[Array, "B S1"]) -> tuple[Mani
         raise RuntimeError(f"identity growth changed the loss: {before} to {after}")
     config: dict[str, Any] = {"model": dataclasses.asdict(grown_model)}
     if growth.runs:
-        config["run"] = settings.flatten(growth.runs[1])
+        config["run"] = flatten_settings(growth.runs[1])
     entry = growth.lineage_record() | {"probe": {"tokens": probe[:, 1:].size, "loss": [before, after]}}
     manifest = dataclasses.replace(
         growth.manifest, config=config, lineage=[*growth.manifest.lineage, entry], code=code_version(),

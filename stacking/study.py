@@ -26,17 +26,18 @@ import sys
 import jax
 
 from core import cli
+from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.errors import UserError, run_command
 from core.folders import CACHE
+from core.run.presets import TRAINING_DEFAULTS
+from core.run.progress import make_console
+from core.run.settings import flatten, model_config
 from stacking.arms import ArmKey, Study, StudyConfig, Target
 from stacking.jobs import run_jobs
 from stacking.plan import make_plan
-from stacking.policy import parse_schedule
 from stacking.report import write_report
-from train_tpu import config as settings
+from stacking.schedule import parse_schedule
 from train_tpu import run as train
-from train_tpu.prepare import choose_tokenizer, open_or_prepare
-from train_tpu.progress import make_console
 
 
 def main() -> int:
@@ -86,8 +87,8 @@ def main() -> int:
             raise UserError(f"the guard halted scratch in every seed, see {config.out}: give a smaller --lr")
         raise UserError(f"{config.out} holds no decayed scratch run yet: leave --report out to train it")
     record = {
-        "study": settings.flatten(config),
-        "run": settings.flatten(target.run),
+        "study": flatten(config),
+        "run": flatten(target.run),
         "models": {"target": dataclasses.asdict(target.model), "base": dataclasses.asdict(target.base)},
         "arms": [dataclasses.asdict(arm) for arm in arms],
         "halted": [dataclasses.asdict(arm) for arm in halted],
@@ -110,7 +111,7 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
         raise UserError("the target needs --steps behind --: the updates that scratch gets")
     if run.optim.schedule != "wsd" or not run.optim.decay:
         raise UserError("arms are decayed off a trunk: the target's --schedule must be wsd, with a --decay")
-    given = settings.TRAINING_DEFAULTS[run.preset]
+    given = TRAINING_DEFAULTS[run.preset]
     tokenizer = choose_tokenizer(run.tokenizer, run.data, given["tokenizer"])
     context = run.model.context
     if context is None:
@@ -119,7 +120,7 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
     names = dataset.heldout
     if not names or (config.heldout and config.heldout not in names):
         raise UserError(f"--heldout {config.heldout}: {run.data} holds out {', '.join(names) or 'nothing'}")
-    model = settings.model_config(run, dataset.tokenizer_record["vocab_size"])
+    model = model_config(run, dataset.tokenizer_record["vocab_size"])
     n = round(model.n_layers / config.factor)
     if n < 1 or n * config.factor != model.n_layers:
         raise UserError(f"a target of {model.n_layers} layers is no growth of anything by {config.factor:g}")

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.config import ModelConfig
+from core.data.dataset import open_dataset, open_windows, train_batches
 from core.model import Compute, abstract_params, forward, logits
+from core.run.log import read_log
 from port_torch.formats import exported
 from port_torch.model import load
 from tests.train_tpu.processes import run
-from train_tpu.data import open_dataset, open_windows, train_batches
-from train_tpu.metrics import read_log
 
 FIXTURES = Path(__file__).parent / "fixtures" / "7b5e0bc"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))

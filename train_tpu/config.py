@@ -1,56 +1,17 @@
-"""The settings of a training run, as they stand on the command line and in a run folder's config.json."""
+"""The settings of `train_tpu.run`."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 from core import checks
 from core.cli import Maybe
-from core.config import PRESETS, ModelConfig, preset
+from core.config import preset
 from core.errors import UserError
 from core.run.guard import GuardConfig
+from core.run.presets import TRAINING_DEFAULTS
 from core.run.schedule import OptimizerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOverrides:
-    """Changes to the preset's model; what is not given is the preset's."""
-
-    context: Maybe[int] = None
-    """Longest sequence, in tokens; the data is cut into windows of this length."""
-    d_model: Maybe[int] = None
-    """Width of the residual stream."""
-    n_layers: Maybe[int] = None
-    """Transformer layers."""
-    n_heads: Maybe[int] = None
-    """Attention heads."""
-    d_mlp: Maybe[int] = None
-    """Hidden width of the MLP."""
-    positions: Maybe[Literal["rope", "learned"]] = None
-    """Rotary position embeddings, or a learned table."""
-    mlp: Maybe[Literal["swiglu", "gelu"]] = None
-    """SwiGLU (gate, up, down), or GELU in its tanh form (up, down)."""
-    biases: Maybe[bool] = None
-    """Biases in attention and MLP."""
-    tied: Maybe[bool] = None
-    """Whether the output head is the embedding table."""
-    rope_theta: Maybe[float] = None
-    """Base of the rotary frequencies."""
-    norm_eps: Maybe[float] = None
-    """Epsilon of RMSNorm."""
-    dropout: Maybe[float] = None
-    """Dropout probability of the embeddings and of each branch's output."""
-    init_std: Maybe[float] = None
-    """Standard deviation of the initial weights."""
-    scaled_residual_init: Maybe[bool] = None
-    """Init of the projections into the residual stream divided by sqrt(2 layers)."""
-
-    def __post_init__(self) -> None:
-        checks.counts(**checks.fields(self, "context", "d_model", "n_layers", "n_heads", "d_mlp"))
-        checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std"))
-        checks.below_one(dropout=self.dropout)
+from core.run.settings import ModelOverrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,125 +134,9 @@ class RunConfig:
         checks.seeds(seed=self.seed)
 
 
-# What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
-# Muon's. 2e-3 is the best of 1e-3, 2e-3 and 4e-3 on two held-out sets of three; 4e-3 is the highest that was
-# trained to the end of the 40M's two epochs; the 200M was measured at 1e-3 alone and keeps it.
-_TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50}
-_LARGE = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "warmup": 100}
-TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mtlm1-tiny": _TINY,
-    "mtlm2-tiny": _TINY,
-    "mtlm1-88m": _LARGE | {"lr": 2e-3},
-    "mtlm1-200m": _LARGE | {"lr": 1e-3},
-    "mtlm2-40m": _LARGE | {"epochs": 2.0, "lr": 4e-3},
-}
-
-
 def defaults(name: str) -> RunConfig:
     """The settings of a run of preset `name` where the command line says nothing else."""
     preset(name)  # refuses an unknown name
     given = TRAINING_DEFAULTS[name]
     optim = OptimizerConfig(lr=given["lr"], warmup=given["warmup"])
     return RunConfig(preset=name, batch=given["batch"], optim=optim)
-
-
-def for_help(config: Any, argv: Sequence[str]) -> Any:
-    """`config` as the defaults of a command line: with the preset's own values where --help is asked for.
-
-    Otherwise what is not given stays None, so that a command can tell it from what is.
-    """
-    if not {"--help", "-h"} & set(argv):
-        return config
-    model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
-    names = [field.name for field in dataclasses.fields(ModelOverrides)]
-    shown = dataclasses.replace(config, model=ModelOverrides(**{name: model[name] for name in names}))
-    if shown.steps is None and shown.epochs is None:
-        given = TRAINING_DEFAULTS[config.preset]
-        shown = dataclasses.replace(shown, steps=given.get("steps"), epochs=given.get("epochs"))
-    return shown
-
-
-# Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are
-# compared by what they hold and not by their names.
-FREE_SETTINGS = frozenset((
-    "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
-    "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
-    "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step",
-))  # fmt: skip
-# Settings that a run folder does not pass on to the next start: they are of one start only.
-ONCE = ("allow_change", "fallback", "from_step", "stop_at")
-
-
-def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The preset with the overrides and the tokenizer's vocabulary."""
-    overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
-    return dataclasses.replace(preset(config.preset), vocab_size=vocab_size, **overrides)
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """Settings by the names they have on the command line, as JSON values."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value))
-        else:
-            flat[field.name] = json.loads(json.dumps(value, default=str))
-    return flat
-
-
-def unflatten(flat: dict[str, Any], kind: type = RunConfig) -> Any:
-    """The settings that `flatten` made `flat` of; what it lacks, since it is older, has its default."""
-    values: dict[str, Any] = {}
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default):
-            values[field.name] = unflatten(flat, type(field.default))
-        elif field.name in flat:
-            value = flat[field.name]
-            if Path in (hints[field.name], *get_args(hints[field.name])) and value is not None:
-                value = Path(value)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def resolved(run: dict[str, Any]) -> dict[str, Any]:
-    """A recorded run's settings as they are compared: the preset's values where the model's are not given."""
-    model = PRESETS.get(run.get("preset", ""))
-    names = [field.name for field in dataclasses.fields(ModelOverrides)] if model else []
-    return run | {name: getattr(model, name) for name in names if run.get(name) is None}
-
-
-def require_same(
-    old: dict[str, Any],
-    new: dict[str, Any],
-    allowed: tuple[str, ...],
-    where: Path,
-    defaults: Any,
-    mesh: Callable[[str | None], str] = str,
-) -> None:
-    """Refuses to resume a run under settings that would make it another run.
-
-    Args:
-        defaults: those of the command: what `old` lacks, since it is older, had them.
-        mesh: what a mesh's description stands for on the devices that there are.
-
-    Raises:
-        UserError: a setting differs and is not named in `allowed`; both values are given.
-    """
-    unknown = sorted(set(allowed) - set(new))
-    if unknown:
-        raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
-    old, new = resolved(flatten(defaults) | old), resolved(new)
-    if old.get("dtype") == "auto":  # older records do not say what it stood for
-        old["dtype"] = new["dtype"]
-    if "mesh" in new:
-        old["mesh"], new["mesh"] = mesh(old["mesh"]), mesh(new["mesh"])
-    for name in sorted(set(old) | set(new)):
-        if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
-            continue
-        flag = name.replace("_", "-")
-        raise UserError(
-            f"the run in {where} was started with --{flag} {old.get(name)}, not {new.get(name)}: give the "
-            f"same value, another --out, or --allow-change {name} if the change is meant"
-        )

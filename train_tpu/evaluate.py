@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.config import ModelConfig
+from core.data.dataset import Dataset, heldout_windows
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
+from core.run.metrics import Score, make_score
 from core.sharding import batch_sharding, place
-from train_tpu.data import Dataset, heldout_windows
-from train_tpu.metrics import Score, make_score
 
 
 class Evaluator:

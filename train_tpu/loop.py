@@ -16,24 +16,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from core.checkpoint import Checkpointer
+from core.checkpoint.checkpointer import Checkpointer
+from core.checkpoint.manifest import Manifest
+from core.data.dataset import Batch as LoadedBatch
 from core.errors import UserError
 from core.generate import Generator, Sampling
-from core.manifest import Manifest
 from core.model import Params
 from core.processes import age, any_of, are_several, is_first
 from core.run.cadence import Agreement, Cadence, find_due, sample_length
 from core.run.guard import Health
+from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import NoLog, RunLog
+from core.run.metrics import model_flops_utilization
+from core.run.progress import Progress
 from core.run.schedule import learning_rate
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from core.tokenizer import Tokenizer
 from train_tpu.config import RunConfig
-from train_tpu.data import Batch as LoadedBatch
 from train_tpu.evaluate import Evaluator
-from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from train_tpu.metrics import model_flops_utilization
-from train_tpu.progress import Progress
 from train_tpu.step import Batch, Controls, Metrics, TrainState
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save

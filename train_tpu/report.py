@@ -10,11 +10,11 @@ from rich.table import Table
 from core.attention import Choice
 from core.cli import command
 from core.config import ModelConfig
+from core.data.dataset import Dataset
 from core.model import Compute
 from core.run.schedule import in_decay
 from core.sharding import layouts, splits_weights
 from train_tpu.config import RunConfig
-from train_tpu.data import Dataset
 from train_tpu.step import TrainState
 
 

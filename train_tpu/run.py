@@ -15,28 +15,45 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from core import checks, cli, processes
-from core.checkpoint import (
+from core import cli, processes
+from core.checkpoint.checkpointer import (
     Checkpointer,
     find_step,
     list_steps,
     restore,
     restore_params,
 )
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import find_start, leave_newer
 from core.compilation_cache import keep_compiled, programs_found
 from core.config import ModelConfig, training_flags
+from core.data.dataset import Dataset, train_batches
+from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.errors import UserError, run_command
 from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.generate import Generator
 from core.gpu_memory import require_free_memory
-from core.manifest import Manifest, load_manifest
 from core.model import Compute, Params, compute_dtype
 from core.run.cadence import choose_cadence
+from core.run.curve import plot_curve
+from core.run.folder import (
+    check_run_folder,
+    lock_folder,
+    read_config,
+    require_folder,
+    run_record,
+    settings_of_run,
+    write_config,
+)
 from core.run.guard import changed_measure
+from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, NoLog, RunLog, read_log
+from core.run.presets import TRAINING_DEFAULTS, count_steps, for_help
+from core.run.progress import Progress, make_console
 from core.run.schedule import check_room, require_continuous
+from core.run.settings import given_value, model_config
 from core.sampling import require_room
 from core.sharding import (
     MeshShape,
@@ -47,30 +64,14 @@ from core.sharding import (
     resolved_mesh,
     state_shardings,
 )
-from core.steps import find_start, leave_newer
 from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
-from train_tpu import config as settings
 from train_tpu.backend import choose_step, split_batch
-from train_tpu.command_line import given_value, settings_of_run
-from train_tpu.config import RunConfig
-from train_tpu.data import Dataset, train_batches
+from train_tpu.config import RunConfig, defaults
 from train_tpu.evaluate import Evaluator
-from train_tpu.interrupt import EXIT_FINISHED, Interrupt
 from train_tpu.loop import END, Loop, own_rows
-from train_tpu.memory_advice import out_of_memory_explained
-from train_tpu.metrics import plot_curve
-from train_tpu.prepare import choose_tokenizer, open_or_prepare
-from train_tpu.progress import Progress, make_console
+from train_tpu.oom_hints import out_of_memory_explained
 from train_tpu.report import describe, describe_layout, memory, next_commands
-from train_tpu.run_folder import (
-    check_run_folder,
-    lock_folder,
-    read_config,
-    require_folder,
-    run_record,
-    write_config,
-)
 from train_tpu.step import (
     StepConfig,
     TrainState,
@@ -83,7 +84,7 @@ from train_tpu.step import (
 
 
 def main() -> int:
-    """Runs the command; returns its exit code (train_tpu.interrupt says what each means)."""
+    """Runs the command; returns its exit code (core.run.interrupt says what each means)."""
     # 1. Settings: those of the run in --out, or the preset's own, so that --help shows them; over them what
     # the command line says.
     config = parse(sys.argv[1:])
@@ -98,14 +99,14 @@ def main() -> int:
     require_folder(out)
     if config.init_from:
         require_kind(config.init_from, "start", Kind.JAX)
-    settings.model_config(config, vocab_size=1)
+    model_config(config, vocab_size=1)
     shape = mesh_shape(config, out)
     console = make_console(quiet=not processes.is_first())
 
     # 2. Data and tokenizer.
-    given = settings.TRAINING_DEFAULTS[config.preset]
+    given = TRAINING_DEFAULTS[config.preset]
     tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
-    model = settings.model_config(config, tokenizer.vocab_size)
+    model = model_config(config, tokenizer.vocab_size)
     if config.prompts:
         require_room([tokenizer.begin(prompt) for prompt in config.prompts], model.context)
     dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, model.context, CACHE))
@@ -140,7 +141,11 @@ def main() -> int:
     if processes.is_first():
         lock = lock_folder(out)
         check_run_folder(
-            out, record, config.allow_change, mesh=lambda text: resolved_mesh(text, jax.device_count())
+            out,
+            record,
+            config.allow_change,
+            RunConfig(),
+            mesh=lambda text: resolved_mesh(text, jax.device_count()),
         )
     processes.require_shared(out.absolute())
     end = steps if config.stop_at is None else min(steps, config.stop_at)
@@ -262,28 +267,10 @@ def parse(argv: list[str]) -> RunConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
     preset, out = given_value(argv, "--preset") or RunConfig.preset, given_value(argv, "--out")
     folder = Path(out) if out else Path("runs") / preset
-    default = settings.for_help(settings_of_run(folder, settings.defaults(preset), argv), argv)
+    default = for_help(settings_of_run(folder, defaults(preset), argv), argv)
     return cli.parse(
         RunConfig, argv, prog="python -m train_tpu.run", default=default, description=RunConfig.__doc__
     )
-
-
-def count_steps(config: RunConfig, dataset: Dataset) -> int:
-    """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's."""
-    windows = dataset.splits["train"].windows
-    given = settings.TRAINING_DEFAULTS[config.preset]
-    steps, epochs = config.steps, config.epochs
-    if steps is None and epochs is None:
-        steps, epochs = given.get("steps"), given.get("epochs")
-    if steps is None:
-        steps = int(epochs * windows / config.batch)
-        checks.counts(0, epochs=steps)
-    if steps < 1:
-        raise UserError(
-            f"the training data holds {windows} windows of {dataset.context} tokens, fewer than one batch of "
-            f"{config.batch}: give more text, a smaller --batch or a smaller --context"
-        )
-    return steps
 
 
 def describe_dtype(dtype: str, out: Path) -> str | None:

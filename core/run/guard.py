@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from core import checks
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
-from core.manifest import Manifest, load_manifest
-from core.steps import list_steps, step_path
 
 EARLY = 16
 """Applied updates from which on the guard judges by what it has seen, before its window is full."""

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.config import ModelConfig
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST
 from port_torch.folder import CONFIG
 from port_torch.formats.imported import Imported
 from port_torch.formats.llama import read_params

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from core.checkpoint import flatten
+from core.checkpoint.checkpointer import flatten
+from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
-from core.manifest import Manifest
 from core.model import Params, abstract_params
 
 

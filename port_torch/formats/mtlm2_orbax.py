@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from core.checkpoint import flatten
+from core.checkpoint.checkpointer import flatten
 from core.config import ModelConfig
 from core.errors import UserError
 from port_torch.folder import require_finite, require_tensors

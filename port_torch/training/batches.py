@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.data.dataset import Batch as Windows
+from core.data.dataset import Dataset, heldout_windows, train_batches
 from core.loss import IGNORE
-from train_tpu.data import Batch as Windows
-from train_tpu.data import Dataset, heldout_windows, train_batches
 
 
 class Rows(NamedTuple):
@@ -74,7 +74,7 @@ class HeldOut:
 def pretraining_batches(
     dataset: Dataset, *, seed: int, batch: int, start: int, rows: slice, vocab_size: int, on_bad: str
 ) -> Iterator[Batch]:
-    """The batches of `train_tpu.data.train_batches`, in its order, as a step here takes them."""
+    """The batches of `core.data.dataset.train_batches`, in its order, as a step here takes them."""
     windows = train_batches(
         dataset, seed=seed, batch=batch, start=start, rows=rows, vocab_size=vocab_size, on_bad=on_bad
     )

@@ -1,6 +1,6 @@
 """Checkpoints of a run here: a folder of steps, each complete and proved by its manifest, or not there.
 
-    checkpoints/00000120/manifest.json       of core/manifest.py: counters, settings, sha256 of the files
+    checkpoints/00000120/manifest.json       core.checkpoint.manifest: counters, settings, files' sha256
     checkpoints/00000120/state.safetensors   parameters, both moments, updates counted by the optimizer
 
 What training changes is in it, float32, and nothing pickled; of a LoRA run that is the adapters, and the
@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.checkpoint import differing_leaves
+from core.checkpoint.checkpointer import differing_leaves
+from core.checkpoint.manifest import Manifest, load_manifest, seal, verify
+from core.checkpoint.steps import delete_step, remove_unfinished, step_path
 from core.errors import UserError
 from core.folders import new_folder
-from core.manifest import Manifest, load_manifest, seal, verify
 from core.run.guard import dispensable_steps
-from core.steps import delete_step, remove_unfinished, step_path
 from port_torch.export import disk_errors
 from port_torch.training.step import Stepper
 

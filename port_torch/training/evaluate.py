@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from core.loss import IGNORE
+from core.run.metrics import Score, make_score
 from port_torch.training.batches import HeldOut, Rows
 from port_torch.training.step import Stepper
-from train_tpu.metrics import Score, make_score
 
 
 @torch.no_grad()

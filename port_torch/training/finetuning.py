@@ -4,21 +4,21 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+from core.data.dataset import record_at
 from core.errors import UserError
 from core.loss import IGNORE
+from core.run.folder import run_record
 from core.sampling import require_room
 from core.tokenizer import Tokenizer, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
-from port_torch.training.course import Job, begin, require_deterministic_operations, train
+from port_torch.training.distributed import Ranks, open_ranks
 from port_torch.training.examples import examples_of
 from port_torch.training.lora import add_adapters
-from port_torch.training.origin import open_origin
 from port_torch.training.packing import PADDING, pack, packed_batches
-from port_torch.training.ranks import Ranks, open_ranks
+from port_torch.training.pretrained import open_origin
 from port_torch.training.rows import Row, RowFile, instruction
+from port_torch.training.trainer import Job, begin, require_deterministic_operations, train
 from port_torch.training.tuned import tuning
-from train_tpu.data import record_at
-from train_tpu.run_folder import run_record
 
 if TYPE_CHECKING:
     from port_torch.finetune import FinetuneConfig
@@ -29,7 +29,7 @@ VALID = "valid"
 
 
 def run(config: "FinetuneConfig", file: RowFile) -> int:
-    """Trains on the rows of a file; returns the exit code of `train_tpu.interrupt`."""
+    """Trains on the rows of a file; returns the exit code of `core.run.interrupt`."""
     if config.deterministic:
         require_deterministic_operations()
     with open_ranks(config.device) as ranks:

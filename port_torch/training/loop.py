@@ -15,11 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.checkpoint.manifest import Manifest
 from core.errors import UserError
-from core.manifest import Manifest
 from core.run.cadence import Agreement, Cadence, find_due, sample_length
 from core.run.guard import Health
+from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import NoLog, RunLog
+from core.run.metrics import model_flops_utilization
+from core.run.progress import Progress
 from core.run.schedule import learning_rate
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
@@ -29,10 +32,7 @@ from port_torch.training.batches import Batch, HeldOut
 from port_torch.training.evaluate import score
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import FIGURES, Stepper
-from train_tpu.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from train_tpu.loop import END, METRICS_LAG
-from train_tpu.metrics import model_flops_utilization
-from train_tpu.progress import Progress
 
 
 class Figures:

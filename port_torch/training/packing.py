@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from core.data.dataset import record_at
 from core.loss import IGNORE
 from port_torch.training.batches import Batch, Rows
 from port_torch.training.examples import Example
-from train_tpu.data import record_at
 
 PADDING = 2**31 - 1  # the number of what fills a row up: behind every document's
 

@@ -7,23 +7,23 @@ import jax
 import torch
 
 from core.config import ModelConfig
+from core.data.dataset import Dataset
+from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
+from core.run.folder import run_record
+from core.run.presets import TRAINING_DEFAULTS, count_steps
+from core.run.settings import model_config
 from core.sampling import require_room
 from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.course import Job, begin, require_deterministic_operations, train
-from port_torch.training.origin import open_origin
-from port_torch.training.ranks import Ranks, open_ranks
-from train_tpu import config as theirs
-from train_tpu.data import Dataset
-from train_tpu.prepare import choose_tokenizer, open_or_prepare
-from train_tpu.run import count_steps
-from train_tpu.run_folder import run_record
+from port_torch.training.distributed import Ranks, open_ranks
+from port_torch.training.pretrained import open_origin
+from port_torch.training.trainer import Job, begin, require_deterministic_operations, train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def run(config: "TrainConfig", out: "Path") -> int:
-    """Trains; returns the exit code of `train_tpu.interrupt`."""
+    """Trains; returns the exit code of `core.run.interrupt`."""
     jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
     if config.deterministic:
         require_deterministic_operations()
@@ -52,9 +52,9 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Ranks) -> Job:
             tokenizer_record(tokenizer), dataset.tokenizer_record, str(config.init_from), "the data given"
         )
     else:
-        given = theirs.TRAINING_DEFAULTS[config.preset]
+        given = TRAINING_DEFAULTS[config.preset]
         tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
-        model = theirs.model_config(config, tokenizer.vocab_size)
+        model = model_config(config, tokenizer.vocab_size)
         dataset = open_data(config, tokenizer.name, model.context, ranks)
         decoder = fresh_decoder(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
+from core.checkpoint.steps import set_aside
 from core.errors import UserError
 from core.folders import new_folder
-from core.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
-from core.steps import set_aside
 from core.tokenizer import Tokenizer
 from port_torch.card import Tuning, held_out_scores, model_card
 from port_torch.export import disk_errors, write_rest, write_weights
@@ -39,7 +39,7 @@ def write_result(
 
     manifest: of the checkpoint `step_dir`, which the decoder holds.
     """
-    from port_torch.probe import compare, probe_tokens  # slow: transformers, which training does not need
+    from port_torch.parity import compare, probe_tokens  # slow: transformers, which training does not need
 
     folder = run / FOLDER
     damage = why_damaged(folder) if folder.exists() else None

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.data.text import read_json_lines
 from core.errors import UserError
-from core.text import read_json_lines
 
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"

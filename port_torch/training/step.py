@@ -22,7 +22,7 @@ from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
-from port_torch.training.ranks import Ranks
+from port_torch.training.distributed import Ranks
 from port_torch.training.settings import AdamWConfig
 
 FIGURES = ("loss", "nll", "grad_norm", "skipped", "interrupted", "late")

@@ -18,6 +18,7 @@ from core.config import preset
 from core.errors import UserError
 from core.generate import GenerateConfig, Sampling
 from core.run.schedule import OptimizerConfig
+from core.run.settings import ModelOverrides
 from eval.perplexity import PerplexityConfig
 from eval.run import EvalConfig
 from port_torch import generate as torch_generate
@@ -28,7 +29,7 @@ from port_torch.training.settings import AdamWConfig
 from stacking.arms import StudyConfig
 from stacking.grow import GrowConfig
 from train_tpu.aot.__main__ import AotConfig
-from train_tpu.config import ModelOverrides, RunConfig
+from train_tpu.config import RunConfig
 from train_tpu.step import GuardConfig
 
 X = Path("x")

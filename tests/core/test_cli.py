@@ -11,7 +11,8 @@ import tyro
 from core import cli
 from core.errors import UserError
 from core.generate import GenerateConfig
-from train_tpu.config import RunConfig, flatten
+from core.run.settings import flatten
+from train_tpu.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

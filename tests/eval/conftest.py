@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from core.checkpoint import save_params
+from core.checkpoint.checkpointer import save_params
+from core.checkpoint.steps import step_path
 from core.config import ModelConfig
 from core.model import Params
-from core.steps import step_path
 from core.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from eval.evaluate import Record, evaluate_task
 from eval.harness import HarnessModel

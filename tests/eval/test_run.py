@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST
 from eval import run
 from eval.results import plot, read_results
 from port_torch.folder import open_folder

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from core.checkpoint import save_params
+from core.checkpoint.checkpointer import save_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
-from core.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.model import Params
 from core.tokenizer import load_tokenizer, tokenizer_record
 from port_torch.hf_config import hf_config

@@ -19,7 +19,7 @@ from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import is_llama
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
-from port_torch.training.ranks import Ranks
+from port_torch.training.distributed import Ranks
 from port_torch.training.settings import AdamWConfig
 from port_torch.training.step import Stepper
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from core.checkpoint import load_manifest, save_params
+from core.checkpoint.checkpointer import load_manifest, save_params
+from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST
-from port_torch import conversion, convert, export, probe
+from port_torch import conversion, convert, export
+from port_torch import parity as probe
 from port_torch.folder import open_folder
 from port_torch.hf_config import hf_config, model_config
 from port_torch.hub import push

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import port_torch.generate
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
 from core.errors import UserError
 from core.loss import IGNORE
-from core.manifest import EXPORT_MANIFEST, load_manifest
+from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer
 from port_torch.model import Decoder, load
@@ -42,7 +43,6 @@ from tests.port_torch.small_training import (
 )
 from tests.port_torch.trained import transformers_model
 from tests.train_tpu.processes import refusal
-from train_tpu.interrupt import EXIT_SAVED
 
 BYTES = load_tokenizer("bytes")
 OPTIM = AdamWConfig(lr=3e-3, clip=0.5, eps=1e-6)

@@ -10,7 +10,7 @@ from core.config import PRESETS, ModelConfig
 from kernels_cuda import library
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows, empty_rows
-from port_torch.training.ranks import Ranks
+from port_torch.training.distributed import Ranks
 from port_torch.training.settings import AdamWConfig
 from port_torch.training.step import Stepper
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST
 from core.tokenizer import load_tokenizer
 from port_torch.folder import open_folder
 from port_torch.folder_tokenizer import folder_tokenizer

@@ -17,10 +17,11 @@ import torch
 import transformers
 
 import port_torch.convert
-from core.checkpoint import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, seal
 from core.config import ModelConfig, preset, training_flags
+from core.data.dataset import heldout_windows, open_dataset
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST, seal
 from core.model import abstract_params, forward, logits
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer, tokenizer_record
@@ -38,7 +39,6 @@ from tests.port_torch.folders import (
 )
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
 from tests.train_tpu.processes import refusal, run
-from train_tpu.data import heldout_windows, open_dataset
 
 LLAMA = SMALL["llama"]
 PARAMS = {kind: random_params(config) for kind, config in SMALL.items()}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from core.checkpoint import find_step, load_manifest
+from core.checkpoint.checkpointer import find_step, load_manifest
 from core.errors import UserError
-from port_torch.training.course import starting_state
-from port_torch.training.ranks import Ranks
+from port_torch.training.distributed import Ranks
+from port_torch.training.trainer import starting_state
 
 RUN = Path(__file__).parents[1] / "fixtures" / "7b5e0bc" / "torch"
 

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
+from core.checkpoint.steps import find_step, list_steps
 from core.config import PRESETS, ModelConfig
+from core.data.dataset import Dataset, train_batches
+from core.data.prepare import open_or_prepare
 from core.errors import UserError
-from core.manifest import EXPORT_MANIFEST, load_manifest
 from core.model import Compute
+from core.run.interrupt import EXIT_HALTED, EXIT_SAVED
 from core.run.log import read_log
 from core.run.schedule import OptimizerConfig, learning_rate
 from core.sharding import make_mesh
-from core.steps import find_step, list_steps
 from kernels_cuda import library
 from port_torch import train as torch_train
 from port_torch.export import reader
@@ -27,11 +30,11 @@ from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training import checkpoint
 from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.course import load_kernels
+from port_torch.training.distributed import Ranks
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
-from port_torch.training.ranks import Ranks
 from port_torch.training.settings import AdamWConfig
+from port_torch.training.trainer import load_kernels
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of, write_export
 from tests.port_torch.small_training import (
@@ -50,11 +53,8 @@ from tests.port_torch.small_training import (
 )
 from tests.train_tpu.processes import refusal, run, start, without
 from train_tpu.config import defaults as training_defaults
-from train_tpu.data import Dataset, train_batches
 from train_tpu.evaluate import Evaluator
-from train_tpu.interrupt import EXIT_HALTED, EXIT_SAVED
 from train_tpu.loop import place_batch
-from train_tpu.prepare import open_or_prepare
 from train_tpu.step import Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 STEPS, BATCH = 8, 4

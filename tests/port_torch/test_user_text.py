@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from core.batch_file import read_prompts
+from core.data.splits import make_plan
+from core.data.text import read_text
 from core.errors import UserError
-from core.text import read_text
 from eval.local_data import local_source, read_local
 from port_torch.training.rows import read_rows
-from train_tpu.splits import make_plan
 
 LAMBADA = "lambada/lambada_test_openai.jsonl"
 

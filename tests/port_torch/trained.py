@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from core.checkpoint import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.model import Params, abstract_params
 from tests.train_tpu.processes import TINY, run, without

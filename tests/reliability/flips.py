@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from core.checkpoint import find_step, load_manifest, nest, restore
+from core.checkpoint.checkpointer import find_step, load_manifest, nest, restore
+from core.data.dataset import open_dataset, open_windows
 from core.errors import UserError
+from core.run.folder import read_config
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer_of
 from kernels_cuda.build import made_of
 from port_torch.formats import exported
 from port_torch.model import load
-from train_tpu.data import open_dataset, open_windows
-from train_tpu.run_folder import read_config
 
 Opened = Any
 """What a user gets of the files: compared as JSON."""

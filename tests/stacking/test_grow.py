@@ -13,26 +13,26 @@ import pytest
 
 import stacking.rewrite
 from core import cli
-from core.checkpoint import find_step, flatten, load_manifest, restore, save_params
+from core.checkpoint.checkpointer import find_step, flatten, load_manifest, restore, save_params
+from core.checkpoint.manifest import seal
+from core.checkpoint.steps import step_path
 from core.config import ModelConfig
+from core.data.dataset import open_dataset, train_batches
 from core.errors import UserError
 from core.keys import Purpose, make_key
-from core.manifest import seal
 from core.model import init_params
 from core.run.log import read_log
 from core.run.schedule import learning_rate
+from core.run.settings import model_config, unflatten
 from core.sharding import make_mesh
-from core.steps import step_path
 from stacking import grow as command
 from stacking.growth import source_model, with_model
 from stacking.plan import make_plan
 from stacking.transform import grow
 from tests.stacking import oracle
 from tests.train_tpu.processes import ROOT, TINY, losses, run
-from train_tpu import config as settings
 from train_tpu.backend import choose_step
-from train_tpu.config import RunConfig
-from train_tpu.data import open_dataset, train_batches
+from train_tpu.config import RunConfig, defaults
 from train_tpu.loop import place_batch
 from train_tpu.step import Controls, abstract_state, compile_step
 
@@ -78,7 +78,7 @@ def open_state(folder):
     """The state, manifest and step settings of a checkpoint."""
     step_dir = find_step(folder)
     manifest = load_manifest(step_dir)
-    settings_of = settings.unflatten(manifest.config["run"])
+    settings_of = unflatten(manifest.config["run"], RunConfig)
     model = ModelConfig(**manifest.config["model"])
     step, _ = choose_step(settings_of, model, make_mesh(devices=jax.devices()[:1]))
     return restore(step_dir, abstract_state(step, step.compute.mesh)), manifest, settings_of, step
@@ -202,11 +202,11 @@ def test_growing_again_and_by_any_plan(grow_here, trunk, tmp_path, cache):
 
 
 def test_a_preset_is_named_where_the_grown_model_is_one():
-    run_config = settings.defaults("mtlm1-88m")
-    model = settings.model_config(run_config, 32_000)
+    run_config = defaults("mtlm1-88m")
+    model = model_config(run_config, 32_000)
     deeper = with_model(run_config, dataclasses.replace(model, n_layers=24))
     assert (deeper.preset, deeper.model.n_layers) == ("mtlm1-200m", None)
-    assert settings.model_config(deeper, 32_000).n_params == 201_560_832
+    assert model_config(deeper, 32_000).n_params == 201_560_832
     other = with_model(run_config, dataclasses.replace(model, n_layers=18))
     assert (other.preset, other.model.n_layers) == ("mtlm1-88m", 18)
 
@@ -228,7 +228,7 @@ def test_what_to_type_behind_grown_parameters(grow_here, imported, tmp_path, cap
     assert words[:3] == ["python", "-m", "train_tpu.run"] and words[-2:] == ["--data", "DATA"]
     run_config = cli.parse(RunConfig, words[3:], prog="run")
     assert run_config.init_from == out and run_config.tokenizer == "bytes"
-    made, grown = settings.model_config(run_config, 258), source_model(out, load_manifest(out))
+    made, grown = model_config(run_config, 258), source_model(out, load_manifest(out))
     assert made.function() == grown.function() and grown.n_layers == 6
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint import list_steps
+from core.checkpoint.checkpointer import list_steps
+from core.checkpoint.steps import step_path
 from core.errors import UserError
 from core.run.log import read_log
-from core.steps import step_path
+from core.run.progress import make_console
 from stacking import report
 from stacking import study as command
 from stacking.arms import ArmKey, Study, StudyConfig
@@ -24,7 +25,6 @@ from stacking.jobs import Job, run_jobs
 from stacking.report import Arm, Point, flops_to_reach, make_table
 from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
 from train_tpu.loop import END, HALT
-from train_tpu.progress import make_console
 
 # What the arms of a study are made of: every setting of TINY but those that the study gives.
 TARGET = (
@@ -120,7 +120,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
     script = (
         "from pathlib import Path\n"
         "from stacking.jobs import Job, run_jobs\n"
-        "from train_tpu.progress import make_console\n"
+        "from core.run.progress import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
         f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
     )

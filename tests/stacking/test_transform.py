@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.checkpoint import flatten
+from core.checkpoint.checkpointer import flatten
 from core.errors import UserError
 from core.loss import cross_entropy
 from core.model import Compute, abstract_params, forward, head_table, logits

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from core.checkpoint import restore, save_tree
+from core.checkpoint.checkpointer import restore, save_tree
+from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
-from core.manifest import Manifest
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import layouts, make_mesh, parse_mesh

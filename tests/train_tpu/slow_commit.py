@@ -4,13 +4,13 @@ less patience than in earnest."""
 import os
 import time
 
-import core.checkpoint
+import core.checkpoint.checkpointer
 from core import processes
 from core.errors import run_command
 from train_tpu.run import main_of_several
 
 processes.FAREWELL, processes.SILENCE = 5, float(os.environ.get("SILENCE", processes.SILENCE))
-seal = core.checkpoint.seal
+seal = core.checkpoint.checkpointer.seal
 
 
 def slow_seal(*args) -> None:
@@ -20,7 +20,7 @@ def slow_seal(*args) -> None:
     seal(*args)
 
 
-core.checkpoint.seal = slow_seal
+core.checkpoint.checkpointer.seal = slow_seal
 
 if __name__ == "__main__":
     os.chdir(os.environ.get("WORK", "."))

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core.data.dataset import heldout_windows, open_dataset
+from core.data.prepare import prepare
 from core.model import Compute, forward, init_params, logits
 from core.sharding import make_mesh
 from tests.models import LLAMA
-from train_tpu.data import heldout_windows, open_dataset
 from train_tpu.evaluate import Evaluator
-from train_tpu.prepare import prepare
 
 
 def test_score_is_the_mean_over_every_predicted_token_of_the_text(tmp_path):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint import find_step, list_steps, verify
+from core.checkpoint.checkpointer import find_step, list_steps, verify
+from core.data.dataset import open_dataset
+from core.run.interrupt import EXIT_KEPT, EXIT_SAVED
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, start, without
-from train_tpu.data import open_dataset
-from train_tpu.interrupt import EXIT_KEPT, EXIT_SAVED
 
 # A window of 16 steps, so that the guard's memory is part of what must survive without refusing updates.
 LONG = (*TINY, "--steps", "150", "--eval-every", "50", "--save-every", "7", "--window", "16", "--lr", "0.003")

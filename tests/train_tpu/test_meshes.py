@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from core.checkpoint import find_step, load_manifest
+from core.checkpoint.checkpointer import find_step, load_manifest
 from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.model import abstract_params

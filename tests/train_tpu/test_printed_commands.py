@@ -8,12 +8,13 @@ import pytest
 
 from core import cli
 from core.generate import GenerateConfig
+from core.run.settings import model_config
 from eval.run import EvalConfig
 from port_torch.convert import ConvertConfig
 from stacking.grow import GrowConfig
-from stacking.policy import continue_schedule, parse_schedule
-from train_tpu import config as settings
+from stacking.schedule import continue_schedule, parse_schedule
 from train_tpu import run as training
+from train_tpu.config import defaults
 from train_tpu.prepare import next_command
 from train_tpu.report import next_commands
 
@@ -37,7 +38,7 @@ def parsed(line: str):
 def test_what_a_run_says_to_do_next(end, monkeypatch, tmp_path):
     """At its end, stopped before its decay, and stopped in it."""
     monkeypatch.chdir(tmp_path)
-    run = settings.defaults("mtlm1-tiny")
+    run = defaults("mtlm1-tiny")
     run = dataclasses.replace(run, steps=40, optim=dataclasses.replace(run.optim, warmup=5))
     lines = next_commands(OUT, run, 40, end).splitlines()
     assert lines[0] == "next:" and len(lines) == 6
@@ -63,4 +64,4 @@ def test_what_preparing_says_to_do_next(tokenizer, context, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     config = parsed(next_command(OUT, tokenizer, context))
     assert config.data == str(OUT) and config.tokenizer is None  # the data knows it
-    assert settings.model_config(config, 32_000).context == context
+    assert model_config(config, 32_000).context == context

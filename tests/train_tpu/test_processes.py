@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint import find_step, list_steps, load_manifest, verify
+from core.checkpoint.checkpointer import find_step, list_steps, load_manifest, verify
 from core.errors import UserError
 from core.processes import SILENCE, join
+from core.run.folder import lock_folder
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
-from train_tpu.run_folder import lock_folder
 
 pytestmark = pytest.mark.slow
 COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import transformers
 
-from core.checkpoint import find_step
-from core.manifest import load_manifest
+from core.checkpoint.checkpointer import find_step
+from core.checkpoint.manifest import load_manifest
+from core.data.dataset import open_dataset
 from tests.eval.small_sets import WORDS, write_sets
-from train_tpu.data import open_dataset
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "train_tpu" / "recipes"

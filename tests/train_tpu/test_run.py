@@ -6,15 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from core.checkpoint import find_step, list_steps, load_manifest
+from core.checkpoint.checkpointer import find_step, list_steps, load_manifest
 from core.errors import UserError
+from core.run.folder import check_run_folder, run_record, write_config
 from core.run.log import read_log
+from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
 from tests.core.test_tokenizer import bpe_file
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
-from train_tpu import config as settings
+from train_tpu.config import RunConfig, defaults
 from train_tpu.run import parse
-from train_tpu.run_folder import check_run_folder, run_record, write_config
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +229,9 @@ def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_
     file, folder = bpe_file(tmp_path, ["<s>", "</s>"]), tmp_path / "run"
     folder.mkdir()
     tokenizer = load_tokenizer(file)
-    config = settings.defaults("mtlm1-tiny")
+    config = defaults("mtlm1-tiny")
     config = dataclasses.replace(config, tokenizer=str(file), data=str(tmp_path / "data"))
-    model = settings.model_config(config, tokenizer.vocab_size)
+    model = model_config(config, tokenizer.vocab_size)
     write_config(folder, run_record(config, model, 5, tokenizer_record(tokenizer), "f" * 64))
     given = ["--out", str(folder)]
     assert parse(given).tokenizer == str(file)  # a run of an older version, which carries none
@@ -251,6 +252,7 @@ def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_
             dataclasses.replace(config, tokenizer=own), model, 5, tokenizer_record(tokenizer), "f" * 64
         ),
         (),
+        RunConfig(),
     )
 
 

@@ -18,7 +18,7 @@ from core.sharding import make_mesh
 from tests.compilations import listen
 from tests.models import flat, random_params
 from tests.several_devices import run_on_devices
-from train_tpu.memory_advice import out_of_memory_explained
+from train_tpu.oom_hints import out_of_memory_explained
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state, init_state
 
 MODEL = ModelConfig(vocab_size=61, context=16, d_model=32, n_layers=2, n_heads=2, d_mlp=48)

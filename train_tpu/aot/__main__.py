@@ -11,8 +11,9 @@ from core import cli
 from core.config import preset
 from core.errors import run_command
 from core.run.schedule import OptimizerConfig
+from core.run.settings import ModelOverrides, model_config
 from train_tpu.aot.topology import parse_topology
-from train_tpu.config import ModelOverrides, RunConfig, model_config
+from train_tpu.config import RunConfig
 
 EXIT_DOES_NOT_FIT = 1
 

@@ -21,7 +21,7 @@ from train_tpu.aot.hlo import Module
 from train_tpu.aot.topology import GIB, HBM, open_slice, parse_topology
 from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import RunConfig
-from train_tpu.memory_advice import advice
+from train_tpu.oom_hints import advice
 from train_tpu.step import StepConfig, abstract_state, compile_step
 
 

@@ -1,24 +1,211 @@
-"""A run folder that several processes share, or not."""
+"""Under which settings a run folder is resumed; no process is started."""
 
+import dataclasses
+import functools
+import hashlib
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from rich.console import Console
 
-import core.run.folder
+from core import processes
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import find_step, step_path
+from core.config import ModelConfig
 from core.errors import UserError
-from core.run.folder import require_shared
+from core.run.folder import check_run_folder, require_folder, run_record, write_config
+from core.run.settings import ModelOverrides, model_config, unflatten
+from core.sharding import make_mesh, resolved_mesh
+from tests.several_devices import ROOT
+from train_tpu import run as command
+from train_tpu.backend import choose_step
+from train_tpu.config import RunConfig, defaults
+
+TOKENIZER = {"name": "bytes", "sha256": "0" * 64, "vocab_size": 258}
 
 
-def test_a_shared_folder_passes_and_keeps_no_mark(tmp_path: Path):
-    require_shared(tmp_path, True, lambda value: value, lambda blind: blind)
-    assert not list(tmp_path.iterdir())
+def record(**changes) -> dict:
+    """What a start with these settings records."""
+    steps = changes.pop("steps", 350)
+    overrides = ModelOverrides(**changes.pop("model", {}))
+    config = dataclasses.replace(defaults("mtlm1-tiny"), model=overrides)
+    optim = {k: changes.pop(k) for k in list(changes) if hasattr(config.optim, k)}
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim), **changes)
+    return run_record(config, model_config(config, 258), steps, TOKENIZER, "f" * 64)
 
 
-def test_a_folder_that_one_process_does_not_see_is_refused_in_all(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(core.run.folder, "NOTICING", 0.0)
-    first = str(tmp_path / "one" / ".shared-0")
-    with pytest.raises(UserError, match=f"not every process sees the folder {tmp_path / 'one'}"):
-        require_shared(tmp_path / "two", False, lambda _: first, lambda blind: blind)
-    with pytest.raises(UserError, match="not every process sees"):
-        require_shared(tmp_path, True, lambda value: value, lambda _: True)  # another one is blind
-    assert not list(tmp_path.iterdir())
+def make_run(folder: Path, step: int, **changes) -> Path:
+    """A run folder with a checkpoint, without the arrays."""
+    (folder / "checkpoints").mkdir(parents=True)
+    saved = record(**changes)
+    write_config(folder, saved)
+    manifest = Manifest(
+        kind="train", step=step, sequences=0, tokens=0, config={k: saved[k] for k in ("model", "run")},
+        tokenizer=TOKENIZER,
+    )  # fmt: skip
+    where = step_path(folder / "checkpoints", step)
+    where.mkdir()
+    (where / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+def resumed(folder: Path, *allowed: str, devices: int = 1, **changes) -> None:
+    mesh = functools.partial(resolved_mesh, n_devices=devices)
+    check_run_folder(folder, record(**changes), allowed, RunConfig(), mesh)
+
+
+def test_more_steps_after_a_decay_are_refused_whatever_is_allowed(tmp_path):
+    folder = make_run(tmp_path / "a", 350)
+    for allowed in ((), ("steps",)):
+        with pytest.raises(UserError, match=r"would jump at step 350 from 0.0143 to 1.*--schedule-start 350"):
+            resumed(folder, *allowed, steps=700)
+    resumed(folder, "steps", "schedule_start", steps=700, schedule_start=350)
+    resumed(folder)
+
+
+def test_a_damaged_checkpoint_is_left_to_those_who_open_it_or_fall_back(tmp_path):
+    folder = make_run(tmp_path / "a", 350)
+    (step_path(folder / "checkpoints", 350) / "manifest.json").write_text("{")
+    resumed(folder)
+
+
+def test_more_steps_before_the_decay_are_a_change_by_name(tmp_path):
+    folder = make_run(tmp_path / "a", 175)
+    with pytest.raises(UserError, match=r"--steps 350, not 700: .*--allow-change steps"):
+        resumed(folder, steps=700)
+    resumed(folder, "steps", steps=700)
+
+
+def test_one_mesh_written_in_two_ways_is_one(tmp_path):
+    folder = make_run(tmp_path / "a", 10)
+    resumed(folder, devices=8, mesh="data=8")
+    with pytest.raises(UserError, match="--mesh data=8, not fsdp=8"):
+        resumed(folder, devices=8, mesh="fsdp=8")
+    named = make_run(tmp_path / "b", 10, mesh="data=2,fsdp=4")
+    resumed(named, devices=8, mesh="fsdp=4,data=2")
+    resumed(named, devices=8, mesh="fsdp=4, data=2, tensor=1")
+
+
+def test_a_type_is_recorded_as_what_it_stands_for(tmp_path):
+    folder = make_run(tmp_path / "a", 10, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"--dtype bfloat16, not float32: .*--allow-change dtype"):
+        resumed(folder, dtype="float32")
+    resumed(folder, "dtype", dtype="float32")
+    older = make_run(tmp_path / "b", 10, dtype="auto")
+    resumed(older, dtype="float32")
+    resumed(older, dtype="bfloat16")
+
+
+def test_an_override_that_is_the_presets_value_is_none(tmp_path):
+    folder = make_run(tmp_path / "a", 10)
+    resumed(folder, model={"n_layers": 6, "dropout": 0.0})
+    with pytest.raises(UserError, match="--n-layers 6, not 4"):
+        resumed(folder, model={"n_layers": 4})
+    resumed(make_run(tmp_path / "b", 10, model={"n_layers": 6}))
+
+
+def test_a_mesh_of_other_devices_is_told_with_the_flags_that_help(tmp_path):
+    """As a run has it that was grown from one on 8 devices: its user never wrote --mesh."""
+    folder = make_run(tmp_path / "a", 10, mesh="data=8")
+    config = command.parse(["--out", str(folder)])
+    assert config.mesh == "data=8"
+    with pytest.raises(
+        UserError, match=r"is for --mesh data=8, .* are 1: give --mesh data=1 --allow-change mesh"
+    ):
+        command.mesh_shape(config, folder)
+    config = command.parse(["--out", str(folder), "--mesh", "data=1", "--allow-change", "mesh"])
+    assert command.mesh_shape(config, folder) == (1, 1, 1)
+    resumed(folder, "mesh", mesh="data=1")
+    with pytest.raises(UserError, match="--mesh 'fsdp=4' is of 4 devices"):
+        command.mesh_shape(command.parse(["--out", str(folder), "--mesh", "fsdp=4"]), folder)
+
+
+def test_where_no_run_can_be_is_told_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    for out, says in (
+        ("file", "is a file"), ("file/below", "which is a file"), ("other", "not empty and not an MTLM run")
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            require_folder(tmp_path / out)
+    require_folder(tmp_path / "new" / "run")
+    require_folder(make_run(tmp_path / "run", 1))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        (
+            ["--preset", "mtlm2-40m"],
+            {"n_layers": 11, "biases": True, "epochs": 2.0, "steps": None, "lr": 4e-3},
+        ),
+        (["--preset", "mtlm1-88m"], {"n_layers": 12, "context": 1024, "epochs": 1.0, "lr": 2e-3}),
+        (["--preset", "mtlm1-200m"], {"n_layers": 24, "lr": 1e-3}),
+        ([], {"n_layers": 6, "steps": 350, "norm_eps": 1e-6, "scaled_residual_init": False}),
+    ],
+)
+def test_help_shows_the_presets_values(argv, values, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command.parse([*argv, "--help"])
+    said = capsys.readouterr().out
+    entries = re.split(r"^[│ ]{1,3}(?=--?\w)", said, flags=re.MULTILINE)
+    for name, value in values.items():
+        (entry,) = (text for text in entries if text.startswith(f"--{name.replace('_', '-')} "))
+        shown = re.search(r"\(default:\W+([^)\s]+)\)", entry)
+        assert (shown and shown[1]) == (None if value is None else str(value)), entry
+    assert "(default: None)" not in said
+    # Only the help: a setting that is not given stays so.
+    assert command.parse(argv).model == ModelOverrides() and command.parse(argv).steps is None
+
+
+def test_help_of_a_run_shows_the_runs_own_values(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", 10, steps=77, model={"n_layers": 3})
+    with pytest.raises(SystemExit):
+        command.parse(["--out", str(folder), "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Transformer layers. (default: 3)" in said and "(default: 77)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompts", "x" * 300), "prompt.* tokens long"),
+        (("--out", "file"), "is a file: name another folder"),
+        (("--d-model", "33"), "model.d_model 33 is not divisible"),
+        (("--mesh", "data=3"), "is of 3 devices"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_data_is_prepared(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(command, "keep_compiled", lambda: None)
+    monkeypatch.setattr(command, "open_or_prepare", lambda *_: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(command.sys, "argv", ["run", "--data", "nowhere", *arguments])
+    with pytest.raises(UserError, match=says):
+        command.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
+    """The first sees no checkpoint and this one that of step 12, as on a shared disk that lags. Both would
+    compile, and then wait for each other for ever."""
+    run = ROOT / "tests/fixtures/7b5e0bc/mtlm1"
+    saved = load_manifest(find_step(run))
+    first = np.frombuffer(hashlib.sha256(b"").digest(), np.uint8)
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    monkeypatch.setattr(processes, "in_turn", lambda action: action())
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([first, mine]))
+    config = dataclasses.replace(unflatten(saved.config["run"], RunConfig), attention="xla")
+    mesh = make_mesh()
+    step, _ = choose_step(config, ModelConfig(**saved.config["model"]), mesh)
+    record = {**saved.config, "tokenizer": saved.tokenizer}
+    data = SimpleNamespace(fingerprint=saved.data["fingerprint"])
+    with pytest.raises(UserError, match=r"^processes \[1\] have other checkpoint in .* than process 0: "):
+        command.starting_state(config, step, run, record, data, mesh, None, Console(quiet=True))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from core.manifest import Manifest, seal
+from core.checkpoint.manifest import Manifest, seal
+from core.checkpoint.steps import list_steps, step_path
 from core.run.guard import GuardConfig, Health, changed_measure, dispensable_steps, good_steps, spike_limit
-from core.steps import list_steps, step_path
 from port_torch.training.step import Guard as TorchGuard
 from train_tpu.step import Controls, Guard, _acceptable, _remember, emptied
 

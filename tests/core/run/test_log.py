@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from core.run.curve import plot_curve
 from core.run.log import DAMAGED, METRICS, RunLog, read_log
-from train_tpu.metrics import plot_curve
 
 
 def write_steps(folder, steps, resume_step):

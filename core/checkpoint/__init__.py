@@ -1,0 +1,1 @@
+"""Checkpoints: which there are, what each holds, how they are written and verified."""

@@ -1,0 +1,149 @@
+"""Which checkpoints a folder holds: the complete steps, the newest, the newest that is intact."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from core.checkpoint.manifest import MANIFEST, Manifest, load_manifest, sync_path, verify
+from core.errors import UserError
+
+STEP_NAME = re.compile(r"\d{8,}")
+HIDDEN_NAME = re.compile(r"\.\d{8,}\.(partial|deleted)")  # being written, being deleted
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where a step lies in a folder of checkpoints, whether it is there or not."""
+    return folder / f"{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The complete steps in a folder of checkpoints, in order; empty when there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+
+
+def delete_step(step_dir: Path) -> None:
+    """Deletes a step under a hidden name, so that no half of it is ever taken for a checkpoint."""
+    hidden = step_dir.with_name(f".{step_dir.name}.deleted")
+    step_dir.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left half-written or half-deleted in a folder of checkpoints."""
+    for path in folder.iterdir():
+        if HIDDEN_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def find_step(path: Path) -> Path:
+    """The checkpoint that `path` means: a step folder itself, or the newest one of a run folder or of its
+    `checkpoints`. It is not verified yet. UserError when there is none."""
+    if (path / MANIFEST).exists():
+        return path
+    folder = _steps_folder(path)
+    steps = list_steps(folder)
+    if steps:
+        return step_path(folder, steps[-1])
+    if folder == path and STEP_NAME.fullmatch(path.name) and path.is_dir():
+        return path  # a step that lost its manifest: opening it says so
+    if not folder.is_dir():
+        there = "is a file" if folder.exists() else "does not exist"
+    else:
+        names = sorted(entry.name for entry in folder.iterdir())
+        there = f"holds {', '.join(names[:5])}{' and more' * (len(names) > 5)}" if names else "is empty"
+    raise UserError(
+        f"no checkpoint in {path}: {folder} {there}; give a run folder in which a checkpoint was saved, "
+        f"or a folder that holds {MANIFEST}"
+    )
+
+
+def tokenizer_carriers(step_dir: Path) -> tuple[Path, Path]:
+    """The folders that may carry the tokenizer of a checkpoint: itself and its run's."""
+    return step_dir, step_dir.absolute().parent.parent
+
+
+def newest_intact(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The newest step of a run folder (or its `checkpoints`) that verifies, and the newer ones that do not
+    with their reasons, newest first. UserError when none does."""
+    find_step(path)  # raises when there is none at all
+    folder = _steps_folder(path)
+    skipped: list[tuple[Path, str]] = []
+    for step in reversed(list_steps(folder)):
+        step_dir = step_path(folder, step)
+        try:
+            verify(step_dir)
+        except UserError as error:
+            skipped.append((step_dir, str(error)))
+        else:
+            return step_dir, skipped
+    reasons = "; ".join(reason for _, reason in skipped)
+    raise UserError(f"none of the {len(skipped)} checkpoints in {folder} is intact: {reasons}")
+
+
+def set_aside(step_dir: Path) -> Path:
+    """Renames a damaged step to `damaged-00001200`, so that it is no longer the newest; returns the new
+    path. A run that falls back to an older step does this before it saves again."""
+    aside = step_dir.with_name(f"damaged-{step_dir.name}")
+    if aside.exists():
+        raise UserError(f"{aside} exists already: remove it, and then fall back from {step_dir} again")
+    step_dir.rename(aside)
+    sync_path(step_dir.parent)
+    return aside
+
+
+def find_start(
+    folder: Path,
+    from_step: int | None,
+    fallback: bool,
+    check: Callable[[Manifest], None],
+    say: Callable[[str], None],
+) -> Path | None:
+    """The checkpoint of a run's folder of them to resume from; None where there is none yet.
+
+    from_step: the older one to take. fallback: whether damaged ones are set aside, which `say` is told. One
+    that is not the newest is given to `check`, which may refuse it, before anything is renamed.
+
+    Raises:
+        UserError: it is not there, or none is intact.
+    """
+    steps = list_steps(folder)
+    if from_step is not None:
+        if from_step not in steps:
+            there = f"holds steps {', '.join(map(str, steps))}" if steps else "holds none"
+            raise UserError(f"--from-step {from_step} is not there: {folder} {there}")
+        check(load_manifest(step_path(folder, from_step)))
+        return step_path(folder, from_step)
+    if not steps:
+        return None
+    if not fallback:
+        return find_step(folder)
+    step_dir, skipped = newest_intact(folder)
+    check(load_manifest(step_dir))
+    for damaged, why in skipped:
+        say(f"falling back behind {damaged.name}, now {set_aside(damaged).name}: {why}")
+    return step_dir
+
+
+def leave_newer(folder: Path, step: int) -> list[Path]:
+    """Renames all steps behind `step`, for a run that resumes from it, to `left-00001200`; the new paths.
+
+    They may be resumed again by renaming them back, or removed.
+    """
+    left = []
+    for newer in (other for other in list_steps(folder) if other > step):
+        aside = folder / f"left-{step_path(folder, newer).name}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"left-{step_path(folder, newer).name}-{number}")
+        step_path(folder, newer).rename(aside)
+        left.append(aside)
+    sync_path(folder)
+    return left
+
+
+def _steps_folder(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -1,0 +1,292 @@
+"""A prepared dataset: opening it, checking it, and batches out of it through Grain.
+
+It is a folder of ArrayRecord files, TFDS's description of them, the tokenizer's file, and dataset.json. That
+one is written last, so a folder that has it is complete. It holds the format's version, the tokenizer's
+record, the context, what the splits contain, what was dropped, where the text came from, the sha256 of every
+file, the fingerprint that checkpoints and runs refer to, and its own sha256.
+
+Whoever opens it checks dataset.json against its own sha256, the small files against theirs, and the sizes of
+the shards. A shard's records have checksums of ArrayRecord's own, which are checked as they are read; all of
+it is read and hashed by `python -m train_tpu.prepare --verify DIR`.
+
+There is one endless sequence of training windows: epoch after epoch, each a shuffle of all records, seeded
+by (seed, epoch). A global batch is B neighbours of that sequence, so it depends only on the seed and on the
+index of its first window; a host reads its rows of it. The cursor of a run is that index: another batch
+size or number of hosts neither repeats nor skips a window, and there is no iterator state to save.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from core.checkpoint.manifest import digest, hash_files
+from core.cli import command
+from core.data.windows import Windows
+from core.errors import UserError
+from core.folders import write_atomically
+from core.tokenizer import TOKENIZER_FILE
+
+FORMAT = 1
+FIELDS = frozenset((
+    "format", "tokenizer", "context", "splits", "dropped", "sources", "train_tokens", "files", "fingerprint",
+    "sha256",
+))  # fmt: skip
+MANIFEST = "dataset.json"
+TRAIN = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a split contains."""
+
+    name: str
+    documents: int
+    bytes: int
+    """Bytes of the documents' text in UTF-8: the denominator of bits per byte."""
+    tokens: int
+    """Length of the stream, with `<s>` and `</s>` around every document."""
+    windows: int
+    """Number of records. A held-out split's last window is filled up; train's rest is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An open prepared dataset."""
+
+    path: Path
+    context: int
+    tokenizer_record: dict
+    fingerprint: str
+    """Hash of tokenizer, context and contents: equal fingerprints mean equal batches."""
+    splits: dict[str, Split]
+    """`train`, and the held-out splits by name."""
+    files: dict[str, dict]
+    """File name -> {"sha256", "bytes"}."""
+    sources: list[str]
+    sealed: bool
+    """Whether dataset.json carries its own sha256. Older versions wrote none: there the fingerprint proves
+    the tokenizer, the context and the hashes of the files, but not the counts of the splits."""
+
+    @property
+    def heldout(self) -> list[str]:
+        """Names of the held-out splits."""
+        return [name for name in self.splits if name != TRAIN]
+
+    def verify(self) -> None:
+        """Reads every file and compares its sha256; a `UserError` names the first that differs."""
+        self._check_files(list(self.files))
+
+    def check_small_files(self) -> None:
+        """Compares the sizes of all files, and the sha256 of all but the shards, as `verify` does."""
+        self._check_files([name for name in self.files if ".array_record" not in name])
+
+    def _check_files(self, hashed: list[str]) -> None:
+        for name, recorded in self.files.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != recorded["bytes"]:
+                raise UserError(
+                    f"{file} is {'missing' if size is None else 'truncated'} "
+                    f"({recorded['bytes']} bytes expected, {size or 0} found): prepare the data again"
+                )
+        found = hash_files(self.path, hashed, sync=False)
+        for name in hashed:
+            if found[name]["sha256"] != self.files[name]["sha256"]:
+                raise UserError(
+                    f"{self.path / name} is corrupt: its sha256 is not the one in {MANIFEST}; "
+                    "prepare the data again"
+                )
+
+
+def open_dataset(path: Path | str) -> Dataset:
+    """The prepared dataset in the folder `path`; a `UserError` says what is missing or does not fit."""
+    path = Path(path)
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise UserError(
+            f"{path} is not a prepared dataset (it has no {MANIFEST}): make one with "
+            f"`{command('train_tpu.prepare', 'TEXT', '--out', path)}`"
+        )
+    try:
+        content = json.loads(manifest.read_bytes())
+        version = content["format"]
+        seal = content.pop("sha256", None)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{manifest} is damaged ({error!r}): prepare the data again") from error
+    if version != FORMAT:
+        raise UserError(
+            f"{manifest} has format {version}, this version reads {FORMAT}: prepare the data again"
+        )
+    if seal is not None and seal != digest(content):
+        raise UserError(
+            f"{manifest} does not match its own sha256, so it was damaged or edited: prepare the data again"
+        )
+    try:
+        unknown = sorted(content.keys() - FIELDS)
+        if unknown:
+            raise KeyError(f"unknown field {unknown[0]}")
+        if content["fingerprint"] != fingerprint_of(content):
+            raise ValueError("its fingerprint is not that of its contents")
+        dataset = Dataset(
+            path=path,
+            context=content["context"],
+            tokenizer_record=content["tokenizer"],
+            fingerprint=content["fingerprint"],
+            splits={name: Split(name=name, **split) for name, split in content["splits"].items()},
+            files=content["files"],
+            sources=content["sources"],
+            sealed=seal is not None,
+        )
+        dataset.check_small_files()
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{manifest} is damaged ({error!r}): prepare the data again") from error
+    return dataset
+
+
+def fingerprint_of(content: dict) -> str:
+    """Hash of the tokenizer, the context and the files' hashes that a dataset.json holds.
+
+    The tokenizer is in it by its hash alone, whether its file is carried or not.
+    """
+    hashes = {name: file["sha256"] for name, file in content["files"].items() if name != TOKENIZER_FILE}
+    contents = [content["tokenizer"]["sha256"], content["context"], hashes]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def write_manifest(
+    path: Path,
+    context: int,
+    tokenizer: dict,
+    splits: Iterable[Split],
+    dropped: dict,
+    sources: list[str],
+    train_tokens: int | None = None,
+) -> Dataset:
+    """Hashes the files in the folder `path` and writes its dataset.json, which completes it; all of it is on
+    the disk on return.
+
+    train_tokens: with which the reading of the sources was to end, if it was.
+    """
+    hashed = hash_files(path, sorted(file.name for file in path.iterdir()), sync=True)
+    files = {name: {"sha256": entry["sha256"], "bytes": entry["size"]} for name, entry in hashed.items()}
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "context": context,
+        "splits": {
+            split.name: {k: v for k, v in dataclasses.asdict(split).items() if k != "name"}
+            for split in splits
+        },
+        "dropped": dropped,
+        "sources": sources,
+        "train_tokens": train_tokens,
+        "files": files,
+    }
+    manifest["fingerprint"] = fingerprint_of(manifest)
+    manifest["sha256"] = digest(manifest)
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return open_dataset(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """This process's rows of one global batch."""
+
+    tokens: np.ndarray
+    """uint16 [rows, context + 1]."""
+    first: int
+    """Index of the global batch's first window in the endless sequence."""
+    records: np.ndarray
+    """int64 [rows]: which train record each row is."""
+    bad: np.ndarray
+    """bool [rows]: the record cannot be used; the row is zeros. Only with on_bad="skip"."""
+
+
+def open_windows(dataset: Dataset, split: str) -> Windows:
+    """The records of a split; a `UserError` where they are not as many as dataset.json says."""
+    hashes = {name: entry["sha256"] for name, entry in dataset.files.items()}
+    windows = Windows(dataset.path, split, dataset.context, hashes)
+    if len(windows) != dataset.splits[split].windows:
+        raise UserError(
+            f"{dataset.path} is damaged: its split {split} has {len(windows)} records instead of "
+            f"{dataset.splits[split].windows}; prepare the data again"
+        )
+    return windows
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    seed: int,
+    batch: int,
+    start: int = 0,
+    rows: slice | Sequence[int] = slice(None),
+    vocab_size: int,
+    on_bad: Literal["fail", "skip"] = "fail",
+) -> Iterator[Batch]:
+    """Endless batches of `batch` windows, the first one beginning at window `start` of the sequence.
+
+    rows: which rows of every global batch this process reads; default: all.
+    vocab_size: ids at or above it make a record unusable.
+    on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row. A file
+        that the system cannot read is no such record: that raises in both cases.
+
+    Batches are read ahead in threads; closing the generator ends these.
+    """
+    import grain
+
+    windows = open_windows(dataset, TRAIN)
+    offsets = np.arange(batch)[rows].tolist()
+
+    def read(number: int) -> Batch:
+        first = start + number * batch
+        records = [record_at(first + offset, len(windows), seed) for offset in offsets]
+        if on_bad == "skip":
+            tokens, bad = windows.read_or_skip(records, vocab_size)
+        else:
+            tokens, bad = windows.read(records, vocab_size), np.zeros(len(records), bool)
+        return Batch(tokens, first, np.array(records, np.int64), bad)
+
+    # Four batches of 256 x 1025 tokens are 2 MB.
+    read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    batches = iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(read_ahead))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def record_at(index: int, n_records: int, seed: int) -> int:
+    """The train record that is window `index` of the endless sequence.
+
+    Grain's pseudorandom permutation of one epoch, computed for a single index: nothing is held in memory,
+    however long the dataset. Its usual 4 rounds leave neighbours correlated; 16 do not.
+    """
+    import grain
+
+    epoch, place = divmod(index, n_records)
+    digest = hashlib.sha256(f"train order, seed {seed}, epoch {epoch}".encode()).digest()
+    epoch_seed = int.from_bytes(digest[:4], "big")
+    return grain.experimental.index_shuffle(place, max_index=n_records - 1, seed=epoch_seed, rounds=16)
+
+
+def heldout_windows(dataset: Dataset, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens uint16 [n, context + 1], mask bool [n, context]) of a held-out split.
+
+    The mask is False where the last window is filled up. All windows, or `limit` of them spread evenly.
+    """
+    if split not in dataset.splits:
+        raise UserError(f"{dataset.path} has no split {split!r}: it has {', '.join(dataset.splits)}")
+    windows = open_windows(dataset, split)
+    n = len(windows) if limit is None else min(limit, len(windows))
+    records = [i * len(windows) // n for i in range(n)]
+    tokens = windows.read(records, dataset.tokenizer_record["vocab_size"])
+    predicted = dataset.splits[split].tokens - 1
+    index = np.array(records)[:, None] * dataset.context + np.arange(dataset.context)
+    return tokens, index < predicted

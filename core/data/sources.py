@@ -1,0 +1,171 @@
+"""Where documents come from: text files, the built-in corpus, TFDS and Hugging Face datasets.
+
+`open_sources` turns names into `Source`s. Each yields its documents in a fixed order, holds little more
+than one of them in memory, and says how far it is. What cannot be read is a `UserError` that names the
+file and the line; what is not read is said.
+"""
+
+import glob
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from core.data import corpus
+from core.data.data_files import choose, describe, listed, report, total_size, walk, without_compression
+from core.data.file_source import FileSource
+from core.data.formats import KNOWN, Form, format_of
+from core.data.hub_source import HubSource
+from core.data.source import Source
+from core.errors import UserError
+
+
+def open_sources(
+    names: list[str],
+    field: str = "text",
+    form: Form | None = None,
+    heldout: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Source]:
+    """The sources of `names` in the given order; folders and globs become their files, sorted.
+
+    names: files, folders, globs, `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`.
+    field: the JSON field, Parquet column or TFDS feature that holds the text.
+    form: what files hold, whatever their names say.
+    heldout: whether they are to be held out, and not to be trained on (`data_files`).
+    say: what tells the user which files are not read.
+    """
+    found: dict[str, Source] = {}
+    for name in names:
+        for source in _open(name, field, form, heldout, say):
+            first = found.setdefault(_what_it_is(source), source)
+            if first is not source:
+                say(f"{source.name} is left out: {first.name}, which is the same or a copy of it, is read")
+    return list(found.values())
+
+
+def _what_it_is(source: Source) -> str:
+    """The same for sources that hold the same documents, by their names."""
+    if isinstance(source, FileSource):
+        return without_compression(str(source.path.resolve()))
+    return source.identity()
+
+
+def _open(
+    name: str, field: str, form: Form | None, heldout: bool, say: Callable[[str], None]
+) -> list[Source]:
+    if name == "builtin":
+        return [BuiltinSource()]
+    if name.startswith("tfds:"):
+        return [TfdsSource(name, field)]
+    if name.startswith("hf:"):
+        return [HubSource(name, field, form, heldout, say)]
+    path = Path(name)
+    if path.is_dir():
+        found = _files_of(path, form, heldout, say)
+    elif path.is_file():
+        found = [path]
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
+        found = [match for match in matches if match.is_file()]
+        if not found:
+            if path.is_symlink():
+                raise UserError(f"{path} is a broken link: mend it, or give the path of your text")
+            raise UserError(f"there is no file, folder or glob {name!r}: give the path of your text")
+        if "**" not in name and (n_others := len(matches) - len(found)):
+            say(f"{name}: left out {n_others:,} that are no files (** in a glob reaches into folders)")
+    return [FileSource(file, field, form) for file in found]
+
+
+def _files_of(folder: Path, form: Form | None, heldout: bool, say: Callable[[str], None]) -> list[Path]:
+    """The files of a folder that are its data; says what the others are.
+
+    Raises:
+        UserError: it holds no data, or most of it is in files that are not read.
+    """
+    if (folder / "dataset.json").exists():
+        raise UserError(f"{folder} is a prepared dataset, not text: give it to train_tpu.run as --data")
+    files, unreadable = walk(folder)
+    choice = choose(files, heldout, form)
+    choice = choice._replace(left_out=choice.left_out | unreadable)
+    if not choice.read:
+        but = f", but {listed(choice.left_out)}" if choice.left_out else ""
+        raise UserError(
+            f"the folder {folder} holds no text to {'hold out' if heldout else 'train on'}{but}: known are "
+            f"{KNOWN}; give other plain text with --format text to train_tpu.prepare, and single files by "
+            "their names"
+        )
+    if total_size(choice.foreign) > total_size({"": choice.read}):
+        name = PurePosixPath(choice.read[0].path).name
+        suffixes = name.removeprefix(format_of(name).stem)
+        raise UserError(
+            f"most of the folder {folder} would not be read: {listed(choice.foreign)}; only "
+            f"{describe(choice.read)} would be: give the files that you mean by a glob such as "
+            f"'{folder}/**/*{suffixes}'"
+        )
+    if choice.left_out:
+        say(report(str(folder), choice))
+    return [folder / file.path for file in choice.read]
+
+
+class BuiltinSource(Source):
+    """The built-in corpus: docstrings of the installed Python packages."""
+
+    name = "builtin"
+
+    def __init__(self) -> None:
+        self.size = corpus.n_files()
+
+    def identity(self) -> str:
+        return f"builtin {corpus.identity()}"
+
+    def documents(self) -> Iterator[tuple[str, int]]:
+        yield from corpus.documents_with_position()
+
+
+class TfdsSource(Source):
+    """The train split of a dataset of the TFDS catalogue, or of TFDS's data folder."""
+
+    def __init__(self, name: str, field: str) -> None:
+        import tensorflow_datasets as tfds
+
+        self.name, self._field = name, field
+        dataset = name.removeprefix("tfds:")
+        try:
+            builder = tfds.builder(dataset, file_format="array_record")
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise UserError(f"TFDS knows no dataset {dataset!r}: see its catalogue for the names") from error
+        except (ImportError, NotImplementedError) as error:
+            raise _needs_tensorflow(name, error) from error
+        try:
+            builder.download_and_prepare()
+            self._records = builder.as_data_source("train")
+        except (ImportError, NotImplementedError) as error:
+            raise _needs_tensorflow(name, error) from error
+        except Exception as error:  # the network's, the disk's, the dataset's own
+            raise UserError(f"{name} could not be loaded through TFDS: {error}") from error
+        if field not in builder.info.features:
+            raise UserError(
+                f"{name} has no feature {field!r} (its features: {', '.join(builder.info.features)}): "
+                "name the right one with --field"
+            )
+        self._version = str(builder.info.full_name)
+        self.size = len(self._records)
+
+    def identity(self) -> str:
+        return f"tfds {self._version} {self._field} {self.size}"
+
+    def documents(self) -> Iterator[tuple[str, int]]:
+        for index in range(self.size):
+            text = self._records[index][self._field]
+            if not isinstance(text, bytes | str):
+                raise UserError(
+                    f"{self.name} has no text in the feature {self._field!r}: name one with --field"
+                )
+            # What is not UTF-8 becomes lone surrogates, which whoever reads this replaces and counts.
+            yield text if isinstance(text, str) else text.decode("utf-8", "surrogateescape"), index + 1
+
+
+def _needs_tensorflow(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name} cannot be built without TensorFlow ({error}): "
+        "install it (pip install tensorflow) or give the text as files"
+    )

@@ -1,0 +1,112 @@
+"""The proof of an export: what a model loaded from the folder computes against what Flax computes."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from core.checkpoint.checkpointer import flatten
+from core.config import ModelConfig
+from core.errors import UserError
+from core.model import Params, forward, logits
+from port_torch.hf.modeling_mtlm import MtlmForCausalLM
+from port_torch.hf_config import is_llama
+from port_torch.model import load
+
+PROBE = (2, 128)  # sequences, tokens: enough to tell every convention apart, seconds for 200M parameters
+EPSILON = 2.0**-24  # a float32 result is off by up to this part of itself
+
+
+def probe_tokens(model: ModelConfig, bos: int) -> np.ndarray:
+    """The same random ids every time behind `<s>`, int64 [2, up to 128]."""
+    shape = (PROBE[0], min(PROBE[1], model.context))
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape)
+    tokens[:, 0] = bos
+    return tokens
+
+
+def flax_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """Logits of core.model in float32, [B, S, V]."""
+
+    @jax.jit
+    def run(params: Params, tokens: jax.Array) -> jax.Array:
+        return logits(model, params, forward(model, params, tokens))
+
+    return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
+
+
+def require_finite(params: Params, what: str) -> None:
+    """A UserError naming the first leaf of `what` that holds NaN or infinity."""
+    for path, leaf in flatten(params)[0].items():
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise UserError(
+                f"{what}: {path} holds {bad} values that are NaN or infinite, so it is not exported; "
+                "take another checkpoint, or another --dtype if that one is too narrow"
+            )
+
+
+def rounded(params: Params, dtype: str) -> Params:
+    """The parameters as float32 again after rounding to `dtype`; those given are used up."""
+
+    def leaf(array: jax.Array) -> jax.Array:
+        # Not inside jit: XLA would leave out both conversions.
+        narrow = array.astype(dtype)
+        array.delete()
+        return narrow.astype(jnp.float32)
+
+    return jax.tree.map(leaf, params)
+
+
+def compare(
+    folder: Path, model: ModelConfig, tokens: np.ndarray, expected: np.ndarray, source: str = "Flax"
+) -> None:
+    """Loads the folder with our mirror and with transformers, computes in float32, and prints by how much the
+    logits differ from `expected`, which `source` computed.
+
+    Raises:
+        UserError: one of them differs by more than rounding explains.
+    """
+    disable_progress_bar()
+    ids = torch.from_numpy(tokens)
+    kind = LlamaForCausalLM if is_llama(model) else MtlmForCausalLM
+    with torch.inference_mode():
+        ours, noise = mirror_logits(folder, ids)
+        theirs = kind.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=False).logits.numpy()
+    limit = tolerance(model, expected, noise)
+    for name, got in (("port_torch.model", ours), ("transformers", theirs)):
+        difference = float(np.abs(got - expected).max())
+        print(f"logits of {name} against {source}: largest difference {difference:.1e} (limit {limit:.1e})")
+        if not difference <= limit:
+            raise UserError(
+                f"{name} computes logits from the exported folder that differ from {source}'s by up to "
+                f"{difference:.1e} where {limit:.1e} is allowed, so the folder was removed; this is a fault "
+                "of the export: please report it with the checkpoint's manifest"
+            )
+
+
+def mirror_logits(folder: Path, ids: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Float32 logits [B, S, V] of the folder in our mirror, and how far they are off those of float64."""
+    mirror = load(folder)
+    single = mirror.logits(mirror(ids)).numpy()
+    mirror = mirror.double()
+    return single, float(np.abs(single - mirror.logits(mirror(ids)).numpy()).max())
+
+
+def tolerance(model: ModelConfig, expected: np.ndarray, noise: float) -> float:
+    """How far logits of the same weights may differ in float32.
+
+    The folder's weights are exact on both sides, whatever their type, so that only the order of float32 sums
+    differs. A sum of d products is off by about eps sqrt(d), and the errors of 2 L branches add up like
+    sqrt(2 L): trained models (1.3M to 200M) differ by a quarter of that. Others make more of every rounding
+    (after twelve updates at a high rate nine times as much), so `noise` counts, too, by how much the folder's
+    float32 logits are off those of float64. Four times either is allowed: two such errors, whose largest of
+    many is up to twice another's. A wrong theta, epsilon, order of weights or activation is hundreds of times
+    beyond.
+    """
+    rounding = EPSILON * (2 * model.n_layers * model.d_model) ** 0.5 * max(1.0, float(np.abs(expected).max()))
+    return 4 * max(rounding, noise)

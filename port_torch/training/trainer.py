@@ -1,0 +1,342 @@
+"""The course of a run, the same for both commands: folder, state, memory, loop, result.
+
+The commands say what is trained on what (`Job`); everything from there on is here, in order.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.nn.attention import SDPBackend
+
+from core.checkpoint.manifest import Manifest, code_version, load_manifest
+from core.checkpoint.steps import find_start, find_step, leave_newer, list_steps
+from core.cli import command
+from core.config import ModelConfig
+from core.errors import UserError
+from core.model import compute_dtype
+from core.run.cadence import choose_cadence
+from core.run.curve import plot_curve
+from core.run.folder import check_run_folder, lock_folder, require_folder, write_config
+from core.run.guard import changed_measure
+from core.run.interrupt import EXIT_FINISHED, Interrupt
+from core.run.log import SAMPLES, NoLog, RunLog, read_log
+from core.run.progress import Progress, make_console
+from core.run.schedule import check_room, require_continuous
+from core.tokenizer import Tokenizer
+from kernels_cuda import library
+from port_torch.card import Tuning
+from port_torch.model import Decoder
+from port_torch.training import checkpoint
+from port_torch.training.batches import Batch, HeldOut, Rows
+from port_torch.training.distributed import Ranks
+from port_torch.training.loop import Loop
+from port_torch.training.result import FOLDER, why_damaged, write_result
+from port_torch.training.settings import TrainerConfig
+from port_torch.training.step import Stepper
+from train_tpu.loop import END
+
+
+@dataclasses.dataclass
+class Job:
+    """What is trained, on what, and where."""
+
+    config: TrainerConfig
+    out: Path
+    defaults: TrainerConfig
+    """The command's own, for settings that a run to be resumed is older than."""
+    decoder: Decoder
+    """On its device; what needs no gradient is not trained."""
+    tokenizer: Tokenizer
+    record: dict[str, Any]
+    """What config.json and the manifests say: `core.run.folder.run_record`."""
+    lineage: list[dict[str, Any]]
+    """What the parameters come from."""
+    steps: int
+    batches: Callable[[int], Iterator[Batch]]
+    """This rank's batches from the global batch on whose first sequence has that index."""
+    example: Callable[[int], Rows]
+    """That many rows as training has them, to try the memory with."""
+    heldout: list[HeldOut]
+    prompts: list[list[int]]
+    """Ids that the samples go on from."""
+    table: list[tuple[str, str]]
+    """What is told about model and data."""
+    tuning: Tuning | None = None
+    """What the card says of a fine-tuned model."""
+
+
+def begin(config: TrainerConfig, out: Path, ranks: Ranks) -> TrainerConfig:
+    """The settings as a run records them: `auto` as what it stands for on this device.
+
+    Raises:
+        UserError: no run can be written to `out`; told before anything slow.
+    """
+    require_folder(out)
+    platform = "cpu" if ranks.device.type == "cpu" else "gpu"
+    return dataclasses.replace(config, dtype=compute_dtype(config.dtype, platform))
+
+
+def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
+    """Takes the CUDA kernels where they are, and says on stderr which run.
+
+    The first rank goes before the others: it may have to compile them, and it says what it found. Where it
+    finds none, no other rank compiles them again or runs what it does not.
+
+    Raises:
+        UserError: they must run, and a rank has none.
+    """
+    failure, found = None, True
+    if ranks.first:
+        try:
+            found = library.load(config.kernels).file is not None
+        except UserError as error:
+            failure, found = error, False
+    if ranks.largest(int(not found)):  # of the first rank alone: the others have not looked
+        if failure is not None:
+            raise failure
+        if config.kernels == "cuda":
+            raise UserError("--kernels cuda is not possible: the first process has none, and says why")
+        return
+    if not ranks.first:
+        with contextlib.redirect_stderr(io.StringIO()):
+            source = library.load(config.kernels)
+        if source.file is None:
+            print(f"kernels of process {ranks.rank}: {source.reason}", file=sys.stderr)
+
+
+def require_deterministic_operations() -> None:
+    """Lets PyTorch use no operation on a GPU whose result varies; before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
+
+
+def train(job: Job, ranks: Ranks) -> int:
+    """Runs the job to its end or to an interruption; returns the exit code of `core.run.interrupt`."""
+    config, out, model = job.config, job.out, job.decoder.config
+    console = make_console(quiet=not ranks.first)
+    rows = ranks.rows(config.batch)
+    bf16 = config.dtype == "bfloat16"
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+    end = job.steps if config.stop_at is None else min(job.steps, config.stop_at)
+
+    # 1. The run folder: new, or that of the run to go on with.
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(lock_folder(out))
+            check_run_folder(out, job.record, config.allow_change, job.defaults)
+
+        ranks.first_does(enter)
+        ranks.require_shared(out)
+        interrupt = stack.enter_context(Interrupt())
+
+        # 2. The state: the parameters given, or those of the newest checkpoint.
+        stepper = Stepper(
+            job.decoder,
+            config.optim,
+            ranks,
+            seed=config.seed,
+            z_loss=config.z_loss,
+            bf16=bf16,
+            compiled=compiled,
+            guard=config.guard,
+        )
+        if model_alone(out):
+            console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
+            return EXIT_FINISHED
+        manifest, how = starting_state(job, stepper, console)
+        if manifest.step > job.steps:
+            raise UserError(
+                f"the run in {out} is at step {manifest.step} already, beyond the {job.steps} steps asked "
+                "for: resume it without them, or give another --out"
+            )
+        finished = manifest.step == job.steps and any(row["what"] == END for row in read_log(out, "event"))
+        if finished or (end < job.steps and manifest.step >= end):
+            if ranks.first:
+                write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
+            said = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
+            console.print(said, markup=False)
+            return EXIT_FINISHED
+        # 3. Kernels, and parts that fit into the memory.
+        load_kernels(config, ranks)
+        part = rows.stop - rows.start
+        parts = config.accumulate
+        if part % parts:
+            raise UserError(
+                f"--accumulate {parts} does not cut the {part} rows of a process into equal parts: give a "
+                f"divisor of {part}"
+            )
+        if ranks.device.type == "cuda":
+            parts = stepper.fit(part, parts, job.example)
+        if ranks.first:
+            job.tokenizer.carry(out)
+            write_config(out, job.record)
+        describe(job, ranks, console, bf16, compiled)
+        if note := check_room(config.optim, job.steps):
+            console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(how, markup=False, highlight=False)
+        if parts != config.accumulate:
+            console.print(
+                f"out of memory with {part // config.accumulate} sequences at once: going on with "
+                f"{part // parts} (--accumulate {parts}); the batch stays {config.batch}"
+            )
+
+        # 4. The loop.
+        batches = job.batches(manifest.sequences)
+        stack.callback(batches.close)
+        progress = Progress(console, end, manifest.step, config.log_every)
+        stack.callback(progress.close)
+        log = RunLog(out, manifest.step) if ranks.first else NoLog()
+        stack.callback(log.close)
+        if log.notice:
+            console.print(log.notice, markup=False, highlight=False)
+        log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
+        code = Loop(
+            config=config,
+            stepper=stepper,
+            parts=parts,
+            step=manifest.step,
+            steps=job.steps,
+            end=end,
+            batches=batches,
+            heldout=job.heldout,
+            rows=part // parts,
+            context=model.context,
+            tokenizer=job.tokenizer,
+            prompts=job.prompts,
+            folder=out,
+            manifest=manifest,
+            log=log,
+            progress=progress,
+            interrupt=interrupt,
+            cadence=choose_cadence(config, job.steps),
+            flops_per_token=model.flops_per_token(),
+        ).run()
+
+    # 5. The result.
+    if code == EXIT_FINISHED and ranks.first:
+        step_dir = find_step(out)
+        last = load_manifest(step_dir)
+        folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
+        samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
+        arguments = job.tuning.arguments if job.tuning else "--prompt The"
+        console.print(
+            f"loss curve: {plot_curve(out)}{samples}\n"
+            f"the model: {folder}, a folder for transformers, proved by its logits\n"
+            f"next: {command('port_torch.generate', folder)} {arguments}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return code
+
+
+def model_alone(out: Path) -> bool:
+    """Whether a run has finished, and its checkpoints were removed and its model kept.
+
+    Raises:
+        UserError: its model was removed, too, or changed.
+    """
+    if list_steps(out / "checkpoints") or not any(row["what"] == END for row in read_log(out, "event")):
+        return False
+    damage = why_damaged(out / FOLDER)
+    if damage:
+        raise UserError(
+            f"the run in {out} has finished, its checkpoints were removed, and of its model {damage}; or "
+            "train again, with another --out"
+        )
+    return True
+
+
+def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manifest, str]:
+    """The manifest of the state that the stepper then has, and in words where that comes from."""
+    out, record, ranks = job.out, job.record, stepper.ranks
+    manifest = Manifest(
+        kind="train", step=0, sequences=0, tokens=0, config={name: record[name] for name in ("model", "run")},
+        tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
+        lineage=job.lineage, code=code_version() | {"torch": torch.__version__},
+    )  # fmt: skip
+    say = functools.partial(console.print, markup=False, highlight=False)
+    folder = out / "checkpoints"
+
+    def check(start: Manifest) -> None:
+        require_continuous(start.config["run"], record["run"], start.step, out)
+
+    start = (job.config.from_step, job.config.fallback, check, say)
+    step_dir = ranks.in_turn(lambda: find_start(folder, *start))
+    ranks.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    if step_dir is None:
+        origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
+        return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
+    require_same_origin(job, load_manifest(step_dir).lineage)
+    old = checkpoint.restore(step_dir, stepper)
+    if job.config.from_step is not None and ranks.first:
+        for left in leave_newer(folder, job.config.from_step):
+            say(f"a newer checkpoint is left, as {left}")
+    how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    changed = changed_measure(old, manifest)
+    if changed:
+        stepper.guard.empty()
+        how += f"; the guard starts anew, for other {' and '.join(changed)}"
+    manifest = manifest.resumed_from(old)
+    return manifest, how
+
+
+def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
+    """Refuses to resume on a folder whose weights are not those that the run was started from."""
+    before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
+    if before != now:
+        raise UserError(
+            f"the run in {job.out} was not started from the weights that are given now: give the same "
+            "folder, unchanged, or another --out"
+        )
+
+
+def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: bool) -> None:
+    """The table a run begins with."""
+    model, config = job.decoder.config, job.config
+    trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
+    tokens = job.steps * config.batch * model.context
+    rows = [
+        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
+                  f"MLP {model.d_mlp}, context {model.context}; {model.positions}, {model.mlp}"),
+        ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
+        *job.table,
+        ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
+        ("optimizer", f"AdamW for all parameters, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+                      f"warmup {config.optim.warmup}"),
+        ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
+                    f"{', compiled' if compiled else ''}"),
+        ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
+    ]  # fmt: skip
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
+    console.print(table)
+
+
+def device_name(ranks: Ranks) -> str:
+    """What PyTorch calls the device."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
+    """Which of PyTorch's attentions will run."""
+    shape = (1, model.n_heads, model.context, model.head_dim)
+    q = torch.zeros(shape, device=device, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
+    mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=device) if packed else None
+    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, mask, 0.0, not packed))
+    kind = "a mask of documents" if packed else "causal"
+    return f"PyTorch's {backend.name.removesuffix('_ATTENTION').lower()} ({kind})"

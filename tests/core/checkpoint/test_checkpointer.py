@@ -1,0 +1,367 @@
+"""Checkpoints: what is saved comes back bit for bit, and what is damaged is never opened."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import core.checkpoint.checkpointer
+from core.checkpoint.checkpointer import (
+    Checkpointer,
+    Manifest,
+    find_step,
+    list_steps,
+    load_manifest,
+    newest_intact,
+    restore,
+    restore_params,
+    save_params,
+    set_aside,
+    verify,
+)
+from core.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+class Guard(NamedTuple):
+    window: jax.Array
+    skipped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    params: Any
+    opt: Any
+    guard: Guard
+    seed: jax.Array
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def make_state(step: int) -> TrainState:
+    """Every dtype and container that a training state has; no two leaves or steps alike."""
+    rng = np.random.default_rng(step)
+    params = {
+        "embed": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32),
+        "layers": {"q": jnp.asarray(rng.normal(size=(3, 32, 32)), jnp.bfloat16)},
+    }
+    opt = OPTIMIZER.init(params)
+    opt = jax.tree.map(lambda x: jnp.asarray(100 * rng.normal(size=x.shape), x.dtype), opt)
+    guard = Guard(jnp.asarray(rng.normal(size=16), jnp.float32), jnp.asarray(step, jnp.int32))
+    return TrainState(params, opt, guard, jnp.asarray(2**32 - 1 - step, jnp.uint32))
+
+
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def make_manifest(step: int, kind: str = "train") -> Manifest:
+    return Manifest(
+        kind=kind,
+        step=step,
+        sequences=8 * step,
+        tokens=64 * step,
+        config={"model": {"d_model": 32}, "run": {"name": "é", "rate": 3e-4}},
+        tokenizer={"name": "bytes", "sha256": "0" * 64},
+        data={"fingerprint": "f", "cursor": 8 * step},
+        lineage=[{"operation": "grow", "from": "elsewhere"}],
+    )
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save_steps(folder: Path, *steps: int, **options: Any) -> None:
+    with Checkpointer(folder, **options) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(step), make_manifest(step))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Step 5 of a run, not to be changed."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    save_steps(folder, 5)
+    return folder / "00000005"
+
+
+@pytest.fixture
+def step_dir(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
+
+
+def files_of(step_dir: Path) -> list[str]:
+    return sorted(str(p.relative_to(step_dir)) for p in step_dir.rglob("*") if p.is_file())
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# What is saved comes back
+
+
+def test_state_comes_back_bit_for_bit_in_its_own_types(saved: Path) -> None:
+    state = make_state(5)
+    restored = restore(saved, abstract(state))
+    assert_same_bits(restored, state)
+    assert type(restored.opt[1][0]) is type(state.opt[1][0])  # optax's NamedTuple, not a dict
+
+
+def test_parameters_come_back_alone_from_either_kind(saved: Path, tmp_path: Path) -> None:
+    params = make_state(5).params
+    assert_same_bits(restore_params(saved, abstract(params)), params)
+    folder = save_params(tmp_path / "imported", params, make_manifest(0, "params"))
+    assert find_step(folder) == folder
+    assert_same_bits(restore_params(folder, abstract(params)), params)
+    with pytest.raises(UserError, match="--init-from"):
+        restore(folder, abstract(make_state(5)))
+    with pytest.raises(UserError, match="exists already"):
+        save_params(folder, params, make_manifest(0, "params"))
+
+
+def test_parameters_are_read_without_the_optimizer(step_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (step_dir / "state").glob("opt.*"):
+        shutil.rmtree(path)
+    monkeypatch.setattr(core.checkpoint.checkpointer, "verify", lambda _: None)
+    params = make_state(5).params
+    assert_same_bits(restore_params(step_dir, abstract(params)), params)
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
+    update = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((2000, 1000))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": x}, make_manifest(1))
+        for _ in range(5):
+            x = update(x)
+        jax.block_until_ready(x)
+    saved = restore(find_step(tmp_path), {"params": abstract(x)})["params"]
+    assert not np.asarray(saved).any()
+
+
+def test_save_goes_on_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_seal, seal = threading.Event(), core.checkpoint.checkpointer.seal
+    monkeypatch.setattr(core.checkpoint.checkpointer, "seal", lambda *args: (may_seal.wait(60), seal(*args)))
+    manifest = make_manifest(1)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), manifest)
+        assert checkpointer.latest_committed is None
+        assert [p.name for p in tmp_path.iterdir()] == [".00000001.partial"]
+        manifest.config["model"]["d_model"] = 99  # after the call: not what was saved
+        may_seal.set()
+        checkpointer.wait()
+        assert checkpointer.latest_committed == 1
+    assert load_manifest(find_step(tmp_path)).config["model"]["d_model"] == 32
+
+
+# The manifest
+
+
+def test_manifest_says_what_is_there(saved: Path) -> None:
+    manifest, state = load_manifest(saved), make_state(5)
+    assert (manifest.kind, manifest.step, manifest.sequences, manifest.tokens) == ("train", 5, 40, 320)
+    assert manifest.config == make_manifest(5).config
+    assert manifest.data == {"fingerprint": "f", "cursor": 40}
+    assert len(manifest.tree) == len(jax.tree.leaves(state))
+    assert manifest.tree["params/layers/q"] == {"shape": [3, 32, 32], "dtype": "bfloat16"}
+    assert manifest.tree["opt/1/0/mu/embed"] == {"shape": [64, 32], "dtype": "float32"}
+    assert manifest.tree["guard/skipped"] == {"shape": [], "dtype": "int32"}
+    assert sorted([*manifest.files, "manifest.json"]) == files_of(saved)
+    assert manifest.code["jax"] == jax.__version__
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_sha256_is_that_of_other_tools(saved: Path) -> None:
+    files = load_manifest(saved).files
+    lines = "".join(f"{record['sha256']}  {name}\n" for name, record in files.items())
+    subprocess.run(["sha256sum", "--check", "--quiet"], input=lines, text=True, cwd=saved, check=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format_version": 2}, "format version 2.*reads 1"),
+        ({"tokens": None}, "lacks field tokens"),
+        ({"mood": "good"}, "unknown field mood"),
+        ({"step": 6}, "damaged or edited"),
+    ],
+)
+def test_manifest_of_another_kind_is_refused(step_dir: Path, change: dict, message: str) -> None:
+    path = step_dir / "manifest.json"
+    fields = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    with pytest.raises(UserError, match=f"manifest.json.*{message}"):
+        load_manifest(step_dir)
+
+
+def test_manifest_leads_nowhere_outside(step_dir: Path) -> None:
+    manifest = load_manifest(step_dir)
+    (step_dir.parent / "secret").write_text("x")
+    files = {**manifest.files, "../secret": {"size": 1, "sha256": "0" * 64}}
+    (step_dir / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    with pytest.raises(UserError, match=r"\.\./secret is missing"):
+        verify(step_dir)
+
+
+# Damage is refused, by the name of the file
+
+
+def test_flipped_bits_of_the_manifest_are_refused(step_dir: Path) -> None:
+    path = step_dir / "manifest.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), 5):
+        flip_bit(path, position, bit=position % 8)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            load_manifest(step_dir)
+        path.write_bytes(content)
+
+
+def damages(content: bytes) -> dict[str, bytes | None]:
+    """What may become of a file's content; None: no file."""
+    size = len(content)
+    flipped = {}
+    for at in (0, size // 3, size // 2, size - 1):
+        flipped[f"bit {at % 8} of byte {at}"] = (
+            content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+        )
+    return {**flipped, "cut": content[: size // 2], "emptied": b"", "longer": content + b"0", "deleted": None}
+
+
+def test_flipped_bits_truncation_and_loss_of_any_file_are_refused(step_dir: Path) -> None:
+    state = abstract(make_state(5))
+    for name in files_of(step_dir):
+        path = step_dir / name
+        content = path.read_bytes()
+        for damage, damaged in damages(content).items():
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            with pytest.raises(UserError) as refusal:
+                restore(step_dir, state)
+            assert path.name in str(refusal.value) and "--fallback" in str(refusal.value), damage
+            assert "\n" not in str(refusal.value)
+            path.write_bytes(content)
+    restore(step_dir, state)  # whole again
+
+
+@pytest.mark.parametrize("name", ["state/params.embed/9.9", "notes.txt", "state/link"])
+def test_unlisted_file_is_refused(step_dir: Path, name: str) -> None:
+    path = step_dir / name
+    path.symlink_to(ROOT) if path.name == "link" else path.write_text("x")
+    with pytest.raises(UserError, match=f"{path.name} is not listed"):
+        verify(step_dir)
+
+
+def test_falls_back_only_when_told(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_steps(folder, 1, 2, 3, keep_last=3)
+    damaged = sorted((folder / "00000003/state").rglob("0.*"))[0]
+    flip_bit(damaged, 7)
+    (folder / "00000002/manifest.json").unlink()
+
+    assert find_step(tmp_path) == folder / "00000003"
+    with pytest.raises(UserError, match="--fallback"):
+        restore(find_step(tmp_path), abstract(make_state(3)))
+
+    step_dir, skipped = newest_intact(tmp_path)
+    assert step_dir == folder / "00000001"
+    assert [path for path, _ in skipped] == [folder / "00000003", folder / "00000002"]
+    assert str(damaged) in skipped[0][1] and "no manifest.json" in skipped[1][1]
+
+    for path, _ in skipped:
+        set_aside(path)
+    assert list_steps(folder) == [1]
+    save_steps(folder, 2)
+    assert find_step(tmp_path) == folder / "00000002"
+
+    for step in (1, 2):
+        (folder / f"{step:08d}/state/_METADATA").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints.*_METADATA is missing"):
+        newest_intact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.params.update(embed=jnp.zeros((64, 16))),
+            r"params/embed is float32\[64, 32\].*float32\[64, 16\]",
+        ),
+        (lambda s: s.params.update(embed=s.params["embed"].astype(jnp.int32)), r"float32\[.*int32\[64, 32\]"),
+        (
+            lambda s: s.params.update(more=jnp.zeros(1)),
+            r"params/more is missing in the checkpoint.*float32\[1\] here",
+        ),
+        (lambda s: s.params.pop("embed"), r"params/embed is float32.*missing here"),
+    ],
+)
+def test_another_tree_is_refused_with_both_sides(saved: Path, change: Any, message: str) -> None:
+    state = make_state(5)
+    change(state)
+    with pytest.raises(UserError, match=message):
+        restore(saved, abstract(state))
+    with pytest.raises(UserError, match=message):
+        restore_params(saved, abstract(state.params))
+
+
+# Which steps there are
+
+
+def test_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
+    save_steps(tmp_path, *range(1, 9), keep_last=2, keep_every=3)
+    assert list_steps(tmp_path) == [3, 6, 7, 8]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000006", "00000007", "00000008"]
+    for step in (3, 8):
+        assert_same_bits(restore(tmp_path / f"{step:08d}", abstract(make_state(step))), make_state(step))
+
+
+def test_a_step_is_saved_once_and_never_before_another(tmp_path: Path) -> None:
+    save_steps(tmp_path, 4)
+    before = (tmp_path / "00000004/manifest.json").stat().st_mtime_ns
+    save_steps(tmp_path, 4)
+    assert (tmp_path / "00000004/manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="step 3 after 4"):
+        save_steps(tmp_path, 3)
+
+
+def test_find_step_says_what_is_there(saved: Path, tmp_path: Path) -> None:
+    assert find_step(saved) == find_step(saved.parent) == find_step(saved.parent.parent) == saved
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        find_step(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is empty"):
+        find_step(tmp_path)
+    (tmp_path / "readme").write_text("x")
+    with pytest.raises(UserError, match="holds readme"):
+        find_step(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        find_step(tmp_path / "readme")
+    dated_run = tmp_path / "20260101"  # a run folder whose name looks like a step's
+    shutil.copytree(saved.parent, dated_run / "checkpoints")
+    assert find_step(dated_run) == dated_run / "checkpoints" / saved.name
+
+
+def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    for name in (".00000002.partial/state", ".00000000.deleted"):
+        (tmp_path / name).mkdir(parents=True)
+    assert list_steps(tmp_path) == [1]
+    Checkpointer(tmp_path).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]

@@ -1,0 +1,645 @@
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import tokenizers
+
+from core.data import corpus, packing
+from core.data import prepare as module
+from core.data import splits as splits_module
+from core.data.dataset import open_dataset
+from core.data.file_source import FileSource
+from core.data.prepare import choose_tokenizer, open_or_prepare, prepare
+from core.errors import UserError
+from core.tokenizer import load_tokenizer
+from tests.core.test_tokenizer import bpe_file
+from train_tpu import prepare as command
+
+ROOT = Path(__file__).parents[3]
+DATA = ROOT.parent / "shared" / "data"
+CONTEXT = 32
+
+
+def documents(n: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    words = ["alpha", "beta", "gamma", "naïve", "日本", "x", "lorem", "ipsum,", "dolor.\n\n", "sit"]
+    return [f"Document {i}: " + " ".join(rng.choice(words, rng.integers(1, 60))) for i in range(n)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def expected_stream(texts: list[str], name: str = "bytes") -> list[int]:
+    tokenizer = load_tokenizer(name)
+    return [i for text in texts for i in (tokenizer.bos, *tokenizer.encode(text).tolist(), tokenizer.eos)]
+
+
+def windows_of(path: Path, split: str) -> np.ndarray:
+    """All records of a split, read by TFDS itself."""
+    source = tfds.builder_from_directory(str(path)).as_data_source(split)
+    return np.stack([item["tokens"] for item in source])
+
+
+def stream_of(windows: np.ndarray) -> list[int]:
+    """The stream that the windows' predicted tokens make up, plus its first token."""
+    assert (windows[1:, 0] == windows[:-1, -1]).all()  # each begins with the last token of the one before
+    return [int(windows[0, 0]), *windows[:, 1:].ravel().tolist()]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train_tpu.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["bytes", "mistral"])
+def test_every_token_is_predicted_once_in_order(tmp_path, name):
+    train, valid = documents(50), documents(7, seed=1)
+    out = prepare(
+        [write_jsonl(tmp_path / "t.jsonl", train)],
+        tmp_path / "out",
+        name,
+        CONTEXT,
+        valid={"held": write_jsonl(tmp_path / "v.jsonl", valid)},
+    )
+    dataset = open_dataset(out)
+    stream = expected_stream(train, name)
+    n = (len(stream) - 1) // CONTEXT
+    assert stream_of(windows_of(out, "train")) == stream[: n * CONTEXT + 1]
+    split = dataset.splits["train"]
+    assert (split.documents, split.tokens, split.windows) == (50, len(stream), n)
+    assert split.bytes == sum(len(text.encode()) for text in train)
+
+    stream = expected_stream(valid, name)
+    windows = windows_of(out, "held")
+    read = stream_of(windows)
+    assert read[: len(stream)] == stream
+    assert set(read[len(stream) :]) <= {load_tokenizer(name).eos}  # filled up, less than one window
+    assert 0 <= len(read) - len(stream) < CONTEXT
+    split = dataset.splits["held"]
+    assert (split.documents, split.tokens, split.windows) == (7, len(stream), len(windows))
+    assert split.bytes == sum(len(text.encode()) for text in valid)
+    manifest = json.loads((out / "dataset.json").read_text())
+    assert manifest["dropped"]["train_tokens_at_end"] == (dataset.splits["train"].tokens - 1) % CONTEXT
+
+
+@pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 2 * CONTEXT, 2 * CONTEXT + 1, 5])
+def test_packer_at_the_borders(length):
+    rng = np.random.default_rng(length)
+    stream = rng.integers(0, 100, length).astype(np.uint16)
+    packer = packing.Packer(CONTEXT)
+    cuts = np.sort(rng.integers(0, length + 1, 3))
+    windows = [packer.add(part) for part in np.split(stream, cuts)]
+    left = packer.rest
+    whole = np.concatenate([*windows, packer.last(fill=7)])
+    predicted = whole[:, 1:].ravel()
+    assert predicted[: length - 1].tolist() == stream[1:].tolist()
+    assert (predicted[length - 1 :] == 7).all()
+    assert left == (length - 1) % CONTEXT
+    assert (packer.tokens, packer.windows) == (length, len(whole))
+
+
+def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits_module, "BATCH_BYTES", 500)  # so that there are many batches
+    source = write_jsonl(tmp_path / "t.jsonl", documents(1200))
+    outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 100)
+    outs.append(prepare([source], tmp_path / "shards", "bytes", CONTEXT))
+    one, three, shards = (open_dataset(out) for out in outs)
+    assert one.fingerprint == three.fingerprint
+    assert one.splits == shards.splits
+    assert len(shards.files) > len(one.files) + 5
+    assert (windows_of(outs[0], "train") == windows_of(outs[2], "train")).all()
+
+
+def test_held_out_by_hash(tmp_path):
+    texts = documents(1500)
+    held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.02 * 2**64}
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", order)
+        out = prepare([source], tmp_path / name, "bytes", CONTEXT, valid_fraction=0.02)
+        stream = expected_stream([t for t in order if t in held])
+        assert stream_of(windows_of(out, "valid"))[: len(stream)] == stream
+        assert open_dataset(out).splits["valid"].documents == len(held)
+        assert open_dataset(out).splits["train"].documents == 1500 - len(held)
+
+
+def up_to(texts: list[str], train_tokens: int, held: set[str] = frozenset()) -> list[str]:
+    """The documents up to the one with which those outside `held` reach `train_tokens`, in bytes tokens."""
+    total = 0
+    for n, text in enumerate(texts, start=1):
+        total += 0 if text in held else len(text.encode()) + 2
+        if total >= train_tokens:
+            return texts[:n]
+    return texts
+
+
+@pytest.mark.parametrize("train_tokens", [1500, 20_000, 50_001])
+def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkeypatch, train_tokens):
+    texts, valid = documents(300), documents(9, seed=1)
+    texts[3] = ""
+    texts[4] = "lone \ud800 surrogate " * 9
+    files = [texts[:100], texts[100:200], texts[200:]]
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(files)]
+    held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
+    manifests = []
+    for workers, size in ((1, 300), (3, 300), (2, 5000), (3, 1 << 20)):
+        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
+        out = tmp_path / f"{workers}-{size}"
+        prepare(sources, out, "bytes", CONTEXT, valid=held, workers=workers, train_tokens=train_tokens)
+        manifests.append(json.loads((out / "dataset.json").read_text()))
+    assert all(manifest == manifests[0] for manifest in manifests)
+
+    manifest, split = manifests[0], open_dataset(out).splits["train"]
+    read = up_to([text.replace("\ud800", "\ufffd") for text in texts if text], train_tokens)
+    stream = expected_stream(read)
+    assert train_tokens <= len(stream) < train_tokens + len(read[-1].encode()) + 2
+    assert (split.documents, split.tokens) == (len(read), len(stream))
+    assert split.bytes == sum(len(text.encode()) for text in read)
+    n = (len(stream) - 1) // CONTEXT
+    assert stream_of(windows_of(out, "train")) == stream[: n * CONTEXT + 1]
+    assert manifest["train_tokens"] == train_tokens
+    assert manifest["sources"] == sources[: 1 + (len(read) + 1 > 100) + (len(read) + 1 > 200)]
+    assert (manifest["dropped"]["empty_documents"], manifest["dropped"]["repaired_documents"]) == (1, 1)
+    stream = expected_stream(valid)
+    assert stream_of(windows_of(out, "held"))[: len(stream)] == stream  # whole
+
+
+def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch):
+    texts = documents(1500)
+    held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.1 * 2**64}
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    read = up_to(texts, 50_000, held)
+    assert 3 < len(held & set(read)) < len(held) - 20
+    for workers, size in ((1, 700), (3, 700), (2, 1 << 20)):
+        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
+        out = tmp_path / f"{workers}-{size}"
+        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=50_000)
+        splits = open_dataset(out).splits
+        assert splits["train"].tokens == len(expected_stream([t for t in read if t not in held]))
+        stream = expected_stream([t for t in read if t in held])
+        assert stream_of(windows_of(out, "valid"))[: len(stream)] == stream
+        assert splits["valid"].tokens == len(stream)
+
+
+def test_the_last_of_few_documents_keeps_its_held_out_end(tmp_path):
+    texts = ["\n\n".join(documents(20, seed)) for seed in range(10)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    first = len(texts[0].encode())
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, train_tokens=first)  # two of them
+    splits = open_dataset(out).splits
+    assert splits["train"].documents == splits["valid"].documents == 2
+    assert splits["train"].bytes + splits["valid"].bytes == first + len(texts[1].encode())
+
+
+def test_nothing_is_read_far_behind_the_end(tmp_path, monkeypatch, capsys):
+    def endless(self):
+        while True:
+            yield "some words " * 100, 0
+
+    monkeypatch.setattr(FileSource, "documents", endless)
+    source = write_jsonl(tmp_path / "t.jsonl", ["x"])
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=0, train_tokens=100_000)
+    assert open_dataset(out).splits["train"].tokens == -(-100_000 // 1102) * 1102
+    assert "train was to reach 100,000 tokens: read no further than 100,282" in capsys.readouterr().out
+
+
+def test_text_that_does_not_reach_the_tokens_is_taken_whole(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "t.jsonl", [*documents(50), "", " "])
+    outs = [
+        prepare([source], tmp_path / str(n), "bytes", CONTEXT, valid_fraction=0, train_tokens=n)
+        for n in (None, 10**9)
+    ]
+    all_of_it, limited = (open_dataset(out) for out in outs)
+    assert limited.fingerprint == all_of_it.fingerprint
+    assert json.loads((outs[1] / "dataset.json").read_text())["dropped"]["empty_documents"] == 2
+    found = all_of_it.splits["train"].tokens
+    assert f"train was to reach 1,000,000,000 tokens: all the text has {found:,}" in capsys.readouterr().out
+
+
+def test_few_documents_hold_out_their_ends(tmp_path):
+    text = "\n\n".join(documents(60))
+    (tmp_path / "book.txt").write_text(text)
+    dataset = open_dataset(prepare([str(tmp_path / "book.txt")], tmp_path / "out", "bytes", CONTEXT))
+    n = dataset.splits["valid"].tokens
+    held = bytes(stream_of(windows_of(tmp_path / "out", "valid"))[1 : n - 1]).decode()
+    assert text.endswith(held)
+    assert 0.03 < len(held) / len(text) < 0.06
+    assert dataset.splits["train"].bytes + dataset.splits["valid"].bytes == len(text.encode())
+
+
+def test_empty_and_damaged_documents_are_counted(tmp_path, capsys):
+    texts = ["one " * 30, "", "  \n", "lone \ud800 surrogate " * 9, "two " * 30]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=0)
+    dropped = json.loads((out / "dataset.json").read_text())["dropped"]
+    assert (dropped["empty_documents"], dropped["repaired_documents"]) == (2, 1)
+    assert open_dataset(out).splits["train"].documents == 3
+    printed = capsys.readouterr().out
+    assert "2 empty documents" in printed and "repaired: 1 documents" in printed
+
+
+def test_a_held_out_file_does_not_train(tmp_path, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", documents(20))
+    held = write_jsonl(folder / "other.jsonl", documents(5, seed=1))
+    out = prepare([str(folder)], tmp_path / "out", "bytes", CONTEXT, valid={"held": held})
+    assert open_dataset(out).splits["train"].documents == 20
+    assert "is held out as held" in capsys.readouterr().out
+
+
+def test_copies_are_counted_and_said(tmp_path, capsys):
+    """Those that train again, and those that a set of --valid holds out as well."""
+    texts, held = documents(40), documents(5, seed=1)
+    source = write_jsonl(tmp_path / "t.jsonl", [*texts, texts[3], texts[3], held[0]])
+    valid = {"held": write_jsonl(tmp_path / "v.jsonl", held)}
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid=valid, workers=1)
+    said = capsys.readouterr().out
+    assert "copies: 2 documents are exact copies of earlier ones" in said
+    assert "1 documents of train are exact copies of held-out ones" in said
+    dropped = json.loads((out / "dataset.json").read_text())["dropped"]
+    assert (dropped["copied_documents"], dropped["heldout_documents_in_train"]) == (2, 1)
+    assert open_dataset(out).splits["train"].documents == 43  # none is left out
+
+
+def test_verify_names_the_damaged_file(tmp_path):
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(50))], tmp_path / "out", "bytes", CONTEXT)
+    dataset = open_dataset(out)
+    dataset.verify()
+    for file in sorted(out.iterdir()):
+        original = file.read_bytes()
+        if file.name != "dataset.json":
+            file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+            with pytest.raises(UserError, match=f"{file.name} is corrupt"):
+                dataset.verify()
+            file.write_bytes(original[:-1])
+            with pytest.raises(UserError, match=f"{file.name} is truncated"):
+                open_dataset(out)
+            file.unlink()
+            with pytest.raises(UserError, match=f"{file.name} is missing"):
+                open_dataset(out)
+        else:
+            file.write_bytes(original[: len(original) // 2])
+            with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+                open_dataset(out)
+        file.write_bytes(original)
+    dataset.verify()
+
+
+def test_the_command_verifies_all_of_it(tmp_path, capsys):
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(50))], tmp_path / "out", "bytes", CONTEXT)
+    assert command.main(["--verify", str(out)]) == 0
+    assert f"{out} is intact: 4 files" in capsys.readouterr().out
+    shard = next(out.glob("windows-train*"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    open_dataset(out)  # of a shard only the size is compared at every start
+    with pytest.raises(UserError, match=f"{shard.name} is corrupt"):
+        command.main(["--verify", str(out)])
+    with pytest.raises(UserError, match="--out DIR"):
+        command.main([str(tmp_path / "t.jsonl")])
+
+
+def test_what_an_older_version_made_opens_with_a_note(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT)
+    sealed = open_or_prepare(str(out), "bytes", CONTEXT, tmp_path)
+    assert capsys.readouterr().err == ""
+    manifest = out / "dataset.json"
+    content = json.loads(manifest.read_text())
+    for field, changed, message in (
+        ("fingerprint", "0" * 64, "not match its own sha256"),
+        ("splits", content["splits"] | {"train": content["splits"]["train"] | {"bytes": 1}}, "own sha256"),
+        ("sha256", "0" * 64, "own sha256"),
+    ):
+        manifest.write_text(json.dumps(content | {field: changed}))
+        with pytest.raises(UserError, match=message):
+            open_dataset(out)
+    del content["sha256"]
+    manifest.write_text(json.dumps(content | {"fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="its fingerprint is not that of its contents"):
+        open_dataset(out)
+    manifest.write_text(json.dumps(content))
+    older = open_or_prepare(str(out), "bytes", CONTEXT, tmp_path)
+    assert older.fingerprint == sealed.fingerprint
+    assert "an older version prepared" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_loses_text_is_refused_or_said(tmp_path, capsys):
+    odd = [text + " \u20ac zzz" for text in documents(50)]
+    source = write_jsonl(tmp_path / "t.jsonl", odd)
+    for unknown in (None, "<unk>"):
+        model = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "Document": 2, "<unk>": 3}, unknown or "no")
+        made = tokenizers.Tokenizer(model)
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(tmp_path / "words.json"))
+        if unknown is None:
+            with pytest.raises(UserError, match="no id for characters outside its vocabulary"):
+                prepare([source], tmp_path / "out", str(tmp_path / "words.json"), CONTEXT)
+        else:
+            prepare([source], tmp_path / "out", str(tmp_path / "words.json"), CONTEXT)
+            assert "does not keep all of a text" in capsys.readouterr().out
+    prepare([source], tmp_path / "bytes", "bytes", CONTEXT)
+    assert "does not keep" not in capsys.readouterr().out
+
+
+def test_what_a_worker_cannot_encode_is_one_sentence(tmp_path, monkeypatch):
+    code = (
+        "import core.data.packing as p; from core.errors import UserError; from core.tokenizer import *\n"
+        "def fail(self, text): raise UserError('cannot encode it')\n"
+        "ByteTokenizer.encode = fail; p._work('bytes')"
+    )
+
+    def start(tokenizer):
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
+
+    monkeypatch.setattr(packing, "_start_worker", start)
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    with pytest.raises(UserError, match=r"^cannot encode it$"):
+        prepare([source], tmp_path / "out", "bytes", CONTEXT, workers=1)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+    start = packing._start_worker
+
+    def start_and_kill(tokenizer):
+        process = start(tokenizer)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(packing, "_start_worker", start_and_kill)
+    (tmp_path / "made").mkdir()
+    source = write_jsonl(tmp_path / "t.jsonl", documents(50))
+    with pytest.raises(UserError, match=r"a tokenising process was killed \(SIGKILL\).*--workers N"):
+        prepare([source], tmp_path / "made/out", "bytes", CONTEXT, workers=2)
+    assert left_in(tmp_path / "made") == []
+
+
+def test_the_second_of_two_runs_waits_for_the_text(tmp_path, monkeypatch, capsys):
+    source, cache = write_jsonl(tmp_path / "t.jsonl", documents(50)), tmp_path / "cache"
+    calls, begun = [], threading.Event()
+
+    def slow(*arguments):
+        calls.append(arguments)
+        begun.set()
+        deadline = time.monotonic() + 60
+        while "waiting for another process" not in capsys.readouterr().out and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(module, "prepare", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(open_or_prepare, source, "bytes", CONTEXT, cache)
+        assert begun.wait(60)
+        second = threads.submit(open_or_prepare, source, "bytes", CONTEXT, cache)
+        assert first.result() == second.result()
+    assert len(calls) == 1
+    # The file of the lock is left there, and blocks nobody.
+    shutil.rmtree(first.result().path)
+    monkeypatch.setattr(module, "prepare", prepare)
+    assert open_or_prepare(source, "bytes", CONTEXT, cache) == first.result()
+
+
+def test_open_or_prepare(tmp_path, capsys, monkeypatch):
+    source, cache = Path(write_jsonl(tmp_path / "t.jsonl", documents(50))), tmp_path / "cache"
+    first = open_or_prepare(str(source), "bytes", CONTEXT, cache)
+    assert "once" in capsys.readouterr().out
+    assert open_or_prepare(str(source), "bytes", CONTEXT, cache) == first
+    assert capsys.readouterr().out == ""
+    assert open_or_prepare(str(first.path), "bytes", CONTEXT, cache) == first
+    assert open_or_prepare(str(source), "mistral", CONTEXT, cache).path != first.path
+    assert open_or_prepare(str(source), "bytes", CONTEXT + 1, cache).path != first.path
+    write_jsonl(source, documents(51))
+    assert open_or_prepare(str(source), "bytes", CONTEXT, cache).splits["train"].documents == 51
+    with pytest.raises(UserError, match=r"the model has 'mistral'.*the data .* has 'bytes'"):
+        open_or_prepare(str(first.path), "mistral", CONTEXT, cache)
+    with pytest.raises(UserError, match=r"context is 64, but .* was prepared for 32"):
+        open_or_prepare(str(first.path), "bytes", 64, cache)
+    monkeypatch.setattr(corpus, "documents_with_position", lambda: ((t, 1) for t in documents(1100)))
+    assert (
+        sum(s.documents for s in open_or_prepare("builtin", "bytes", CONTEXT, cache).splits.values()) == 1100
+    )
+
+
+def test_prepared_data_carries_its_tokenizer(tmp_path):
+    file = bpe_file(tmp_path, ["<s>", "</s>"])
+    source = write_jsonl(tmp_path / "t.jsonl", documents(20))
+    out = prepare([source], tmp_path / "out", str(file), CONTEXT)
+    dataset = open_dataset(out)
+    # As it was before data carried it: a run on such data is resumed on data prepared again.
+    hashes = {name: entry["sha256"] for name, entry in dataset.files.items() if name != "tokenizer.json"}
+    contents = json.dumps([dataset.tokenizer_record["sha256"], CONTEXT, hashes])
+    assert dataset.fingerprint == hashlib.sha256(contents.encode()).hexdigest()
+
+    file.unlink()
+    tokenizer = choose_tokenizer(None, str(out), "bytes")
+    assert tokenizer.name == str(out / "tokenizer.json")
+    assert open_or_prepare(str(out), tokenizer.name, CONTEXT, tmp_path / "cache") == dataset
+    assert choose_tokenizer(None, source, "bytes").name == choose_tokenizer("bytes", str(out), "").name
+
+
+def test_command_prints_what_it_did_and_what_is_next(tmp_path):
+    source, out = write_jsonl(tmp_path / "t.jsonl", documents(40)), tmp_path / "out"
+    done = run(source, "--out", str(out), "--tokenizer", "bytes", "--context", str(CONTEXT))
+    assert done.returncode == 0, done.stderr
+    split = open_dataset(out).splits["train"]
+    assert f"{split.tokens:,}" in done.stdout and f"{split.bytes / split.tokens:.3f}" in done.stdout
+    flags = f"--preset mtlm1-tiny --context {CONTEXT} --data {out}"
+    assert f"next: python -m train_tpu.run {flags}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.txt"], "no file, folder or glob 'missing.txt'"),
+        ([], "no text is given"),
+        (["{bad}"], "bad.jsonl line 1 is not JSON"),
+        (["{good}", "--field", "body"], "no text in the field 'body'"),
+        (["{good}", "--tokenizer", "nonesuch"], "no tokenizer 'nonesuch'"),
+        (["{good}", "--context", "0"], "--context is 0"),
+        (["{good}", "--context", "100000"], "the split 'train' is empty"),
+        (["{empty}"], "the split 'train' is empty"),
+        (["{good}", "--valid-fraction", "1.5"], "--valid-fraction is 1.5"),
+        (["{good}", "--train-tokens", "0"], "--train-tokens is 0"),
+        (["{good}", "--valid", "held"], "write NAME=PATH"),
+        (["{good}", "--valid", "train={good}"], "is not train or all"),
+        (["{good}", "--valid", "held={good}"], "nothing to train on"),
+        (["{good}", "--valid", "held={empty}"], "the split 'held' is empty"),
+    ],
+)
+def test_wrong_input_is_named_and_leaves_nothing(tmp_path, arguments, message):
+    files = {
+        "good": write_jsonl(tmp_path / "good.jsonl", documents(30)),
+        "bad": str(tmp_path / "bad.jsonl"),
+        "empty": write_jsonl(tmp_path / "empty.jsonl", [""]),
+    }
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "made").mkdir()
+    given = [argument.format(**files) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        command.main([*given, "--out", str(tmp_path / "made/out")])
+    assert left_in(tmp_path / "made") == []
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    done = run(str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "made/out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "bad.jsonl line 1 is not JSON" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert left_in(tmp_path / "made") == []
+
+
+def test_an_existing_folder_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", documents(10))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out exists already"):
+        prepare([source], tmp_path / "out", "bytes", CONTEXT)
+
+
+SLOW_COMMAND = """
+import time
+from core.errors import run_command
+from core.data import sources
+from train_tpu import prepare
+
+documents = sources.FileSource.documents
+
+def slow_documents(self):
+    for n, document in enumerate(documents(self)):
+        time.sleep(600 if n == 900 else 0)
+        yield document
+
+sources.FileSource.documents = slow_documents
+run_command(prepare.main)
+"""
+
+
+@pytest.fixture
+def slow_run(tmp_path):
+    """The command in a real process, in the middle of writing: its source hangs after 10 MB."""
+    write_jsonl(tmp_path / "slow.jsonl", ["some words " * 1000] * 1000)
+    write_jsonl(tmp_path / "t.jsonl", documents(800))
+    (tmp_path / "made").mkdir()
+    arguments = ["--out", str(tmp_path / "made/out"), "--tokenizer", "bytes", "--workers", "2"]
+    arguments += ["--valid", f"held={tmp_path / 't.jsonl'}", str(tmp_path / "slow.jsonl")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_COMMAND, *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "made").glob(".out.partial-*/windows-train*")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_interrupted_leaves_nothing(slow_run, tmp_path):
+    slow_run.send_signal(signal.SIGINT)
+    _, errors = slow_run.communicate(timeout=30)
+    assert slow_run.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert left_in(tmp_path / "made") == []
+
+
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    return [int(word) for word in listed.stdout.split()]
+
+
+def is_running(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")
+
+
+def test_killed_leaves_nothing_that_looks_finished(slow_run, tmp_path):
+    workers = children_of(slow_run.pid)
+    slow_run.kill()
+    slow_run.communicate()
+    made = tmp_path / "made"
+    assert not (made / "out").exists()
+    (partial,) = made.iterdir()
+    assert partial.name.startswith(".out.partial-")
+    with pytest.raises(UserError, match="not a prepared dataset"):
+        open_dataset(partial)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers and not any(map(is_running, workers))
+    # The next run of the same --out takes its place.
+    prepare([str(tmp_path / "t.jsonl")], made / "out", "bytes", CONTEXT)
+    assert left_in(made) == ["out"]
+
+
+def test_two_runs_of_one_out(slow_run, tmp_path):
+    with pytest.raises(UserError, match="another process is writing"):
+        prepare([str(tmp_path / "t.jsonl")], tmp_path / "made/out", "bytes", CONTEXT)
+    assert slow_run.poll() is None
+    assert len(left_in(tmp_path / "made")) == 1
+
+
+def test_full_disk(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", documents(20_000))
+    (tmp_path / "made").mkdir()
+
+    # Writing past this size fails, as on a full disk.
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    code += "from core.errors import run_command; from train_tpu.prepare import main; run_command(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, "--out", str(tmp_path / "made/out"), "--tokenizer", "bytes"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr and done.stderr.count("\n") == 1
+    assert left_in(tmp_path / "made") == []
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_whatever_the_size_of_the_corpus(tmp_path):
+    source = DATA / "wikipedia-en-2015" / "train-00.jsonl.xz"
+    if not source.exists():
+        pytest.skip("the corpus wikipedia-en-2015 is not beside the repository")
+    # A process in between, so that the largest child is one of these and not of another test.
+    script = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-m", "train_tpu.prepare", str(source), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, check=True, capture_output=True)
+    # KiB of the largest process; there are three, and together they must stay below 2 GiB
+    assert int(done.stdout) < 2 * 2**20 / 3
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "advice"),
+    [("Little.", 0.0, "or a shorter context"), ("Much. " * 50, 0.001, "or hold out a larger part of it")],
+)
+def test_too_little_text_is_told_without_a_flag(tmp_path, text, fraction, advice):
+    """A recipe says it in the same words, and there the settings are no flags: CONTEXT, VALID_FRACTION."""
+    source = write_jsonl(tmp_path / "text.jsonl", [text] * (1 if fraction == 0 else 3))
+    with pytest.raises(UserError, match=f"give more text {advice}$") as error:
+        prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=fraction)
+    assert "--" not in str(error.value)
