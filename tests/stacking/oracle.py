@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.checks import require
+
 Leaves = dict[str, np.ndarray]
 
 SIZES = {"V": 97, "C": 96, "D": 48, "F": 80}  # vocabulary, context, width, width of the MLP: tests/models.py
@@ -156,17 +158,17 @@ def read(step_dir: Path) -> Leaves:
     leaves = {}
     for folder in (path.parent for path in (step_dir / "state").glob("*/.zarray")):
         array = json.loads((folder / ".zarray").read_text())
-        assert array["chunks"] == array["shape"] and array["compressor"] is None, folder
+        require(array["chunks"] == array["shape"] and array["compressor"] is None, folder)
         (chunk,) = folder.glob("[0-9]*")
         values = np.frombuffer(chunk.read_bytes(), array["dtype"])
-        assert values.size == math.prod(array["shape"])
+        require(values.size == math.prod(array["shape"]), folder, values.size, array["shape"])
         leaves[folder.name.replace(".", "/")] = values.reshape(array["shape"])
     return leaves
 
 
 def assert_equal(found: Leaves, expected: Leaves) -> None:
     """To the bit, type and path."""
-    assert found.keys() == expected.keys()
+    require(found.keys() == expected.keys(), found.keys() ^ expected.keys())
     for path, leaf in expected.items():
-        assert found[path].dtype == leaf.dtype and found[path].shape == leaf.shape, path
-        assert found[path].tobytes() == leaf.tobytes(), path
+        require(found[path].dtype == leaf.dtype and found[path].shape == leaf.shape, path)
+        require(found[path].tobytes() == leaf.tobytes(), path)
