@@ -46,11 +46,6 @@ class Growth:
     out: Path
     """The new run folder, or the new folder of parameters."""
 
-    @property
-    def flops(self) -> int:
-        """Training FLOPs so far."""
-        return training_flops(self.manifest, self.models[0])
-
     def lineage_record(self) -> dict[str, Any]:
         """What the grown checkpoint's manifest says of its origin, but for the probe's losses."""
         manifest, plan = self.manifest, self.plan
@@ -66,7 +61,7 @@ class Growth:
             "step": manifest.step,
             "sequences": manifest.sequences,
             "tokens": manifest.tokens,
-            "flops": self.flops,
+            "flops": training_flops(manifest, self.models[0]),
             "parameters": [model.n_params for model in self.models],
             "model": [dataclasses.asdict(model) for model in self.models],
             "source_files": {name: entry["sha256"] for name, entry in manifest.files.items()},
@@ -89,7 +84,7 @@ class Growth:
             rates = (learning_rate(run.optim, step, run.steps) for run in self.runs)
             row("step", (f"{step:,} of {run.steps:,}" for run in self.runs))
             row("tokens so far", [f"{self.manifest.tokens:,}"] * 2)
-            row("training FLOPs so far", [f"{self.flops:.3g}"] * 2)
+            row("training FLOPs so far", [f"{training_flops(self.manifest, self.models[0]):.3g}"] * 2)
             row("learning rate here", (f"{rate:.3g}" for rate in rates))
             row("schedule", map(describe_schedule, self.runs))
         return table

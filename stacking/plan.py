@@ -8,18 +8,17 @@ A plan is (sigma, how): new layer l is old layer sigma(l), taken over as a
     fresh      with newly drawn parameters; sigma(l) lends the scale of its second moments only
 
 Operators that the literature has names for build such plans; any other one can be written as ranges.
-Plans compose: growing by one and then by another is growing once by `first.then(second)`.
 """
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from core.errors import UserError
 
 How = Literal["copy", "identity", "fresh"]
 Operator = Literal["stack", "interleave", "overlap", "middle", "identity", "random"]
-HOWS: tuple[How, ...] = ("copy", "identity", "fresh")
+HOWS: tuple[How, ...] = get_args(How)
 DEFAULT_FACTOR: dict[Operator, float] = {
     "stack": 2, "interleave": 2, "overlap": 1.5, "middle": 1.5, "identity": 2, "random": 2,
 }  # fmt: skip
@@ -69,22 +68,6 @@ class Plan:
         live = tuple(s for s, how in zip(self.sources, self.how, strict=True) if how != "identity")
         return live == tuple(range(self.n_source)) and "fresh" not in self.how
 
-    def then(self, second: "Plan") -> "Plan":
-        """The one plan that does what this and afterwards `second` do. A copy of an identity block is one."""
-        if second.n_source != self.n_layers:
-            raise ValueError(
-                f"a plan for {second.n_source} layers cannot follow one that makes {self.n_layers}"
-            )
-        if "fresh" in self.how:
-            raise ValueError("what is drawn cannot be named by an old layer: grow twice instead")
-        how = tuple(
-            self.how[layer] if later == "copy" else later
-            for layer, later in zip(second.sources, second.how, strict=True)
-        )
-        sources = tuple(self.sources[layer] for layer in second.sources)
-        name = self.name if self.name == second.name else f"{self.name}+{second.name}"
-        return Plan(name, self.n_source, sources, how)
-
     def ranges(self) -> str:
         """The plan as `custom_plan` reads it: "0-11,0-11:identity"."""
         parts: list[tuple[int, int, How]] = []
@@ -123,9 +106,9 @@ class Plan:
 def make_plan(operator: Operator, n_source: int, factor: float | None = None) -> Plan:
     """The plan of a named operator for a model of `n_source` layers.
 
-    stack       0 1 2 0 1 2     copies of the whole, one on the other (G_stack: Du et al. 2024)
-    interleave  0 0 1 1 2 2     every layer beside its copy
-    overlap     0 1 2 1 2 3     two copies, the seam's layers left out of both (SOLAR: Kim et al. 2023)
+    stack       0 1 2 0 1 2     copies of the whole, on top of each other (G_stack: Du et al. 2024)
+    interleave  0 0 1 1 2 2     every layer next to its copy
+    overlap     0 1 2 1 2 3     two copies without the layers at the seam (SOLAR: Kim et al. 2023)
     middle      0 1 2 1 2 3     the middle block twice (MIDAS: Saunshi et al. 2024)
     identity    0 1 2 0 1 2     as stack, every added layer an identity block
     random      0 1 2 * * *     the old layers below newly drawn ones: the control
@@ -176,8 +159,8 @@ def custom_plan(layers: str, n_source: int) -> Plan:
         match = RANGE.fullmatch(part)
         if not match or (match[3] or "copy") not in HOWS:
             raise UserError(
-                f"--layers: {part!r} is no range of layers: write FIRST-LAST, both included, or one layer, "
-                "with :identity or :fresh behind it if meant, as in 0-11,0-11:identity"
+                f"--layers: {part!r} is not a range of layers: write FIRST-LAST, both included, or one "
+                "layer, followed by :identity or :fresh if meant, as in 0-11,0-11:identity"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:

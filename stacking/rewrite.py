@@ -76,21 +76,13 @@ def rewrite(growth: Growth, say: Callable[[str], None]) -> tuple[int, tuple[floa
 
 def check_source(growth: Growth) -> None:
     """Refuses a checkpoint that does not hold just the leaves that its own configuration says."""
-    model, where = growth.models[0], growth.step_dir
     differing = differing_leaves(growth.manifest.tree, source_leaves(growth))
-    if not differing:
-        return
-    path, (there, here) = next(iter(differing.items()))
-    if path.startswith("params/head/"):
-        kind = "tied to the embedding" if model.tied else "a matrix of its own"
+    if differing:
+        path, (there, here) = next(iter(differing.items()))
         raise UserError(
-            f"{where} says that its head is {kind}, but its {path} is {there}: grow a checkpoint whose "
-            "configuration fits"
+            f"{growth.step_dir} is not what its configuration says: {path} is {there} in it, and {here} in "
+            f"the model and optimizer described ({len(differing)} leaves differ): copy it again"
         )
-    raise UserError(
-        f"{where} is not what its configuration says: {path} is {there} in it, and {here} in the model and "
-        f"optimizer described ({len(differing)} leaves differ): copy it again"
-    )
 
 
 def choose_probe(growth: Growth) -> tuple[Int[Array, "B S1"], str]:

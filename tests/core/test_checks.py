@@ -26,8 +26,8 @@ from port_torch.finetune import FinetuneConfig
 from port_torch.import_checkpoint import ImportConfig
 from port_torch.train import TrainConfig
 from port_torch.training.settings import AdamWConfig
-from stacking.arms import StudyConfig
 from stacking.grow import GrowConfig
+from stacking.study.config import StudyConfig
 from train_tpu.aot.__main__ import AotConfig
 from train_tpu.config import RunConfig
 from train_tpu.step import GuardConfig

@@ -323,7 +323,7 @@ def no_model(step_dir):
     [
         (damaged_manifest, "does not match its own sha256"),
         (other_format, "has format version 9, and this version of mtlm reads 1"),
-        (untied, "its head is a matrix of its own, but its params/head/kernel is missing"),
+        (untied, "not what its configuration says: params/head/kernel is missing in it"),
         (missing_leaf, "not what its configuration says: .*mlp_norm/scale is missing in it"),
         (lost_file, "params.norm.scale.* is missing"),
         (no_model, "does not say which model it holds"),

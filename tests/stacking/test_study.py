@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint.checkpointer import list_steps
-from core.checkpoint.steps import step_path
+from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
 from core.run.log import read_log
 from core.run.progress import make_console
-from stacking import report
-from stacking import study as command
-from stacking.arms import ArmKey, Study, StudyConfig
-from stacking.jobs import Job, run_jobs
-from stacking.report import Arm, Point, flops_to_reach, make_table
+from stacking.study import __main__ as command
+from stacking.study import experiment, report
+from stacking.study.arms import ArmKey, Study
+from stacking.study.config import StudyConfig
+from stacking.study.jobs import Job, run_jobs
+from stacking.study.report import flops_to_reach, make_table
+from stacking.study.results import Arm, Point
 from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
 from train_tpu.loop import END, HALT
 
@@ -119,7 +120,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
     )
     script = (
         "from pathlib import Path\n"
-        "from stacking.jobs import Job, run_jobs\n"
+        "from stacking.study.jobs import Job, run_jobs\n"
         "from core.run.progress import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
         f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
@@ -138,9 +139,9 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
 @pytest.fixture
 def study(cache, text, tmp_path, monkeypatch):
     """A study of three rates with nothing trained yet."""
-    monkeypatch.setattr(command, "CACHE", cache / "data")
+    monkeypatch.setattr(experiment, "CACHE", cache / "data")
     config = StudyConfig(tmp_path, ("stack",), (0.25,), schedule="rewarm:3", lrs=(0.1, 0.2, 0.4), seeds=(0,))
-    return Study(config, command.open_target(config, (*map(str, TARGET), str(text))))
+    return Study(config, experiment.open_target(config, (*map(str, TARGET), str(text))))
 
 
 def log(folder: Path, *rows: dict) -> None:
@@ -176,7 +177,7 @@ def test_a_study_whose_rates_bracket_the_best_one_ends(study, tmp_path):
     jobs = [job for key in tuning for job in study.jobs(key, (study.target.steps,))]
     assert [job.name for job in jobs if not job.done()] == []
     run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
-    assert command.tune(study, tuning) == {"scratch": 0.1, "stack-at-5": 0.1}
+    assert experiment.tune(study, tuning) == {"scratch": 0.1, "stack-at-5": 0.1}
 
 
 def test_a_study_without_a_finite_loss_chooses_no_rate(study):
@@ -186,7 +187,7 @@ def test_a_study_without_a_finite_loss_chooses_no_rate(study):
     with pytest.raises(
         UserError, match=r"scratch was trained at none of --lrs 0.1 0.2 0.4.*give smaller ones"
     ):
-        command.tune(study, tuning)
+        experiment.tune(study, tuning)
 
 
 def test_the_table_names_arms_that_were_halted(tmp_path, monkeypatch):
@@ -202,7 +203,7 @@ def test_the_table_names_arms_that_were_halted(tmp_path, monkeypatch):
 
 
 def test_refusals(cache, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "CACHE", cache / "data")
+    monkeypatch.setattr(experiment, "CACHE", cache / "data")
 
     def refused(*study, target=(*TARGET, text)):
         more = ("--out", tmp_path / "study", *study, "--", *target)

@@ -1,6 +1,6 @@
 """Runs commands of ours as processes, several at a time, each when what it needs is done.
 
-A job that is done already is not run again, so a list of jobs that was stopped goes on where it was.
+A job that is done already is not run again, so a list of jobs that was stopped continues where it was.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def run_jobs(
                 elif job.done():  # a run that it needs was halted by its guard
                     spent += job.cost
                     del open_jobs[name]
-                elif all(need not in open_jobs and need not in _names(running) for need in job.needs):
+                elif not {*open_jobs, *(other.name for other in running.values())}.intersection(job.needs):
                     del open_jobs[name]
                     running[pool.submit(processes.run, job, slots)] = job
             if not running:
@@ -120,10 +120,6 @@ def run_jobs(
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "none")
-
-
-def _names(running: dict[Future, Job]) -> set[str]:
-    return {job.name for job in running.values()}
 
 
 class Processes:

@@ -1,4 +1,4 @@
-"""The arms of a study: which runs there are, where they lie, what has to be done for them, what they say."""
+"""The arms of a study: their folders, the jobs that train them, and the results in their logs."""
 
 import dataclasses
 import itertools
@@ -6,89 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
-from core import checks
 from core.checkpoint.steps import list_steps, step_path
-from core.config import ModelConfig
 from core.errors import UserError
 from core.run.folder import read_config, write_config
 from core.run.log import CARRIED, read_log
 from core.tokenizer import TOKENIZER_FILE
-from stacking.jobs import Job
-from stacking.plan import Operator
-from stacking.report import Arm, Point
-from train_tpu.config import RunConfig
+from stacking.study.config import StudyConfig, Target
+from stacking.study.jobs import Job
+from stacking.study.results import Arm, Point
 from train_tpu.loop import END, HALT
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyConfig:
-    """Compare growing with training from scratch. Behind -- follow the arguments of the target's
-    train_tpu.run, --steps among them: the updates that scratch gets."""
-
-    out: Path
-    """The study's folder. The same command goes on with what is missing."""
-    ops: tuple[Operator, ...] = ("stack", "interleave", "identity", "random")
-    """Ways of growing; random is the control."""
-    fractions: tuple[float, ...] = (0.25, 0.5)
-    """When to grow: parts of the target's steps that the base is trained for."""
-    factor: float = 2.0
-    """Layers of the target / layers of the base."""
-    schedule: str = "rewarm:50"
-    """As stacking.grow takes it."""
-    seeds: tuple[int, ...] = (0, 1)
-    lrs: tuple[float, ...] = ()
-    """Peak learning rates that every arm is tuned over, on the first seed, by its decayed loss at equal
-    tokens. Default: the run's own, untuned."""
-    early: float = 0.8
-    """Length of the shortest decayed run, as a part of the steps."""
-    heldout: str | None = None
-    """The held-out set that losses are of. Default: the data's first."""
-    jobs: int = 1
-    """Arms trained at the same time, on each GPU if there are any."""
-    gpus: tuple[int, ...] = ()
-    """Numbers of the GPUs to spread the arms over. Default: every arm sees all devices there are."""
-    dry_run: bool = False
-    """List the arms and what they cost, and train nothing."""
-    report: bool = False
-    """Train nothing: table and plot of the arms that are there already."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or not self.ops or not self.fractions:
-            raise UserError("a study needs a seed, an operator and a fraction at least")
-        checks.counts(jobs=self.jobs)
-        checks.positive(factor=self.factor)
-        checks.between_zero_and_one(early=self.early)
-        for fraction in self.fractions:
-            checks.between_zero_and_one(fractions=fraction)
-        for lr in self.lrs:
-            checks.positive(lrs=lr)
-        for seed in self.seeds:
-            checks.seeds(seeds=seed)
-        for gpu in self.gpus:
-            checks.counts(0, gpus=gpu)
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The run that the arms are measured against, and the base below it."""
-
-    arguments: tuple[str, ...]
-    run: RunConfig
-    steps: int
-    model: ModelConfig
-    base: ModelConfig
-
-    def decay_start(self, steps: int) -> int:
-        """The last step at which a schedule of `steps` has the constant rate."""
-        return steps - round(self.run.optim.decay * steps)
-
-    def flops(self, steps: int, grown_at: int) -> int:
-        """Training FLOPs of `steps` updates, the first `grown_at` of them with the base."""
-        base, whole = (m.flops_per_token() for m in (self.base, self.model))
-        tokens = self.run.batch * self.model.context
-        return tokens * (min(steps, grown_at) * base + max(0, steps - grown_at) * whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +36,7 @@ class ArmKey:
 
 
 class Study:
-    """Which jobs a study is made of, and where their folders lie."""
+    """The jobs of a study and the folders of its arms."""
 
     def __init__(self, config: StudyConfig, target: Target) -> None:
         self.config, self.target = config, target
@@ -132,7 +60,7 @@ class Study:
         return [key("scratch", 0), *(key(op, at) for at in self.grow_steps for op in self.config.ops)]
 
     def folder(self, key: ArmKey) -> Path:
-        """Where an arm lies: its trunk/ and its decayed runs."""
+        """An arm's folder, with its trunk/ and its decayed runs."""
         return self.config.out / f"seed-{key.seed}" / f"lr-{key.lr:g}" / key.name
 
     def jobs(self, key: ArmKey, lengths: tuple[int, ...]) -> list[Job]:
@@ -247,7 +175,7 @@ class Study:
         return [train_base, grow]
 
     def _train_arguments(self, key: ArmKey) -> tuple[str, ...]:
-        """A trunk: a schedule so long that its decay begins behind the last fork."""
+        """A trunk: a schedule so long that its decay begins after the last fork."""
         steps = self.target.steps
         rare = {"--eval-every": max(1, steps // 20), "--log-every": max(1, steps // 10)}
         quiet = ("--prompts", *(str(word) for pair in rare.items() for word in pair))
@@ -275,8 +203,8 @@ def is_halted(folder: Path) -> bool:
 
 
 def fork(trunk: Path, step: int, out: Path, steps: int) -> None:
-    """A run that goes on from a trunk's checkpoint under a schedule of `steps`. The files are shared: nothing
-    that is in a checkpoint is ever written again."""
+    """A run that continues from a trunk's checkpoint under a schedule of `steps`. It shares the files, since
+    nothing in a checkpoint is ever written again."""
     if out.exists():
         return
     record = read_config(trunk)

@@ -1,0 +1,1 @@
+"""Does growing pay? Growth compared with training from scratch."""
