@@ -31,7 +31,7 @@ MOMENTS = ("mu", "nu")
 
 
 def grow(tree: Any, plan: Plan, *, reset_optimizer: bool = False, fresh: Any = None) -> Any:
-    """The tree of the grown model. Pure; works under `jax.jit`; arrays keep how they are sharded.
+    """The tree of the grown model. Pure; works under `jax.jit`.
 
     Args:
         tree: parameters, moments or a `TrainState`: any pytree with our paths.
@@ -73,7 +73,7 @@ def grow_leaf(
         )
     role = role_of(names)
     if role in MOMENTS and reset_optimizer:
-        return _like(leaf, jnp.zeros((plan.n_layers, *leaf.shape[1:]), leaf.dtype))
+        return jnp.zeros((plan.n_layers, *leaf.shape[1:]), leaf.dtype)
     grown = jnp.take(leaf, np.array(plan.sources), axis=0)
     if role != "nu":
         without_past = [layer for layer, how in enumerate(plan.how) if _is_new(how, names)]
@@ -84,7 +84,7 @@ def grow_leaf(
         if fresh is None:
             raise ValueError(f"the plan draws layers anew, and no new {'/'.join(names)} was given")
         grown = grown.at[np.array(made)].set(fresh[np.array(made)].astype(leaf.dtype))
-    return _like(leaf, grown)
+    return grown
 
 
 def role_of(names: tuple[str, ...]) -> str:
@@ -103,10 +103,3 @@ def parameter_of(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _is_new(how: str, names: tuple[str, ...]) -> bool:
     return how == "fresh" or (how == "identity" and names[-2] in RESIDUAL)
-
-
-def _like(leaf: Array, grown: Array) -> Array:
-    """`grown` laid out as `leaf`: the axis of layers is never split, so its sharding fits both."""
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
-        return grown
-    return jax.device_put(grown, leaf.sharding)

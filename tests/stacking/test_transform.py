@@ -16,7 +16,6 @@ from core.run.schedule import OptimizerConfig
 from stacking.plan import custom_plan, make_plan
 from stacking.transform import grow
 from tests.models import GPT, LLAMA, flat, random_params, random_tokens
-from tests.several_devices import ROOT, run_on_devices
 from tests.stacking import oracle
 from train_tpu.optimizer import make_optimizer
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, TrainState, init_state, train_step
@@ -163,7 +162,3 @@ def test_one_update_after_identity_growth_is_that_of_ungrown_training():
 def test_a_plan_for_another_depth_is_refused():
     with pytest.raises(UserError, match=r"layers/attn/k/bias has the shape \[3, 48\].*plan is for 4 layers"):
         grow(random_params(GPT), make_plan("stack", 4))
-
-
-def test_shardings_are_kept_on_eight_devices():
-    run_on_devices(8, ROOT / "tests/stacking/grow_on_devices.py")
