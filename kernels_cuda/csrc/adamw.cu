@@ -9,7 +9,8 @@
 // Bytes a parameter: 28 (16 read, 12 written), as much with bfloat16 gradients and copies (14 and 14).
 // Elementwise: equal from run to run.
 #include "common.cuh"
-#include "kernels.h"
+
+#include <cmath>
 
 namespace mtlm {
 namespace {
@@ -18,6 +19,25 @@ constexpr int THREADS = 256;
 constexpr int N = 4;                       // elements of an access: 16 bytes of float32
 constexpr int64_t BLOCK = THREADS * N * 4; // elements of a block
 constexpr int MOST = 48;                   // tensors of a launch: kernel arguments end at 4 KiB
+
+struct AdamWTensor {
+  float* param;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  void* copy;  // bfloat16, or null
+  int64_t size;
+  Type grad_type;
+};
+
+struct AdamWSettings {
+  const float* lr;            // device scalars
+  const float* step;          // the number of this update, from 1
+  const float* grad_scale;    // multiplies every gradient
+  const bool* skip;           // nothing is changed
+  float beta2, rest1, rest2;  // 1 - beta of each, rounded once: 1.0f - 0.9999f is off by 1.7e-4 of itself
+  float log_beta1, log_beta2, eps, weight_decay;
+};
 
 struct Batch {
   AdamWTensor tensors[MOST];
@@ -94,9 +114,50 @@ __global__ __launch_bounds__(THREADS) void step(const __grid_constant__ Batch ba
   }
 }
 
+// One of the tensors that belong to a parameter.
+void check_state(const View& t, const char* name, const View& param, Type type) {
+  REQUIRE(t.device >= 0 && t.device == param.device, name, " is on another device");
+  REQUIRE(t.type == type && t.contiguous && t.count == param.count, name, " must be ", name_of(type),
+          ", contiguous and of ", param.count, " elements, not ", name_of(t.type), " of ", t.count);
+}
+
+template <typename T>
+const T* scalar(const View& t, const char* name, Type type, const View& param) {
+  REQUIRE(t.device >= 0 && t.device == param.device && t.count == 1 && t.type == type, name, " must be one ",
+          name_of(type), " on the parameters' device");
+  return t.as<T>();
+}
+
 }  // namespace
 
-cudaError_t adamw(const AdamWTensor* tensors, int64_t count, const AdamWSettings& settings, cudaStream_t stream) {
+cudaError_t adamw_(cudaStream_t stream, const std::vector<Out>& params, const std::vector<View>& grads,
+                   const std::vector<Out>& exp_avgs, const std::vector<Out>& exp_avg_sqs,
+                   const std::vector<Out>& copies, View lr, View step_number, View grad_scale, View skip,
+                   double beta1, double beta2, double eps, double weight_decay) {
+  const size_t count = params.size();
+  REQUIRE(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
+              (copies.empty() || copies.size() == count),
+          "there are ", count, " parameters, ", grads.size(), " gradients, ", exp_avgs.size(), " and ",
+          exp_avg_sqs.size(), " moments, ", copies.size(), " copies");
+  if (count == 0) return cudaSuccess;
+  const View& first = params[0];
+  const auto narrow = [](double x) { return static_cast<float>(x); };
+  const AdamWSettings settings = {scalar<float>(lr, "lr", Type::float32, first),
+                                  scalar<float>(step_number, "step", Type::float32, first),
+                                  scalar<float>(grad_scale, "grad_scale", Type::float32, first),
+                                  scalar<bool>(skip, "skip", Type::boolean, first),
+                                  narrow(beta2), narrow(1 - beta1), narrow(1 - beta2), narrow(std::log(beta1)),
+                                  narrow(std::log(beta2)), narrow(eps), narrow(weight_decay)};
+  for (size_t i = 0; i < count; ++i) {  // all of them before the first is changed
+    REQUIRE(params[i].device == first.device, "parameters are on several devices");
+    check_state(params[i], "a parameter", params[i], Type::float32);
+    check_state(exp_avgs[i], "exp_avg", params[i], Type::float32);
+    check_state(exp_avg_sqs[i], "exp_avg_sq", params[i], Type::float32);
+    if (!copies.empty()) check_state(copies[i], "a copy", params[i], Type::bfloat16);
+    float_type(grads[i], "a gradient");
+    REQUIRE(grads[i].device == first.device && grads[i].contiguous && grads[i].count == params[i].count, "gradient ",
+            i, " must be contiguous, of ", params[i].count, " elements, on the same device");
+  }
   Batch batch = {};
   int64_t blocks = 0;
   const auto launch = [&]() {
@@ -104,11 +165,12 @@ cudaError_t adamw(const AdamWTensor* tensors, int64_t count, const AdamWSettings
     batch = {}, blocks = 0;
     return cudaGetLastError();
   };
-  constexpr int64_t MOST_BLOCKS = 0x7fffffff;  // of a grid; a tensor of 2^43 elements is not expected
-  for (int64_t i = 0; i < count; ++i) {
-    const AdamWTensor& t = tensors[i];
+  for (size_t i = 0; i < count; ++i) {
+    const AdamWTensor t = {params[i].out<float>(), grads[i].data, exp_avgs[i].out<float>(),
+                           exp_avg_sqs[i].out<float>(), copies.empty() ? nullptr : copies[i].out(),
+                           params[i].count, grads[i].type};
     if (t.size == 0) continue;
-    const int64_t needs = (t.size + BLOCK - 1) / BLOCK;
+    const int64_t needs = (t.size + BLOCK - 1) / BLOCK;  // a tensor of 2^43 elements is not expected
     if (batch.count == MOST || blocks + needs > MOST_BLOCKS) {
       const cudaError_t error = launch();
       if (error != cudaSuccess) return error;

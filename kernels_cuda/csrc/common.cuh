@@ -1,10 +1,14 @@
-// Parts of every kernel: 16-byte accesses as floats, sums over lanes in a fixed order, the size of the device.
+// Parts of every kernel: 16-byte accesses as floats, sums over lanes in a fixed order, the choice of an instance by
+// what is known only at run time, the size of the device.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "op.h"
 
 namespace mtlm {
 
@@ -131,7 +135,13 @@ struct Weight {
   }
 };
 
-inline int attribute(cudaDeviceAttr which) {  // of the current device; the runtime keeps them at hand
+// Calls run(constant) with the one of VALUES that equals `value`, as a compile-time constant; false if none does.
+template <auto... VALUES, typename Value, typename Run>
+bool dispatch(Value value, Run run) {
+  return ((value == VALUES && (run(std::integral_constant<decltype(VALUES), VALUES>()), true)) || ...);
+}
+
+inline int attribute(cudaDeviceAttr which) {  // of the current device; the runtime caches them
   int device = 0, value = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&value, which, device);

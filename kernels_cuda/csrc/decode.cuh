@@ -8,6 +8,8 @@
 // but the embedding's, and by attention the older entries of the cache.
 #pragma once
 
+#include <utility>
+
 #include "common.cuh"
 
 namespace mtlm {
@@ -58,7 +60,7 @@ __device__ __forceinline__ void as_floats(const uint4& v, float (&out)[8]) {
   }
 }
 
-// 16 bytes from the second-level cache into shared memory, or zeros, while the thread goes on.
+// 16 bytes from the second-level cache into shared memory, or zeros, while the thread continues.
 __device__ __forceinline__ void copy_or_zero(uint4* to, const void* from, bool there) {
   const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -109,6 +111,41 @@ cudaError_t launch_chained(void (*kernel)(Args), const Args& args, int64_t block
     }
   }
   return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+constexpr int64_t MOST_ROWS = 64;  // of the batch: eight tiles of the tensor cores
+
+// Contiguous, at a multiple of 16 bytes: a step makes no copies, so anything else is refused.
+inline void check_dense(const View& t, const char* name, const View& like, std::initializer_list<int64_t> sizes,
+                        Type type = Type::bfloat16) {
+  check(t, name, like, sizes, type);
+  REQUIRE(aligned(t.data, 16), name, " must begin at a multiple of 16 bytes");
+}
+
+inline int check_batch(const View& x, const char* name) {
+  REQUIRE(x.dims == 2, name, " must be [batch, d], not ", shape(x));
+  REQUIRE(x.sizes[0] >= 1 && x.sizes[0] <= MOST_ROWS, name, " has ", x.sizes[0], " rows; a step takes 1 to ",
+          MOST_ROWS);
+  return static_cast<int>(x.sizes[0]);
+}
+
+// Keys and values [batch, positions, heads, head size] for q [batch, d]: heads and their elements are contiguous;
+// rows and positions lie anywhere, at multiples of 16 bytes, in both alike.
+inline void check_caches(const View& keys, const View& values, const View& q) {
+  for (const auto& [cache, name] : {std::pair(&keys, "k_cache"), std::pair(&values, "v_cache")}) {
+    REQUIRE(cache->dims == 4, name, " must be [batch, positions, heads, head size], not ", shape(*cache));
+    const int64_t heads = keys.sizes[2], size = keys.sizes[3];
+    check(*cache, name, q, {q.sizes[0], keys.sizes[1], heads, size});
+    REQUIRE(heads * size == q.sizes[1], name, " has ", heads, " heads of ", size, "; d is ", q.sizes[1]);
+    REQUIRE(size % 16 == 0, "the head size must be a multiple of 16, not ", size);
+    REQUIRE(cache->type == Type::bfloat16, name, " must be bfloat16, not ", name_of(cache->type));
+    const int64_t* strides = cache->strides;
+    REQUIRE(strides[3] == 1 && strides[2] == size && strides[0] % 8 == 0 && strides[1] % 8 == 0 &&
+                aligned(cache->data, 16),
+            name, " must have whole heads, at multiples of 16 bytes; the strides are ", shape(strides, 4));
+    REQUIRE(strides[0] == keys.strides[0] && strides[1] == keys.strides[1],
+            "k_cache and v_cache must have the same strides");
+  }
 }
 
 }  // namespace mtlm

@@ -12,11 +12,23 @@
 // way the same lanes have the same positions and are put together in the same order, so a row's result does not
 // depend on the batch, to the bit, and there are no atomics and no second kernel. What earlier steps wrote is fetched
 // before the wait for this one's q, k and v.
+#include <cmath>
+
 #include "decode.cuh"
-#include "kernels.h"
 
 namespace mtlm {
 namespace {
+
+struct DecodeAttention {
+  const void* q;            // [batch, heads, head size]
+  const void* k_cache;      // [batch, positions, heads, head size], heads and their elements contiguous
+  const void* v_cache;
+  const int64_t* position;  // [batch]: the last one that is seen
+  void* out;                // [batch, heads, head size]
+  float scale;              // log2(e) / sqrt(head size)
+  int batch, heads;
+  int64_t cache_batch, cache_position;  // elements from row to row, from position to position
+};
 
 constexpr int ALL_SHARES = 16;  // of a (row, head)
 constexpr int CLUSTER = 4;      // blocks of a (row, head) where there are few
@@ -197,13 +209,22 @@ cudaError_t by_size(const DecodeAttention& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t decode_attention(const DecodeAttention& a, int head_size, cudaStream_t stream) {
-  switch (head_size) {
-    case 32: return by_size<32>(a, stream);
-    case 64: return by_size<64>(a, stream);
-    case 128: return by_size<128>(a, stream);
-    default: return cudaErrorInvalidValue;
-  }
+cudaError_t decode_attention_(cudaStream_t stream, View q, View k_cache, View v_cache, View position, Out out) {
+  const int batch = check_batch(q, "q");
+  const int64_t d = q.sizes[1];
+  check_dense(q, "q", q, {batch, d});
+  check_dense(out, "out", q, {batch, d});
+  check_caches(k_cache, v_cache, q);
+  check(position, "position", q, {batch}, Type::int64);
+  const int64_t size = k_cache.sizes[3];
+  const auto scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(size)));
+  const auto heads = static_cast<int>(k_cache.sizes[2]);
+  const DecodeAttention a = {q.data, k_cache.data, v_cache.data, position.as<int64_t>(), out.out(),
+                             scale,  batch,        heads,        k_cache.strides[0],     k_cache.strides[1]};
+  cudaError_t error = cudaSuccess;
+  const bool known = dispatch<32, 64, 128>(size, [&](auto of) { error = by_size<decltype(of)::value>(a, stream); });
+  REQUIRE(known, "the head size must be 32, 64 or 128, not ", size);
+  return error;
 }
 
 }  // namespace mtlm

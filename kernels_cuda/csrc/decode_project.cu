@@ -20,29 +20,47 @@
 // by a part of the batch. Its warps share out the columns, 32 at a time in turns, and add up their sums in a fixed
 // order. Nothing of that depends on the batch, so neither does a row's result, to the bit. A library's product would
 // leave norm, rotation, cache and activation to kernels of their own, and picks the order of its sums by the batch.
-#include <cuda_bf16.h>
-
 #include "decode.cuh"
-#include "kernels.h"
 
 namespace mtlm {
 namespace {
 
 constexpr int COLUMNS = 32;    // of a warp's turn: four lanes by 8
-constexpr int MOST_TILES = 8;  // of 8 rows of the batch
+constexpr int64_t MOST_ELEMENTS = 1 << 28;  // rows or columns of a matrix
 
-template <DecodeInto INTO>
-constexpr bool NORMED = INTO != DecodeInto::residual;
+enum class Into { qkv, residual, gated, gelu, logits };
 
-__host__ __device__ __forceinline__ int tiles_of(const DecodeProjection& a) { return (a.rows + 15) / 16; }
+// Everything bfloat16 and contiguous but for what says otherwise; columns a multiple of 8.
+struct Projection {
+  const void* in;      // [batch, columns]
+  const void* norm;    // [columns]; unused for `residual`
+  float eps;
+  const void* weight;  // [rows, columns]: q, k, v; or gate, up for `gated`
+  const void* bias;    // [rows] or null; null for `logits`
+  void* out;           // q [batch, rows / 3]; x; hidden [batch, rows, or half of it]; float32 logits
+  int batch, rows, columns;
+  // Of `qkv` alone; the head size a multiple of 16.
+  int head_size;
+  const int64_t* position;  // [batch]
+  const float* cos;         // [positions, head size / 2] or null
+  const float* sin;
+  void* k_cache;            // [batch, positions, heads, head size], heads and their elements contiguous
+  void* v_cache;
+  int64_t cache_batch, cache_position;  // elements from row to row, from position to position
+};
+
+template <Into INTO>
+constexpr bool NORMED = INTO != Into::residual;
+
+__host__ __device__ __forceinline__ int tiles_of(const Projection& a) { return (a.rows + 15) / 16; }
 
 // The first row of a tile's first or second eight.
-template <DecodeInto INTO>
-__device__ __forceinline__ int row_of(const DecodeProjection& a, int tile, bool second) {
-  if constexpr (INTO == DecodeInto::qkv) {
+template <Into INTO>
+__device__ __forceinline__ int row_of(const Projection& a, int tile, bool second) {
+  if constexpr (INTO == Into::qkv) {
     const int half = a.head_size / 2, per_head = half / 8;
     return tile / per_head * a.head_size + tile % per_head * 8 + (second ? half : 0);
-  } else if constexpr (INTO == DecodeInto::gated) {
+  } else if constexpr (INTO == Into::gated) {
     return tile * 8 + (second ? a.rows / 2 : 0);
   } else {
     return tile * 16 + (second ? 8 : 0);
@@ -63,60 +81,60 @@ __device__ __forceinline__ unsigned times(unsigned x, unsigned y) {
   return *reinterpret_cast<const unsigned*>(&product);
 }
 
-// What a pair of rows of W needs beside its sums, for row n of the batch. Read ahead of them.
-struct Beside {
+// What is done with the sums of a pair of rows of W, for row n of the batch, needs these. Read ahead of the sums.
+struct Epilogue {
   float bias[2] = {0.f, 0.f};
   float cos = 1.f, sin = 0.f;
   float x[2] = {0.f, 0.f};  // the residual stream so far
   int64_t position = 0;
 };
 
-template <DecodeInto INTO>
-__device__ __forceinline__ Beside read_beside(const DecodeProjection& a, int tile, int pair, int n) {
-  Beside beside;
+template <Into INTO>
+__device__ __forceinline__ Epilogue read_epilogue(const Projection& a, int tile, int pair, int n) {
+  Epilogue epilogue;
   const int rows[2] = {row_of<INTO>(a, tile, false) + pair, row_of<INTO>(a, tile, true) + pair};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (rows[i] >= a.rows) continue;
-    if constexpr (INTO != DecodeInto::logits) {
-      if (a.bias != nullptr) beside.bias[i] = to_float(static_cast<const bf16*>(a.bias)[rows[i]]);
+    if constexpr (INTO != Into::logits) {
+      if (a.bias != nullptr) epilogue.bias[i] = to_float(static_cast<const bf16*>(a.bias)[rows[i]]);
     }
-    if constexpr (INTO == DecodeInto::residual) {
-      beside.x[i] = read_fresh_element(static_cast<const bf16*>(a.out) + static_cast<int64_t>(n) * a.rows + rows[i]);
+    if constexpr (INTO == Into::residual) {
+      epilogue.x[i] = read_fresh_element(static_cast<const bf16*>(a.out) + static_cast<int64_t>(n) * a.rows + rows[i]);
     }
   }
-  if constexpr (INTO == DecodeInto::qkv) {
-    beside.position = read_fresh(a.position + n);
+  if constexpr (INTO == Into::qkv) {
+    epilogue.position = read_fresh(a.position + n);
     if (a.cos != nullptr && rows[0] < a.rows / 3 * 2) {  // of q and k
-      const int64_t angle = beside.position * (a.head_size / 2) + rows[0] % a.head_size;
-      beside.cos = a.cos[angle];
-      beside.sin = a.sin[angle];
+      const int64_t angle = epilogue.position * (a.head_size / 2) + rows[0] % a.head_size;
+      epilogue.cos = a.cos[angle];
+      epilogue.sin = a.sin[angle];
     }
   }
-  return beside;
+  return epilogue;
 }
 
-// What is done with the two sums.
-template <DecodeInto INTO>
-__device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int pair, int n, float first, float second,
-                                       const Beside& beside) {
+// Writes what the two sums become.
+template <Into INTO>
+__device__ __forceinline__ void finish(const Projection& a, int tile, int pair, int n, float first, float second,
+                                       const Epilogue& epilogue) {
   const int rows[2] = {row_of<INTO>(a, tile, false) + pair, row_of<INTO>(a, tile, true) + pair};
-  first += beside.bias[0];
-  second += beside.bias[1];
-  if constexpr (INTO == DecodeInto::qkv) {
+  first += epilogue.bias[0];
+  second += epilogue.bias[1];
+  if constexpr (INTO == Into::qkv) {
     const int d = a.rows / 3, part = rows[0] / d, at = rows[0] - part * d;
     if (part < 2 && a.cos != nullptr) {  // of the rounded values, as a model that stores them has it
       const float x = rounded<bf16>(first), y = rounded<bf16>(second);
       // Which product an fma takes in is said here: left to the compiler, kernels of other shapes differ in bits.
-      first = __fmaf_rn(x, beside.cos, -__fmul_rn(y, beside.sin));
-      second = __fmaf_rn(y, beside.cos, __fmul_rn(x, beside.sin));
+      first = __fmaf_rn(x, epilogue.cos, -__fmul_rn(y, epilogue.sin));
+      second = __fmaf_rn(y, epilogue.cos, __fmul_rn(x, epilogue.sin));
     }
     bf16* out = part == 0 ? static_cast<bf16*>(a.out) + static_cast<int64_t>(n) * d
                           : static_cast<bf16*>(part == 1 ? a.k_cache : a.v_cache) + n * a.cache_batch +
-                                beside.position * a.cache_position;
+                                epilogue.position * a.cache_position;
     out[at] = from_float<bf16>(first);
     out[at + a.head_size / 2] = from_float<bf16>(second);
-  } else if constexpr (INTO == DecodeInto::gated) {
+  } else if constexpr (INTO == Into::gated) {
     const int64_t at = static_cast<int64_t>(n) * (a.rows / 2) + rows[0];
     static_cast<bf16*>(a.out)[at] = from_float<bf16>(first / (1.f + __expf(-first)) * second);
   } else {
@@ -125,10 +143,10 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
     for (int i = 0; i < 2; ++i) {
       if (rows[i] >= a.rows) continue;
       const int64_t at = static_cast<int64_t>(n) * a.rows + rows[i];
-      if constexpr (INTO == DecodeInto::logits) {
+      if constexpr (INTO == Into::logits) {
         static_cast<float*>(a.out)[at] = sums[i];
-      } else if constexpr (INTO == DecodeInto::residual) {
-        static_cast<bf16*>(a.out)[at] = from_float<bf16>(beside.x[i] + sums[i]);
+      } else if constexpr (INTO == Into::residual) {
+        static_cast<bf16*>(a.out)[at] = from_float<bf16>(epilogue.x[i] + sums[i]);
       } else {
         const float x = sums[i], inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
         static_cast<bf16*>(a.out)[at] = from_float<bf16>(0.5f * x * (1.f + tanhf(inner)));
@@ -143,7 +161,7 @@ __device__ __forceinline__ void finish(const DecodeProjection& a, int tile, int 
 // What a lane multiplies it has copied itself, 16 bytes at a time, into shared memory: registers would not hold what
 // must be in flight. STAGES turns are: those of W from before the wait on, those of the batch right behind it. AT_ONCE
 // of them are waited for together.
-template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
+template <Into INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
 struct Shape {
   static constexpr int THREADS = 32 * SLICES, PART = 8 * TILES;  // of the batch
   static constexpr int CHUNKS = 32 * (2 * WIDE + TILES) + (NORMED<INTO> ? 4 : 0);  // of 16 bytes, of a warp's turn
@@ -154,8 +172,8 @@ struct Shape {
   static_assert(STAGES % AT_ONCE == 0 && 4 * SLICES * (SUMS + PART) <= BYTES);
 };
 
-template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
-__global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ DecodeProjection a) {
+template <Into INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
+__global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ Projection a) {
   using S = Shape<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
   extern __shared__ uint4 shared[];
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -165,7 +183,7 @@ __global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ D
   constexpr int TOGETHER = COLUMNS * SLICES * AT_ONCE;
   const int turns = (a.columns + TOGETHER - 1) / TOGETHER * AT_ONCE;  // behind the columns are zeros
   // Attention behind it reads the cache before its wait: what is there was written by earlier steps.
-  if constexpr (INTO != DecodeInto::qkv) launch_next();
+  if constexpr (INTO != Into::qkv) launch_next();
 
   const bf16* weights[WIDE][2];  // null: no such row
 #pragma unroll
@@ -209,29 +227,29 @@ __global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ D
   };
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) copy_weights(i);
-  Beside beside[S::ITEMS];
+  Epilogue epilogue[S::ITEMS];
   const auto pair_of = [](int item) { return item % 8; };
   const auto row_in_part = [](int item) { return item / 8 % S::PART; };
   const auto tile_of = [&](int item) { return first_tile + item / 8 / S::PART; };
   const auto is_there = [&](int item) {
     return item < WIDE * S::PART * 8 && row_in_part(item) < here && tile_of(item) < tiles;
   };
-  const auto read_all_beside = [&] {
+  const auto read_epilogues = [&] {
 #pragma unroll
     for (int i = 0; i < S::ITEMS; ++i) {
       const int item = i * S::THREADS + threadIdx.x;
-      if (is_there(item)) beside[i] = read_beside<INTO>(a, tile_of(item), pair_of(item), begin + row_in_part(item));
+      if (is_there(item)) epilogue[i] = read_epilogue<INTO>(a, tile_of(item), pair_of(item), begin + row_in_part(item));
     }
   };
-  if constexpr (INTO == DecodeInto::qkv) read_all_beside();
+  if constexpr (INTO == Into::qkv) read_epilogues();
   wait_for_previous();
-  if constexpr (INTO == DecodeInto::qkv) launch_next();
+  if constexpr (INTO == Into::qkv) launch_next();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     copy_in(i);
     end_of_copies();
   }
-  if constexpr (INTO != DecodeInto::qkv) read_all_beside();
+  if constexpr (INTO != Into::qkv) read_epilogues();
 
   float sum[WIDE][TILES][4] = {};
   float square[TILES] = {};
@@ -309,12 +327,12 @@ __global__ __launch_bounds__(32 * SLICES) void project(const __grid_constant__ D
       first *= factor;
       second *= factor;
     }
-    finish<INTO>(a, tile_of(item), pair, begin + n, first, second, beside[i]);
+    finish<INTO>(a, tile_of(item), pair, begin + n, first, second, epilogue[i]);
   }
 }
 
-template <DecodeInto INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
-cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
+template <Into INTO, int SLICES, int TILES, int WIDE, int STAGES, int AT_ONCE>
+cudaError_t launch(const Projection& a, cudaStream_t stream) {
   using S = Shape<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
   const int blocks = (tiles_of(a) + WIDE - 1) / WIDE * ((a.batch + S::PART - 1) / S::PART);
   const auto kernel = project<INTO, SLICES, TILES, WIDE, STAGES, AT_ONCE>;
@@ -324,17 +342,17 @@ cudaError_t launch(const DecodeProjection& a, cudaStream_t stream) {
 // SLICES follows from the columns alone, so that sums are added up in one order whatever the batch. The rest are those
 // that were fastest of some on an H100 for a batch of 64 (docs/LOG.md): blocks enough for all multiprocessors, none
 // left over for a second round, and each of at most 99 KiB of shared memory, which every GPU from 8.0 on has.
-template <DecodeInto INTO>
-cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
+template <Into INTO>
+cudaError_t by_size(const Projection& a, cudaStream_t stream) {
   const int tiles = (a.batch + 7) / 8;
   if (a.columns <= 1024) {
     if (tiles == 1) return launch<INTO, 4, 1, 1, 6, 3>(a, stream);
-    if (tiles == 2 || INTO == DecodeInto::residual) return launch<INTO, 4, 2, 1, 6, 3>(a, stream);
-    if constexpr (INTO == DecodeInto::qkv) {
+    if (tiles == 2 || INTO == Into::residual) return launch<INTO, 4, 2, 1, 6, 3>(a, stream);
+    if constexpr (INTO == Into::qkv) {
       return launch<INTO, 4, 2, 2, 6, 2>(a, stream);
-    } else if constexpr (INTO == DecodeInto::logits) {
+    } else if constexpr (INTO == Into::logits) {
       return launch<INTO, 4, 8, 4, 3, 1>(a, stream);
-    } else if constexpr (INTO != DecodeInto::residual) {
+    } else if constexpr (INTO != Into::residual) {
       return launch<INTO, 4, 4, 2, 4, 2>(a, stream);
     }
   }
@@ -342,22 +360,78 @@ cudaError_t by_size(const DecodeProjection& a, cudaStream_t stream) {
     const bool room = Shape<INTO, 8, 1, 1, 9, 3>::BYTES <= shared_memory();
     return room ? launch<INTO, 8, 1, 1, 9, 3>(a, stream) : launch<INTO, 8, 1, 1, 6, 3>(a, stream);
   }
-  if (tiles == 2 || INTO == DecodeInto::residual) return launch<INTO, 8, 2, 1, 6, 2>(a, stream);
-  if constexpr (INTO != DecodeInto::residual) return launch<INTO, 8, 4, 2, 3, 1>(a, stream);
+  if (tiles == 2 || INTO == Into::residual) return launch<INTO, 8, 2, 1, 6, 2>(a, stream);
+  if constexpr (INTO != Into::residual) return launch<INTO, 8, 4, 2, 3, 1>(a, stream);
   return cudaErrorInvalidValue;
+}
+
+// What all products share: weight [rows, columns] of in [batch, columns].
+Projection arguments(const View& in, const std::optional<View>& norm, double eps, const View& weight,
+                     const std::optional<View>& bias) {
+  Projection a = {};
+  a.batch = check_batch(in, "the input");
+  REQUIRE(weight.dims == 2, "weight must be [rows, columns], not ", shape(weight));
+  const int64_t rows = weight.sizes[0], columns = in.sizes[1];
+  REQUIRE(columns % 8 == 0 && columns >= 8 && columns <= MOST_ELEMENTS && rows >= 1 && rows <= MOST_ELEMENTS,
+          "a weight of shape ", shape(weight), ": its columns must be a multiple of 8, both at most ", MOST_ELEMENTS);
+  check_dense(in, "the input", in, {a.batch, columns});
+  check_dense(weight, "weight", in, {rows, columns});
+  if (norm) check_dense(*norm, "norm", in, {columns});
+  if (bias) check_dense(*bias, "bias", in, {rows});
+  a.in = in.data, a.weight = weight.data;
+  a.norm = norm ? norm->data : nullptr;
+  a.bias = bias ? bias->data : nullptr;
+  a.eps = static_cast<float>(eps);
+  a.rows = static_cast<int>(rows), a.columns = static_cast<int>(columns);
+  return a;
 }
 
 }  // namespace
 
-cudaError_t decode_project(const DecodeProjection& a, DecodeInto into, cudaStream_t stream) {
-  if (a.batch > 8 * MOST_TILES) return cudaErrorInvalidValue;
-  switch (into) {
-    case DecodeInto::qkv: return by_size<DecodeInto::qkv>(a, stream);
-    case DecodeInto::residual: return by_size<DecodeInto::residual>(a, stream);
-    case DecodeInto::gated: return by_size<DecodeInto::gated>(a, stream);
-    case DecodeInto::gelu: return by_size<DecodeInto::gelu>(a, stream);
-    default: return by_size<DecodeInto::logits>(a, stream);
+cudaError_t decode_qkv_(cudaStream_t stream, View x, View norm, double eps, View weight, std::optional<View> bias,
+                        std::optional<View> cos, std::optional<View> sin, View position, Out q, Out k_cache,
+                        Out v_cache) {
+  Projection a = arguments(x, norm, eps, weight, bias);
+  check(weight, "weight", x, {3 * a.columns, a.columns});
+  check_dense(q, "q", x, {a.batch, a.columns});
+  check_caches(k_cache, v_cache, x);
+  check(position, "position", x, {a.batch}, Type::int64);
+  REQUIRE(cos.has_value() == sin.has_value(), "cos and sin go together");
+  a.head_size = static_cast<int>(k_cache.sizes[3]);
+  if (cos) {
+    REQUIRE(cos->dims == 2 && cos->sizes[0] >= k_cache.sizes[1], "cos must be [", k_cache.sizes[1], " or more, ",
+            a.head_size / 2, "], not ", shape(*cos));
+    check_dense(*cos, "cos", x, {cos->sizes[0], a.head_size / 2}, Type::float32);
+    check_dense(*sin, "sin", x, {cos->sizes[0], a.head_size / 2}, Type::float32);
+    a.cos = cos->as<float>(), a.sin = sin->as<float>();
   }
+  a.position = position.as<int64_t>();
+  a.out = q.out(), a.k_cache = k_cache.out(), a.v_cache = v_cache.out();
+  a.cache_batch = k_cache.strides[0], a.cache_position = k_cache.strides[1];
+  return by_size<Into::qkv>(a, stream);
+}
+
+cudaError_t decode_add_projection_(cudaStream_t stream, View in, View weight, std::optional<View> bias, Out x) {
+  Projection a = arguments(in, std::nullopt, 0, weight, bias);
+  check_dense(x, "x", in, {a.batch, a.rows});
+  a.out = x.out();
+  return by_size<Into::residual>(a, stream);
+}
+
+cudaError_t decode_mlp_(cudaStream_t stream, View x, View norm, double eps, View weight, std::optional<View> bias,
+                        bool gated, Out hidden) {
+  Projection a = arguments(x, norm, eps, weight, bias);
+  REQUIRE(!gated || a.rows % 16 == 0, "gate and up must have a multiple of 8 rows each, not ", a.rows, " together");
+  check_dense(hidden, "hidden", x, {a.batch, gated ? a.rows / 2 : a.rows});
+  a.out = hidden.out();
+  return gated ? by_size<Into::gated>(a, stream) : by_size<Into::gelu>(a, stream);
+}
+
+cudaError_t decode_logits_(cudaStream_t stream, View x, View norm, double eps, View table, Out logits) {
+  Projection a = arguments(x, norm, eps, table, std::nullopt);
+  check_dense(logits, "logits", x, {a.batch, a.rows}, Type::float32);
+  a.out = logits.out();
+  return by_size<Into::logits>(a, stream);
 }
 
 }  // namespace mtlm

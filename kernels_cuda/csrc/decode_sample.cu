@@ -21,7 +21,6 @@
 // A row is a block of 512 threads, which hold its p in registers up to 32768 tokens; larger rows are read again
 // for every count. Logits, 128 KB of float32 a row, go from the kernel before through the second-level cache.
 #include "decode.cuh"
-#include "kernels.h"
 
 namespace mtlm {
 namespace {
@@ -29,6 +28,26 @@ namespace {
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int GROUPS = 16;  // of 4 neighbouring tokens that a thread holds
 constexpr int SLACK = 16;   // threads that may reach a bound beyond those that have to
+constexpr int64_t MOST_TOKENS = 1 << 24;  // of the vocabulary
+
+struct DecodeEmbedding {
+  const int64_t* token;     // [batch]
+  const int64_t* position;  // [batch]
+  const void* table;        // [vocabulary, d] bfloat16
+  const void* learned;      // [positions, d] bfloat16 or null
+  void* x;                  // [batch, d] bfloat16
+  int batch, d;
+};
+
+struct DecodeSample {
+  const float* logits;   // [batch, vocab]
+  const float* real;     // temperature, top_p
+  const int64_t* whole;  // top_k, seed, number of the first row
+  int64_t* position;     // [batch], moved on by one, at most to `last`
+  int64_t* token;        // [batch]: the draws
+  int64_t last;
+  int batch, vocab;
+};
 
 __global__ void embed(const __grid_constant__ DecodeEmbedding a) {
   wait_for_previous();
@@ -39,8 +58,8 @@ __global__ void embed(const __grid_constant__ DecodeEmbedding a) {
   const bf16* learned = static_cast<const bf16*>(a.learned);
   bf16* x = static_cast<bf16*>(a.x) + static_cast<int64_t>(n) * a.d;
   for (int i = threadIdx.x; i < a.d; i += blockDim.x) {
-    const float beside = learned == nullptr ? 0.f : to_float(learned[position * a.d + i]);
-    x[i] = from_float<bf16>(to_float(from[i]) + beside);
+    const float of_position = learned == nullptr ? 0.f : to_float(learned[position * a.d + i]);
+    x[i] = from_float<bf16>(to_float(from[i]) + of_position);
   }
 }
 
@@ -318,13 +337,38 @@ __global__ __launch_bounds__(THREADS) void sample(const __grid_constant__ Decode
 
 }  // namespace
 
-cudaError_t decode_embed(const DecodeEmbedding& a, cudaStream_t stream) {
-  return launch_chained(embed, a, a.batch, 256, 1, stream);
+cudaError_t decode_embed_(cudaStream_t stream, View token, View position, View table, std::optional<View> learned,
+                          Out x) {
+  const int batch = check_batch(x, "x");
+  const int64_t d = x.sizes[1];
+  REQUIRE(table.dims == 2, "table must be [vocabulary, d], not ", shape(table));
+  check_dense(x, "x", x, {batch, d});
+  check_dense(table, "table", x, {table.sizes[0], d});
+  if (learned) {
+    REQUIRE(learned->dims == 2, "learned must be [positions, d], not ", shape(*learned));
+    check_dense(*learned, "learned", x, {learned->sizes[0], d});
+  }
+  check(token, "token", x, {batch}, Type::int64);
+  check(position, "position", x, {batch}, Type::int64);
+  const DecodeEmbedding a = {token.as<int64_t>(), position.as<int64_t>(), table.data,
+                             learned ? learned->data : nullptr, x.out(), batch, static_cast<int>(d)};
+  return launch_chained(embed, a, batch, 256, 1, stream);
 }
 
-cudaError_t decode_sample(const DecodeSample& a, cudaStream_t stream) {
-  const bool held = a.vocab <= 4 * THREADS * GROUPS;
-  return launch_chained(held ? sample<true> : sample<false>, a, a.batch, THREADS, 1, stream);
+cudaError_t decode_sample_(cudaStream_t stream, View logits, View real, View whole, int64_t last, Out position,
+                           Out token) {
+  const int batch = check_batch(logits, "logits");
+  const int64_t vocab = logits.sizes[1];
+  REQUIRE(vocab >= 1 && vocab <= MOST_TOKENS, "logits has ", vocab, " columns; at least 1, at most ", MOST_TOKENS);
+  check_dense(logits, "logits", logits, {batch, vocab}, Type::float32);
+  check_dense(real, "real", logits, {2}, Type::float32);
+  check(whole, "whole", logits, {3}, Type::int64);
+  check(position, "position", logits, {batch}, Type::int64);
+  check(token, "token", logits, {batch}, Type::int64);
+  const DecodeSample a = {logits.as<float>(),     real.as<float>(), whole.as<int64_t>(), position.out<int64_t>(),
+                          token.out<int64_t>(), last,             batch,               static_cast<int>(vocab)};
+  const bool held = vocab <= 4 * THREADS * GROUPS;
+  return launch_chained(held ? sample<true> : sample<false>, a, batch, THREADS, 1, stream);
 }
 
 }  // namespace mtlm

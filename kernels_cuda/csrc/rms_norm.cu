@@ -15,7 +15,6 @@
 // depends on the inputs and the number of multiprocessors alone, and a row's results on that row alone.
 // Other sizes and unaligned rows take plain loops.
 #include "common.cuh"
-#include "kernels.h"
 
 namespace mtlm {
 namespace {
@@ -23,6 +22,34 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_SM = 2;  // of the backward grid: registers for two blocks of 256 threads
+
+// A matrix whose rows are contiguous inside; `stride` elements from row to row.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+struct Forward {
+  Rows branch;          // [rows, d] of the output's type; null for the norm alone, of `residual`
+  Rows residual;        // [rows, d] of the residual's type
+  const void* weight;   // [d]
+  float eps;
+  void* normed;         // [rows, d] of the output's type
+  void* sum;            // [rows, d] of the residual's type; null for the norm alone
+  float* rstd;          // [rows]
+};
+
+struct Backward {
+  Rows d_normed;        // [rows, d]
+  Rows d_sum;           // [rows, d] of x's type, or null
+  Rows x;               // [rows, d]: what was normalised
+  const float* rstd;    // [rows]
+  const void* weight;   // [d]
+  void* d_x;            // [rows, d] of x's type
+  void* d_branch;       // the same in d_normed's type, or null
+  float* partials;      // [blocks, d]
+  void* d_weight;       // [d]
+};
 
 // How a row of D elements lies in the lanes: vectors of 16 bytes of the wider type, one after another.
 template <typename X, typename R, int D>
@@ -36,7 +63,7 @@ struct Layout {
 };
 
 template <typename X, typename R, int D, bool ADD>
-__global__ __launch_bounds__(THREADS) void forward_in_registers(RMSNormForward a, Weight weight, int64_t rows) {
+__global__ __launch_bounds__(THREADS) void forward_in_registers(Forward a, Weight weight, int64_t rows) {
   using L = Layout<X, R, D>;
   constexpr int N = L::VECTOR;
   const int lane = threadIdx.x % L::LANES;
@@ -81,7 +108,7 @@ __global__ __launch_bounds__(THREADS) void forward_in_registers(RMSNormForward a
 }
 
 template <typename X, typename R, bool ADD>
-__global__ __launch_bounds__(THREADS) void forward_any(RMSNormForward a, Weight weight, int64_t rows, int64_t d) {
+__global__ __launch_bounds__(THREADS) void forward_any(Forward a, Weight weight, int64_t rows, int64_t d) {
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (row >= rows) return;
@@ -105,11 +132,11 @@ __global__ __launch_bounds__(THREADS) void forward_any(RMSNormForward a, Weight 
 }
 
 template <typename X, typename R, int D, bool D_SUM>
-__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(RMSNormBackward a, Weight weight,
+__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(Backward a, Weight weight,
                                                                                 int64_t rows) {
   using L = Layout<X, R, D>;
   constexpr int N = L::VECTOR;
-  __shared__ __align__(16) float by_warp[WARPS][D];
+  __shared__ __align__(16) float warp_sums[WARPS][D];
   __shared__ float4 shared_weight[D / 4];  // registers are short: the weight is read anew in every turn
   const int lane = threadIdx.x % L::LANES;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * L::ROWS_PER_BLOCK + threadIdx.x / L::LANES;
@@ -162,13 +189,13 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
         }
       }
     }
-    const float along = sum_over_lanes<L::LANES>(dot) * (1.0f / D) * rstd * rstd;
+    const float projection = sum_over_lanes<L::LANES>(dot) * (1.0f / D) * rstd * rstd;
     if (!inside) continue;
 #pragma unroll
     for (int v = 0; v < L::VECTORS; ++v) {
       const int64_t at = row * D + (v * L::LANES + lane) * N;
 #pragma unroll
-      for (int i = 0; i < N; ++i) s[v][i] += rstd * (g[v][i] - x[v][i] * along);
+      for (int i = 0; i < N; ++i) s[v][i] += rstd * (g[v][i] - x[v][i] * projection);
       store<R, N>(static_cast<R*>(a.d_x) + at, s[v]);
       if constexpr (sizeof(X) != sizeof(R)) {
         if (a.d_branch != nullptr) store<X, N>(static_cast<X*>(a.d_branch) + at, s[v]);
@@ -183,7 +210,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
       if constexpr (L::LANES == 16) d_weight[v][i] += __shfl_xor_sync(ALL_LANES, d_weight[v][i], 16);
     }
     if (threadIdx.x % 32 < L::LANES) {
-      float* p = &by_warp[threadIdx.x / 32][(v * L::LANES + lane) * N];
+      float* p = &warp_sums[threadIdx.x / 32][(v * L::LANES + lane) * N];
 #pragma unroll
       for (int i = 0; i < N; ++i) p[i] = d_weight[v][i];
     }
@@ -192,15 +219,15 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
   for (int c = threadIdx.x; c < D; c += THREADS) {
     float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) total += by_warp[warp][c];
+    for (int warp = 0; warp < WARPS; ++warp) total += warp_sums[warp][c];
     a.partials[static_cast<int64_t>(blockIdx.x) * D + c] = total;
   }
 }
 
 template <typename X, typename R>
-__global__ __launch_bounds__(THREADS) void backward_any(RMSNormBackward a, Weight weight, int64_t rows, int64_t d) {
+__global__ __launch_bounds__(THREADS) void backward_any(Backward a, Weight weight, int64_t rows, int64_t d) {
   extern __shared__ float d_weight[];  // [d]; a thread owns the columns threadIdx.x + i * THREADS
-  __shared__ float by_warp[WARPS];
+  __shared__ float warp_sums[WARPS];
   for (int64_t c = threadIdx.x; c < d; c += THREADS) d_weight[c] = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const X* d_normed = static_cast<const X*>(a.d_normed.data) + row * a.d_normed.stride;
@@ -215,19 +242,19 @@ __global__ __launch_bounds__(THREADS) void backward_any(RMSNormBackward a, Weigh
       dot += to_float(d_normed[c]) * w[0] * to_float(x_row[c]);
     }
     dot = sum_over_lanes<32>(dot);
-    if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = dot;
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = dot;
     __syncthreads();
     dot = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) dot += by_warp[warp];
+    for (int warp = 0; warp < WARPS; ++warp) dot += warp_sums[warp];
     __syncthreads();
-    const float along = dot / d * rstd * rstd;
+    const float projection = dot / d * rstd * rstd;
     for (int64_t c = threadIdx.x; c < d; c += THREADS) {
       float w[1];
       weight.load<1>(c, w);
       const float g = to_float(d_normed[c]), x = to_float(x_row[c]);
       d_weight[c] += g * (x * rstd);
-      const float d_x = rstd * (g * w[0] - x * along) + (d_sum == nullptr ? 0.0f : to_float(d_sum[c]));
+      const float d_x = rstd * (g * w[0] - x * projection) + (d_sum == nullptr ? 0.0f : to_float(d_sum[c]));
       static_cast<R*>(a.d_x)[row * d + c] = from_float<R>(d_x);
       if (a.d_branch != nullptr) static_cast<X*>(a.d_branch)[row * d + c] = from_float<X>(d_x);
     }
@@ -264,99 +291,139 @@ bool vectors(const Rows& rows, Type type) {
   return rows.data == nullptr || (aligned(rows.data, 16) && rows.stride * size % 16 == 0);
 }
 
-template <typename X, typename R, int D>
-cudaError_t forward_fast(const RMSNormForward& a, Weight weight, int64_t rows, cudaStream_t stream) {
-  constexpr int per_block = Layout<X, R, D>::ROWS_PER_BLOCK;
-  const auto grid = static_cast<unsigned>((rows + per_block - 1) / per_block);
-  if (a.branch.data != nullptr) {
-    forward_in_registers<X, R, D, true><<<grid, THREADS, 0, stream>>>(a, weight, rows);
+// Calls run(x, r, width): values of the two types, and the width of the instance that holds a row in registers, 0 of
+// the one for any width.
+template <typename Run>
+void dispatch_norm(Type type, Type residual_type, bool whole, int64_t d, Run run) {
+  const auto of_types = [&](auto x, auto r) {
+    const auto of_width = [&](auto width) { run(x, r, width); };
+    if (!whole || !dispatch<384, 512, 768>(d, of_width)) of_width(std::integral_constant<int, 0>());
+  };
+  if (type == Type::float32) {
+    of_types(float(), float());
+  } else if (residual_type == Type::float32) {
+    of_types(bf16(), float());
   } else {
-    forward_in_registers<X, R, D, false><<<grid, THREADS, 0, stream>>>(a, weight, rows);
+    of_types(bf16(), bf16());
   }
-  return cudaGetLastError();
 }
 
-template <typename X, typename R>
-cudaError_t forward_typed(const RMSNormForward& a, Weight weight, int64_t rows, int64_t d, Type type,
-                          Type residual_type, cudaStream_t stream) {
-  if (aligned(a.weight, 16) && vectors(a.branch, type) && vectors(a.residual, residual_type)) {
-    if (d == 384) return forward_fast<X, R, 384>(a, weight, rows, stream);
-    if (d == 512) return forward_fast<X, R, 512>(a, weight, rows, stream);
-    if (d == 768) return forward_fast<X, R, 768>(a, weight, rows, stream);
-  }
-  const auto grid = static_cast<unsigned>((rows + WARPS - 1) / WARPS);
-  if (a.branch.data != nullptr) {
-    forward_any<X, R, true><<<grid, THREADS, 0, stream>>>(a, weight, rows, d);
-  } else {
-    forward_any<X, R, false><<<grid, THREADS, 0, stream>>>(a, weight, rows, d);
-  }
-  return cudaGetLastError();
+Weight weight_of(const View& weight, const View& like, int64_t d) {
+  check(weight, "weight", like, {d});
+  check_rows_contiguous(weight, "weight");
+  return {weight.data, float_type(weight, "weight") == Type::bfloat16};
 }
 
-template <typename X, typename R, int D>
-cudaError_t backward_fast(const RMSNormBackward& a, Weight weight, int64_t rows, unsigned grid, cudaStream_t stream) {
-  if (a.d_sum.data != nullptr) {
-    backward_in_registers<X, R, D, true><<<grid, THREADS, 0, stream>>>(a, weight, rows);
-  } else {
-    backward_in_registers<X, R, D, false><<<grid, THREADS, 0, stream>>>(a, weight, rows);
-  }
-  return cudaGetLastError();
+Rows rows_of(const View& t, const char* name, const View& like, Type type) {
+  check(t, name, like, {like.sizes[0], like.sizes[1]});
+  check_rows_contiguous(t, name);
+  REQUIRE(t.type == type, name, " must be ", name_of(type), ", not ", name_of(t.type));
+  return {t.data, t.strides[0]};
 }
 
-template <typename X, typename R>
-cudaError_t backward_typed(const RMSNormBackward& a, Weight weight, int64_t rows, int64_t d, Type type,
-                           Type residual_type, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(rms_norm_partials(rows));
-  if (aligned(a.weight, 16) && vectors(a.d_normed, type) && vectors(a.x, residual_type) &&
-      vectors(a.d_sum, residual_type)) {
-    if (d == 384) return backward_fast<X, R, 384>(a, weight, rows, grid, stream);
-    if (d == 512) return backward_fast<X, R, 512>(a, weight, rows, grid, stream);
-    if (d == 768) return backward_fast<X, R, 768>(a, weight, rows, grid, stream);
-  }
-  const auto shared = static_cast<int>(d * sizeof(float));
-  const cudaError_t error =
-      cudaFuncSetAttribute(backward_any<X, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  backward_any<X, R><<<grid, THREADS, shared, stream>>>(a, weight, rows, d);
+// What the norm's input and output types can be: alike, or a float32 residual beside bfloat16.
+void check_types(Type type, Type residual, const char* op) {
+  REQUIRE(type == residual || residual == Type::float32, "mtlm::", op,
+          ": a bfloat16 residual beside a float32 branch or output is not supported");
+}
+
+cudaError_t forward(cudaStream_t stream, Forward a, const View& residual, const View& weight, double eps,
+                    const Out& normed, const Out& rstd) {
+  const int64_t rows = residual.sizes[0], d = residual.sizes[1];
+  const Type type = normed.type, residual_type = residual.type;
+  const Weight w = weight_of(weight, residual, d);
+  check(normed, "normed", residual, {rows, d}, type);
+  check(rstd, "rstd", residual, {rows}, Type::float32);
+  if (rows == 0) return cudaSuccess;
+  a.residual = rows_of(residual, "residual", residual, residual_type);
+  a.weight = weight.data, a.eps = static_cast<float>(eps);
+  a.normed = normed.out(), a.rstd = rstd.out<float>();
+  const bool whole = aligned(a.weight, 16) && vectors(a.branch, type) && vectors(a.residual, residual_type);
+  dispatch_norm(type, residual_type, whole, d, [&](auto x, auto r, auto width) {
+    using X = decltype(x);
+    using R = decltype(r);
+    constexpr int D = decltype(width)::value;
+    dispatch<false, true>(a.branch.data != nullptr, [&](auto add) {
+      constexpr bool ADD = decltype(add)::value;
+      if constexpr (D > 0) {
+        constexpr int per_block = Layout<X, R, D>::ROWS_PER_BLOCK;
+        const auto grid = static_cast<unsigned>((rows + per_block - 1) / per_block);
+        forward_in_registers<X, R, D, ADD><<<grid, THREADS, 0, stream>>>(a, w, rows);
+      } else {
+        const auto grid = static_cast<unsigned>((rows + WARPS - 1) / WARPS);
+        forward_any<X, R, ADD><<<grid, THREADS, 0, stream>>>(a, w, rows, d);
+      }
+    });
+  });
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t rms_norm_forward(const RMSNormForward& a, int64_t rows, int64_t d, Type type, Type residual_type,
-                             Type weight_type, cudaStream_t stream) {
-  if (rows == 0) return cudaSuccess;
-  const Weight weight = {a.weight, weight_type == Type::bfloat16};
-  if (type == Type::float32) return forward_typed<float, float>(a, weight, rows, d, type, residual_type, stream);
-  if (residual_type == Type::float32) {
-    return forward_typed<bf16, float>(a, weight, rows, d, type, residual_type, stream);
-  }
-  return forward_typed<bf16, bf16>(a, weight, rows, d, type, residual_type, stream);
+cudaError_t rms_norm_into(cudaStream_t stream, View x, View weight, double eps, Out normed, Out rstd) {
+  check_matrix(x, "x");
+  check_types(float_type(normed, "dtype"), float_type(x, "x"), "rms_norm");
+  return forward(stream, {}, x, weight, eps, normed, rstd);
 }
 
-int64_t rms_norm_partials(int64_t rows) {
-  // A block takes at least 8 rows a turn; small batches leave fewer partials.
-  const int64_t wanted = (rows + WARPS - 1) / WARPS;
-  const int64_t most = static_cast<int64_t>(multiprocessors()) * BLOCKS_PER_SM;
-  return wanted < most ? wanted : most;
+cudaError_t add_rms_norm_into(cudaStream_t stream, View residual, View branch, View weight, double eps, Out normed,
+                              Out sum, Out rstd) {
+  check_matrix(residual, "residual");
+  const int64_t rows = residual.sizes[0], d = residual.sizes[1];
+  const Type type = float_type(branch, "branch");
+  check_types(type, float_type(residual, "residual"), "add_rms_norm");
+  Forward a = {};
+  a.branch = rows_of(branch, "branch", residual, type);
+  check(normed, "normed", residual, {rows, d}, type);
+  check(sum, "sum", residual, {rows, d}, residual.type);
+  a.sum = sum.out();
+  return forward(stream, a, residual, weight, eps, normed, rstd);
 }
 
-cudaError_t rms_norm_backward(const RMSNormBackward& a, int64_t rows, int64_t d, Type type, Type residual_type,
-                              Type weight_type, cudaStream_t stream) {
-  const Weight weight = {a.weight, weight_type == Type::bfloat16};
+cudaError_t rms_norm_backward_into(cudaStream_t stream, View d_normed, std::optional<View> d_sum, View x, View rstd,
+                                   View weight, Out d_x, Out d_branch, Out d_weight, Out partials) {
+  check_matrix(x, "x");
+  const int64_t rows = x.sizes[0], d = x.sizes[1];
+  const Type type = float_type(d_normed, "d_normed"), residual_type = float_type(x, "x");
+  check_types(type, residual_type, "rms_norm_backward");
+  const Weight w = weight_of(weight, x, d);
+  const bool two = d_branch.sizes[0] > 0;
+  REQUIRE(!two || type != residual_type, "d_branch must be empty where its type is that of x");
+  check(rstd, "rstd", x, {rows}, Type::float32);
+  check(d_x, "d_x", x, {rows, d}, residual_type);
+  check(d_branch, "d_branch", x, {two ? rows : 0, d}, type);
+  check(d_weight, "d_weight", x, {d}, weight.type);
+  const int64_t blocks = partials.sizes[0];
+  check(partials, "partials", x, {blocks, d}, Type::float32);
+  REQUIRE(blocks > 0 || rows == 0, "partials must have a row for each block, at least one");
+  const Rows none = {nullptr, 0};
+  const Backward a = {rows_of(d_normed, "d_normed", x, type),
+                      d_sum ? rows_of(*d_sum, "d_sum", x, residual_type) : none,
+                      rows_of(x, "x", x, residual_type), rstd.as<float>(), weight.data, d_x.out(),
+                      two ? d_branch.out() : nullptr, partials.out<float>(), d_weight.out()};
+  const bool whole = aligned(a.weight, 16) && vectors(a.d_normed, type) && vectors(a.x, residual_type) &&
+                     vectors(a.d_sum, residual_type);
+  const auto grid = static_cast<unsigned>(blocks);
   cudaError_t error = cudaSuccess;
-  if (rows > 0) {
-    if (type == Type::float32) {
-      error = backward_typed<float, float>(a, weight, rows, d, type, residual_type, stream);
-    } else if (residual_type == Type::float32) {
-      error = backward_typed<bf16, float>(a, weight, rows, d, type, residual_type, stream);
+  const auto launch = [&](auto x, auto r, auto width) {
+    using X = decltype(x);
+    using R = decltype(r);
+    constexpr int D = decltype(width)::value;
+    if constexpr (D > 0) {
+      dispatch<false, true>(a.d_sum.data != nullptr, [&](auto has_d_sum) {
+        backward_in_registers<X, R, D, decltype(has_d_sum)::value><<<grid, THREADS, 0, stream>>>(a, w, rows);
+      });
     } else {
-      error = backward_typed<bf16, bf16>(a, weight, rows, d, type, residual_type, stream);
+      const auto shared = static_cast<int>(d * sizeof(float));
+      error = cudaFuncSetAttribute(backward_any<X, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      if (error == cudaSuccess) backward_any<X, R><<<grid, THREADS, shared, stream>>>(a, w, rows, d);
     }
-  }
+  };
+  if (rows > 0) dispatch_norm(type, residual_type, whole, d, launch);
+  if (error == cudaSuccess) error = cudaGetLastError();
   if (error != cudaSuccess || d == 0) return error;
-  const auto grid = static_cast<unsigned>((d + 31) / 32);
-  add_partials<<<grid, THREADS, 0, stream>>>(a.partials, rms_norm_partials(rows), d, a.d_weight, weight.is_bf16);
+  add_partials<<<static_cast<unsigned>((d + 31) / 32), THREADS, 0, stream>>>(a.partials, blocks, d, a.d_weight,
+                                                                             w.is_bf16);
   return cudaGetLastError();
 }
 

@@ -12,7 +12,6 @@
 // bfloat16 logits on a Hopper) and unaligned ones are read twice. Sums are float32, over lanes, warps and threads in
 // a fixed order: equal from run to run, and a row's results depend on that row alone.
 #include "common.cuh"
-#include "kernels.h"
 
 #include <cuda_pipeline.h>
 
@@ -24,6 +23,16 @@ namespace {
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2_E = 1.4426950408889634f;
+
+struct SoftmaxLoss {
+  void* logits;            // [rows, vocab], replaced by their gradient if `gradients`
+  int64_t stride;          // elements from row to row
+  const int64_t* targets;  // [rows]
+  float* total;            // [rows]
+  float* nll;              // [rows]
+  float z_loss;
+  bool gradients;
+};
 
 // max and sum of exp(x - max) of what was seen so far.
 struct LogSum {
@@ -43,7 +52,7 @@ struct LogSum {
 
 // The log of the sum over all threads of a block, in every thread.
 __device__ float log_sum_over_block(LogSum mine) {
-  __shared__ LogSum by_warp[WARPS];
+  __shared__ LogSum warp_sums[WARPS];
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     LogSum other;
@@ -51,9 +60,9 @@ __device__ float log_sum_over_block(LogSum mine) {
     other.sum = __shfl_xor_sync(ALL_LANES, mine.sum, offset);
     mine.add(other);
   }
-  if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = mine;
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = mine;
   __syncthreads();
-  mine = by_warp[threadIdx.x % WARPS];
+  mine = warp_sums[threadIdx.x % WARPS];
 #pragma unroll
   for (int offset = WARPS / 2; offset > 0; offset /= 2) {
     LogSum other;
@@ -201,7 +210,18 @@ cudaError_t typed(const SoftmaxLoss& a, int64_t rows, int64_t vocab, cudaStream_
 
 }  // namespace
 
-cudaError_t softmax_loss(const SoftmaxLoss& a, int64_t rows, int64_t vocab, Type type, cudaStream_t stream) {
+cudaError_t softmax_loss_(cudaStream_t stream, Out logits, View targets, Out total, Out nll, double z_loss,
+                          bool gradients) {
+  check_matrix(logits, "logits");
+  check_rows_contiguous(logits, "logits");
+  const int64_t rows = logits.sizes[0], vocab = logits.sizes[1];
+  REQUIRE(vocab <= MOST_BLOCKS, "logits has ", vocab, " columns; at most ", MOST_BLOCKS);
+  check(targets, "targets", logits, {rows}, Type::int64);
+  check(total, "total", logits, {rows}, Type::float32);
+  check(nll, "nll", logits, {rows}, Type::float32);
+  const Type type = float_type(logits, "logits");
+  const SoftmaxLoss a = {logits.out(),       logits.strides[0],          targets.as<int64_t>(), total.out<float>(),
+                         nll.out<float>(), static_cast<float>(z_loss), gradients};
   if (rows == 0) return cudaSuccess;
   return type == Type::bfloat16 ? typed<bf16>(a, rows, vocab, stream) : typed<float>(a, rows, vocab, stream);
 }

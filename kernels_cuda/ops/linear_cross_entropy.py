@@ -132,9 +132,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _linear_cross_entropy_fake(
-    hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float, gradients: bool
-):
+def _linear_cross_entropy_fake(hidden, table, targets, z_loss, gradients):
     wide = wide_type(hidden.dtype)
     d_hidden = hidden.new_empty(hidden.shape[0] if gradients else 0, hidden.shape[1])
     d_table = hidden.new_empty(table.shape if gradients else (0, hidden.shape[1]), dtype=wide)

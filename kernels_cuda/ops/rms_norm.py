@@ -83,11 +83,11 @@ class AddRMSNorm(torch.autograd.Function):
         return d_residual, d_branch.view(shape) if d_branch.numel() else d_residual, d_weight, None
 
 
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype):
+def _rms_norm_fake(x, weight, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=wide_type(x.dtype))
 
 
-def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rms_norm_cuda(x, weight, eps, dtype):
     normed, rstd = _rms_norm_fake(x, weight, eps, dtype)
     torch.ops.mtlm.rms_norm_into(contiguous_rows(x), weight.contiguous(), eps, normed, rstd)
     return normed, rstd
@@ -109,14 +109,12 @@ def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) ->
 declare_kernel("rms_norm_into(Tensor x, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) rstd) -> ()")
 
 
-def _add_rms_norm_fake(residual: Tensor, branch: Tensor, weight: Tensor, eps: float):
+def _add_rms_norm_fake(residual, branch, weight, eps):
     rstd = residual.new_empty(residual.shape[:-1], dtype=wide_type(residual.dtype))
     return branch.new_empty(branch.shape), residual.new_empty(residual.shape), rstd
 
 
-def _add_rms_norm_cuda(
-    residual: Tensor, branch: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _add_rms_norm_cuda(residual, branch, weight, eps):
     results = _add_rms_norm_fake(residual, branch, weight, eps)
     torch.ops.mtlm.add_rms_norm_into(
         contiguous_rows(residual), contiguous_rows(branch), weight.contiguous(), eps, *results
@@ -144,17 +142,13 @@ declare_kernel(
 )
 
 
-def _backward_fake(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, branch: bool
-):
+def _backward_fake(d_normed, d_sum, x, rstd, weight, branch):
     two = branch and d_normed.dtype != x.dtype
     d_branch = d_normed.new_empty(x.shape[0] if two else 0, x.shape[1])
     return x.new_empty(x.shape), d_branch, weight.new_empty(weight.shape)
 
 
-def _backward_cuda(
-    d_normed: Tensor, d_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, branch: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(d_normed, d_sum, x, rstd, weight, branch):
     results = _backward_fake(d_normed, d_sum, x, rstd, weight, branch)
     # One row of partial sums of d_weight for each block of the grid: two blocks share a multiprocessor, and
     # each takes at least 8 rows at a time.

@@ -94,12 +94,12 @@ def _rotary_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: boo
     k.copy_(rotate(k, cos, sin))
 
 
-def _pack_fake(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
+def _pack_fake(q, k, v, cos, sin, conjugate):
     b, s, *head = q.shape
     return q.new_empty(b, s, 3, *head)
 
 
-def _pack_cuda(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
+def _pack_cuda(q, k, v, cos, sin, conjugate):
     packed = _pack_fake(q, k, v, cos, sin, conjugate)
     torch.ops.mtlm.rotary_pack_into(*map(contiguous_rows, (q, k, v)), cos, sin, conjugate, packed)
     return packed

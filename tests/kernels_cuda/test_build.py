@@ -17,31 +17,31 @@ NVCC = build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
     NVCC is None, reason="needs nvcc, of the CUDA toolkit or the wheel nvidia-cuda-nvcc"
 )
-# Registers a thread beyond which fewer warps would be resident than each file's header counts on.
+# Registers per thread beyond which fewer warps would be resident than each file's header counts on; of a file
+# that is not listed 128, with which two blocks of 256 threads share a multiprocessor.
 REGISTERS = {
-    "rms_norm": 128,
     "rotary": 64,
     "softmax_loss": 40,
     "adamw": 64,
     "decode_project": 160,
     "decode_attention": 104,
-    "decode_sample": 128,
 }
 
 
 def most_registers(name: str, kernel: str) -> int:
     """Two blocks of a product share a multiprocessor's 65,536; the head's of 64 by 64 may use all of it."""
-    shape = re.search(r"7projectILNS_10DecodeIntoE\dELi(\d)ELi(\d)ELi(\d)E", kernel)
+    budget = REGISTERS.get(name, 128)
+    shape = re.search(r"7projectI\w*IntoE\dELi(\d)ELi(\d)ELi(\d)E", kernel)
     if shape is None:
-        return REGISTERS[name]
+        return budget
     slices, tiles, wide = map(int, shape.groups())
     of_two_blocks = 65536 // (2 * 32 * slices)
-    return of_two_blocks if (tiles, wide) == (8, 4) else min(REGISTERS[name], of_two_blocks)
+    return of_two_blocks if (tiles, wide) == (8, 4) else min(budget, of_two_blocks)
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REGISTERS)
+@pytest.mark.parametrize("name", sorted(path.stem for path in build.SOURCES.glob("*.cu")))
 def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_path: Path):
     warnings = ["-Xptxas", "-v,--warn-on-local-memory-usage,--warn-on-spills", "-Xptxas", "-Werror"]
     for architecture in ("8.0", "9.0"):
@@ -69,7 +69,7 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
             "spills and registers are fine; the disassembly needs nvdisasm (wheel nvidia-cuda-nvdisasm)"
         )
     for kernel, lines in kernels_of(disassembler, cubin).items():
-        if "Decode" in kernel:
+        if name.startswith("decode_"):
             check_decode(kernel, lines)
         elif re.search(r"in_registers|in_shared|Li[48]E", kernel):  # the paths that read and write vectors
             loads = sum(bool(re.search(r"LDG\.\S*128|LDGSTS\.\S*128", line)) for line in lines)
