@@ -118,7 +118,7 @@ def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabul
         total, nll, d_table = carry
         h, target = rows
         logits = jnp.dot(h, weights.T, preferred_element_type=jnp.float32)
-        counted = target != IGNORE
+        valid = target != IGNORE
         lse = jax.nn.logsumexp(logits, axis=-1)
         # A target beyond the last row is filled with NaN.
         picked = jnp.take_along_axis(logits, jnp.maximum(target - first, 0)[:, None], axis=-1)[:, 0]
@@ -127,13 +127,13 @@ def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabul
             is_last = first == size * (jax.lax.axis_size(vocabulary) - 1)
             is_ours = (target >= first) & ((target < first + size) | is_last)
             picked = jax.lax.psum(jnp.where(is_ours, picked, 0), vocabulary)
-        nll_rows = jnp.where(counted, lse - picked, 0)
+        nll_rows = jnp.where(valid, lse - picked, 0)
         nll += nll_rows.sum()
-        total += (nll_rows + jnp.where(counted, z_loss * lse**2, 0)).sum()
+        total += (nll_rows + jnp.where(valid, z_loss * lse**2, 0)).sum()
         if not with_gradients:
             return (total, nll, d_table), None
         is_target = (target - first)[:, None] == jnp.arange(size)  # nowhere, for what does not count
-        softmax_weight = jnp.where(counted, 1 + 2 * z_loss * lse, 0)[:, None]
+        softmax_weight = jnp.where(valid, 1 + 2 * z_loss * lse, 0)[:, None]
         d_logits = (softmax_weight * jnp.exp(logits - lse[:, None]) - is_target).astype(h.dtype)
         d_h = jnp.dot(d_logits, weights, preferred_element_type=jnp.float32)
         if vocabulary is not None:

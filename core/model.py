@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from core.attention import RESIDUALS, Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
 from core.sharding import (
-    gathered,
+    all_gather_weights,
+    constrain_activations,
+    embedding_lookup,
     gathers_weights,
     keep_all_but_gathered,
-    lay_activations,
-    look_up,
     splits_weights,
 )
 
@@ -174,12 +174,12 @@ class Block(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         y, cache = self.attn(self.attn_norm(x), rotation, compute, cache, positions)
-        x = lay_activations(x + drop(y, self.dropout, dropout_keys, site=0), compute.mesh)
+        x = constrain_activations(x + drop(y, self.dropout, dropout_keys, site=0), compute.mesh)
         y = self.mlp(self.mlp_norm(x))
-        return lay_activations(x + drop(y, self.dropout, dropout_keys, site=1), compute.mesh), cache
+        return constrain_activations(x + drop(y, self.dropout, dropout_keys, site=1), compute.mesh), cache
 
 
-class Table(nnx.Module):
+class Embedding(nnx.Module):
     """Rows to look up: token embeddings or learned positions."""
 
     def __init__(self, n: int, d: int, std: float, rngs: nnx.Rngs):
@@ -194,9 +194,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = config
-        self.embed = Table(c.vocab_size, c.d_model, c.init_std, rngs)
+        self.embed = Embedding(c.vocab_size, c.d_model, c.init_std, rngs)
         learned = c.positions == "learned"
-        self.positions = Table(c.context, c.d_model, c.init_std, rngs) if learned else None
+        self.positions = Embedding(c.context, c.d_model, c.init_std, rngs) if learned else None
         keys = jax.random.split(rngs.params(), c.n_layers)
         self.layers = nnx.vmap(lambda key: Block(c, nnx.Rngs(params=key)))(keys)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
@@ -213,10 +213,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         # Rows are cast after the look-up, so that their gradients are summed in float32.
-        x = look_up(self.embed.table[...], tokens, compute.mesh)
+        x = embedding_lookup(self.embed.table[...], tokens, compute.mesh)
         if self.positions is not None:
-            x += gathered(self.positions, compute.dtype, compute.mesh)(index)
-        x = lay_activations(x, compute.mesh)
+            x += all_gather_weights(self.positions, compute.dtype, compute.mesh)(index)
+        x = constrain_activations(x, compute.mesh)
         x = drop(x.astype(compute.dtype), config.dropout, dropout_keys, site=0)
         rotation = rotary_angles(index, config) if config.positions == "rope" else None
 
@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
             keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(
                 dropout_keys, number + 1
             )  # fmt: skip
-            block = gathered(block, compute.dtype, compute.mesh)
+            block = all_gather_weights(block, compute.dtype, compute.mesh)
             return block(x, rotation, compute, keys, cache, positions)
 
         if compute.remat != "none" or gathers_weights(compute.mesh):

@@ -260,7 +260,7 @@ def gathers_weights(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
-def lay_activations(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
+def constrain_activations(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
     """Rows over the devices and nothing else, said at the residual stream.
 
     Left to itself XLA may follow the weights instead, and have every device hold some of the width of all
@@ -271,14 +271,14 @@ def lay_activations(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array,
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
-def lay_parameters(tree: Any, mesh: Mesh | None) -> Any:
-    """A tree of parameters, gradients or moments, laid as `state_shardings` says."""
+def constrain_parameters(tree: Any, mesh: Mesh | None) -> Any:
+    """A tree of parameters, gradients or moments, sharded as `state_shardings` says."""
     if not is_parallel(mesh):
         return tree
     return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
 
 
-def gathered(module: Any, dtype: str, mesh: Mesh | None) -> Any:
+def all_gather_weights(module: Any, dtype: str, mesh: Mesh | None) -> Any:
     """A module's weights whole along `fsdp`, as they are needed to compute with; kernels as `dtype`.
 
     Their gradients are summed straight into the parts that are kept. Kernels are cast before, not where
@@ -295,12 +295,14 @@ def gathered(module: Any, dtype: str, mesh: Mesh | None) -> Any:
             return leaf
         used = P(*(None if axis == "fsdp" else axis for axis in kept))
         x = leaf.astype(dtype) if names[-1] == "kernel" else leaf
-        return _relaid(x, NamedSharding(mesh, kept), NamedSharding(mesh, used))
+        return _reshard(x, NamedSharding(mesh, kept), NamedSharding(mesh, used))
 
     return jax.tree_util.tree_map_with_path(whole, module)
 
 
-def look_up(table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | None) -> Float[Array, "B S D"]:
+def embedding_lookup(
+    table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | None
+) -> Float[Array, "B S D"]:
     """Rows of the embedding. Where devices hold parts of the vocabulary, each gives what it has and their
     sum is whole; XLA by itself would give every device all rows of the batch first.
     """
@@ -326,19 +328,19 @@ def look_up(table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _relaid(x: Array, kept: NamedSharding, used: NamedSharding) -> Array:
+def _reshard(x: Array, kept: NamedSharding, used: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _relaid_forward(x: Array, kept: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
+def _reshard_forward(x: Array, kept: NamedSharding, used: NamedSharding) -> tuple[Array, None]:
     return jax.lax.with_sharding_constraint(x, used), None
 
 
-def _relaid_backward(kept: NamedSharding, used: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+def _reshard_backward(kept: NamedSharding, used: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
     return (jax.lax.with_sharding_constraint(gradient, kept),)
 
 
-_relaid.defvjp(_relaid_forward, _relaid_backward)
+_reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def keep_all_but_gathered(primitive: Primitive, *_: Any, **__: Any) -> bool:

@@ -27,8 +27,8 @@ from core.run.schedule import OptimizerConfig
 from core.sharding import (
     BATCH_AXES,
     batch_sharding,
+    constrain_parameters,
     is_parallel,
-    lay_parameters,
     replicated,
     splits_weights,
     state_shardings,
@@ -144,7 +144,7 @@ def train_step(
     config: StepConfig, state: TrainState, batch: Batch, controls: Controls
 ) -> tuple[TrainState, Metrics]:
     """One update, or none if the guard objects. Pure; `compile_step` makes it run."""
-    counted = jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
+    n_targets = jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
     mesh = config.compute.mesh
     if is_parallel(mesh) and not splits_weights(mesh):
         # Each device sums the gradients of its own rows, and the devices' sums are added once, in float32.
@@ -158,9 +158,9 @@ def train_step(
             in_specs=(P(), rows, P(), P()),
             out_specs=P(),
             check_vma=False,
-        )(state.params, batch, counted, controls.seed)
+        )(state.params, batch, n_targets, controls.seed)
     else:
-        loss, nll, gradients = _gradients(config, state.params, batch, counted, controls.seed)
+        loss, nll, gradients = _gradients(config, state.params, batch, n_targets, controls.seed)
 
     leaf_norms, norm = _norms(gradients)
     ok = _acceptable(state.guard, loss, norm, controls)
@@ -178,7 +178,7 @@ def train_step(
 
 
 def _gradients(
-    config: StepConfig, params: Params, batch: Batch, counted: Array, seed: Array
+    config: StepConfig, params: Params, batch: Batch, n_targets: Array, seed: Array
 ) -> tuple[Array, Array, Params]:
     """Loss and cross-entropy a counted token, and the gradients, summed over the micro-batches in turn."""
 
@@ -198,11 +198,11 @@ def _gradients(
             mesh=config.compute.mesh,
         )
         # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
-        return sums.total / counted, sums.nll / counted
+        return sums.total / n_targets, sums.nll / n_targets
 
     def micro_gradients(micro: Batch) -> tuple[Array, Array, Params]:
         (loss, nll), gradients = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
-        return loss, nll, lay_parameters(gradients, config.compute.mesh)
+        return loss, nll, constrain_parameters(gradients, config.compute.mesh)
 
     def add_micro(carry, micro):
         return jax.tree.map(jnp.add, carry, micro_gradients(micro)), None
