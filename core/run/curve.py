@@ -1,56 +1,73 @@
-"""The picture of a run: its loss over the tokens read."""
+"""The picture of a run: training and held-out loss over the tokens read, on one scale."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from core.run.log import CARRIED, read_log
 
+TRAIN, SMOOTHED, GREY = "#a9c7de", "#0072b2", "#5f6368"
+SPLITS = (("#d55e00", "o"), ("#009e73", "s"), ("#cc79a7", "^"), ("#e69f00", "D"), ("#56b4e9", "v"))
+"""Colour and marker of each held-out split; the colours are Okabe and Ito's, safe for the colour-blind."""
+
 
 def plot_curve(folder: Path) -> Path:
-    """Draws loss_curve.png of a run folder: training loss and held-out bits per byte over tokens."""
+    """Draws loss_curve.png of a run folder: training and held-out loss, nats per token, over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     train = [row for row in read_log(folder, "train") if not isinstance(row["nll"], str)]
-    evals = [row for row in read_log(folder, "eval") if not isinstance(row["bits_per_byte"], str)]
-    tokens = [row["tokens"] / 1e6 for row in train]
-    figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    losses = [row["nll"] for row in train]
-    left.plot(tokens, losses, color="#9db8d9", linewidth=0.8, label="training loss")
-    left.plot(tokens, _smooth(losses), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
+    evals = [row for row in read_log(folder, "eval") if not isinstance(row["nll"], str)]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    tokens, losses = ([row[name] for row in train] for name in ("tokens", "nll"))
+    millions = np.array(tokens) / 1e6
+    axes.plot(millions, losses, color=TRAIN, linewidth=0.8, label="training, each step")
+    axes.plot(millions, _smooth(losses), color=SMOOTHED, linewidth=1.6, label="training, smoothed")
     for growth in sorted({row[CARRIED] for row in train if CARRIED in row}):
         after = [row["tokens"] / 1e6 for row in train if row["step"] >= growth]
         if after:
-            left.axvline(after[0], color="#6b7280", linestyle=":", linewidth=1.2)
-            left.annotate(
-                " grown", (after[0], 0.98), xycoords=("data", "axes fraction"), va="top", color="#6b7280"
-            )
-    left.set_xlabel("tokens (millions)")
-    left.set_ylabel("nats per token")
-    left.grid(alpha=0.25)
-    right = left.twinx()
-    right.set_ylabel("bits per byte, held out")
-    names = sorted({row["split"] for row in evals})
-    for name, color in zip(names, ("#c2410c", "#15803d", "#7e22ce", "#a16207") * len(names), strict=False):
+            axes.axvline(after[0], color=GREY, linestyle=":", linewidth=1.2, label=f"grown at step {growth}")
+    splits = sorted({row["split"] for row in evals})
+    for i, name in enumerate(splits):
         rows = [row for row in evals if row["split"] == name]
-        x, y = [row["tokens"] / 1e6 for row in rows], [row["bits_per_byte"] for row in rows]
-        right.plot(x, y, "o-", color=color, markersize=4, linewidth=1.2, label=f"{name}: {y[-1]:.3f}")
-    handles, labels = (a + b for a, b in zip(left.get_legend_handles_labels(),
-                                             right.get_legend_handles_labels(), strict=True))  # fmt: skip
-    left.legend(handles, labels, loc="upper right", frameon=False)
-    left.set_title(folder.name)
+        color, marker = SPLITS[i % len(SPLITS)]
+        x, y = [row["tokens"] / 1e6 for row in rows], [row["nll"] for row in rows]
+        label = f"held-out {name}: {_last(rows)}"
+        axes.plot(x, y, marker=marker, color=color, markersize=4.5, linewidth=1.2, label=label)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", edgecolor="none", framealpha=0.9)
+    axes.set_title(f"{folder.name}{_summary(evals)}")
     path = folder / "loss_curve.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    smoothed, mean, total = [], 0.0, 0.0
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        smoothed.append(mean / total)
-    return smoothed
+def _summary(evals: list[dict[str, Any]]) -> str:
+    """From where to where the loss of the first held-out split went, for the title."""
+    if not evals:
+        return ""
+    names = sorted({row["split"] for row in evals})
+    losses = [row["nll"] for row in evals if row["split"] == names[0]]
+    where = f" on {names[0]}" if len(names) > 1 else ""
+    return f": held-out loss{where} from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
+
+
+def _last(evals: list[dict[str, Any]]) -> str:
+    """The last score of a split, in nats per token and in bits per byte, which compare between tokenizers."""
+    nll, bits = evals[-1]["nll"], evals[-1]["bits_per_byte"]
+    return f"{nll:.3f}" + ("" if isinstance(bits, str) else f" ({bits:.3f} bits per byte)")
+
+
+def _smooth(values: list[float]) -> np.ndarray:
+    """The mean over the 4% of all steps around each; over fewer near the ends, so that it never lags."""
+    n = len(values)
+    at = np.arange(n)
+    reach = np.minimum(np.minimum(at, n - 1 - at), n // 50)
+    sums = np.cumsum([0.0, *values])
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
