@@ -1,4 +1,4 @@
-"""Every kernel beside PyTorch (eager and compiled) and Liger on this GPU: `python -m kernels_cuda.bench`.
+"""Every kernel next to PyTorch (eager and compiled) and Liger on this GPU: `python -m kernels_cuda.bench`.
 
 One run, one table. The ceilings, a copy and a matrix product, are measured in the same run, and every row
 says what share of its ceiling it reaches: bytes that the task must move, or operations that it must make,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time every kernel beside PyTorch (eager and compiled) and Liger on this GPU."""
+    """Time every kernel next to PyTorch (eager and compiled) and Liger on this GPU."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TASK ...]")] = ()
     """Names of tasks; an unknown one is told with all that there are. Default: all."""

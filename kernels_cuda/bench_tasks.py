@@ -103,7 +103,7 @@ def passes(
 
 
 def norms(rows: int, d: int, residual_type: torch.dtype) -> Made:
-    """Residual addition and norm; a float32 residual beside a bfloat16 branch is what autocast makes."""
+    """Residual addition and norm; a float32 residual with a bfloat16 branch is what autocast makes."""
     residual = torch.randn(rows, d, device="cuda", dtype=residual_type, requires_grad=True)
     branch = torch.randn(rows, d, device="cuda", dtype=BF16, requires_grad=True)
     weight = torch.ones(d, device="cuda", dtype=residual_type, requires_grad=True)

@@ -1,6 +1,6 @@
 """Compiles the kernels into one file: `python -m kernels_cuda.build`. Needs nvcc and PyTorch, but no GPU.
 
-The file lies in the package (a wheel takes it along) and serves every PyTorch from 2.10 on: it uses the
+The file is in the package (a wheel takes it with it) and serves every PyTorch from 2.10 on: it uses the
 stable ABI of LibTorch and carries its own CUDA runtime. A .json next to it says what it is made of and seals
 both: it holds the file's sha256 and its own, and nothing is loaded that they do not fit.
 """
@@ -94,7 +94,7 @@ def serves(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
-    """Compiles and links csrc into `output`, and writes what it is made of beside it.
+    """Compiles and links csrc into `output`, and writes what it is made of next to it.
 
     Raises:
         UserError: no nvcc, an architecture that is none, or (`CompilerError`) nvcc fails.

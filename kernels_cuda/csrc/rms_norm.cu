@@ -321,10 +321,10 @@ Rows rows_of(const View& t, const char* name, const View& like, Type type) {
   return {t.data, t.strides[0]};
 }
 
-// What the norm's input and output types can be: alike, or a float32 residual beside bfloat16.
+// What the norm's input and output types can be: alike, or a float32 residual with bfloat16.
 void check_types(Type type, Type residual, const char* op) {
   REQUIRE(type == residual || residual == Type::float32, "mtlm::", op,
-          ": a bfloat16 residual beside a float32 branch or output is not supported");
+          ": a bfloat16 residual with a float32 branch or output is not supported");
 }
 
 cudaError_t forward(cudaStream_t stream, Forward a, const View& residual, const View& weight, double eps,

@@ -15,7 +15,7 @@ class AdamW(torch.optim.Optimizer):
 
     A parameter in bfloat16 gets a float32 master, which is updated; the parameter is its rounded copy.
     Learning rate and step counter are tensors on the device: a step waits for nothing, and a CUDA graph that
-    records one goes on counting. Whoever changes the rate uses `set_lr`.
+    records one keeps counting. To change the rate use `set_lr`.
 
     Args:
         params: tensors, named tensors or groups, as of any optimizer. A group's tensors share a device.

@@ -40,8 +40,8 @@ def _qkv(
     """Queries q [B, D] of the normed x [B, D]; keys and values go to `position` [B] of caches [B, S, H, K].
 
     Args:
-        weight, bias: of q, k and v one after the other: [3 D, D], [3 D] or None.
-        cos, sin: [S or more, K/2], or None where nothing is turned.
+        weight, bias: of q, k and v concatenated: [3 D, D], [3 D] or None.
+        cos, sin: [S or more, K/2], or None where nothing is rotated.
     """
     batch, _, heads, size = k_cache.shape
     parts = F.linear(_normed(x, norm, eps), weight, bias).view(batch, 3, 1, heads, size).unbind(1)
@@ -70,7 +70,7 @@ def _mlp(
     """The MLP's inside, hidden [B, F], of the normed x [B, D].
 
     Args:
-        weight, bias: gate and up one after the other, [2 F, D], if `gated` (SwiGLU); else [F, D] (GELU).
+        weight, bias: gate and up concatenated, [2 F, D], if `gated` (SwiGLU); else [F, D] (GELU).
     """
     y = F.linear(_normed(x, norm, eps), weight, bias)
     if gated:

@@ -33,7 +33,7 @@ def _sample(logits: Tensor, real: Tensor, whole: Tensor, last: int, position: Te
         real: temperature (0: the likeliest token), top_p.
         whole: top_k (0: all), seed, number of the first row.
         last: highest position there is.
-        position: [B] of the newest token, moved on to that of the chosen one.
+        position: [B] of the newest token, advanced to that of the chosen one.
     """
     temperature, top_p = real.unbind()
     top_k, seed, first_row = whole.unbind()
