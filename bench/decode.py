@@ -23,7 +23,7 @@ from bench.bars import draw_rates
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
-from core.generate import Sampling
+from core.sampling import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator
 from port_torch.model import Decoder

@@ -1,163 +1,20 @@
-"""Text from a trained model: `python -m core.generate RUN --prompt "..."`.
+"""`python -m core.generate RUN --prompt "..."`: text from a trained model.
 
-A prompt is read in one pass that fills the cache of keys and values; then one compiled step makes a
-token for every row of the batch. How to sample is an input of that step, so that nothing is compiled
-twice, and each row draws from keys of its own: its text does not depend on what else is in the batch.
+core/generation.py does it; it is imported once it is known that it can be done.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from jaxtyping import Array, Float, Int, UInt32
 
 from core import checks, cli
-from core.batch_file import BatchFile, generation_settings, write_texts
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
-from core.checkpoint.manifest import recorded_hash
-from core.checkpoint.steps import tokenizer_carriers
-from core.compilation_cache import keep_compiled
-from core.config import ModelConfig
+from core.batch_file import BatchFile
+from core.checkpoint.steps import find_step
 from core.errors import run_command
 from core.folder_kinds import Kind, require_kind
-from core.gpu_memory import require_free_memory
-from core.keys import Purpose, make_key
-from core.model import (
-    Compute,
-    KVCache,
-    Params,
-    abstract_params,
-    compute_dtype,
-    empty_cache,
-    forward_cached,
-    logits,
-)
-from core.sampling import Sampling, pieces, piped_prompt, require_room, show, until_ended
-from core.tokenizer import load_tokenizer_of
-
-MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
-
-
-class Rows(NamedTuple):
-    """What a decoding step needs of every row."""
-
-    token: Int[Array, " B"]
-    """The newest token, not yet in the cache."""
-    position: Int[Array, " B"]
-    """Where it stands."""
-
-
-class Knobs(NamedTuple):
-    """`Sampling` as inputs of the compiled step."""
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    seed: UInt32[Array, ""]
-    first_row: Int[Array, ""] = np.int32(0)
-    """The number of the batch's first row, which its keys are made of."""
-
-
-def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs) -> Int[Array, " B"]:
-    """Draws a token a row from softmax(scores / temperature), cut to the top k and the top p.
-
-    The key is that of (seed, row) and the position, so a draw can be repeated on its own.
-    """
-    greedy = jnp.argmax(scores, axis=-1)
-    scaled = scores / jnp.maximum(knobs.temperature, 1e-6)
-    ranked = jnp.sort(scaled, axis=-1, descending=True)
-    vocab = scores.shape[-1]
-    k = jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, vocab), vocab)
-    probability = jax.nn.softmax(jnp.where(jnp.arange(vocab) < k, ranked, -jnp.inf), axis=-1)
-    # A token stays while those before it have not reached top_p: the likeliest always does.
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # At top_p = 1 nothing is cut, though the rounded sum may reach 1 before its end.
-    n_kept = jnp.minimum(k, jnp.sum((before < knobs.top_p) | (knobs.top_p >= 1), axis=-1))
-    least = jnp.take_along_axis(ranked, n_kept[:, None] - 1, axis=-1)
-    kept = jnp.where(scaled >= least, scaled, -jnp.inf)
-
-    def draw(row: Array, position: Array, kept: Array) -> Array:
-        key = jax.random.fold_in(make_key(knobs.seed, Purpose.SAMPLE, row), position)
-        return jax.random.categorical(key, kept)
-
-    rows = knobs.first_row + jnp.arange(scores.shape[0])
-    drawn = jax.vmap(draw)(rows, position, kept)
-    return jnp.where(knobs.temperature > 0, drawn, greedy).astype(jnp.int32)
-
-
-class Generator:
-    """Compiled generation for one model; keeps its compiled functions from call to call."""
-
-    def __init__(self, config: ModelConfig, compute: Compute):
-        self.config = config
-        self.compute = compute
-        self._prefill = jax.jit(self._prefill_pass)
-        self._decode = jax.jit(self._decode_step, donate_argnums=(1,))
-
-    def _prefill_pass(self, params, tokens, lengths, knobs) -> tuple[Rows, KVCache]:
-        batch, width = tokens.shape
-        cache = empty_cache(self.config, batch, self.config.context, self.compute.dtype)
-        positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-        hidden, cache = forward_cached(self.config, params, tokens, positions, cache, self.compute)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        token = sample(logits(self.config, params, last), lengths, knobs)
-        return Rows(token, lengths), cache
-
-    def _decode_step(self, params, cache, rows, knobs) -> tuple[Rows, KVCache]:
-        hidden, cache = forward_cached(
-            self.config, params, rows.token[:, None], rows.position[:, None], cache, self.compute
-        )
-        # A row that has ended idles at the last position; what it makes there is not read.
-        position = jnp.minimum(rows.position + 1, self.config.context - 1)
-        token = sample(logits(self.config, params, hidden[:, 0]), position, knobs)
-        return Rows(token, position), cache
-
-    def stream(
-        self,
-        params: Params,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        eos: int | None = None,
-        first_row: int = 0,
-    ) -> Iterator[list[int | None]]:
-        """Yields the next token of every prompt, step by step; None for a row that has ended.
-
-        A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context. Row i
-        draws from keys of (seed, first_row + i): its text does not depend on what else is in the batch.
-
-        Raises:
-            UserError: a prompt is empty or leaves no room in the context.
-        """
-        context = self.config.context
-        require_room(prompts, context)
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        width = min(context, max(MIN_PREFILL, 1 << int(lengths.max() - 1).bit_length()))
-        tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        knobs = Knobs(
-            np.float32(sampling.temperature), np.int32(sampling.top_k),
-            np.float32(sampling.top_p), np.uint32(sampling.seed), np.int32(first_row),
-        )  # fmt: skip
-
-        def steps() -> Iterator[list[int]]:
-            rows, cache = self._prefill(params, tokens, lengths, knobs)
-            while True:
-                yield np.asarray(rows.token).tolist()
-                rows, cache = self._decode(params, cache, rows, knobs)
-
-        yield from until_ended(steps(), prompts, context, max_new_tokens, eos)
-
-    def complete(self, *args, **kwargs) -> list[list[int]]:
-        """All new tokens of every prompt; the arguments are those of `stream`."""
-        columns = list(self.stream(*args, **kwargs))
-        return [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
+from core.sampling import Sampling, piped_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,44 +39,15 @@ class GenerateConfig:
 
 
 def main() -> int:
-    """The command: one prompt streams, several are printed one after the other when all are done.
-
-    130 when Ctrl-C cut a file of prompts short, after what was done is written.
-    """
+    """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
     config = cli.parse(GenerateConfig, prog="python -m core.generate")
+    require_kind(config.run, "generate", Kind.JAX)
+    find_step(config.run)
     lines = config.files.read(config.prompt)
     texts = [line["prompt"] for line in lines] if lines else config.prompt or [piped_prompt() or ""]
-    require_kind(config.run, "generate", Kind.JAX)
-    require_free_memory()
-    keep_compiled()
-    step_dir = find_step(config.run)
-    manifest = load_manifest(step_dir)
-    model = ModelConfig(**manifest.config["model"])
-    carriers = tokenizer_carriers(step_dir)
-    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
-    prompts = [tokenizer.begin(text) for text in texts]
-    require_room(prompts, model.context)
-    params = restore_params(step_dir, abstract_params(model))
-    dtype = compute_dtype(config.dtype, jax.default_backend())
-    generator = Generator(model, Compute(dtype=dtype))
+    from core.generation import generate  # slow: JAX
 
-    def added(texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
-        prompts = [tokenizer.begin(text) for text in texts]
-        prompts += prompts[-1:] * (batch - len(prompts))  # of one size, so that nothing is compiled again
-        steps = generator.stream(
-            params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos, first_row
-        )
-        return (pieces_of_step[: len(texts)] for pieces_of_step in pieces(tokenizer, prompts, steps))
-
-    batch = min(config.files.batch, len(lines)) or len(texts)
-    if not lines:
-        show(texts, added(texts))
-        return 0
-    settings = generation_settings(
-        config.sampling, config.max_new_tokens, tokenizer, recorded_hash(step_dir), dtype=dtype,
-        device=jax.default_backend(),
-    )  # fmt: skip
-    return write_texts(config.files.out, lines, batch, settings, added)
+    return generate(config, lines, texts)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Waits for the result."""
 
     def stream(self, prompts: list[list[int]], sampling, max_new_tokens: int, eos: int | None):
-        """Tokens behind the prompts, step by step (see core.generate.Generator.stream)."""
+        """Tokens behind the prompts, step by step (see core.generation.Generator.stream)."""
 
 
 def batches(

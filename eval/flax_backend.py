@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from core.config import ModelConfig
-from core.generate import Generator, Sampling
+from core.generation import Generator
 from core.model import Compute, Params, forward, logits
+from core.sampling import Sampling
 from core.sharding import BATCH_AXES, make_mesh, replicated
 from eval.batching import BUDGET, CPU_BUDGET, Batch, Scores, chunks
 

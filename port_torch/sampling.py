@@ -1,6 +1,6 @@
 """Tokens from the mirror: prompts in, text out, by plain PyTorch or by the CUDA kernels.
 
-It draws as core.generate does, but from other random numbers: only greedy texts are the same.
+It draws as core.generation does, but from other random numbers: only greedy texts are the same.
 """
 
 import dataclasses

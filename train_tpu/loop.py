@@ -20,7 +20,7 @@ from core.checkpoint.checkpointer import Checkpointer
 from core.checkpoint.manifest import Manifest
 from core.data.dataset import Batch as LoadedBatch
 from core.errors import UserError
-from core.generate import Generator, Sampling
+from core.generation import Generator
 from core.model import Params
 from core.processes import age, any_of, are_several, is_first
 from core.run.cadence import Agreement, Cadence, find_due, sample_length
@@ -30,6 +30,7 @@ from core.run.log import NoLog, RunLog
 from core.run.metrics import model_flops_utilization
 from core.run.progress import Progress
 from core.run.schedule import learning_rate
+from core.sampling import Sampling
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from core.tokenizer import Tokenizer
 from train_tpu.config import RunConfig

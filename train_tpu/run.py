@@ -33,7 +33,7 @@ from core.errors import UserError, run_command
 from core.extras import install_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
-from core.generate import Generator
+from core.generation import Generator
 from core.gpu_memory import require_free_memory
 from core.model import Compute, Params, compute_dtype
 from core.run.cadence import choose_cadence

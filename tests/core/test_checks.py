@@ -16,9 +16,10 @@ from bench.train import TrainBenchConfig
 from core import checks
 from core.config import preset
 from core.errors import UserError
-from core.generate import GenerateConfig, Sampling
+from core.generate import GenerateConfig
 from core.run.schedule import OptimizerConfig
 from core.run.settings import ModelOverrides
+from core.sampling import Sampling
 from eval.perplexity import PerplexityConfig
 from eval.run import EvalConfig
 from port_torch import generate as torch_generate

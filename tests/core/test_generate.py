@@ -10,8 +10,9 @@ import pytest
 import scipy.stats
 
 from core.errors import UserError
-from core.generate import Generator, Knobs, Sampling, sample
+from core.generation import Generator, Knobs, sample
 from core.model import Compute, empty_cache, forward, forward_cached, logits
+from core.sampling import Sampling
 from tests.compilations import listen
 from tests.models import BOTH, random_params, random_tokens
 

@@ -4,7 +4,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from core.errors import UserError
-from core.generate import Sampling
+from core.sampling import Sampling
 from eval.harness import HarnessModel
 from tests.eval.conftest import Made
 from tests.eval.test_equality import hf_model

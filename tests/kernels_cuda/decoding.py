@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.config import ModelConfig
-from core.generate import Sampling
+from core.sampling import Sampling
 from port_torch import decode
 from port_torch.model import Decoder
 from tests.models import GPT, LLAMA

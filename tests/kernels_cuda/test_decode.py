@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from core.config import PRESETS
 from core.errors import UserError
-from core.generate import Sampling
+from core.sampling import Sampling
 from kernels_cuda.ops.decode_sample import uniform
 from kernels_cuda.registry import reference
 from port_torch import decode

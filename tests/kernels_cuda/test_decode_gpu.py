@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.config import PRESETS
-from core.generate import Sampling
+from core.sampling import Sampling
 from kernels_cuda.registry import reference
 from port_torch import decode
 from port_torch.model import Decoder, rotary_angles

@@ -18,8 +18,9 @@ import torch
 import core.generate
 from core.batch_file import mark_of, read_prompts
 from core.errors import UserError
-from core.generate import Generator, Sampling
+from core.generation import Generator
 from core.model import Compute
+from core.sampling import Sampling
 from port_torch.generate import main
 from port_torch.model import load
 from port_torch.sampling import choose, stream

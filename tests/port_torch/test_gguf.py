@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.generate import Generator, Sampling
+from core.generation import Generator
 from core.model import Compute
+from core.sampling import Sampling
 from core.tokenizer import load_tokenizer
 from port_torch.folder import Folder, open_folder
 from tests.port_torch.trained import open_run, train

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from core.config import ModelConfig
-from core.generate import Generator, Sampling
+from core.generation import Generator
 from core.model import Compute, Params, forward, logits
+from core.sampling import Sampling
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens

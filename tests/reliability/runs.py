@@ -1,7 +1,7 @@
 """Runs that are killed, interrupted, or refused by their disk: what is left resumes to the same losses.
 
-The run is tiny, and its evaluations, samples and checkpoints are frequent, so that a moment drawn evenly over
-its time falls into each of them.
+The run is tiny, and its evaluations, samples and checkpoints are frequent. Half of the moments are drawn
+evenly over the time of a whole run, most of which is imports and compilation, half over that of its loop.
 """
 
 import contextlib
@@ -27,19 +27,28 @@ class Trial:
         self.cache, self.text, self.out = folder / "cache", text, folder / "run"
         self.rng = random.Random(seed)
         self.command = (*LONG, "--data", text)
-        run(self.cache, *self.command, "--out", folder / "uninterrupted")
-        shutil.rmtree(folder / "uninterrupted")
+        twin = folder / "uninterrupted"
+        run(self.cache, *self.command, "--out", twin)
+        shutil.rmtree(twin)
         began = time.monotonic()
-        run(self.cache, *self.command, "--out", folder / "uninterrupted")
-        self.seconds = time.monotonic() - began
-        """Of a whole run whose programs are compiled already."""
-        self.expected = losses(folder / "uninterrupted")
+        process = start(self.cache, *self.command, "--out", twin)
+        wait_for_loop(process, twin, 0)
+        loop = time.monotonic()
+        process.communicate(timeout=300)
+        self.seconds, self.loop_seconds = time.monotonic() - began, time.monotonic() - loop
+        """Of a whole run whose programs are compiled already, and of its training loop."""
+        self.expected = losses(twin)
+        self._in_loop = False
 
     def stop(self, number: signal.Signals, twice: bool = False) -> tuple[int, str, str]:
-        """Starts the run, or resumes it, and sends a signal at any moment; (exit code, stdout, stderr)."""
+        """Starts the run, or resumes it, and sends a signal at some moment; (exit code, stdout, stderr)."""
+        logged = log_size(self.out)
         process = start(self.cache, *self.command, "--out", self.out)
+        if self._in_loop:
+            wait_for_loop(process, self.out, logged)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.rng.uniform(0, self.seconds))
+            process.wait(self.rng.uniform(0, self.loop_seconds if self._in_loop else self.seconds))
+        self._in_loop = not self._in_loop
         process.send_signal(number)
         if twice:
             time.sleep(self.rng.uniform(0, 0.5))
@@ -61,6 +70,18 @@ class Trial:
         """Runs what is left to its end, and compares."""
         run(self.cache, *self.command, "--out", self.out)
         assert_equal(losses(self.out), self.expected)
+
+
+def log_size(out: Path) -> int:
+    """Bytes of a run's log; 0 where there is none."""
+    path = out / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for_loop(process: subprocess.Popen, out: Path, logged: int) -> None:
+    """Returns when the run's log is longer than `logged` bytes, as its loop begins, or when it has ended."""
+    while log_size(out) <= logged and process.poll() is None:
+        time.sleep(0.02)
 
 
 def assert_equal(found: list, expected: list) -> None:
