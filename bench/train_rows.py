@@ -31,7 +31,7 @@ from port_torch.training.batches import Rows
 from port_torch.training.distributed import Ranks
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import AdamWConfig
-from port_torch.training.step import Stepper, parameter_groups
+from port_torch.training.step import Stepper
 
 LR = 3e-4
 BATCHES = 4
@@ -125,7 +125,10 @@ def peer(
 ) -> Step:
     """The update as PyTorch's own parts make it; the batches lie on the device."""
     optim = AdamWConfig()
-    groups = parameter_groups(model.parameters(), optim.weight_decay)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, LR, (optim.beta1, optim.beta2), optim.eps, fused=True)
     on_device = [rows.on(device)[:2] for rows in batches]
 

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from core import checks
 from core.errors import UserError
+from core.leaves import model_leaves
 
+Mlp = Literal["swiglu", "gelu"]
 MAX_VOCAB = 65_536  # token ids are stored as uint16
 TRAINING_FIELDS = frozenset({"dropout", "init_std", "scaled_residual_init"})  # they change no trained model
 
@@ -27,7 +29,7 @@ class ModelConfig:
     """Hidden width of the MLP."""
     positions: Literal["rope", "learned"] = "rope"
     """Rotary (half-split) or a learned table added to the embeddings."""
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Mlp = "swiglu"
     """SwiGLU (gate, up, down) or GELU in its tanh form (up, down)."""
     biases: bool = False
     """Biases in attention and MLP; norms and the head never have one."""
@@ -69,19 +71,13 @@ class ModelConfig:
 
     @property
     def n_params(self) -> int:
-        """Number of parameters, embeddings included, in closed form (the tests count the leaves)."""
-        d, f, b = self.d_model, self.d_mlp, int(self.biases)
-        attention = 4 * (d * d + b * d)
-        mlp = 3 * d * f + b * (2 * f + d) if self.mlp == "swiglu" else 2 * d * f + b * (f + d)
-        layers = self.n_layers * (attention + mlp + 2 * d)
-        return layers + d + self.n_embedding_params
+        """Number of parameters, embeddings included."""
+        return sum(leaf.size(self) for leaf in model_leaves(self))
 
     @property
     def n_embedding_params(self) -> int:
         """Parameters of the embedding table, the position table and an untied head."""
-        table = self.vocab_size * self.d_model
-        positions = self.context * self.d_model if self.positions == "learned" else 0
-        return table * (1 if self.tied else 2) + positions
+        return sum(leaf.size(self) for leaf in model_leaves(self) if leaf.is_embedding)
 
     def flops_per_token(self, sequence: int | None = None) -> int:
         """Model FLOPs to train on one token: forward and backward, causal attention, no recomputation.
@@ -90,9 +86,8 @@ class ModelConfig:
         attention's two products over the half of the scores that the causal mask leaves.
         """
         s = self.context if sequence is None else sequence
-        n_mlp = 3 if self.mlp == "swiglu" else 2
-        layer = 4 * self.d_model**2 + n_mlp * self.d_model * self.d_mlp
-        matrices = self.n_layers * layer + self.vocab_size * self.d_model
+        layers = sum(leaf.size(self) for leaf in model_leaves(self) if leaf.is_layer_kernel)
+        matrices = layers + self.vocab_size * self.d_model
         return 6 * matrices + 6 * self.n_layers * self.d_model * s
 
 

@@ -8,12 +8,12 @@ This is the only module that knows the mesh. It always has three axes, of size 1
     tensor   the same rows; each device computes some heads, some of the MLP's width and some of the
              vocabulary (Shoeybi et al. 2019, Megatron-LM)
 
-Every rule is a function of a leaf's path, so that optimizer moments, whose paths end in the parameter's,
-follow their parameter. `fsdp` always splits the axis of the model's width, `tensor` the other one: q, k, v,
-gate and up by their outputs, o and down by their inputs, so that between the two products of attention and
-of the MLP nothing is exchanged and after them one sum. Norms and biases are a thousandth of the parameters:
-every device holds them, which saves an exchange for each. The axis of layers is never split: the loop over
-it would fetch every layer from another device, and growing takes layers out of it.
+What the axes of a leaf are is told from its path (core/leaves.py), so that optimizer moments, whose paths end
+in the parameter's, follow their parameter. `fsdp` always splits the axis of the model's width, `tensor` the
+other one: q, k, v, gate and up by their outputs, o and down by their inputs, so that between the two products
+of attention and of the MLP nothing is exchanged and after them one sum. Norms and biases are a thousandth of
+the parameters: every device holds them, which saves an exchange for each. The axis of layers is never split:
+the loop over it would fetch every layer from another device, and growing takes layers out of it.
 """
 
 import functools
@@ -34,23 +34,12 @@ from jaxtyping import Array, Float, Int
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.leaves import Axis, find_leaf, path_names
 
 BATCH_AXES = ("data", "fsdp")  # what the rows of a batch are split over
 
-# What the last two axes of a leaf are split over, by the end of its path; other leaves are replicated.
-BY_OUTPUT, BY_INPUT = ("fsdp", "tensor"), ("tensor", "fsdp")
-RULES: dict[tuple[str, str], tuple[str | None, str]] = {
-    ("q", "kernel"): BY_OUTPUT,
-    ("k", "kernel"): BY_OUTPUT,
-    ("v", "kernel"): BY_OUTPUT,
-    ("o", "kernel"): BY_INPUT,
-    ("gate", "kernel"): BY_OUTPUT,
-    ("up", "kernel"): BY_OUTPUT,
-    ("down", "kernel"): BY_INPUT,
-    ("embed", "table"): ("tensor", "fsdp"),
-    ("head", "kernel"): ("fsdp", "tensor"),
-    ("positions", "table"): (None, "fsdp"),
-}
+# What an axis of a matrix is split over; the others are not.
+MESH_AXES: dict[Axis, str] = {"width": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 
 class MeshShape(NamedTuple):
@@ -199,28 +188,22 @@ def split_axes(names: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[st
     Axes of size 1 are left out. So is one that does not divide the dimension: `check_mesh` lets only the
     vocabulary come here like that, whose tables are then held whole along `tensor`.
     """
-    rule = RULES.get(names[-2:])
-    if rule is None:
+    leaf = find_leaf(names)
+    if leaf is None or not leaf.is_matrix:
         return P()
-    axes = (None,) * (len(shape) - 2) + rule
-    kept = [
-        axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
-    ]
+    axes = leaf.axes[-len(shape) :]  # one layer's has none of layers
+    kept = []
+    for name, size in zip(axes, shape, strict=True):
+        axis = MESH_AXES.get(name)
+        kept.append(axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None)
     return P(*kept) if any(kept) else P()
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """A sharding for every leaf of parameters, gradients, moments or a whole training state."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, split_axes(_names(path), leaf.shape, mesh.shape)), tree
+        lambda path, leaf: NamedSharding(mesh, split_axes(path_names(path), leaf.shape, mesh.shape)), tree
     )
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    """("layers", "attn", "q", "kernel"), of a dict of parameters and of Flax's modules."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return tuple(names[:-1] if names[-1] == "value" else names)
 
 
 class Layout(NamedTuple):
@@ -236,7 +219,7 @@ class Layout(NamedTuple):
 def layouts(mesh: Mesh | AbstractMesh, tree: Any) -> Iterator[Layout]:
     """How every leaf of a tree (of arrays, or of shapes and types) lies on a mesh."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = _names(path)
+        names = path_names(path)
         spec = split_axes(names, leaf.shape, mesh.shape)
         part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
         yield Layout("/".join(names), leaf.shape, spec, math.prod(part) * leaf.dtype.itemsize)
@@ -289,7 +272,7 @@ def all_gather_weights(module: Any, dtype: str, mesh: Mesh | None) -> Any:
         return module
 
     def whole(path: tuple, leaf: Array) -> Array:
-        names = _names(path)
+        names = path_names(path)
         kept = split_axes(names, leaf.shape, mesh.shape)
         if "fsdp" not in kept:
             return leaf

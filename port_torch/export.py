@@ -24,17 +24,17 @@ from port_torch import hf
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
 from port_torch.hf_config import hf_config, is_llama
 from port_torch.hf_tokenizer import write_tokenizer
-from port_torch.names import Leaf, exported_tensors
+from port_torch.names import Place, exported_tensors
 
 CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 
 
-def reader(params: Params) -> Callable[[Leaf], torch.Tensor]:
+def reader(params: Params) -> Callable[[Place], torch.Tensor]:
     """What gives the tensor of a leaf out of parameters of core.model, in the same memory."""
     leaves = flatten(params)[0]
 
-    def read(leaf: Leaf) -> torch.Tensor:
+    def read(leaf: Place) -> torch.Tensor:
         array = torch.from_dlpack(leaves[leaf.path])
         array = array if leaf.layer is None else array[leaf.layer]
         return array.T if leaf.transposed else array
@@ -45,7 +45,7 @@ def reader(params: Params) -> Callable[[Leaf], torch.Tensor]:
 def write_weights(
     folder: Path,
     model: ModelConfig,
-    read: Callable[[Leaf], torch.Tensor],
+    read: Callable[[Place], torch.Tensor],
     dtype: str,
     max_shard_size: str = "5GB",
 ) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.leaves import HIDDEN_ACT
 
-# How transformers names the two MLPs by their activations. GELU is the tanh form.
-ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh"}
-MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()}
+MLPS = {activation: mlp for mlp, activation in HIDDEN_ACT.items()}
 
 Json = dict[str, Any]
 
@@ -96,7 +95,7 @@ def hf_config(config: ModelConfig, bos: int, eos: int, dtype: str) -> Json:
         "num_attention_heads": c.n_heads,
         "num_key_value_heads": c.n_heads,
         "head_dim": c.head_dim,
-        "hidden_act": ACTIVATIONS[c.mlp],
+        "hidden_act": HIDDEN_ACT[c.mlp],
         "attention_bias": c.biases,
         "mlp_bias": c.biases,
         "attention_dropout": 0.0,

@@ -14,12 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from core.config import ModelConfig
+from core.leaves import LEAVES, Leaf, get_leaf
 from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate, rotated_projections
 from kernels_cuda.registry import compute_type
 from port_torch.model_folder import open_model
-from port_torch.names import Leaf
+from port_torch.names import Place
+
+_BY_PARAMETER = {(leaf.module.rpartition("/")[2], leaf.torch_suffix): leaf for leaf in LEAVES}
 
 
 class KVCache(NamedTuple):
@@ -235,12 +238,19 @@ def documents_start(documents: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
     return torch.where(begins, index, 0).cummax(dim=1).values
 
 
-def parameter_name(leaf: Leaf) -> str:
+def parameter_name(place: Place) -> str:
     """The parameter of `Decoder` that is a leaf of core.model: "layers.0.attn.q.weight"."""
-    *modules, kind = leaf.path.split("/")
-    if leaf.layer is not None:
-        modules.insert(1, str(leaf.layer))
-    return ".".join([*modules, "bias" if kind == "bias" else "weight"])
+    names = place.path.split("/")
+    modules = names[:-1]
+    if place.layer is not None:
+        modules.insert(1, str(place.layer))
+    return ".".join([*modules, get_leaf(names).torch_suffix])
+
+
+def leaf_of(parameter: str) -> Leaf:
+    """What a parameter of `Decoder` is, by its name."""
+    *_, module, suffix = parameter.split(".")
+    return _BY_PARAMETER[module, suffix]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:

@@ -7,11 +7,13 @@ import torch
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.leaves import get_leaf
 from port_torch.folder import CONFIG, Folder, open_folder
 from port_torch.hf_config import model_config
-from port_torch.names import Leaf, exported_tensors
+from port_torch.names import Place, exported_tensors
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = get_leaf(("embed", "table")).exported_name()
+HEAD = get_leaf(("head", "kernel")).exported_name()
 # Old versions of transformers saved the frequencies of the rotary positions, a function of rope_theta.
 FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
 
@@ -21,7 +23,7 @@ class ModelFolder(NamedTuple):
 
     folder: Folder
     config: ModelConfig
-    leaves: dict[str, Leaf]
+    leaves: dict[str, Place]
     """Name of each tensor -> where it lies in the parameters."""
 
 

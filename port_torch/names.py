@@ -1,34 +1,16 @@
-"""The names of exported tensors: one table, read in one direction by the export and in the other by imports.
+"""The tensors of an export: read in one direction when it is written, in the other when it is opened.
 
-They are those of `transformers`' Llama, so that an exported MTLM1 is one; MTLM2 adds its table of positions.
+They have the names of `transformers`' Llama (core/leaves.py), so that an exported MTLM1 is one; MTLM2 adds
+its table of positions.
 """
 
 from typing import NamedTuple
 
-from core.checkpoint.checkpointer import flatten
 from core.config import ModelConfig
-from core.model import abstract_params
-
-MODULES = {
-    "embed": "model.embed_tokens",
-    "positions": "model.embed_positions",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn/q": "self_attn.q_proj",
-    "attn/k": "self_attn.k_proj",
-    "attn/v": "self_attn.v_proj",
-    "attn/o": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-}
+from core.leaves import model_leaves
 
 
-class Leaf(NamedTuple):
+class Place(NamedTuple):
     """Where an exported tensor lies in the parameters of core.model."""
 
     path: str
@@ -41,18 +23,12 @@ class Leaf(NamedTuple):
     """Of the exported tensor."""
 
 
-def exported_tensors(config: ModelConfig) -> dict[str, Leaf]:
+def exported_tensors(config: ModelConfig) -> dict[str, Place]:
     """Exported name -> where it lies, for every tensor of a model; a tied head has none."""
-    leaves, _ = flatten(abstract_params(config))
-    tensors: dict[str, Leaf] = {}
-    for path, leaf in leaves.items():
-        module, _, kind = path.rpartition("/")
-        transposed = kind == "kernel"
-        suffix = "bias" if kind == "bias" else "weight"
-        in_layers = module.removeprefix("layers/")
-        layers = range(config.n_layers) if in_layers != module else [None]
-        for i in layers:
-            name = MODULES[module] if i is None else f"model.layers.{i}.{LAYER_MODULES[in_layers]}"
-            shape = leaf.shape if i is None else leaf.shape[1:]
-            tensors[f"{name}.{suffix}"] = Leaf(path, i, transposed, shape[::-1] if transposed else shape)
+    tensors: dict[str, Place] = {}
+    for leaf in model_leaves(config):
+        shape = leaf.shape(config)[1 if leaf.in_layers else 0 :]
+        shape = shape[::-1] if leaf.transposed else shape
+        for layer in range(config.n_layers) if leaf.in_layers else [None]:
+            tensors[leaf.exported_name(layer)] = Place(leaf.path, layer, leaf.transposed, shape)
     return tensors

@@ -26,6 +26,7 @@ from core.data.prepare import open_or_prepare
 from core.errors import UserError
 from core.folders import CACHE, new_folder
 from core.keys import Purpose, make_key
+from core.leaves import path_names
 from core.loss import cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.run.folder import write_config
@@ -35,7 +36,6 @@ from core.sharding import make_mesh
 from stacking.growth import Growth, run_folder
 from stacking.transform import grow_leaf, parameter_of
 from train_tpu.config import RunConfig
-from train_tpu.optimizer import path_names
 from train_tpu.step import StepConfig, abstract_state
 
 PROBE_ROWS = 1  # sequences; 200M parameters take seconds for 1024 tokens on a CPU, and there are two losses

@@ -23,10 +23,9 @@ import numpy as np
 from jaxtyping import Array
 
 from core.errors import UserError
+from core.leaves import get_leaf, path_names
 from stacking.plan import Plan
-from train_tpu.optimizer import path_names
 
-RESIDUAL = ("o", "down")  # the projections into the residual stream
 MOMENTS = ("mu", "nu")
 
 
@@ -102,4 +101,4 @@ def parameter_of(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_new(how: str, names: tuple[str, ...]) -> bool:
-    return how == "fresh" or (how == "identity" and names[-2] in RESIDUAL)
+    return how == "fresh" or (how == "identity" and get_leaf(names).writes_residual)

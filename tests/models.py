@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.config import ModelConfig
+from core.leaves import path_names
 from core.model import Params, abstract_params
-from train_tpu.optimizer import path_names
 
 LLAMA = ModelConfig(vocab_size=97, context=96, d_model=48, n_layers=3, n_heads=4, d_mlp=80)
 """In the manner of mtlm1: rotary positions, SwiGLU, tied embeddings, no biases."""

@@ -1,8 +1,8 @@
 """AdamW and Muon for parameters stacked over layers.
 
-Which leaf decays and which is a matrix is told from its path: leaves have a leading axis of layers, so
-that rules by rank, as most libraries have them, would decay the norm scales and hand the embedding to
-Muon. The learning rate is not part of the optimizer: it is an input of the compiled step.
+Which leaf decays and which Muon takes is told from its path (core/leaves.py): leaves have a leading axis of
+layers, so that rules by rank, as most libraries have them, would decay the norm scales and hand the embedding
+to Muon. The learning rate is not part of the optimizer: it is an input of the compiled step.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from core.leaves import Leaf, get_leaf, path_names
 from core.run.schedule import OptimizerConfig
-
-
-def path_names(path: tuple) -> tuple[str, ...]:
-    """A leaf's path as names: ("layers", "attn", "q", "kernel")."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-
-
-def is_decayed(path: tuple) -> bool:
-    """Matrices and tables decay; norm scales and biases do not."""
-    return path_names(path)[-1] in ("kernel", "table")
-
-
-def is_layer_matrix(path: tuple) -> bool:
-    """What Muon orthogonalises: the kernels [layers, in, out] inside the layers."""
-    names = path_names(path)
-    return names[0] == "layers" and names[-1] == "kernel"
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -38,7 +23,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """
     adam = optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, _by_path(is_decayed)),
+        optax.add_decayed_weights(config.weight_decay, _by_leaf(lambda leaf: leaf.is_matrix)),
         optax.scale(-1.0),
     )
     if config.optimizer == "adamw":
@@ -46,14 +31,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     # Each layer's matrix for itself: input and output are axes 1 and 2, axis 0 is a batch. RMS 0.2 gives
     # updates the size of Adam's, so that one learning rate serves both (Liu et al. 2025, Moonlight).
     # optax.contrib.muon is not used whole: its Adam decays norms and biases, and is Nesterov's.
-    dimensions = _by_path(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2))
+    dimensions = _by_leaf(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2))
     matrices = optax.chain(
         scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
         optax.stateless(_scale_like_adam),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale(-1.0),
     )
-    labels = _by_path(lambda path: "muon" if is_layer_matrix(path) else "adam")
+    labels = _by_leaf(lambda leaf: "muon" if leaf.is_layer_kernel else "adam")
     return optax.partition({"muon": matrices, "adam": adam}, labels)
 
 
@@ -62,5 +47,8 @@ def _scale_like_adam(updates: Any, _: Any) -> Any:
     return jax.tree.map(lambda u: u * 0.2 * max(u.shape[1:]) ** 0.5, updates)
 
 
-def _by_path(rule: Callable[[tuple], Any]) -> Callable[[Any], Any]:
-    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: rule(path), tree)
+def _by_leaf(rule: Callable[[Leaf], Any]) -> Callable[[Any], Any]:
+    def of_leaf(path: tuple, _: Any) -> Any:
+        return rule(get_leaf(path_names(path)))
+
+    return lambda tree: jax.tree_util.tree_map_with_path(of_leaf, tree)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from core.config import ModelConfig
 from core.keys import Purpose, make_key
+from core.leaves import path_names
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.run.guard import GuardConfig, can_judge, spike_limit
@@ -33,7 +34,7 @@ from core.sharding import (
     splits_weights,
     state_shardings,
 )
-from train_tpu.optimizer import make_optimizer, path_names
+from train_tpu.optimizer import make_optimizer
 
 
 class Guard(NamedTuple):

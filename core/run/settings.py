@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from core import checks
 from core.cli import Maybe
-from core.config import PRESETS, ModelConfig, preset
+from core.config import PRESETS, Mlp, ModelConfig, preset
 from core.errors import UserError
 
 
@@ -29,8 +29,8 @@ class ModelOverrides:
     """Hidden width of the MLP."""
     positions: Maybe[Literal["rope", "learned"]] = None
     """Rotary position embeddings, or a learned table."""
-    mlp: Maybe[Literal["swiglu", "gelu"]] = None
-    """SwiGLU (gate, up, down), or GELU in its tanh form (up, down)."""
+    mlp: Maybe[Mlp] = None
+    """The MLP: gated (SwiGLU), or two layers with another activation."""
     biases: Maybe[bool] = None
     """Biases in attention and MLP."""
     tied: Maybe[bool] = None

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.extras import install_command
+from core.leaves import LEAVES
 from port_torch.model import Decoder
 
-MAPS = ["q", "k", "v", "o", "gate", "up", "down"]
-BASE = ".base_layer"
+MAPS = [leaf.module.rpartition("/")[2] for leaf in LEAVES if leaf.is_layer_kernel]
+BASE, LORA = ".base_layer", ".lora_"  # in the names of an adapted map's parameters
 
 
 def add_adapters(decoder: Decoder, rank: int, alpha: float, seed: int) -> None:
@@ -38,7 +39,7 @@ def add_adapters(decoder: Decoder, rank: int, alpha: float, seed: int) -> None:
 def merged(decoder: Decoder) -> dict[str, Tensor]:
     """The parameters by the names of a plain decoder, what the adapters add included; nothing is changed."""
     weights = {
-        name.replace(BASE, ""): p.detach() for name, p in decoder.named_parameters() if ".lora_" not in name
+        name.replace(BASE, ""): p.detach() for name, p in decoder.named_parameters() if LORA not in name
     }
     for name, module in decoder.named_modules():
         if hasattr(module, "get_delta_weight"):

@@ -8,7 +8,7 @@ Parameters and gradients are float32; products run in bfloat16 under autocast.
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from core.errors import UserError
 from core.loss import IGNORE
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
-from port_torch.model import Decoder
+from port_torch.model import Decoder, leaf_of
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Ranks
+from port_torch.training.lora import LORA
 from port_torch.training.settings import AdamWConfig
 
 FIGURES = ("loss", "nll", "grad_norm", "skipped", "interrupted", "late")
@@ -195,14 +196,16 @@ class Stepper:
 
 def make_optimizer(parameters: dict[str, Tensor], config: AdamWConfig) -> AdamW:
     """AdamW as `train_tpu.optimizer` has it."""
-    groups = parameter_groups(parameters.values(), config.weight_decay)
+    groups = parameter_groups(parameters, config.weight_decay)
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """An optimizer's groups: matrices and tables decay, norm scales and biases do not."""
-    parameters = list(parameters)
-    decayed, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+def parameter_groups(parameters: dict[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's groups, those that decay (core/leaves.py) and the others; LoRA's matrices decay."""
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in parameters.items():
+        (decayed if LORA in name or leaf_of(name).is_matrix else others).append(parameter)
     groups = ((decayed, weight_decay), (others, 0.0))
     return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
 

@@ -1,6 +1,7 @@
-"""Sizes of the models: in closed form, as counted, and as the design has them."""
+"""Sizes of the models: by the table of leaves, by their arrays, and as the design has them."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.config import PRESETS, ModelConfig, preset
+from core.checkpoint.checkpointer import flatten
+from core.config import PRESETS, Mlp, ModelConfig, preset
 from core.errors import UserError
+from core.leaves import model_leaves
 from core.model import abstract_params, forward, logits
 from tests.models import GPT, LLAMA
 
@@ -44,7 +47,7 @@ configs = st.builds(
     n_layers=st.integers(1, 4),
     d_mlp=st.integers(1, 40),
     positions=st.sampled_from(["rope", "learned"]),
-    mlp=st.sampled_from(["swiglu", "gelu"]),
+    mlp=st.sampled_from(get_args(Mlp)),
     biases=st.booleans(),
     tied=st.booleans(),
 )
@@ -52,8 +55,11 @@ configs = st.builds(
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(configs)
-def test_closed_form_equals_the_count(config):
+def test_the_table_of_leaves_is_the_models_tree(config):
+    """In its order, too; parameters are counted from the table."""
     params = abstract_params(config)
+    shapes = {path: leaf.shape for path, leaf in flatten(params)[0].items()}
+    assert list(shapes.items()) == [(leaf.path, leaf.shape(config)) for leaf in model_leaves(config)]
     assert counted(config) == config.n_params
     assert all(leaf.shape[0] == config.n_layers for leaf in jax.tree.leaves(params["layers"]))
     outside = {k: v for k, v in params.items() if k not in ("layers", "norm")}

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from transformers import LlamaForCausalLM
 
-from core.config import ModelConfig
+from core.config import Mlp, ModelConfig
 from core.errors import UserError
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import is_llama, model_config
@@ -34,7 +35,7 @@ def models(draw) -> ModelConfig:
         n_heads=heads,
         d_mlp=draw(st.integers(1, 70)),
         positions=positions,
-        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        mlp=draw(st.sampled_from(get_args(Mlp))),
         biases=draw(st.booleans()),
         tied=draw(st.booleans()),
         rope_theta=draw(st.sampled_from([2.0, 1e3, 1e4, 123_456.7, 1e6])),
