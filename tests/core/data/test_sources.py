@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import types
@@ -133,12 +134,13 @@ noise = np.random.default_rng(0).bytes(4000).hex()  # so that half a file is not
         ("a.parquet", parquet([["x"]]), r"text \(list<[a-z]+: string>\)\): none of them is a text"),
         ("a.parquet", parquet([b"x", b"\xff"]), r"a\.parquet row 2 is not UTF-8 text"),
         ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read"),
-        ("a.txt.gz", damaged(gzip.compress(noise.encode())), r"a\.txt\.gz cannot be read"),
+        ("a.txt.gz", damaged(gzip.compress(noise.encode(), mtime=0)), r"a\.txt\.gz cannot be read"),
         ("a.txt.xz", damaged(lzma.compress(noise.encode())), r"a\.txt\.xz cannot be read"),
         ("a.txt.zst", damaged(PACK[".zst"](noise.encode())), r"a\.txt\.zst cannot be read"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz cannot be read"),
         ("a.csv", b"x,y", r"a\.csv is of no known format .*train_tpu\.prepare .*a\.csv --format text"),
     ],
+    ids=itertools.count(),  # of the contents' bytes they would be pages long
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
