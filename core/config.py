@@ -8,7 +8,7 @@ from core import checks
 from core.errors import UserError
 from core.leaves import model_leaves
 
-Mlp = Literal["swiglu", "gelu"]
+Mlp = Literal["swiglu", "gelu", "relu2"]
 MAX_VOCAB = 65_536  # token ids are stored as uint16
 TRAINING_FIELDS = frozenset({"dropout", "init_std", "scaled_residual_init"})  # they change no trained model
 
@@ -30,7 +30,7 @@ class ModelConfig:
     positions: Literal["rope", "learned"] = "rope"
     """Rotary (half-split) or a learned table added to the embeddings."""
     mlp: Mlp = "swiglu"
-    """SwiGLU (gate, up, down) or GELU in its tanh form (up, down)."""
+    """SwiGLU (gate, up, down), or GELU in its tanh form or squared ReLU (up, down)."""
     biases: bool = False
     """Biases in attention and MLP; norms and the head never have one."""
     tied: bool = True

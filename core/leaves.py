@@ -24,7 +24,7 @@ SIZES: dict[Axis, str] = {
     "context": "context",
 }
 # `hidden_act` of transformers for every kind of MLP. GELU is the tanh form.
-HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh"}
+HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
 
 
 @dataclasses.dataclass(frozen=True)

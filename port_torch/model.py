@@ -5,6 +5,7 @@ its weights; norms, rotations and logits are float32 whatever that is. On a GPU 
 run on the kernels of kernels_cuda once `kernels_cuda.library.load` has been called.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,8 +100,16 @@ class Attention(nn.Module):
         return packed.view(*x.shape[:2], 3, self.n_heads, -1).unbind(2)
 
 
+def relu2(x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+    """Squared ReLU (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"swiglu": F.silu, "gelu": functools.partial(F.gelu, approximate="tanh"), "relu2": relu2}
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020); or GELU in its tanh form: down(gelu(up x))."""
+    """down(activation(up x)); SwiGLU (Shazeer 2020) has a gate, too: down(silu(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -108,11 +117,12 @@ class MLP(nn.Module):
         self.gate = nn.Linear(d, f, bias=bias) if config.mlp == "swiglu" else None
         self.up = nn.Linear(d, f, bias=bias)
         self.down = nn.Linear(f, d, bias=bias)
+        self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

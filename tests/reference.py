@@ -46,6 +46,8 @@ def logits64(config: ModelConfig, p: Leaves, tokens: np.ndarray, last: int | Non
         if c.mlp == "swiglu":
             gate = linear(y, "mlp/gate", layer)
             inner = gate / (1 + torch.exp(-gate)) * up
+        elif c.mlp == "relu2":
+            inner = up**2 * (up > 0)
         else:
             inner = 0.5 * up * (1 + torch.tanh((2 / np.pi) ** 0.5 * (up + 0.044715 * up**3)))
         x = x + linear(inner, "mlp/down", layer)

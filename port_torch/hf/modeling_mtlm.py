@@ -6,9 +6,9 @@ Shapes: B batch, T new positions, S positions seen, D width, H heads, K head siz
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -71,7 +71,7 @@ class MtlmAttention(nn.Module):
 
 
 class MtlmMLP(nn.Module):
-    """SwiGLU where `hidden_act` is silu, GELU in its tanh form otherwise."""
+    """down(activation(up x)), the activation `hidden_act`; silu has a gate: down(silu(gate x) * up x)."""
 
     def __init__(self, config):
         super().__init__()
@@ -79,11 +79,12 @@ class MtlmMLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias) if config.hidden_act == "silu" else None
         self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MtlmDecoderLayer(GradientCheckpointingLayer):

@@ -143,7 +143,7 @@ def test_gpt_equals_the_formulas(length):
     [
         {"positions": "rope", "n_heads": 1, "rope_theta": 100.0},
         {"mlp": "swiglu", "n_layers": 1, "norm_eps": 0.1},
-        {"tied": True, "biases": False},
+        {"tied": True, "biases": False, "mlp": "relu2"},
     ],
 )
 def test_every_part_can_be_exchanged(change):

@@ -65,6 +65,8 @@ def test_every_field_has_a_rule_and_a_new_one_is_refused():
     assert not_computed(newer) is None
     said = not_computed(dataclasses.replace(newer, window=512))
     assert said == "window is 512, of which they know nothing"
+    squared = dataclasses.replace(config, mlp="relu2")
+    assert not_computed(squared) == "mlp is relu2, not one of swiglu, gelu"
 
 
 def test_an_adapted_or_training_model_is_refused(monkeypatch: pytest.MonkeyPatch):

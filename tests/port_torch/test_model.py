@@ -26,6 +26,7 @@ MIXED = {
     "biased llama": dataclasses.replace(LLAMA, biases=True, tied=False),
     "rope gelu": dataclasses.replace(GPT, positions="rope", biases=False),
     "tied gpt": dataclasses.replace(GPT, tied=True),
+    "relu2": dataclasses.replace(LLAMA, mlp="relu2"),
 }
 
 

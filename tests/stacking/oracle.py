@@ -1,6 +1,7 @@
 """What growing must make of a training state, after docs/STACKING.md: NumPy, and nothing of the project.
 
-Every leaf of an MTLM1 and an MTLM2 is spelled out, as a checkpoint names it, with its shape.
+Every leaf of an MTLM1, of one without a gate and of an MTLM2 is spelled out, as a checkpoint names it,
+with its shape.
 """
 
 import json
@@ -18,6 +19,7 @@ SIZES = {"V": 97, "C": 96, "D": 48, "F": 80}  # vocabulary, context, width, widt
 # Leaf -> shape. V C D F are sizes.
 OUTSIDE = {
     "mtlm1": {"embed/table": "V D", "norm/scale": "D"},
+    "ungated": {"embed/table": "V D", "norm/scale": "D"},
     "mtlm2": {"embed/table": "V D", "positions/table": "C D", "norm/scale": "D", "head/kernel": "D V"},
 }
 # The same for one layer.
@@ -26,6 +28,10 @@ LAYER = {
         "attn_norm/scale": "D", "attn/q/kernel": "D D", "attn/k/kernel": "D D", "attn/v/kernel": "D D",
         "attn/o/kernel": "D D", "mlp_norm/scale": "D", "mlp/gate/kernel": "D F", "mlp/up/kernel": "D F",
         "mlp/down/kernel": "F D",
+    },
+    "ungated": {
+        "attn_norm/scale": "D", "attn/q/kernel": "D D", "attn/k/kernel": "D D", "attn/v/kernel": "D D",
+        "attn/o/kernel": "D D", "mlp_norm/scale": "D", "mlp/up/kernel": "D F", "mlp/down/kernel": "F D",
     },
     "mtlm2": {
         "attn_norm/scale": "D", "attn/q/kernel": "D D", "attn/q/bias": "D", "attn/k/kernel": "D D",

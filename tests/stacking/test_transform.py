@@ -24,6 +24,7 @@ STEP = StepConfig(
     LLAMA, OptimizerConfig(optimizer="adamw", clip=0.0), GuardConfig(window=4), Compute(), 0.0, 64
 )
 MODELS = {"mtlm1": LLAMA, "mtlm2": GPT}  # as the oracle has them
+ALL = MODELS | {"ungated": dataclasses.replace(LLAMA, mlp="relu2")}
 
 
 def deeper(config, plan):
@@ -34,7 +35,7 @@ def random_state(config, optimizer: str) -> TrainState:
     """A state in which no leaf is trivial; it has just the leaves that the oracle lists."""
     step = dataclasses.replace(STEP, model=config, optim=OptimizerConfig(optimizer=optimizer))
     like, tree = flatten(jax.eval_shape(functools.partial(init_state, step), abstract_params(config)))
-    model = "mtlm1" if config.tied else "mtlm2"
+    model = "mtlm2" if not config.tied else "mtlm1" if config.mlp == "swiglu" else "ungated"
     listed = oracle.shapes(model, optimizer, config.n_layers, step.guard.window)
     assert {path: leaf.shape for path, leaf in like.items()} == listed
     rng = np.random.default_rng(1)
@@ -73,12 +74,13 @@ def test_every_leaf_is_the_oracles(model, operator, optimizer, reset):
     [
         ("mtlm1", "2:identity,0,1:fresh,1,0:identity", "2 0 1 1 0", "icfci"),
         ("mtlm2", "1:fresh,1:identity", "1 1", "fi"),
+        ("ungated", "0:identity,2,1,1:fresh", "0 2 1 1", "iccf"),
     ],
 )
 def test_any_plan_is_followed(model, layers, sources, how):
     plan = custom_plan(layers, 3)
-    state = random_state(MODELS[model], "muon")
-    fresh = random_params(deeper(MODELS[model], plan), seed=3)
+    state = random_state(ALL[model], "muon")
+    fresh = random_params(deeper(ALL[model], plan), seed=3)
     drawn = leaves({"params": fresh})
     expected = oracle.grown(model, "muon", leaves(state), sources, how, drawn=drawn)
     oracle.assert_equal(leaves(grow(state, plan, fresh=fresh)), expected)
