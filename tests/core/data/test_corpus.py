@@ -38,7 +38,7 @@ def test_it_is_prose_without_repetitions(harvested):
 
 def test_nothing_is_imported_for_its_docstrings():
     script = (
-        "import sys; from train_tpu import corpus; before = set(sys.modules); next(corpus.documents());"
+        "import sys; from core.data import corpus; before = set(sys.modules); next(corpus.documents());"
         "print(sorted(name for name in set(sys.modules) - before if name.split('.')[0] in corpus.PACKAGES))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
