@@ -168,9 +168,7 @@ def a_layer(x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, table: Te
     return loss.LinearCrossEntropy.apply(normed.reshape(b * s, d), table, targets, 1e-3)[0] / (b * s)
 
 
-@pytest.mark.skipif(
-    sys.flags.optimize > 0, reason="PyTorch's compiler looks for asserts, which -O leaves out"
-)
+@pytest.mark.skipif(sys.flags.optimize > 0, reason="PyTorch's compiler fails under -O")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole(backend: str):
     shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (11, 16))
