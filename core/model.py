@@ -9,6 +9,7 @@ Shapes: B batch, S positions, D d_model, H heads, K head size, F d_mlp, V vocabu
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -60,6 +61,35 @@ class KVCache(NamedTuple):
     v: Float[Array, "L B S H K"]
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """What a forward pass hands down to its layers."""
+
+    compute: Compute
+    positions: Int[Array, "#B S"]
+    rotation: tuple[Array, Array] | None
+    """cos and sin of `rotary_angles`; None without rotary positions."""
+    dropout: float
+    dropout_keys: Key[Array, " B"] | None
+    """One a sequence; None means no dropout."""
+    cache: KVCache | None = None
+    """A layer's own, [B, S, H, K]; None for whole sequences."""
+
+    def of_layer(self, number: Int[Array, ""], cache: KVCache | None) -> "ForwardContext":
+        """With the layer's cache and dropout keys of its own."""
+        keys = self.dropout_keys
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number + 1)
+        return dataclasses.replace(self, dropout_keys=keys, cache=cache)
+
+    def add(
+        self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"], site: int
+    ) -> Float[Array, "B S D"]:
+        """The residual stream x + dropout(branch); `site` tells the branches of a layer apart."""
+        x = x + drop(branch, self.dropout, self.dropout_keys, site)
+        return constrain_activations(x, self.compute.mesh)
+
+
 class Linear(nnx.Module):
     """x W + b, the weights cast to the type of x."""
 
@@ -107,14 +137,10 @@ class Attention(nnx.Module):
         self.n_heads = config.n_heads
 
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rotation: tuple[Array, Array] | None,
-        compute: Compute,
-        cache: KVCache | None,
-        positions: Int[Array, "B S"] | None,
+        self, x: Float[Array, "B S D"], ctx: ForwardContext
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         b, s, d = x.shape
+        compute, cache = ctx.compute, ctx.cache
         if splits_weights(compute.mesh):  # side by side the parts would have to be exchanged first
             parts = (m(x) for m in (self.q, self.k, self.v))
         else:
@@ -122,14 +148,14 @@ class Attention(nnx.Module):
             # 2.7 times its size.
             parts = jnp.split(fused_linear(x, self.q, self.k, self.v), 3, axis=-1)
         q, k, v = (part.reshape(b, s, self.n_heads, -1) for part in parts)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if ctx.rotation is not None:
+            q, k = rotate(q, *ctx.rotation), rotate(k, *ctx.rotation)
         if cache is None:
             y = causal_attention(q, k, v, compute.attention, compute.mesh)
         else:
             rows = jnp.arange(b)[:, None]
-            cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            visible = jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
+            cache = KVCache(cache.k.at[rows, ctx.positions].set(k), cache.v.at[rows, ctx.positions].set(v))
+            visible = jnp.arange(cache.k.shape[1]) <= ctx.positions[:, :, None]
             y = masked_attention(q, cache.k, cache.v, visible)
         return self.o(y.reshape(b, s, d)), cache
 
@@ -176,21 +202,14 @@ class Block(nnx.Module):
         self.attn = Attention(config, residual_std, rngs)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config, residual_std, rngs)
-        self.dropout = config.dropout
 
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rotation: tuple[Array, Array] | None,
-        compute: Compute,
-        dropout_keys: Key[Array, " B"] | None = None,
-        cache: KVCache | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        self, x: Float[Array, "B S D"], ctx: ForwardContext
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        y, cache = self.attn(self.attn_norm(x), rotation, compute, cache, positions)
-        x = constrain_activations(x + drop(y, self.dropout, dropout_keys, site=0), compute.mesh)
-        y = self.mlp(self.mlp_norm(x))
-        return constrain_activations(x + drop(y, self.dropout, dropout_keys, site=1), compute.mesh), cache
+        y, cache = self.attn(self.attn_norm(x), ctx)
+        x = ctx.add(x, y, site=0)
+        x = ctx.add(x, self.mlp(self.mlp_norm(x)), site=1)
+        return x, cache
 
 
 class Embedding(nnx.Module):
@@ -207,7 +226,7 @@ class Decoder(nnx.Module):
     """Embedding, `n_layers` blocks, final norm; the head is `head_table`, applied by the loss."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        c = config
+        c = self.config = config
         self.embed = Embedding(c.vocab_size, c.d_model, c.init_std, rngs)
         learned = c.positions == "learned"
         self.positions = Embedding(c.context, c.d_model, c.init_std, rngs) if learned else None
@@ -219,44 +238,48 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B S"],
-        config: ModelConfig,
         compute: Compute,
         dropout_keys: Key[Array, " B"] | None,
         cache: KVCache | None,
         positions: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         # Rows are cast after the look-up, so that their gradients are summed in float32.
         x = embedding_lookup(self.embed.table[...], tokens, compute.mesh)
         if self.positions is not None:
-            x += all_gather_weights(self.positions, compute.dtype, compute.mesh)(index)
+            x += self.positions(index)
         x = constrain_activations(x, compute.mesh)
-        x = drop(x.astype(compute.dtype), config.dropout, dropout_keys, site=0)
-        rotation = rotary_angles(index, config) if config.positions == "rope" else None
+        x = drop(x.astype(compute.dtype), c.dropout, dropout_keys, site=0)
+        rotation = rotary_angles(index, c) if c.positions == "rope" else None
+        ctx = ForwardContext(compute, index, rotation, c.dropout, dropout_keys)
 
         def layer(x, inputs):
             block, number, cache = inputs
-            keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(
-                dropout_keys, number + 1
-            )  # fmt: skip
-            block = all_gather_weights(block, compute.dtype, compute.mesh)
-            return block(x, rotation, compute, keys, cache, positions)
+            of_layer = ctx.of_layer(number, cache)
+            return all_gather_weights(block, compute.dtype, compute.mesh)(x, of_layer)
 
-        if compute.remat != "none" or gathers_weights(compute.mesh):
-            policy = {
-                "none": keep_all_but_gathered,
-                # A custom kernel is no matrix product to JAX: what it leaves is kept by its name.
-                "dots": jax.checkpoint_policies.save_from_both_policies(
-                    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                    jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-                ),
-                "full": None,
-            }[compute.remat]
-            # Inside an unrolled loop common-subexpression elimination would undo the rematerialisation.
-            layer = jax.checkpoint(layer, prevent_cse=compute.unroll > 1, policy=policy)
-        inputs = (self.layers, jnp.arange(config.n_layers), cache)
-        x, cache = jax.lax.scan(layer, x, inputs, unroll=min(compute.unroll, config.n_layers))
+        inputs = (self.layers, jnp.arange(c.n_layers), cache)
+        layer = rematerialized(layer, compute)
+        x, cache = jax.lax.scan(layer, x, inputs, unroll=min(compute.unroll, c.n_layers))
         return self.norm(x), cache
+
+
+def rematerialized(layer: Callable, compute: Compute) -> Callable:
+    """A layer whose backward pass computes again what `compute.remat` says, and gathers weights again."""
+    if compute.remat == "none" and not gathers_weights(compute.mesh):
+        return layer
+    policy = {
+        "none": keep_all_but_gathered,
+        # A custom kernel is no matrix product to JAX: what it leaves is kept by its name.
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+        ),
+        "full": None,
+    }[compute.remat]
+    # Inside an unrolled loop common-subexpression elimination would undo the rematerialisation.
+    return jax.checkpoint(layer, prevent_cse=compute.unroll > 1, policy=policy)
 
 
 def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Array, Array]:
@@ -304,7 +327,7 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
 
 def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None):
     model = nnx.merge(_definition(config), params)
-    return model(tokens, config, compute, dropout_keys, cache, positions)
+    return model(tokens, compute, dropout_keys, cache, positions)
 
 
 def forward(
