@@ -4,7 +4,7 @@ import dataclasses
 
 from core import cli
 from core.errors import run_command
-from kernels_cuda import build
+from kernels_cuda import compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def facts() -> list[tuple[str, str]]:
             )
     else:
         lines.append(("GPU", "none visible"))
-    lines.append(("nvcc", str(build.find_nvcc() or "none")))
+    lines.append(("nvcc", str(compiler.find_nvcc() or "none")))
     lines.append(("built", _built()))
     lines.append(("used", library.find(compile_missing=False).reason))
     return lines
@@ -42,16 +42,16 @@ def facts() -> list[tuple[str, str]]:
 
 def _built() -> str:
     """The file in the package, and what it is made of."""
-    if not build.BUILT.exists():
+    if not compiler.BUILT.exists():
         return "no file (python -m kernels_cuda.build makes it)"
-    made_of = build.made_of(build.BUILT)
+    made_of = compiler.made_of(compiler.BUILT)
     if made_of is None:
-        return f"{build.BUILT}, which is damaged, unfinished or of unknown sources: build it again"
+        return f"{compiler.BUILT}, which is damaged, unfinished or of unknown sources: build it again"
     current = (
-        "these sources" if made_of["sources"] == build.sources_hash() else "OTHER SOURCES: build it again"
+        "these sources" if made_of["sources"] == compiler.sources_hash() else "OTHER SOURCES: build it again"
     )
     return (
-        f"{build.BUILT} for {' '.join(made_of['architectures'])}, of {current}, "
+        f"{compiler.BUILT} for {' '.join(made_of['architectures'])}, of {current}, "
         f"nvcc {made_of['nvcc']}, PyTorch {made_of['torch']}"
     )
 

@@ -12,7 +12,7 @@ import torch
 
 import kernels_cuda.ops  # noqa: F401  declares them
 from core.errors import UserError, os_error
-from kernels_cuda import build, registry
+from kernels_cuda import compiler, registry
 
 Backend = Literal["auto", "cuda", "torch"]
 
@@ -42,22 +42,22 @@ def find(compile_missing: bool = True) -> Source:
     if torch.__version__ < torch.torch_version.TorchVersion("2.10"):
         return Source(None, f"plain PyTorch, because PyTorch {torch.__version__} is older than 2.10")
     capability = torch.cuda.get_device_capability()
-    missing = _why_not(build.BUILT, capability)
+    missing = _why_not(compiler.BUILT, capability)
     if missing is None:
-        return Source(build.BUILT, f"the built file {build.BUILT.name}")
+        return Source(compiler.BUILT, f"the built file {compiler.BUILT.name}")
     if capability < (8, 0):
         return Source(
             None, f"plain PyTorch, because the GPU's architecture {capability} is older than (8, 0)"
         )
-    kept = build.kept_file(capability)
+    kept = compiler.kept_file(capability)
     if _why_not(kept, capability) is not None:
-        if build.find_nvcc() is None:
+        if compiler.find_nvcc() is None:
             return Source(None, f"plain PyTorch, because {missing} and there is no nvcc to compile one")
         if not compile_missing:
             return Source(kept, f"a file to be compiled at first use, because {missing}")
         print(f"compiling the CUDA kernels, because {missing} (about half a minute, once)", file=sys.stderr)
         try:
-            build.build_kept(kept, capability)
+            compiler.build_kept(kept, capability)
         except UserError as error:
             return Source(None, f"plain PyTorch, because {missing} and none could be compiled: {error}")
         except OSError as error:
@@ -100,11 +100,11 @@ def _why_not(file: Path, capability: tuple[int, int]) -> str | None:
     """Why a built file cannot serve this GPU, None if it can."""
     if not file.exists():
         return "no file is built"
-    facts = build.made_of(file)
+    facts = compiler.made_of(file)
     if facts is None:
         return f"{file.name} or {file.with_suffix('.json').name} is damaged or unfinished"
-    if facts["sources"] != build.sources_hash():
+    if facts["sources"] != compiler.sources_hash():
         return f"{file.name} is of other sources"
-    if not build.serves(facts["architectures"], capability):
+    if not compiler.serves(facts["architectures"], capability):
         return f"{file.name} is for {' '.join(facts['architectures'])}, not for {capability}"
     return None

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from kernels_cuda import bench, build, doctor, library, registry
+from kernels_cuda import bench, build, compiler, doctor, library, registry
 from tests.several_devices import ROOT
 
-NVCC = build.find_nvcc()
+NVCC = compiler.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
     NVCC is None, reason="needs nvcc, of the CUDA toolkit or the wheel nvidia-cuda-nvcc"
 )
@@ -41,19 +41,19 @@ def most_registers(name: str, kernel: str) -> int:
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in build.SOURCES.glob("*.cu")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in compiler.SOURCES.glob("*.cu")))
 def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_path: Path):
     warnings = ["-Xptxas", "-v,--warn-on-local-memory-usage,--warn-on-spills", "-Xptxas", "-Werror"]
     for architecture in ("8.0", "9.0"):
-        code = build.generate_code((architecture,))
+        code = compiler.generate_code((architecture,))
         cubin = tmp_path / f"{name}-{architecture}.cubin"
         command = [
             NVCC,
-            *build.COMPILER_FLAGS,
+            *compiler.COMPILER_FLAGS,
             *code,
             *warnings,
             "-cubin",
-            build.SOURCES / f"{name}.cu",
+            compiler.SOURCES / f"{name}.cu",
             "-o",
             cubin,
         ]
@@ -113,9 +113,9 @@ def kernels_of(disassembler: str, cubin: Path) -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
     built = tmp_path / "kernels.so"
-    build.build(built, ("9.0",))
-    facts = build.made_of(built)
-    assert facts["architectures"] == ["9.0"] and facts["sources"] == build.sources_hash()
+    compiler.build(built, ("9.0",))
+    facts = compiler.made_of(built)
+    assert facts["architectures"] == ["9.0"] and facts["sources"] == compiler.sources_hash()
     data = built.read_bytes()
     for op in vars(registry.reference).keys() - {"linear_cross_entropy"}:  # which is made of another
         assert op.encode() in data
@@ -124,7 +124,8 @@ def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
 
 def test_without_nvcc_one_sentence_and_exit_code_2(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from kernels_cuda import build; build.find_nvcc = lambda: None; "
+        [sys.executable, "-c", "import sys; from kernels_cuda import build, compiler; "
+         "compiler.find_nvcc = lambda: None; "
          "sys.argv = ['build']; build.run_command(build.main)"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
@@ -145,17 +146,17 @@ def test_without_nvcc_one_sentence_and_exit_code_2(tmp_path: Path):
 )
 def test_wrong_architectures(given: str, said: str):
     with pytest.raises(UserError, match=re.escape(said)):
-        build.generate_code((given,))
+        compiler.generate_code((given,))
 
 
 def test_which_gpus_a_file_serves():
-    assert build.generate_code(("9.0+PTX",)) == [
+    assert compiler.generate_code(("9.0+PTX",)) == [
         "-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90",
     ]  # fmt: skip
-    assert build.serves(["8.0", "9.0+PTX"], (8, 6))  # machine code of the same major version
-    assert build.serves(["8.0", "9.0+PTX"], (12, 0))  # the PTX
-    assert not build.serves(["9.0"], (8, 0))
-    assert not build.serves(["9.0"], (10, 0))
+    assert compiler.serves(["8.0", "9.0+PTX"], (8, 6))  # machine code of the same major version
+    assert compiler.serves(["8.0", "9.0+PTX"], (12, 0))  # the PTX
+    assert not compiler.serves(["9.0"], (8, 0))
+    assert not compiler.serves(["9.0"], (10, 0))
 
 
 def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
@@ -174,9 +175,9 @@ def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.Monk
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Hopper GPU and no compiler, as far as the search for a built file can see; where it looks for one."""
     built = tmp_path / "mtlm_kernels.so"
-    monkeypatch.setattr(build, "BUILT", built)
-    monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(compiler, "BUILT", built)
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(compiler, "find_nvcc", lambda: None)
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
@@ -184,26 +185,26 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def facts_of(*architectures: str, sources: str | None = None) -> dict:
-    return {"architectures": list(architectures), "sources": sources or build.sources_hash()}
+    return {"architectures": list(architectures), "sources": sources or compiler.sources_hash()}
 
 
 def test_a_built_file_is_used_only_for_its_sources_and_gpus(hopper: Path, monkeypatch: pytest.MonkeyPatch):
     def found(facts: dict) -> library.Source:
-        build.put_sealed(b"code", facts, hopper)
+        compiler.put_sealed(b"code", facts, hopper)
         return library.find()
 
     assert "no file is built and there is no nvcc" in library.find().reason
     assert "of other sources" in found(facts_of("9.0", sources="other")).reason
     assert "is for 8.0, not for (9, 0)" in found(facts_of("8.0")).reason
     assert found(facts_of("8.0", "9.0")).file == hopper
-    monkeypatch.setattr(build, "COMPILER_FLAGS", (*build.COMPILER_FLAGS, "--use_fast_math"))
+    monkeypatch.setattr(compiler, "COMPILER_FLAGS", (*compiler.COMPILER_FLAGS, "--use_fast_math"))
     assert "of other sources" in library.find().reason  # the same ones, compiled otherwise
 
 
 def test_no_byte_of_a_built_file_may_change(hopper: Path):
     """1,000 flips in the file and its .json; either of them alone; both of other builds."""
     draw = random.Random(0)
-    build.put_sealed(draw.randbytes(3000), facts_of("8.0", "9.0+PTX") | {"nvcc": "13.0"}, hopper)
+    compiler.put_sealed(draw.randbytes(3000), facts_of("8.0", "9.0+PTX") | {"nvcc": "13.0"}, hopper)
     assert library.find().file == hopper
     sealed = {path: path.read_bytes() for path in (hopper, hopper.with_suffix(".json"))}
     for path, data in sealed.items():
@@ -211,7 +212,7 @@ def test_no_byte_of_a_built_file_may_change(hopper: Path):
             flipped = bytearray(data)
             flipped[draw.randrange(len(data))] ^= draw.randrange(1, 256)
             path.write_bytes(flipped)
-            assert build.made_of(hopper) is None
+            assert compiler.made_of(hopper) is None
         found = library.find()
         assert found.file is None and "mtlm_kernels.so or mtlm_kernels.json is damaged" in found.reason
         path.unlink()
@@ -235,7 +236,7 @@ def test_where_nothing_can_be_compiled_pytorch_runs(
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(FAILING_NVCC)
     nvcc.chmod(0o755)
-    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(compiler, "find_nvcc", lambda: nvcc)
     assert library.load("auto").file is None and library.load("auto").file is None
     said = capsys.readouterr().err
     assert said.count("fails with exit code 1 (gcc: error: unsupported version)") == 1
@@ -243,7 +244,7 @@ def test_where_nothing_can_be_compiled_pytorch_runs(
     with pytest.raises(UserError, match=r"backend cuda is not possible: .*unsupported version"):
         library.load("cuda")
     monkeypatch.setattr(library, "_loaded", None)
-    monkeypatch.setattr(build, "CACHE", nvcc / "below a file")
+    monkeypatch.setattr(compiler, "CACHE", nvcc / "below a file")
     assert "none could be kept" in library.load("auto").reason and str(nvcc) in library.load("auto").reason
 
 

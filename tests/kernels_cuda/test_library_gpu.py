@@ -14,13 +14,13 @@ pytestmark = pytest.mark.gpu
 TRANSLATED = """
 import sys, torch
 from pathlib import Path
-from kernels_cuda import build, library
+from kernels_cuda import compiler, library
 from kernels_cuda.registry import reference
 from tests.checks import require
 from tests.kernels_cuda.gpu import assert_as_good
 file = Path(sys.argv[1])
-build.build(file, ("8.0+PTX",))
-require(build.serves(["8.0+PTX"], torch.cuda.get_device_capability()))
+compiler.build(file, ("8.0+PTX",))
+require(compiler.serves(["8.0+PTX"], torch.cuda.get_device_capability()))
 torch.ops.load_library(file)
 torch.manual_seed(0)
 bf16 = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from core.errors import UserError, run_command
-from kernels_cuda.build import BUILT
+from kernels_cuda.compiler import BUILT
 from tests.reliability import flips, runs
 from tests.train_tpu.processes import TINY, make_text, run
 

@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.run.folder import read_config
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer_of
-from kernels_cuda.build import made_of
+from kernels_cuda.compiler import made_of
 from port_torch.formats import exported
 from port_torch.model import load
 
