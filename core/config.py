@@ -133,4 +133,4 @@ def preset(name: str) -> ModelConfig:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."
-    raise UserError(f"there is no preset {name!r}{guess} The presets are {', '.join(PRESETS)}")
+    raise UserError(f"unknown preset {name!r}{guess} Presets: {', '.join(PRESETS)}")

@@ -82,10 +82,10 @@ def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
     shape = MeshShape(**sizes)
     n = math.prod(shape)
     if n != n_devices:
-        advice = "the sizes must multiply to that"
+        advice = f"the sizes must multiply to {n_devices}"
         if n_devices % n == 0:
-            advice = f"--mesh {shape._replace(data=shape.data * (n_devices // n))} takes them all"
-        raise UserError(f"--mesh {text!r} is of {n} devices, and there are {n_devices}: {advice}")
+            advice = f"--mesh {shape._replace(data=shape.data * (n_devices // n))} uses them all"
+        raise UserError(f"--mesh {text} needs {n} devices, but there are {n_devices}: {advice}")
     return shape
 
 

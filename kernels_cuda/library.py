@@ -37,7 +37,7 @@ def find(compile_missing: bool = True) -> Source:
         compile_missing: whether to compile (half a minute, once) where a compiler is; else it is only said.
     """
     if not torch.cuda.is_available():
-        why = "PyTorch is built without CUDA" if torch.version.cuda is None else "no NVIDIA GPU is visible"
+        why = "PyTorch is built without CUDA" if torch.version.cuda is None else "no NVIDIA GPU was found"
         return Source(None, f"plain PyTorch, because {why}")
     if torch.__version__ < torch.torch_version.TorchVersion("2.10"):
         return Source(None, f"plain PyTorch, because PyTorch {torch.__version__} is older than 2.10")
@@ -73,7 +73,7 @@ def load(backend: Backend = "auto") -> Source:
         backend: "cuda" must get them; "torch" leaves them; "auto" takes them where they are.
 
     Raises:
-        UserError: "cuda", and there are none to be had.
+        UserError: "cuda", and none are available.
     """
     global _loaded
     if backend == "torch":
@@ -90,8 +90,8 @@ def load(backend: Backend = "auto") -> Source:
         print(f"kernels: {found.reason}", file=sys.stderr)
     if backend == "cuda" and _loaded.file is None:
         raise UserError(
-            f"backend cuda is not possible: {_loaded.reason.removeprefix('plain PyTorch, because ')}; "
-            "`python -m kernels_cuda.doctor` says more"
+            f"cannot use the CUDA kernels: {_loaded.reason.removeprefix('plain PyTorch, because ')} "
+            "(details: `python -m kernels_cuda.doctor`)"
         )
     return _loaded
 

@@ -82,9 +82,8 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
     # 5. In place.
     seconds, memory = time.monotonic() - started, peak_memory() - memory_before
     print(
-        f"{config.out}: {model.n_params:,} parameters in {config.dtype}, written and checked in "
-        f"{seconds:.1f} s with {memory / 1e6:,.0f} MB of memory at most (the weights in float32 are "
-        f"{4 * model.n_params / 1e6:,.1f} MB)"
+        f"wrote and checked {config.out}: {model.n_params:,} parameters, {config.dtype}, {seconds:.1f} s, "
+        f"{memory / 1e6:,.0f} MB peak memory (the float32 weights: {4 * model.n_params / 1e6:,.1f} MB)"
     )
     if config.push_to_hub:
         push(config.out, config.push_to_hub, config.private, config.dry_run)

@@ -18,8 +18,8 @@ from core.folders import require_new
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-    """Make a checkpoint that trains here of weights from elsewhere: a folder that port_torch.convert wrote, a
-    stock Llama's folder, or a checkpoint of the original MTLM1 (.pt) or MTLM2 (Orbax)."""
+    """Import weights as an MTLM checkpoint: an exported folder, a Hugging Face Llama, or an original MTLM1
+    (.pt) or MTLM2 (Orbax) checkpoint."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """The folder or file to import."""

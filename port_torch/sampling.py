@@ -47,7 +47,7 @@ def choose_generator(model: Decoder, backend: library.Backend) -> decode.Generat
     if reason is None and library.load(backend).file is not None:
         return decode.Generator(model)
     if backend == "cuda":
-        raise UserError(f"--backend cuda is not possible: {reason}")
+        raise UserError(f"cannot use --backend cuda: {reason}")
     if reason is not None and model.embed.weight.is_cuda:
         print(f"decoding: plain PyTorch, because {reason}", file=sys.stderr)
     return None

@@ -25,7 +25,8 @@ from stacking.plan import Operator
 
 @dataclasses.dataclass(frozen=True)
 class GrowConfig:
-    """Grow a trained model in depth: its layers are copied by a plan, its whole training state with them."""
+    """Make a trained model deeper by copying layers, together with their optimizer state; the schedule
+    continues."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_STEP")]
     """A run folder (its newest checkpoint), one step of it, or imported parameters."""

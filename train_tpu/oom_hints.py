@@ -80,7 +80,6 @@ def out_of_memory_explained(batch: int, accumulate: int) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"out of memory with a batch of {batch} in {accumulate} part{'s' if accumulate > 1 else ''}: "
-            f"--accumulate {2 * accumulate} --allow-change accumulate halves what is computed at once, and "
-            "--remat full keeps less of it"
+            f"out of memory at batch {batch}, --accumulate {accumulate}: try --accumulate {2 * accumulate} "
+            "(half the activations), then --remat full; when resuming, add --allow-change accumulate remat"
         ) from error

@@ -182,9 +182,8 @@ def load_manifest(step_dir: Path, name: str = MANIFEST) -> Manifest:
     try:
         text = path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{step_dir} has no {name}, so it is none of ours or a damaged one: {ADVICE[name]}"
-        ) from None
+        kind = "checkpoint" if name == MANIFEST else "export"
+        raise UserError(f"{step_dir} is not a complete MTLM {kind} (no {name}): {ADVICE[name]}") from None
     except UnicodeDecodeError:
         text = ""  # not JSON either: reported as damaged
     except OSError as error:

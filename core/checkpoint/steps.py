@@ -123,7 +123,10 @@ def find_start(
     step_dir, skipped = newest_intact(folder)
     check(load_manifest(step_dir))
     for damaged, why in skipped:
-        say(f"falling back behind {damaged.name}, now {set_aside(damaged).name}: {why}")
+        aside = set_aside(damaged)
+        say(
+            f"checkpoint {damaged.name} is damaged and now {aside.name}; resuming from {step_dir.name}: {why}"
+        )
     return step_dir
 
 

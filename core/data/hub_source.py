@@ -107,6 +107,6 @@ def _hub_download(dataset: str, file: str, revision: str) -> Path:
 def _unreachable(what: str, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return UserError(
-        f"{what} cannot be had from the Hugging Face hub ({reason}): check the name and the network, "
-        "or give files that are on this machine"
+        f"could not download {what} from the Hugging Face Hub ({reason}): check the name and your "
+        "connection, or pass local files"
     )

@@ -22,16 +22,17 @@ RECENT = 8
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When an update is not applied. Only upward surprises count."""
+    """Loss and gradient spike guard: skips an update whose loss or gradient norm is non-finite or far above
+    the recent average."""
 
     window: int = 128
-    """Applied updates whose losses and gradient norms are the baseline for the next. It starts empty, and is
+    """Number of applied updates whose losses and gradient norms form the baseline. It starts empty, and is
     emptied by growth and when batch, data or z-loss change."""
     sigma: float = 8.0
     """Skip above mean + sigma standard deviations of the window, from 16 updates on; while it fills, sigma is
     larger by sqrt(window / updates). 0 leaves only non-finite values."""
     halt_after: int = 10
-    """Skipped updates in a row after which nothing is applied any more and the run ends."""
+    """Stop the run (exit code 5) after this many consecutive skipped updates."""
 
     def __post_init__(self) -> None:
         checks.counts(2, window=self.window)  # a spread needs two updates
@@ -133,12 +134,12 @@ class Health:
         good = [other for other in good_steps(self._checkpoints) if other < step]
         if self.rose:
             said = (
-                f"step {step} is saved, but the training loss before it, {self.loss:.4g}, has risen from "
-                f"{self._best:.4g}, so the same command will hardly recover"
+                f"step {step} is saved, but the training loss has risen from {self._best:.4g} to "
+                f"{self.loss:.4g}, so the same command is unlikely to recover"
             )
         else:
             said = (
-                f"the state before them is saved as step {step}, and the same command goes on behind their "
+                f"the state before them is saved as step {step}, and the same command resumes after their "
                 "batches"
             )
         if good:
@@ -146,8 +147,8 @@ class Health:
         else:
             older = "there is no older checkpoint: start anew, with a lower --lr or more --warmup"
         return (
-            f"{said}; {older}; which records these batches were of is in metrics.jsonl (kind skip); "
-            "--sigma 0 --allow-change sigma refuses only what is not finite"
+            f"{said}; {older}; metrics.jsonl (kind skip) lists the records of these batches; "
+            "--sigma 0 --allow-change sigma skips only non-finite values"
         )
 
 

@@ -33,10 +33,13 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if self.requested:
-            os.write(2, f"\n{name} again: leaving at once; the last checkpoint is kept\n".encode())
+            os.write(2, f"\n{name} again: quitting now; the last checkpoint is kept\n".encode())
             os._exit(EXIT_KEPT)
         self.requested = name
-        text = f"\n{name}: saving at the next safe point (again to leave at once)"
+        text = (
+            f"\n{name}: saving a checkpoint, then stopping "
+            "(again: quit now and lose the steps since the last checkpoint)"
+        )
         print(text, file=sys.stderr, flush=True)

@@ -112,7 +112,10 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
     model = model_config(run, dataset.tokenizer_record["vocab_size"])
     n = round(model.n_layers / config.factor)
     if n < 1 or n * config.factor != model.n_layers:
-        raise UserError(f"a target of {model.n_layers} layers is no growth of anything by {config.factor:g}")
+        raise UserError(
+            f"{model.n_layers} layers cannot be reached by growing by a factor of {config.factor:g}: choose "
+            "a target whose layers divided by the factor are a whole number"
+        )
     for op in config.ops:
         make_plan(op, n, config.factor)  # refuses a factor that does not fit
     return Target(arguments, run, run.steps, model, dataclasses.replace(model, n_layers=n))

@@ -112,8 +112,8 @@ def run_jobs(
     if failed:
         name, problem = next(iter(failed.items()))
         raise UserError(
-            f"{len(failed)} jobs were not done, first {name} ({problem}): mend that and give the same "
-            f"command again; all of its output is in {out / 'logs' / name}.log"
+            f"{len(failed)} job{'s' * (len(failed) > 1)} failed, first {name} ({problem}): see "
+            f"{out / 'logs' / name}.log, fix the cause, and run the same command again"
         )
 
 

@@ -114,7 +114,7 @@ def test_configs_that_cannot_be(change, named):
 
 
 def test_unknown_preset_names_the_nearest():
-    with pytest.raises(UserError, match=r"there is no preset 'nope'\. The presets are mtlm1-88m, "):
+    with pytest.raises(UserError, match=r"unknown preset 'nope'\. Presets: mtlm1-88m, "):
         preset("nope")
     with pytest.raises(UserError, match="did you mean 'mtlm1-88m'"):
         preset("mtlm1-80m")

@@ -165,7 +165,7 @@ def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.Monk
     assert library.load().file is None
     assert library.load().file is None
     assert capsys.readouterr().err.count("plain PyTorch, because") == 1  # said once
-    with pytest.raises(UserError, match="backend cuda is not possible"):
+    with pytest.raises(UserError, match="cannot use the CUDA kernels"):
         library.load("cuda")
     assert not registry.kernels_loaded()
     assert dict(doctor.facts())["used"].startswith("plain PyTorch, because")
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_compiled_pytorch_runs(
     said = capsys.readouterr().err
     assert said.count("fails with exit code 1 (gcc: error: unsupported version)") == 1
     assert said.count("kernels: plain PyTorch, because no file is built and none could be compiled") == 1
-    with pytest.raises(UserError, match=r"backend cuda is not possible: .*unsupported version"):
+    with pytest.raises(UserError, match=r"cannot use the CUDA kernels: .*unsupported version"):
         library.load("cuda")
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(compiler, "CACHE", nvcc / "below a file")

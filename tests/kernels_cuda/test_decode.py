@@ -203,7 +203,7 @@ def test_where_the_kernels_cannot_decode(monkeypatch: pytest.MonkeyPatch, capsys
     model = random_decoder(SMALL["llama"], torch.float32)
     assert choose_generator(model, "torch") is None and choose_generator(model, "auto") is None
     assert capsys.readouterr().err == ""  # a CPU has no choice
-    with pytest.raises(UserError, match="--backend cuda is not possible: the model is on the device cpu"):
+    with pytest.raises(UserError, match="cannot use --backend cuda: the model is on the device cpu"):
         choose_generator(model, "cuda")
     with pytest.raises(UserError, match="the prompt has no tokens"):
         next(decode.Generator(model).stream([[]], GREEDY, 1))

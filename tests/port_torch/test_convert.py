@@ -288,5 +288,5 @@ def test_200m_takes_at_most_two_and_a_half_times_its_weights(tmp_path: Path, cac
             cache, tmp_path / "source", tmp_path / dtype, "--dtype", dtype, module="port_torch.convert"
         )
         print(out)
-        memory, weights = re.search(r"([0-9,]+) MB of memory at most .* ([0-9,.]+) MB\)", out).groups()
+        memory, weights = re.search(r"([0-9,]+) MB peak memory .* ([0-9,.]+) MB\)", out).groups()
         assert float(memory.replace(",", "")) <= 2.5 * float(weights.replace(",", ""))

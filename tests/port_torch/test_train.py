@@ -201,7 +201,7 @@ def test_the_first_rank_decides_which_kernels_all_run(kernels: str, monkeypatch,
     def load(backend: str) -> library.Source:
         loads.append(backend)
         if source[0] is None and backend == "cuda":
-            raise UserError("backend cuda is not possible: nvcc fails")
+            raise UserError("cannot use the CUDA kernels: nvcc fails")
         return library.Source(
             source[0], "plain PyTorch, because nvcc fails" if source[0] is None else "built"
         )
@@ -380,7 +380,7 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
     new = ("--data", data32, "--out", tmp_path / "new")
     model = finished / "model"
     for arguments, message in (
-        (("--preset", "mtlm3"), "there is no preset 'mtlm3'"),
+        (("--preset", "mtlm3"), "unknown preset 'mtlm3'"),
         (("--device", "cuda"), "PyTorch finds no NVIDIA GPU"),
         (("--from", tmp_path / "no", *new), "is not there: give a folder"),
         (("--from", model, "--n-layers", "3", *new), "--n-layers and --from do not go together"),
@@ -389,7 +389,7 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
         (("--steps", "1", "--epochs", "1"), "--steps or --epochs, not both"),
         (("--beta1", "0"), "beta1 is 0"),
         (("--keep-last", "0"), "--keep-last is 0; it must be positive"),
-        (("--kernels", "cuda", *TINY, *new), "backend cuda is not possible"),
+        (("--kernels", "cuda", *TINY, *new), "cannot use the CUDA kernels"),
         (("--out", finished, "--lr", "0.5"), "was started with --lr 0.01, not 0.5"),
         (("--out", finished, "--seed", "1"), "was started with --seed 0, not 1"),
         (("--out", finished, "--allow-change", "nothing"), "'nothing', which is not a setting"),

@@ -92,7 +92,7 @@ def test_a_failed_job_is_named_and_the_others_are_done(tmp_path):
         make_job(tmp_path, "after", ("bad",)),
         make_job(tmp_path, "good"),
     ]
-    words = r"2 jobs were not done, first bad .exit code 1, its last words: FileNotFoundError.*logs/bad\.log"
+    words = r"2 jobs failed, first bad .exit code 1, its last words: FileNotFoundError.*logs/bad\.log"
     with pytest.raises(UserError, match=words):
         run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
     assert (tmp_path / "good.zip").exists() and not (tmp_path / "after.zip").exists()
@@ -213,7 +213,7 @@ def test_refusals(cache, text, tmp_path, monkeypatch, capsys):
         return str(error.value)
 
     assert "needs --steps" in refused(target=without([*TARGET, text], "--steps"))
-    assert "a target of 4 layers is no growth of anything by 3" in refused("--factor", "3")
+    assert "4 layers cannot be reached by growing by a factor of 3" in refused("--factor", "3")
     assert "not settled before step 20" in refused("--schedule", "rewarm:10", "--fractions", "0.5")
     assert "must be wsd" in refused(target=(*TARGET, text, "--schedule", "cosine"))
     assert "holds out valid" in refused("--heldout", "books")

@@ -41,9 +41,9 @@ def test_what_mesh_means():
         ("fsdp=²", "cannot be read"),
         ("model=8", "names the axis 'model'; there are data, fsdp, tensor"),
         ("fsdp=2,fsdp=4", "names the axis 'fsdp' twice"),
-        ("tensor=2", "is of 2 devices, and there are 8: --mesh data=4,tensor=2 takes them all"),
-        ("fsdp=3", "is of 3 devices, and there are 8: the sizes must multiply to that"),
-        ("fsdp=16", "is of 16 devices, and there are 8"),
+        ("tensor=2", "needs 2 devices, but there are 8: --mesh data=4,tensor=2 uses them all"),
+        ("fsdp=3", "needs 3 devices, but there are 8: the sizes must multiply to 8"),
+        ("fsdp=16", "--mesh fsdp=16 needs 16 devices, but there are 8"),
     ],
 )
 def test_a_wrong_mesh_is_told_in_a_sentence(text, says):
@@ -195,7 +195,7 @@ def test_the_layout_is_shown_and_nothing_is_trained(cache, text):
 @pytest.mark.parametrize(
     "mesh, says",
     [
-        ("fsdp=4,tensor=4", "is of 16 devices, and there are 8"),
+        ("fsdp=4,tensor=4", "needs 16 devices, but there are 8"),
         ("fsdp:8", "cannot be read at 'fsdp:8'"),
         ("data=2,tensor=4", "heads 2 cannot be divided over tensor=4"),
         ("fsdp=8", "--batch 4 is not divisible by 8 devices"),

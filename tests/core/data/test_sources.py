@@ -302,6 +302,6 @@ def test_hub(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"no .* file in its configuration or folder 'three'"):
         texts("hf:someone/stories:three")
     with pytest.raises(
-        UserError, match=r"someone/else cannot be had .*offline.*check the name and the network"
+        UserError, match=r"not download someone/else .*offline.*check the name and your connection"
     ):
         texts("hf:someone/else")
