@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import hashlib
 import itertools
-import os
 import re
 import sys
 import time
@@ -87,12 +86,6 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def _client() -> Any:
     """JAX's client of the key-value store that the first process keeps for all."""
     return distributed.global_state.client
-
-
-def age() -> float:
-    """Seconds since this process started, its imports included (Linux)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def is_first() -> bool:

@@ -162,8 +162,8 @@ def local_rows(sharding: NamedSharding, accumulate: int, rows: int) -> np.ndarra
     return np.unique(np.concatenate([np.arange(rows)[at] for _, at in places]))
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """An array that every process has whole, laid over all devices; each process gives its part."""
+def place(array: np.ndarray | np.generic, sharding: NamedSharding) -> Array:
+    """An array or scalar that every process has whole, on all devices; each process gives its part."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     array = np.asarray(array)

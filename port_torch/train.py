@@ -8,7 +8,7 @@ What the command does is in training/pretraining.py, which is imported once it i
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +18,7 @@ from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.run.folder import require_folder, settings_of_run
 from core.run.presets import for_help
-from core.run.settings import ModelOverrides, given_value, model_config
+from core.run.settings import PretrainingSource, given_value, model_config
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 from train_tpu.config import defaults
 
@@ -34,27 +34,19 @@ ADAMW_RATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(TrainerConfig):
+class TrainConfig(TrainerConfig, PretrainingSource):
     """Train the PyTorch mirror with AdamW, from scratch or from an exported folder; the same command resumes.
 
     The learning rates are AdamW's: train_tpu.run trains with Muon, at others.
     """
 
-    preset: str = "mtlm1-tiny"
-    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
     init_from: Annotated[Maybe[Path], tyro.conf.arg(name="from")] = None
     """Start from this exported folder instead of a preset with random parameters."""
-    data: str = "builtin"
-    """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
-    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
     tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""
     out: Maybe[Path] = None
     """The run folder. Default: runs/PRESET-torch. The model comes to lie in its folder `model`."""
-    model: ModelOverrides = ModelOverrides()
-    on_bad_record: Literal["fail", "skip"] = "fail"
-    """A damaged training record ends the run, or its sequence is left out of the loss."""
 
 
 def main() -> int:

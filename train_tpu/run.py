@@ -36,7 +36,6 @@ from core.folders import CACHE
 from core.generation import Generator
 from core.gpu_memory import require_free_memory
 from core.model import Compute, Params, compute_dtype
-from core.run.cadence import choose_cadence
 from core.run.curve import plot_curve
 from core.run.folder import (
     check_run_folder,
@@ -50,6 +49,7 @@ from core.run.folder import (
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, NoLog, RunLog, read_log
+from core.run.loop import END, Loop
 from core.run.presets import TRAINING_DEFAULTS, count_steps, for_help
 from core.run.progress import Progress, make_console
 from core.run.schedule import check_room, require_continuous
@@ -68,8 +68,8 @@ from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu.backend import choose_step, split_batch
 from train_tpu.config import RunConfig, defaults
+from train_tpu.engine import JaxEngine, own_rows
 from train_tpu.evaluate import Evaluator
-from train_tpu.loop import END, Loop, own_rows
 from train_tpu.oom_hints import out_of_memory_explained
 from train_tpu.report import describe, describe_layout, memory, next_commands
 from train_tpu.step import (
@@ -107,8 +107,9 @@ def main() -> int:
     given = TRAINING_DEFAULTS[config.preset]
     tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
     model = model_config(config, tokenizer.vocab_size)
-    if config.prompts:
-        require_room([tokenizer.begin(prompt) for prompt in config.prompts], model.context)
+    prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
+    if prompts:
+        require_room(prompts, model.context)
     dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, model.context, CACHE))
     steps = count_steps(config, dataset)
 
@@ -151,8 +152,6 @@ def main() -> int:
     end = steps if config.stop_at is None else min(steps, config.stop_at)
 
     with Interrupt() as interrupt, tasks or contextlib.nullcontext():
-        if tasks:
-            tasks.interrupted = lambda: interrupt.requested is not None
         # 5. The state: resumed, taken from another checkpoint's parameters, or fresh.
         state, manifest, how = starting_state(
             config, step_config, out, record, dataset, mesh, source, console
@@ -180,8 +179,7 @@ def main() -> int:
             tokenizer.carry(out)
             write_config(out, record)
 
-        keep = (config.keep_last, config.keep_every, config.keep_steps)
-        checkpointer = Checkpointer(out / "checkpoints", *keep)
+        checkpointer = Checkpointer(out / "checkpoints", config.keep)
 
         # 6. Compilation, once.
         started, found_before = time.monotonic(), programs_found()
@@ -206,27 +204,29 @@ def main() -> int:
         progress = Progress(console, end, manifest.step, config.log_every)
         try:
             with out_of_memory_explained(config.batch, config.accumulate):
+                engine = JaxEngine(
+                    config,
+                    mesh,
+                    state,
+                    step,
+                    Evaluator(model, compute, dataset, rows, step_config.loss_chunk, mesh),
+                    tasks,
+                    Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
+                    checkpointer,
+                )
                 code = Loop(
-                    config=config,
-                    state=state,
-                    step=manifest.step,
+                    settings=config,
+                    engine=engine,
+                    batches=batches,
+                    manifest=manifest,
+                    checkpoints=checkpointer.folder,
                     steps=steps,
                     end=end,
-                    cursor=manifest.sequences,
-                    compiled_step=step,
-                    batches=batches,
-                    evaluator=Evaluator(model, compute, dataset, rows, step_config.loss_chunk, mesh),
-                    tasks=tasks,
-                    generator=Generator(model, dataclasses.replace(compute, mesh=None, attention="xla")),
+                    prompts=prompts,
                     tokenizer=tokenizer,
-                    checkpointer=checkpointer,
-                    manifest=manifest,
                     log=log,
                     progress=progress,
                     interrupt=interrupt,
-                    mesh=mesh,
-                    cadence=choose_cadence(config, steps),
-                    flops_per_token=model.flops_per_token(),
                 ).run()
         finally:
             progress.close()
@@ -289,10 +289,11 @@ def open_tasks(config: RunConfig, model: ModelConfig, compute: Compute, tokenize
     if not config.eval_tasks:
         return None
     try:
-        from eval.training import TaskEvaluator
+        from eval.training import TaskEvaluator, flax_backend
     except ImportError as error:
         raise UserError(f"--eval-tasks needs lm-eval ({error}): {install_command('eval')}") from None
-    return TaskEvaluator(config.eval_tasks, config.eval_data_dir, model, compute.dtype, tokenizer)
+    scorer = flax_backend(model, compute.dtype)
+    return TaskEvaluator(config.eval_tasks, config.eval_data_dir, tokenizer, scorer)
 
 
 def open_source(

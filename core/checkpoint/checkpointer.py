@@ -18,14 +18,13 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
-from core import checks
 from core.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -36,7 +35,8 @@ from core.checkpoint.manifest import (
     verify,
 )
 from core.checkpoint.steps import (
-    delete_step,
+    Keep,
+    delete_dispensable,
     find_step,
     list_steps,
     newest_intact,
@@ -46,7 +46,6 @@ from core.checkpoint.steps import (
 )
 from core.errors import FULL, UserError
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
-from core.run.guard import dispensable_steps
 from core.tokenizer import Tokenizer
 
 __all__ = [
@@ -84,23 +83,10 @@ class Checkpointer:
     Use it as a context manager, or call `close`: a save still in flight is then committed, not lost.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int = 2,
-        keep_every: int | None = None,
-        keep_steps: Collection[int] = (),
-    ) -> None:
-        """`keep_last` newest steps are kept, as many of those in good health (core/run/guard.py), every step
-        divisible by `keep_every`, and `keep_steps`.
-
-        What killed processes left unfinished in `folder` is removed.
-        """
-        checks.counts(keep_last=keep_last, keep_every=keep_every)
+    def __init__(self, folder: Path, keep: Keep) -> None:
+        """What killed processes left unfinished in `folder` is removed."""
         self.folder = folder.absolute()
-        self._keep_last = keep_last
-        self._keep_every = keep_every
-        self._keep_steps = keep_steps
+        self._keep = keep
         try:
             if is_first():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,9 +173,7 @@ class Checkpointer:
                     seal(partial, manifest)
                     partial.rename(final)
                     sync_path(self.folder)
-                    keep = (self._keep_last, self._keep_every, self._keep_steps)
-                    for step in dispensable_steps(self.folder, *keep):
-                        delete_step(step_path(self.folder, step))
+                    delete_dispensable(self.folder, self._keep)
             committed()
             self._latest = manifest.step
         except BaseException as error:  # `wait` raises it where the caller can see it

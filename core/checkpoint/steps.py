@@ -1,10 +1,13 @@
-"""Which checkpoints a folder holds: the complete steps, the newest, the newest that is intact."""
+"""Which checkpoints a folder holds: the complete steps, the newest, the intact ones, those to keep."""
 
+import dataclasses
+import itertools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from core import checks
 from core.checkpoint.manifest import MANIFEST, Manifest, load_manifest, sync_path, verify
 from core.errors import UserError
 
@@ -29,6 +32,50 @@ def delete_step(step_dir: Path) -> None:
     hidden = step_dir.with_name(f".{step_dir.name}.deleted")
     step_dir.rename(hidden)
     shutil.rmtree(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints of a run are kept: the `last` newest, as many of those in good health
+    (core/run/guard.py), every step divisible by `every`, and `steps`."""
+
+    last: int = 2
+    every: int | None = None
+    steps: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        checks.counts(keep_last=self.last, keep_every=self.every)
+
+
+def good_steps(folder: Path) -> list[int]:
+    """The steps in a folder of checkpoints that were saved in good health, or before that was noted."""
+    return [step for step in list_steps(folder) if _is_good(step_path(folder, step))]
+
+
+def _is_good(step_dir: Path) -> bool:
+    try:
+        health = load_manifest(step_dir).health
+    except UserError:  # damaged: it is not what one would go back to
+        return False
+    return health is None or health["good"]
+
+
+def dispensable_steps(folder: Path, keep: Keep) -> list[int]:
+    """The steps in a folder of checkpoints that need not be kept.
+
+    No checkpoint from before a streak of skipped updates, or before the loss rose, is among them for one in
+    or after it.
+    """
+    steps = list_steps(folder)
+    good = (step for step in reversed(steps) if _is_good(step_path(folder, step)))
+    kept = {*steps[-keep.last :], *itertools.islice(good, keep.last), *keep.steps}
+    return [step for step in steps if step not in kept and (keep.every is None or step % keep.every)]
+
+
+def delete_dispensable(folder: Path, keep: Keep) -> None:
+    """Deletes the steps that need not be kept."""
+    for step in dispensable_steps(folder, keep):
+        delete_step(step_path(folder, step))
 
 
 def remove_unfinished(folder: Path) -> None:

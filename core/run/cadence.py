@@ -51,7 +51,7 @@ class Agreement:
     """Whether to stop and whether a save is late, the same in every process.
 
     Signals reach single processes, and clocks differ; but all must stop, or save, at the same step. So a
-    process asks for both (`wishes`), and does what all have heard (`hear`).
+    process raises a flag for either (`flags`), and does what all have heard (`hear`).
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Agreement:
         self._save_minutes, self._interrupted, self._clock = save_minutes, interrupted, clock
         self._last_save = clock()
 
-    def wishes(self) -> tuple[bool, bool]:
+    def flags(self) -> tuple[bool, bool]:
         """Whether this process was asked to stop, and whether it finds that a save is late."""
         return self._interrupted(), self._clock() - self._last_save > 60 * self._save_minutes
 
     def hear(self, stop: bool, late: bool) -> None:
-        """Takes what any of the processes wishes."""
+        """Takes the flags that are set in any of the processes."""
         self.stop |= stop
         self.late |= late
 

@@ -1,18 +1,16 @@
-"""The guard: which updates are not applied, which checkpoints count as good, and what to do after a halt.
+"""The guard: which updates are not applied, which states count as good, and what to do after a halt.
 
 Formulas here take arrays of JAX and tensors of PyTorch alike, so that both trainers compute the same rule.
 """
 
 import collections
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any
 
 from core import checks
 from core.checkpoint.manifest import Manifest, load_manifest
-from core.checkpoint.steps import list_steps, step_path
-from core.errors import UserError
+from core.checkpoint.steps import good_steps, step_path
 
 EARLY = 16
 """Applied updates from which on the guard judges by what it has seen, before its window is full."""
@@ -150,30 +148,3 @@ class Health:
             f"{said}; {older}; metrics.jsonl (kind skip) lists the records of these batches; "
             "--sigma 0 --allow-change sigma skips only non-finite values"
         )
-
-
-def good_steps(checkpoints: Path) -> list[int]:
-    """The steps in a folder of checkpoints that were saved in good health, or before that was noted."""
-    return [step for step in list_steps(checkpoints) if _is_good(step_path(checkpoints, step))]
-
-
-def _is_good(step_dir: Path) -> bool:
-    try:
-        health = load_manifest(step_dir).health
-    except UserError:  # damaged: it is not what one would go back to
-        return False
-    return health is None or health["good"]
-
-
-def dispensable_steps(
-    checkpoints: Path, keep_last: int, keep_every: int | None = None, keep_steps: Any = ()
-) -> list[int]:
-    """The steps that need not be kept: neither among the newest nor among the newest good ones.
-
-    So no checkpoint from before a streak of skipped updates, or before the loss rose, is deleted for one in
-    or after it.
-    """
-    steps = list_steps(checkpoints)
-    good = (step for step in reversed(steps) if _is_good(step_path(checkpoints, step)))
-    kept = {*steps[-keep_last:], *itertools.islice(good, keep_last), *keep_steps}
-    return [step for step in steps if step not in kept and (keep_every is None or step % keep_every)]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from core import checks
+from core.checkpoint.steps import Keep
 from core.cli import Maybe
 from core.config import PRESETS, Mlp, ModelConfig, preset
 from core.errors import UserError
+from core.run.guard import GuardConfig
+from core.run.schedule import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,108 @@ class ModelOverrides:
         checks.counts(**checks.fields(self, "context", "d_model", "n_layers", "n_heads", "d_mlp"))
         checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std"))
         checks.below_one(dropout=self.dropout)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How any run is trained, watched and kept; each command adds its own."""
+
+    seed: int = 0
+    steps: Maybe[int] = None
+    """Optimizer steps of the whole run. Default: as many as --epochs asks for."""
+    epochs: Maybe[float] = None
+    """Passes over the training data, instead of --steps."""
+    batch: int = 32
+    """Global batch size: sequences per optimizer step, summed over devices."""
+    accumulate: Maybe[int] = None
+    """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
+    the same up to rounding."""
+    optim: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss; 1e-4 keeps logits from drifting."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activation dtype. auto: bfloat16 on GPU and TPU, float32 on CPU; a run keeps the one it was started
+    with. Parameters and optimizer state are always float32."""
+    deterministic: bool = False
+    """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
+
+    eval_every: Maybe[int] = None
+    """Updates between evaluations, besides those before the first update and after the last; 0: only the
+    last. Default: a tenth of the run."""
+    eval_windows: int = 512
+    """Windows of each held-out set that evaluations read; the last, and one where a model grew, read all."""
+    eval_tasks: str = ""
+    """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
+    eval_data_dir: Maybe[Path] = None
+    """Where the tasks' data lies (see eval.run). Default: fetched from the Hugging Face hub."""
+    eval_questions: int = 200
+    """Questions of each task that evaluations during the run ask; the last asks all."""
+    sample_every: Maybe[int] = None
+    """Updates between samples; 0: none. Default: as --eval-every."""
+    prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
+    """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
+    save_every: Maybe[int] = None
+    """Updates between checkpoints. Default: a tenth of the run."""
+    save_minutes: float = 10.0
+    """Also save when this much time has passed since the last checkpoint."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    keep_every: Maybe[int] = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    keep_steps: tuple[int, ...] = ()
+    """Also save and keep the checkpoints of these steps."""
+    stop_at: Maybe[int] = None
+    """Stop when this step is reached, saved; the schedule stays that of all --steps. What is there then
+    has not been decayed: a trunk, to grow or to resume."""
+    log_every: int = 10
+    """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
+
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
+    fallback: bool = False
+    """If the newest checkpoint is damaged, resume from the newest intact one."""
+    from_step: Maybe[int] = None
+    """Resume from this older checkpoint; newer ones are renamed to left-STEP."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("give --steps or --epochs, not both")
+        if self.from_step is not None and self.fallback:
+            raise UserError("give --from-step or --fallback, not both")
+        names = ("steps", "batch", "accumulate", "eval_windows", "eval_questions", "save_every", "keep_last",
+                 "keep_every", "log_every", "stop_at")  # fmt: skip
+        checks.counts(**checks.fields(self, *names))
+        checks.counts(0, **checks.fields(self, "eval_every", "sample_every", "from_step"))
+        for step in self.keep_steps:
+            checks.counts(keep_steps=step)
+        checks.positive(**checks.fields(self, "epochs", "save_minutes"))
+        checks.not_negative(z_loss=self.z_loss)
+        checks.seeds(seed=self.seed)
+
+    @property
+    def keep(self) -> Keep:
+        """Which checkpoints are kept."""
+        return Keep(self.keep_last, self.keep_every, self.keep_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingSource:
+    """The model and the text of a run that pretrains."""
+
+    preset: str = "mtlm1-tiny"
+    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
+    data: str = "builtin"
+    """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
+    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
+    tokenizer: Maybe[str] = None
+    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's, or that of the model to
+    start from; else bytes for the tiny presets and mistral for the others."""
+    out: Maybe[Path] = None
+    """The run folder. Default: runs/PRESET."""
+    model: ModelOverrides = ModelOverrides()
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """A damaged training record ends the run, or its sequence is left out of the loss."""
 
 
 # Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are

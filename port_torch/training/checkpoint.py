@@ -17,15 +17,14 @@ from torch import Tensor
 
 from core.checkpoint.checkpointer import differing_leaves
 from core.checkpoint.manifest import Manifest, load_manifest, seal, verify
-from core.checkpoint.steps import delete_step, remove_unfinished, step_path
+from core.checkpoint.steps import Keep, delete_dispensable, remove_unfinished, step_path
 from core.errors import UserError
 from core.folders import new_folder
-from core.run.guard import dispensable_steps
 from port_torch.export import disk_errors
 from port_torch.training.step import Stepper
 
 STATE = "state.safetensors"
-GUARD = "guard/"  # older checkpoints have none of it
+GUARD = "guard/"  # older checkpoints have less of it, or nothing
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -39,9 +38,8 @@ def state_tensors(stepper: Stepper) -> dict[str, Tensor]:
     return tensors | {f"{GUARD}{name}": tensor for name, tensor in stepper.guard.tensors().items()}
 
 
-def save(folder: Path, stepper: Stepper, manifest: Manifest, keep_last: int) -> None:
-    """Saves step `manifest.step` into the folder of checkpoints, then deletes all but the newest and the
-    newest good ones.
+def save(folder: Path, stepper: Stepper, manifest: Manifest, keep: Keep) -> None:
+    """Saves step `manifest.step` into the folder of checkpoints, then deletes those that are not to be kept.
 
     A step that is there already is left as it is: a run's state is a function of its step.
 
@@ -59,8 +57,7 @@ def save(folder: Path, stepper: Stepper, manifest: Manifest, keep_last: int) -> 
         partial.mkdir()
         save_file(tensors, partial / STATE)
         seal(partial, dataclasses.replace(manifest, tree=tree))
-    for step in dispensable_steps(folder, keep_last):
-        delete_step(step_path(folder, step))
+    delete_dispensable(folder, keep)
 
 
 def restore(step_dir: Path, stepper: Stepper) -> Manifest:
@@ -71,9 +68,11 @@ def restore(step_dir: Path, stepper: Stepper) -> Manifest:
     """
     verify(step_dir)
     manifest = load_manifest(step_dir)
-    here = state_tensors(stepper)
-    if not any(name.startswith(GUARD) for name in manifest.tree):
-        here = {name: tensor for name, tensor in here.items() if not name.startswith(GUARD)}
+    here = {
+        name: tensor
+        for name, tensor in state_tensors(stepper).items()
+        if name in manifest.tree or not name.startswith(GUARD)
+    }
     differing = differing_leaves(manifest.tree, here)
     if differing:
         name, (there, ours) = next(iter(differing.items()))

@@ -26,10 +26,9 @@ from port_torch.training.distributed import Ranks
 from port_torch.training.lora import LORA
 from port_torch.training.settings import AdamWConfig
 
-FIGURES = ("loss", "nll", "grad_norm", "skipped", "interrupted", "late")
-"""What an update reports, in this order: what was minimised and its cross-entropy part, nats a counted token;
-the gradient's norm before clipping; 1 if nothing was changed; how many ranks were asked to stop, and how
-many find that a checkpoint is due."""
+METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", "stop", "late")
+"""What an update reports first, in this order: those of `core.run.engine.Metrics`, and in how many ranks the
+flags are set. The norms of the gradients of all parameters follow."""
 
 
 class Losses(nn.Module):
@@ -47,19 +46,23 @@ class Guard:
     """The rule of core/run/guard.py on the device: nothing waits for what it decides."""
 
     def __init__(self, config: GuardConfig, device: torch.device):
-        self._sigma = config.sigma
+        self._sigma, self._halt_after = config.sigma, config.halt_after
         self._places = torch.arange(config.window, device=device)
         self.losses, self.norms = (torch.zeros(config.window, device=device) for _ in range(2))
-        self.accepted = torch.zeros((), dtype=torch.int64, device=device)
-        """Updates applied so far; the next goes to this place modulo the window."""
+        self.accepted, self.streak, self.skipped = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
+        )
+        """Updates applied so far (the next goes to this place modulo the window), skipped since the last
+        applied one, and skipped in all."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved with a run."""
-        return {"losses": self.losses, "norms": self.norms, "accepted": self.accepted}
+        names = ("losses", "norms", "accepted", "streak", "skipped")
+        return {name: getattr(self, name) for name in names}
 
     def empty(self) -> None:
         """Forgets what it has seen, for a run whose losses will have another level or noise."""
-        for tensor in self.tensors().values():
+        for tensor in (self.losses, self.norms, self.accepted):
             tensor.zero_()
 
     def refuses(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -71,10 +74,13 @@ class Guard:
             spike = loss > spike_limit(self.losses, held, self._sigma)
             spike |= norm > spike_limit(self.norms, held, self._sigma)
             skip |= can_judge(self.accepted, size) & spike
+        skip |= self.streak >= self._halt_after
         here = (self._places == self.accepted % size) & ~skip
         self.losses.copy_(torch.where(here, loss, self.losses))
         self.norms.copy_(torch.where(here, norm, self.norms))
         self.accepted += ~skip
+        self.skipped += skip
+        self.streak.add_(1).mul_(skip)
         return skip
 
 
@@ -110,20 +116,21 @@ class Stepper:
         """bfloat16 products, where that is the type of activations."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def update(self, rows: Rows, parts: int, step: int, lr: float, wishes: tuple[bool, bool]) -> Tensor:
-        """Makes update `step` (0-based) on this rank's rows, in `parts`; gives the `FIGURES`, on the device.
+    def update(self, rows: Rows, parts: int, step: int, lr: float, flags: tuple[bool, bool]) -> Tensor:
+        """Makes update `step` (0-based) on this rank's rows, in `parts`; gives `METRICS` and the norms of the
+        gradients, in the order of `parameters`, on the device.
 
-        wishes: whether this rank was asked to stop, and whether it finds that a checkpoint is due; from the
-            sums every rank learns of them at the same step.
+        flags: those of `core.run.cadence.Agreement`; from the sums every rank learns of them at the same
+            step.
         """
         self.decoder.train()
         seed_dropout(self._seed, step, self.ranks.rank)
         device, ranks = self.ranks.device, self.ranks
         whole = rows.on(device)
         counted = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
-        sums = torch.zeros(2 + len(wishes), device=device)
-        for number, wish in enumerate(wishes):
-            sums[2 + number].fill_(float(wish))  # a kernel's argument; a copy could wait
+        sums = torch.zeros(2 + len(flags), device=device)
+        for number, flag in enumerate(flags):
+            sums[2 + number].fill_(float(flag))  # a kernel's argument; a copy could wait
         for number, micro in enumerate(split(whole, parts)):
             last = number == parts - 1
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
@@ -132,13 +139,16 @@ class Stepper:
                 (total * (ranks.size / counted)).backward()  # DDP takes the mean over the ranks
             sums[:2] += torch.stack([total.detach(), nll.detach()]) / counted
         ranks.sum(sums)
-        norm = get_total_norm([p.grad for p in self.parameters.values()])
-        skip = self.guard.refuses(sums[0], norm)
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters.values()]))
+        norm = torch.linalg.vector_norm(norms)
+        guard = self.guard
+        skip = guard.refuses(sums[0], norm)
         scale = clip_scale(norm, self._clip) if self._clip else None
         self.optimizer.set_lr(lr)
         self.optimizer.step(grad_scale=scale, skip=skip)
         self.optimizer.zero_grad()
-        return torch.cat([sums[:2], norm[None], skip[None], sums[2:]])
+        told = (norm, ~skip, guard.streak, guard.skipped)
+        return torch.cat([sums[:2], *(value[None] for value in told), sums[2:], norms])
 
     def fit(self, rows: int, parts: int, example: Callable[[int], Rows]) -> int:
         """The fewest parts, at least `parts`, in which `rows` rows fit into every rank's memory.

@@ -24,13 +24,14 @@ from core.checkpoint.steps import find_start, find_step, leave_newer, list_steps
 from core.cli import command
 from core.config import ModelConfig
 from core.errors import UserError
+from core.extras import install_command
 from core.model import compute_dtype
-from core.run.cadence import choose_cadence
 from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, require_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, NoLog, RunLog, read_log
+from core.run.loop import END, Loop
 from core.run.progress import Progress, make_console
 from core.run.schedule import check_room, require_continuous
 from core.tokenizer import Tokenizer
@@ -40,11 +41,10 @@ from port_torch.model import Decoder
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut, Rows
 from port_torch.training.distributed import Ranks
-from port_torch.training.loop import Loop
+from port_torch.training.engine import TorchEngine, device_name
 from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.step import Stepper
-from train_tpu.loop import END
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ def require_deterministic_operations() -> None:
 
 def train(job: Job, ranks: Ranks) -> int:
     """Runs the job to its end or to an interruption; returns the exit code of `core.run.interrupt`."""
-    config, out, model = job.config, job.out, job.decoder.config
+    config, out = job.config, job.out
     console = make_console(quiet=not ranks.first)
     rows = ranks.rows(config.batch)
     bf16 = config.dtype == "bfloat16"
@@ -133,6 +133,9 @@ def train(job: Job, ranks: Ranks) -> int:
 
     # 1. The run folder: new, or that of the run to go on with.
     with contextlib.ExitStack() as stack:
+        tasks = open_tasks(config, job.tokenizer, ranks)
+        if tasks:
+            stack.enter_context(tasks)
 
         def enter() -> None:
             stack.enter_context(lock_folder(out))
@@ -203,26 +206,20 @@ def train(job: Job, ranks: Ranks) -> int:
         if log.notice:
             console.print(log.notice, markup=False, highlight=False)
         log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
+        checkpoints = out / "checkpoints"
         code = Loop(
-            config=config,
-            stepper=stepper,
-            parts=parts,
-            step=manifest.step,
+            settings=config,
+            engine=TorchEngine(stepper, parts, part // parts, job.heldout, tasks, checkpoints, config.keep),
+            batches=batches,
+            manifest=manifest,
+            checkpoints=checkpoints,
             steps=job.steps,
             end=end,
-            batches=batches,
-            heldout=job.heldout,
-            rows=part // parts,
-            context=model.context,
-            tokenizer=job.tokenizer,
             prompts=job.prompts,
-            folder=out,
-            manifest=manifest,
+            tokenizer=job.tokenizer,
             log=log,
             progress=progress,
             interrupt=interrupt,
-            cadence=choose_cadence(config, job.steps),
-            flops_per_token=model.flops_per_token(),
         ).run()
 
     # 5. The result.
@@ -241,6 +238,19 @@ def train(job: Job, ranks: Ranks) -> int:
             soft_wrap=True,
         )
     return code
+
+
+def open_tasks(config: TrainerConfig, tokenizer: Tokenizer, ranks: Ranks) -> Any:
+    """What evaluates --eval-tasks; None without: training needs the package eval only then."""
+    if not config.eval_tasks:
+        return None
+    if ranks.size > 1:
+        ranks.refuse("--eval-tasks cannot be used with several processes: leave it out, or use one process")
+    try:
+        from eval.training import TaskEvaluator, torch_backend
+    except ImportError as error:
+        raise UserError(f"--eval-tasks needs lm-eval ({error}): {install_command('eval')}") from None
+    return TaskEvaluator(config.eval_tasks, config.eval_data_dir, tokenizer, torch_backend)
 
 
 def model_alone(out: Path) -> bool:
@@ -286,6 +296,7 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
         for left in leave_newer(folder, job.config.from_step):
             say(f"a newer checkpoint is left, as {left}")
     how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    stepper.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
     changed = changed_measure(old, manifest)
     if changed:
         stepper.guard.empty()
@@ -325,11 +336,6 @@ def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: boo
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
     console.print(table)
-
-
-def device_name(ranks: Ranks) -> str:
-    """What PyTorch calls the device."""
-    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
 
 
 def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:

@@ -10,11 +10,11 @@ from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
 from core.run.folder import read_config, write_config
 from core.run.log import CARRIED, read_log
+from core.run.loop import END, HALT
 from core.tokenizer import TOKENIZER_FILE
 from stacking.study.config import StudyConfig, Target
 from stacking.study.jobs import Job
 from stacking.study.results import Arm, Point
-from train_tpu.loop import END, HALT
 
 NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
 

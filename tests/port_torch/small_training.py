@@ -60,10 +60,10 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], No
     """Has `how` called instead of (if it raises) or just before the update of that step."""
     update = Stepper.update
 
-    def stopping(self, rows, parts, number, lr, wishes):
+    def stopping(self, rows, parts, number, lr, flags):
         if number == step:
             how()
-        return update(self, rows, parts, number, lr, wishes)
+        return update(self, rows, parts, number, lr, flags)
 
     monkeypatch.setattr(Stepper, "update", stopping)
 

@@ -34,6 +34,7 @@ from port_torch.training.distributed import Ranks
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import AdamWConfig
+from port_torch.training.step import METRICS
 from port_torch.training.trainer import load_kernels
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of, write_export
@@ -53,8 +54,8 @@ from tests.port_torch.small_training import (
 )
 from tests.train_tpu.processes import refusal, run, start, without
 from train_tpu.config import defaults as training_defaults
+from train_tpu.engine import place_batch
 from train_tpu.evaluate import Evaluator
-from train_tpu.loop import place_batch
 from train_tpu.step import Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 STEPS, BATCH = 8, 4
@@ -230,13 +231,17 @@ def test_an_update_that_is_not_finite_changes_nothing(dataset: Dataset):
     with torch.no_grad():
         bias[0] = torch.inf
     before = [p.clone() for p in stepper.parameters.values()]
-    figures = stepper.update(rows, 1, 0, 0.1, (True, False)).tolist()
-    assert figures[3:] == [1.0, 1.0, 0.0]
+    n = len(METRICS)
+    made = stepper.update(rows, 1, 0, 0.1, (True, False))
+    assert made[3:n].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+    assert not made[n:].isfinite().all() and len(made) == n + len(before)
     assert all(torch.equal(p, b) for p, b in zip(stepper.parameters.values(), before, strict=True))
     assert all(group["step"] == 0 for group in stepper.optimizer.param_groups)
     with torch.no_grad():
         bias[0] = 0
-    assert stepper.update(rows, 1, 1, 0.1, (False, True)).tolist()[3:] == [0.0, 0.0, 1.0]
+    made = stepper.update(rows, 1, 1, 0.1, (False, True))
+    assert made[3:n].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert float(made[n:].square().sum().sqrt()) == pytest.approx(float(made[2]), rel=1e-6)
     assert not torch.equal(stepper.decoder.embed.weight, before[0])
 
 
@@ -345,7 +350,7 @@ def test_a_checkpoint_without_a_guard_still_opens(finished: Path, monkeypatch):
     step_dir = find_step(finished)
     saved = load_manifest(step_dir)
     tree = {name: leaf for name, leaf in saved.tree.items() if not name.startswith("guard/")}
-    assert len(tree) == len(saved.tree) - 3
+    assert len(tree) == len(saved.tree) - 5
     monkeypatch.setattr(checkpoint, "load_manifest", lambda _: dataclasses.replace(saved, tree=tree))
     decoder = Decoder(ModelConfig(**saved.config["model"]))
     assert checkpoint.restore(step_dir, make_stepper(decoder, OPTIM)).step == 12

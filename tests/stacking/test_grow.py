@@ -33,7 +33,7 @@ from tests.stacking import oracle
 from tests.train_tpu.processes import ROOT, TINY, losses, run
 from train_tpu.backend import choose_step
 from train_tpu.config import RunConfig, defaults
-from train_tpu.loop import place_batch
+from train_tpu.engine import place_batch
 from train_tpu.step import Controls, abstract_state, compile_step
 
 GROWN_AT = 6

@@ -16,6 +16,7 @@ import pytest
 from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
 from core.run.log import read_log
+from core.run.loop import END, HALT
 from core.run.progress import make_console
 from stacking.study import __main__ as command
 from stacking.study import experiment, report
@@ -25,7 +26,6 @@ from stacking.study.jobs import Job, run_jobs
 from stacking.study.report import flops_to_reach, make_table
 from stacking.study.results import Arm, Point
 from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
-from train_tpu.loop import END, HALT
 
 # What the arms of a study are made of: every setting of TINY but those that the study gives.
 TARGET = (

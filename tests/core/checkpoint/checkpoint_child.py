@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from core.checkpoint.checkpointer import Checkpointer, Manifest, find_step, restore
+from core.checkpoint.steps import Keep
 from core.errors import run_command
 from tests.checks import require
 
@@ -36,7 +37,7 @@ def state_of(step: int) -> dict:
 
 def save_forever(folder: Path) -> None:
     """Goes on from the newest step; says each step that it knows to be committed."""
-    checkpointer = Checkpointer(folder)
+    checkpointer = Checkpointer(folder, Keep())
     step = checkpointer.latest_committed or 0
     while True:
         step += 1
@@ -48,7 +49,7 @@ def save_forever(folder: Path) -> None:
 def save_two_with_little_room(folder: Path, shape: tuple[int, ...], limit: int | None) -> None:
     """The first step is small; the second has as many leaves of `shape[1:]` as `shape[0]`, and no file
     of this process may then exceed `limit` bytes."""
-    with Checkpointer(folder, keep_last=1) as checkpointer:
+    with Checkpointer(folder, Keep(1)) as checkpointer:
         checkpointer.save(1, {"params": jnp.arange(100.0)}, manifest(1))
         checkpointer.wait()
         if limit:
@@ -67,7 +68,7 @@ def mesh_shardings() -> dict:
 
 
 def save_sharded(folder: Path) -> None:
-    with Checkpointer(folder) as checkpointer:
+    with Checkpointer(folder, Keep()) as checkpointer:
         checkpointer.save(3, jax.device_put(state_of(3), mesh_shardings()), manifest(3))
 
 

@@ -27,6 +27,7 @@ from core.checkpoint.checkpointer import (
     save_params,
     verify,
 )
+from core.checkpoint.steps import Keep
 from core.errors import UserError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")
@@ -82,7 +83,7 @@ def run_child(mode: str, folder: Path, **variables: str) -> subprocess.Completed
 @pytest.mark.parametrize("writer, reader", [("save-sharded", "here"), ("here", "restore-sharded")])
 def test_another_number_of_devices_opens_it(tmp_path: Path, writer: str, reader: str) -> None:
     if writer == "here":
-        with Checkpointer(tmp_path) as checkpointer:
+        with Checkpointer(tmp_path, Keep()) as checkpointer:
             save_state(checkpointer, 3)
     for mode in {writer, reader} - {"here"}:
         child = run_child(mode, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
@@ -167,7 +168,7 @@ def test_failed_save_is_raised_and_the_next_one_works(
     def no_room(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+    with Checkpointer(tmp_path, Keep(1)) as checkpointer:
         save_state(checkpointer, 1)
         checkpointer.wait()
         with monkeypatch.context() as patch, pytest.raises(UserError, match="no room for a checkpoint"):
@@ -189,7 +190,7 @@ def test_failed_save_is_raised_and_the_next_one_works(
 def test_folder_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=f"{tmp_path}/file/checkpoints does not take a checkpoint"):
-        Checkpointer(tmp_path / "file/checkpoints")
+        Checkpointer(tmp_path / "file/checkpoints", Keep())
     params_manifest = dataclasses.replace(make_manifest(0), kind="params")
     with pytest.raises(UserError, match="does not take a checkpoint"):
         save_params(tmp_path / "file/imported", {"w": jnp.zeros(1)}, params_manifest)
@@ -198,7 +199,7 @@ def test_folder_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", ["nowhere", "."])
 def test_a_link_that_leads_nowhere_is_a_damaged_checkpoint(tmp_path: Path, target: str) -> None:
     """A file replaced by a dangling link, or one to itself, is refused by name; --fallback passes it over."""
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path, Keep()) as checkpointer:
         save_state(checkpointer, 1)
         save_state(checkpointer, 2)
     file = next(path for path in (tmp_path / "00000002").rglob("0.0"))

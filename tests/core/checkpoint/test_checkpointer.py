@@ -28,6 +28,7 @@ from core.checkpoint.checkpointer import (
     set_aside,
     verify,
 )
+from core.checkpoint.steps import Keep
 from core.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -87,8 +88,8 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def save_steps(folder: Path, *steps: int, **options: Any) -> None:
-    with Checkpointer(folder, **options) as checkpointer:
+def save_steps(folder: Path, *steps: int, keep: Keep = Keep()) -> None:  # noqa: B008 (frozen)
+    with Checkpointer(folder, keep) as checkpointer:
         for step in steps:
             checkpointer.save(step, make_state(step), make_manifest(step))
 
@@ -150,7 +151,7 @@ def test_parameters_are_read_without_the_optimizer(step_dir: Path, monkeypatch: 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
     update = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jnp.zeros((2000, 1000))
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path, Keep()) as checkpointer:
         checkpointer.save(1, {"params": x}, make_manifest(1))
         for _ in range(5):
             x = update(x)
@@ -163,7 +164,7 @@ def test_save_goes_on_in_the_background(tmp_path: Path, monkeypatch: pytest.Monk
     may_seal, seal = threading.Event(), core.checkpoint.checkpointer.seal
     monkeypatch.setattr(core.checkpoint.checkpointer, "seal", lambda *args: (may_seal.wait(60), seal(*args)))
     manifest = make_manifest(1)
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path, Keep()) as checkpointer:
         checkpointer.save(1, make_state(1), manifest)
         assert checkpointer.latest_committed is None
         assert [p.name for p in tmp_path.iterdir()] == [".00000001.partial"]
@@ -272,7 +273,7 @@ def test_unlisted_file_is_refused(step_dir: Path, name: str) -> None:
 
 def test_falls_back_only_when_told(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    save_steps(folder, 1, 2, 3, keep_last=3)
+    save_steps(folder, 1, 2, 3, keep=Keep(3))
     damaged = sorted((folder / "00000003/state").rglob("0.*"))[0]
     flip_bit(damaged, 7)
     (folder / "00000002/manifest.json").unlink()
@@ -326,7 +327,7 @@ def test_another_tree_is_refused_with_both_sides(saved: Path, change: Any, messa
 
 
 def test_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
-    save_steps(tmp_path, *range(1, 9), keep_last=2, keep_every=3)
+    save_steps(tmp_path, *range(1, 9), keep=Keep(2, 3))
     assert list_steps(tmp_path) == [3, 6, 7, 8]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000006", "00000007", "00000008"]
     for step in (3, 8):
@@ -363,5 +364,5 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     for name in (".00000002.partial/state", ".00000000.deleted"):
         (tmp_path / name).mkdir(parents=True)
     assert list_steps(tmp_path) == [1]
-    Checkpointer(tmp_path).close()
+    Checkpointer(tmp_path, Keep()).close()
     assert [p.name for p in tmp_path.iterdir()] == ["00000001"]

@@ -46,7 +46,7 @@ def saves(n_processes: int, agree_every: int, steps: int) -> list[list[int]]:
     for step in range(steps):
         now += 1.0
         if step % agree_every == 0:
-            heard = [any(wishes) for wishes in zip(*(a.wishes() for a in agreements), strict=True)]
+            heard = [any(flags) for flags in zip(*(a.flags() for a in agreements), strict=True)]
             for agreement in agreements:
                 agreement.hear(*heard)
         for agreement, saved in zip(agreements, made, strict=True):
@@ -63,9 +63,9 @@ def test_a_late_save_is_made_once_by_one_and_by_several_processes():
 
 def test_one_that_is_asked_to_stop_stops_all():
     asked, other = Agreement(10, lambda: True), Agreement(10, lambda: False)
-    wishes = list(zip(asked.wishes(), other.wishes(), strict=True))
+    flags = list(zip(asked.flags(), other.flags(), strict=True))
     for agreement in (asked, other):
-        agreement.hear(*map(any, wishes))
+        agreement.hear(*map(any, flags))
         assert agreement.stop
         agreement.saved()
         assert agreement.stop and not agreement.late

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.checkpoint.manifest import Manifest, seal
-from core.checkpoint.steps import list_steps, step_path
-from core.run.guard import GuardConfig, Health, changed_measure, dispensable_steps, good_steps, spike_limit
+from core.checkpoint.steps import Keep, dispensable_steps, good_steps, list_steps, step_path
+from core.run.guard import GuardConfig, Health, changed_measure, spike_limit
 from port_torch.training.step import Guard as TorchGuard
 from train_tpu.step import Controls, Guard, _acceptable, _remember, emptied
 
@@ -125,7 +125,7 @@ def save(folder: Path, health: Health, step: int, keep_last: int = 2) -> None:
     step_dir = step_path(folder, step)
     step_dir.mkdir(parents=True)
     seal(step_dir, manifest(step, health.record()))
-    for other in dispensable_steps(folder, keep_last):
+    for other in dispensable_steps(folder, Keep(keep_last)):
         path = step_path(folder, other)
         (path / "manifest.json").unlink()
         path.rmdir()

@@ -1,4 +1,4 @@
-"""Parts of the training loop that need no run."""
+"""Parts of the engine of JAX that need no run."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 from core.sharding import make_mesh
 from tests.compilations import listen
-from train_tpu.loop import own_copy
+from train_tpu.engine import own_copy
 
 
 def test_the_copy_for_samples_is_compiled_once():

@@ -1,0 +1,111 @@
+"""What the training loop asks of whatever computes: train_tpu/engine.py and port_torch/training/engine.py."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from core.checkpoint.manifest import Manifest
+from core.run.metrics import Score
+from core.sampling import Sampling
+
+
+@runtime_checkable
+class LoadedBatch(Protocol):
+    """One global batch as its reader gives it; the engine knows what else is in it."""
+
+    first: int
+    """Index of its first sequence in the endless order."""
+    records: np.ndarray
+    """[rows]: which training record each row of this process is."""
+    bad: np.ndarray
+    """[rows]: whether that record could not be used; such a row predicts nothing."""
+
+
+class Metrics(NamedTuple):
+    """What one update reports, on the host."""
+
+    loss: float
+    """What was minimised, per counted token (with z-loss)."""
+    nll: float
+    """Cross-entropy in nats per token."""
+    grad_norm: float
+    """Global norm before clipping."""
+    applied: bool
+    """Whether the guard let the update through."""
+    streak: int
+    """Updates not applied since the last applied one. From `halt_after` on none is applied any more."""
+    skipped: int
+    """Updates not applied in the whole run."""
+    leaf_norms: Mapping[str, Any]
+    """Gradient norm of every leaf: a number, or one for each layer of it."""
+
+
+class Device(NamedTuple):
+    """What computes."""
+
+    kind: str
+    """The vendor's name, as `core.run.metrics.PEAK_FLOPS` has it."""
+    n: int
+    """How many take part in the run."""
+
+
+class TaskScore(NamedTuple):
+    """One task of lm-evaluation-harness."""
+
+    task: str
+    questions: int
+    metrics: list[tuple[str, float, str]]
+    """Name, value, and what is said of it."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model with its optimizer, and how one update of it is computed.
+
+    Of several processes each has an engine, and all make the same calls in the same order.
+    """
+
+    alone: bool
+    """Whether this process is the only one of the run."""
+    device: Device
+    heldout: Sequence[str]
+    """Names of the held-out sets."""
+
+    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+        """Which flags are set in any process, as far as all of them know before update `step`.
+
+        The flags are those of `core.run.cadence.Agreement.flags`. Every process gets the same answer; where
+        there are several, it may come some updates late.
+        """
+
+    def dispatch(self, batch: LoadedBatch, step: int, lr: float) -> Any:
+        """Starts update `step` (0-based) and returns, without waiting, what `read` takes."""
+
+    def read(self, pending: Any) -> Metrics:
+        """Waits for an update and gives its metrics."""
+
+    def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
+        """The loss on a held-out set, or on about `limit` windows spread over it; None if stopped."""
+
+    def evaluate_tasks(
+        self, limit: int | None, stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Iterable[TaskScore]:
+        """The tasks of --eval-tasks, `limit` questions of each; fewer tasks if stopped, none without."""
+
+    def sample(
+        self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
+    ) -> list[list[int]] | None:
+        """At most `n` new ids for each prompt; None in a process that is not the first."""
+
+    def save(self, manifest: Manifest) -> None:
+        """Saves the newest state as checkpoint `manifest.step`, and deletes those no longer kept.
+
+        May return before the checkpoint is on the disk, but not before the next update may be dispatched.
+
+        Raises:
+            UserError: the disk refuses, now or at an earlier save; the checkpoints that are there stay.
+        """
+
+    def wait(self) -> None:
+        """Returns when the newest checkpoint is on the disk; raises what went wrong with it."""

@@ -1,0 +1,126 @@
+"""The engine of PyTorch: the mirror and its optimizer, for the loop in core/run/loop.py."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.checkpoint.manifest import Manifest
+from core.checkpoint.steps import Keep
+from core.run.engine import Device, Metrics, TaskScore
+from core.run.metrics import Score
+from core.sampling import Sampling
+from port_torch.sampling import stream
+from port_torch.training import checkpoint
+from port_torch.training.batches import Batch, HeldOut
+from port_torch.training.distributed import Ranks
+from port_torch.training.evaluate import score
+from port_torch.training.step import METRICS, Stepper
+
+
+class Pending:
+    """What an update reports, on its way to the host."""
+
+    def __init__(self, on_device: Tensor):
+        self._event = None
+        if on_device.is_cuda:
+            # A plain copy would wait for whatever was queued behind it as well.
+            self._host = torch.empty(on_device.shape, pin_memory=True)
+            self._host.copy_(on_device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = on_device
+
+    def read(self) -> list[float]:
+        """Waits until it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class TorchEngine:
+    """A `core.run.engine.Engine` on one device of one or several ranks."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        parts: int,
+        rows: int,
+        heldout: list[HeldOut],
+        tasks: Any,
+        checkpoints: Path,
+        keep: Keep,
+    ):
+        """parts: in which a rank computes its rows of a batch; rows: of one part.
+
+        tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
+        """
+        self.stepper, self._ranks = stepper, stepper.ranks
+        self.alone = self._ranks.size == 1
+        self.device = Device(device_name(self._ranks), self._ranks.size)
+        self.heldout: Sequence[str] = [one.name for one in heldout]
+        self._parts, self._rows, self._tasks = parts, rows, tasks
+        self._sets = {one.name: one for one in heldout}
+        self._checkpoints, self._keep = checkpoints, keep
+        self._flags = self._heard = (False, False)  # this rank's, and those that any rank had set
+
+    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+        """See `Engine`: every update sums up the flags of all ranks, so nothing waits for an exchange."""
+        self._flags = flags
+        return flags if self.alone else self._heard
+
+    def dispatch(self, batch: Batch, step: int, lr: float) -> Pending:
+        """See `Engine`."""
+        return Pending(self.stepper.update(batch.rows, self._parts, step, lr, self._flags))
+
+    def read(self, pending: Pending) -> Metrics:
+        """See `Engine`."""
+        values = pending.read()
+        found = dict(zip(METRICS, values, strict=False))
+        self._heard = found["stop"] > 0, found["late"] > 0
+        return Metrics(
+            loss=found["loss"],
+            nll=found["nll"],
+            grad_norm=found["grad_norm"],
+            applied=found["applied"] > 0,
+            streak=int(found["streak"]),
+            skipped=int(found["skipped"]),
+            leaf_norms=dict(zip(self.stepper.parameters, values[len(METRICS) :], strict=True)),
+        )
+
+    def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
+        """See `Engine`."""
+        return score(self.stepper, self._sets[split], self._rows, limit, stop)
+
+    def evaluate_tasks(
+        self, limit: int | None, stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Iterable[TaskScore]:
+        """See `Engine`."""
+        return self._tasks.evaluate(self.stepper.decoder, limit, stop, say) if self._tasks else ()
+
+    def sample(
+        self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
+    ) -> list[list[int]] | None:
+        """See `Engine`."""
+        if not self._ranks.first:
+            return None
+        columns = list(stream(self.stepper.decoder.eval(), prompts, sampling, n, eos))
+        return [[id for id in row if id is not None] for row in zip(*columns, strict=True)]
+
+    def save(self, manifest: Manifest) -> None:
+        """See `Engine`: the first rank writes it, and returns when it is on the disk."""
+        # The flags from before it that ask for a checkpoint are answered by this one.
+        self._flags, self._heard = (self._flags[0], False), (self._heard[0], False)
+        if self._ranks.first:
+            checkpoint.save(self._checkpoints, self.stepper, manifest, self._keep)
+
+    def wait(self) -> None:
+        """See `Engine`."""
+
+
+def device_name(ranks: Ranks) -> str:
+    """What PyTorch calls the device."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"

@@ -1,0 +1,338 @@
+"""The rules of the training loop, with an engine that computes nothing and with both real ones."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from core.checkpoint.manifest import Manifest
+from core.checkpoint.steps import Keep, list_steps
+from core.config import ModelConfig
+from core.errors import UserError
+from core.run.engine import Device, Metrics
+from core.run.guard import GuardConfig
+from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
+from core.run.log import RunLog, read_log
+from core.run.loop import Loop, blame_leaves
+from core.run.metrics import Score
+from core.run.progress import Progress, make_console
+from core.run.schedule import OptimizerConfig
+from core.run.settings import TrainingSettings
+from core.tokenizer import load_tokenizer
+from tests.port_torch.test_ranks import Meeting
+from tests.several_devices import ROOT
+
+MODEL = ModelConfig(
+    vocab_size=258, context=8, d_model=16, n_layers=1, n_heads=1, d_mlp=16, positions="rope", mlp="swiglu",
+    biases=False, tied=True,
+)  # fmt: skip
+BATCH = 4
+
+
+class Batch(SimpleNamespace):
+    """Records of the same numbers as the sequences."""
+
+
+def batches(broken_at: int | None = None, bad: tuple[int, ...] = ()) -> Iterator[Batch]:
+    step = 0
+    while step != broken_at:
+        records = np.arange(BATCH) + step * BATCH
+        yield Batch(first=step * BATCH, records=records, bad=np.isin(records, bad))
+        step += 1
+    raise UserError("record 9 is damaged")
+
+
+class FakeEngine:
+    """Notes what it is asked. `refused`: the first update from which on none is applied."""
+
+    heldout = ("valid",)
+    device = Device("cpu", 1)
+
+    def __init__(self, refused: int | None = None, alone: bool = True):
+        self.alone, self.refused = alone, refused
+        self.calls: list[tuple] = []
+        self.saved: list[Manifest] = []
+        self.before: dict[int, Callable[[], None]] = {}  # what happens while an update is dispatched
+        self.exchange: Callable[[tuple[bool, bool]], tuple[bool, bool]] = lambda flags: flags
+
+    def agree(self, step, flags):
+        return self.exchange(flags)
+
+    def dispatch(self, batch, step, lr):
+        self.before.get(step, lambda: None)()
+        self.calls.append(("dispatch", step))
+        return step
+
+    def read(self, pending):
+        self.calls.append(("read", pending))
+        streak = 0 if self.refused is None else max(0, pending - self.refused + 1)
+        loss = math.nan if streak else 5.0 - pending / 10
+        norms = {"embed": 1.0, "layers/q": np.array([2.0, math.nan if streak else 3.0])}
+        return Metrics(loss, loss, 4.0, not streak, streak, streak, norms)
+
+    def score(self, split, limit, stop):
+        self.calls.append(("score", limit))
+        return None if stop() else Score(1.0, math.e, 1.5, 7)
+
+    def evaluate_tasks(self, limit, stop, say):
+        self.calls.append(("tasks", limit))
+        return ()
+
+    def sample(self, prompts, sampling, n, eos):
+        self.calls.append(("sample", n))
+        return [[65] for _ in prompts]
+
+    def save(self, manifest):
+        self.calls.append(("save", manifest.step))
+        self.saved.append(manifest)
+
+    def wait(self):
+        self.calls.append(("wait",))
+
+
+def manifest_of(step: int) -> Manifest:
+    return Manifest(
+        kind="train", step=step, sequences=step * BATCH, tokens=0,
+        config={"model": dataclasses.asdict(MODEL), "run": {"batch": BATCH}}, tokenizer={},
+        data={"fingerprint": "f", "cursor": step * BATCH},
+    )  # fmt: skip
+
+
+def make_loop(folder: Path, engine, reader=None, start: int = 0, **changes) -> Loop:
+    end, steps = changes.pop("end", 10), changes.pop("steps", 10)
+    settings = {"eval_every": 5, "save_every": 100, "sample_every": 5, "batch": BATCH} | changes
+    folder.mkdir(exist_ok=True)
+    return Loop(
+        settings=TrainingSettings(**settings), engine=engine, batches=reader or batches(),
+        manifest=manifest_of(start), checkpoints=folder / "checkpoints", steps=steps, end=end,
+        prompts=[[66]], tokenizer=load_tokenizer("bytes"), log=RunLog(folder, start),
+        progress=Progress(make_console(quiet=True), end, start, 1), interrupt=Interrupt(),
+    )  # fmt: skip
+
+
+def any_of(every: list[tuple[bool, bool]]) -> tuple[bool, ...]:
+    return tuple(map(any, zip(*every, strict=True)))
+
+
+def events(folder: Path) -> list[str]:
+    return [row["what"] for row in read_log(folder, "event")]
+
+
+def test_a_whole_run_in_order_with_metrics_one_step_late(tmp_path: Path):
+    engine = FakeEngine()
+    assert make_loop(tmp_path, engine, keep_steps=(3,), eval_windows=2).run() == EXIT_FINISHED
+    first, late = [("score", 2), ("tasks", 200), ("sample", 16)], ("read", 2)
+    assert engine.calls[:11] == [
+        *first, ("dispatch", 0), ("dispatch", 1), ("read", 0), ("dispatch", 2), ("read", 1), late,
+        ("save", 3), ("dispatch", 3),
+    ]  # fmt: skip
+    assert engine.calls[-7:] == [
+        ("read", 8), ("read", 9), ("score", None), ("tasks", None), ("sample", 96), ("save", 10), ("wait",)
+    ]  # fmt: skip
+    assert [row["step"] for row in read_log(tmp_path, "train")] == list(range(10))
+    assert [(m.step, m.sequences, m.tokens, m.data["cursor"]) for m in engine.saved] == [
+        (3, 12, 96, 12), (10, 40, 320, 40)
+    ]  # fmt: skip
+    assert engine.saved[-1].health["good"] and events(tmp_path) == ["first update", "end"]
+
+
+def test_a_part_of_a_run_says_of_how_many_steps(tmp_path: Path):
+    assert make_loop(tmp_path, FakeEngine(), end=4).run() == EXIT_FINISHED
+    assert events(tmp_path)[-1] == "stopped, as asked, of 10"
+
+
+def test_a_streak_of_refused_updates_halts_with_leaves_to_blame(tmp_path: Path):
+    engine = FakeEngine(refused=4)
+    loop = make_loop(tmp_path, engine, guard=GuardConfig(halt_after=3))
+    assert loop.run() == EXIT_HALTED
+    assert [m.step for m in engine.saved] == [8] and not engine.saved[0].health["good"]
+    assert ("read", 7) not in engine.calls  # it was under way behind the third, and changed nothing
+    skips = read_log(tmp_path, "skip")
+    assert [(row["step"], row["streak"], row["sequences"]) for row in skips] == [
+        (4, 1, [16, 20]), (5, 2, [20, 24]), (6, 3, [24, 28])
+    ]  # fmt: skip
+    assert skips[0]["records"] == [16, 17, 18, 19]
+    assert skips[0]["blame"] == ["layers/q[1] (nan)", "layers/q[0] (2)", "embed (1)"]
+    (halt,) = (row for row in read_log(tmp_path, "event") if row["what"] == "halt")
+    assert halt["why"].startswith("3 updates in a row were not applied, the last at step 6 with loss nan")
+
+
+def test_one_that_is_asked_to_stop_saves_and_says_whether_a_step_was_made(tmp_path: Path):
+    engine = FakeEngine()
+    loop = make_loop(tmp_path / "a", engine)
+    engine.before[3] = lambda: setattr(loop.interrupt, "requested", "SIGTERM")
+    assert loop.run() == EXIT_SAVED
+    assert [m.step for m in engine.saved] == [4] and events(tmp_path / "a")[-1] == "interrupted by SIGTERM"
+    assert engine.calls[-3:] == [("read", 3), ("save", 4), ("wait",)]
+
+    engine = FakeEngine()
+    loop = make_loop(tmp_path / "b", engine, start=4)
+    loop.interrupt.requested = "SIGINT"
+    assert loop.run() == EXIT_KEPT
+    assert engine.calls == [("wait",)]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_damaged_record_ends_the_run_and_one_alone_saves_first(alone: bool, tmp_path: Path):
+    """Of several processes the others do not know of it, and saving is the work of all."""
+    engine = FakeEngine(alone=alone)
+    with pytest.raises(UserError, match="record 9 is damaged"):
+        make_loop(tmp_path, engine, batches(broken_at=3)).run()
+    assert [m.step for m in engine.saved] == ([3] if alone else [])
+    assert len(read_log(tmp_path, "train")) == (3 if alone else 2)
+
+
+def test_records_that_are_left_out_are_named(tmp_path: Path):
+    assert make_loop(tmp_path, FakeEngine(), batches(bad=(5, 7))).run() == EXIT_FINISHED
+    (row,) = (row for row in read_log(tmp_path, "event") if "records" in row)
+    assert (row["step"], row["records"]) == (1, [5, 7])
+
+
+def test_several_stop_and_save_at_the_same_step(tmp_path: Path):
+    """Only the second is asked to stop, and only the first finds that a save is late."""
+    meeting, engines, codes = Meeting(), [FakeEngine(alone=False) for _ in range(2)], {}
+    loops = [make_loop(tmp_path / str(rank), engine) for rank, engine in enumerate(engines)]
+    for rank, engine in enumerate(engines):
+        engine.exchange = lambda flags, rank=rank: tuple(
+            map(any, zip(*meeting.all(rank, flags), strict=True))
+        )
+    engines[0].before[1] = lambda: setattr(loops[0]._agreement, "_last_save", -math.inf)
+    engines[1].before[6] = lambda: setattr(loops[1].interrupt, "requested", "SIGTERM")
+    threads = [
+        threading.Thread(target=lambda rank=rank: codes.update({rank: loops[rank].run()})) for rank in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert codes == {0: EXIT_SAVED, 1: EXIT_SAVED}
+    assert [[m.step for m in engine.saved] for engine in engines] == [[2, 7]] * 2
+    assert [events(tmp_path / str(rank))[-1] for rank in (0, 1)] == [
+        "interrupted by another process", "interrupted by SIGTERM"
+    ]  # fmt: skip
+
+
+def test_blame_falls_on_what_is_not_finite_and_then_on_the_largest():
+    norms = {"a": np.array([1.0, 30.0]), "b": 20.0, "c": 0.5}
+    assert blame_leaves(norms) == ["a[1] (30)", "b (20)", "a[0] (1)"]
+    assert blame_leaves(norms | {"c": math.inf}, most=1) == ["c (inf)"]
+
+
+def test_ranks_of_torch_hear_each_others_flags_and_a_save_answers_them():
+    """A flag raised before a save and heard after it would otherwise save again at the next step."""
+    from port_torch.training.engine import TorchEngine
+    from port_torch.training.step import METRICS
+
+    sent: list[tuple[bool, bool]] = []
+
+    def update(rows, parts, step, lr, flags):  # the other rank wants nothing
+        sent.append(flags)
+        return torch.tensor([0.0] * (len(METRICS) - 2) + [float(flag) for flag in flags])
+
+    ranks = SimpleNamespace(size=2, first=False, device=torch.device("cpu"))
+    stepper = SimpleNamespace(ranks=ranks, update=update, parameters={})
+    engine = TorchEngine(stepper, 1, 1, [], None, Path("unused"), Keep())
+    batch = SimpleNamespace(rows=None)
+    assert engine.agree(0, (True, True)) == (False, False)  # nobody else knows of them yet
+    engine.read(engine.dispatch(batch, 0, 0.1))
+    assert engine.agree(1, (True, True)) == (True, True)
+    engine.save(manifest_of(1))
+    engine.read(engine.dispatch(batch, 1, 0.1))
+    assert engine.agree(2, (True, False)) == (True, False)
+    assert sent == [(True, True), (True, False)]
+
+
+# Both engines
+
+
+def jax_engine(data, settings, checkpoints: Path):
+    from core.checkpoint.checkpointer import Checkpointer
+    from core.data.dataset import train_batches
+    from core.generation import Generator
+    from core.model import Compute
+    from core.sharding import make_mesh
+    from train_tpu.config import RunConfig
+    from train_tpu.engine import JaxEngine
+    from train_tpu.evaluate import Evaluator
+    from train_tpu.step import StepConfig, compile_step, fresh_state
+
+    mesh = make_mesh()
+    compute = Compute(mesh=mesh)
+    step = StepConfig(MODEL, settings.optim, settings.guard, compute, 0.0, 8192)
+    config = RunConfig(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}, mesh=None)
+    config = dataclasses.replace(config, accumulate=1)
+    engine = JaxEngine(
+        config, mesh, fresh_state(step, mesh, 0), compile_step(step, BATCH, 1, mesh),
+        Evaluator(MODEL, compute, data, BATCH, 8192, mesh), None, Generator(MODEL, Compute()),
+        Checkpointer(checkpoints, settings.keep),
+    )  # fmt: skip
+    return engine, train_batches(data, seed=0, batch=BATCH, vocab_size=258)
+
+
+def torch_engine(data, settings, checkpoints: Path):
+    from port_torch.training.batches import heldout_sets, pretraining_batches
+    from port_torch.training.distributed import Ranks
+    from port_torch.training.engine import TorchEngine
+    from port_torch.training.pretraining import fresh_decoder
+    from port_torch.training.settings import AdamWConfig
+    from port_torch.training.step import Stepper
+
+    optim = AdamWConfig(lr=settings.optim.lr, warmup=0)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    stepper = Stepper(fresh_decoder(MODEL, 0), optim, ranks, seed=0, guard=settings.guard)
+    engine = TorchEngine(stepper, 1, BATCH, heldout_sets(data), None, checkpoints, settings.keep)
+    reader = pretraining_batches(
+        data, seed=0, batch=BATCH, start=0, rows=slice(0, BATCH), vocab_size=258, on_bad="fail"
+    )
+    return engine, reader
+
+
+def test_both_engines_log_the_same_of_a_run_that_diverges(cache: Path, text: Path, tmp_path: Path):
+    """Rows of the same kinds, steps and fields with the same losses up to rounding until the parameters are
+    not finite; the same checkpoints are kept, and the guard halts at the same step, in the same words."""
+    from core.data.prepare import open_or_prepare
+
+    data = open_or_prepare(str(text), "bytes", MODEL.context, cache / "data")
+    optim = OptimizerConfig(optimizer="adamw", lr=1e30, warmup=0)
+    changes = {"optim": optim, "guard": GuardConfig(halt_after=3), "eval_windows": 4, "save_every": 1,
+               "keep_last": 1, "keep_every": 2, "keep_steps": (3,)}  # fmt: skip
+    rows, steps, codes = [], [], []
+    for make in (jax_engine, torch_engine):
+        folder = tmp_path / make.__name__
+        settings = make_loop(folder, FakeEngine(), **changes).settings
+        engine, reader = make(data, settings, folder / "checkpoints")
+        codes.append(make_loop(folder, engine, reader, **changes).run())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows.append([(row["kind"], row["step"], *row) for row in lines])
+        rows.append(
+            [row.get("why") or row.get("loss") or row.get("nll") for row in lines if row["step"] != 1]
+        )
+        steps.append(list_steps(folder / "checkpoints"))
+        skips = [row for row in lines if row["kind"] == "skip"]
+        assert [row["streak"] for row in skips] == [1, 2, 3] and len(skips[0]["blame"]) == 3
+        assert "(nan)" in skips[0]["blame"][0] and skips[0]["sequences"] == [4, 8]
+    assert codes == [EXIT_HALTED] * 2 and steps[0] == steps[1]
+    assert rows[0] == rows[2]
+    for ours, theirs in zip(rows[1], rows[3], strict=True):
+        assert ours == (pytest.approx(theirs, rel=1e-5) if isinstance(ours, float) else theirs)
+
+
+def test_neither_jax_nor_torch_comes_with_what_all_runs_share():
+    code = (
+        "import importlib, pkgutil, sys, core.run, core.data\n"
+        "for package in (core.run, core.data):\n"
+        "    for module in pkgutil.iter_modules(package.__path__, f'{package.__name__}.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "print({'jax', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,142 @@
+"""The engine of JAX: the compiled step and its state, for the loop in core/run/loop.py."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from core.checkpoint.checkpointer import Checkpointer
+from core.checkpoint.manifest import Manifest
+from core.data.dataset import Batch as LoadedBatch
+from core.generation import Generator
+from core.model import Params
+from core.processes import any_of, are_several, is_first
+from core.run.engine import Device, Metrics, TaskScore
+from core.run.metrics import Score
+from core.sampling import Sampling
+from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
+from train_tpu.config import RunConfig
+from train_tpu.evaluate import Evaluator
+from train_tpu.step import Batch, Controls, TrainState
+from train_tpu.step import Metrics as StepMetrics
+
+AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save
+
+
+class JaxEngine:
+    """A `core.run.engine.Engine`. `state` is always the newest; the step donates the one before."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        state: TrainState,
+        step: jax.stages.Compiled,
+        evaluator: Evaluator,
+        tasks: Any,
+        generator: Generator,
+        checkpointer: Checkpointer,
+    ):
+        """tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated."""
+        self.state = state
+        self.alone = not are_several()
+        self.device = Device(mesh.devices.flat[0].device_kind, mesh.size)
+        self.heldout: Sequence[str] = evaluator.dataset.heldout
+        self._config, self._mesh, self._step = config, mesh, step
+        self._evaluator, self._tasks, self._generator = evaluator, tasks, generator
+        self._checkpointer = checkpointer
+
+    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+        """See `Engine`: by an exchange every `AGREE_EVERY` updates."""
+        if self.alone or step % AGREE_EVERY == 0:
+            return any_of(*flags)
+        return False, False
+
+    def dispatch(self, batch: LoadedBatch, step: int, lr: float) -> StepMetrics:
+        """See `Engine`."""
+        config, whole = self._config, replicated(self._mesh)
+        controls = Controls(
+            lr=np.float32(lr),
+            sigma=np.float32(config.guard.sigma),
+            halt_after=np.int32(config.guard.halt_after),
+            seed=np.uint32(config.seed),
+        )
+        placed = place_batch(batch, config.batch, config.accumulate, self._mesh)
+        controls = Controls(*(place(value, whole) for value in controls))
+        self.state, metrics = self._step(self.state, placed, controls)
+        return metrics
+
+    def read(self, pending: StepMetrics) -> Metrics:
+        """See `Engine`."""
+        found = jax.device_get(pending)
+        return Metrics(
+            loss=float(found.loss),
+            nll=float(found.nll),
+            grad_norm=float(found.grad_norm),
+            applied=bool(found.applied),
+            streak=int(found.streak),
+            skipped=int(found.skipped),
+            leaf_norms=found.leaf_norms,
+        )
+
+    def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
+        """See `Engine`."""
+        return self._evaluator.score(self.state.params, split, limit, stop)
+
+    def evaluate_tasks(
+        self, limit: int | None, stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Iterable[TaskScore]:
+        """See `Engine`."""
+        return self._tasks.evaluate(self.state.params, limit, stop, say) if self._tasks else ()
+
+    def sample(
+        self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
+    ) -> list[list[int]] | None:
+        """See `Engine`."""
+        params = self.state.params
+        if not self.alone:
+            params = own_copy(params, self._mesh)
+            if not is_first():
+                return None
+        return self._generator.complete(params, prompts, sampling, n, eos)
+
+    def save(self, manifest: Manifest) -> None:
+        """See `Engine`: in the background."""
+        self._checkpointer.save(manifest.step, self.state, manifest)
+
+    def wait(self) -> None:
+        """See `Engine`."""
+        self._checkpointer.wait()
+
+
+def own_copy(params: Params, mesh: Mesh) -> Params:
+    """The whole parameters on one device of this process; every process must ask."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _whole(mesh)(params))
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[Params], Params]:
+    """One function for a mesh, so that it is compiled once."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def own_rows(batch: int, accumulate: int, mesh: Mesh) -> np.ndarray:
+    """[accumulate, n]: the rows of a global batch that this process's devices work on; alone, all of them."""
+    rows = batch // accumulate
+    return np.arange(accumulate)[:, None] * rows + local_rows(batch_sharding(mesh), accumulate, rows)
+
+
+def place_batch(loaded: LoadedBatch, batch: int, accumulate: int, mesh: Mesh) -> Batch:
+    """This process's rows of a global batch of `batch` as the step takes them: cut into micro-batches,
+    spread over the devices."""
+    own = own_rows(batch, accumulate, mesh)
+
+    def placed(values: np.ndarray) -> jax.Array:
+        cut = values.reshape(*own.shape, *values.shape[1:])
+        return place_rows(cut, own[0], batch // accumulate, batch_sharding(mesh))
+
+    index = (loaded.first + own.ravel()).astype(np.uint32)
+    return Batch(placed(loaded.tokens), placed(loaded.bad), placed(index))
