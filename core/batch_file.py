@@ -1,6 +1,6 @@
 """A file of prompts becomes a file of texts, for both commands that generate.
 
-Texts are written as they are made. While some are missing, `OUT.unfinished` beside them says what they are
+Texts are written as they are made. While some are missing, `OUT.unfinished` next to them says what they are
 made of, and the same command resumes where it ended; the texts are those of a run that was not interrupted.
 """
 
@@ -76,7 +76,7 @@ def read_prompts(path: Path) -> list[Json]:
 
 
 def mark_of(out: Path) -> Path:
-    """The file beside `out` that is there while texts are missing: it holds what they are made of."""
+    """The file next to `out` that is there while texts are missing: it holds what they are made of."""
     return out.with_name(f"{out.name}.unfinished")
 
 

@@ -44,7 +44,7 @@ def remove_half_written(folder: Path) -> None:
     """Removes what a process was writing into JAX's cache when it was killed or the disk was full.
 
     JAX would read such an entry at every start, warn, and never write it again. It writes an entry, and then
-    the time of its last use beside it, holding the lock.
+    the time of its last use next to it, holding the lock.
     """
     with filelock.FileLock(folder / ".lockfile", timeout=LOCK_TIMEOUT):
         for entry in folder.glob("*-cache"):

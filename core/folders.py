@@ -42,7 +42,7 @@ def require_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """The path of a hidden folder beside `out`, for the caller to make and fill; it becomes `out` when all
+    """The path of a hidden folder next to `out`, for the caller to make and fill; it becomes `out` when all
     went well, and is removed otherwise.
 
     Raises:

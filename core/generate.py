@@ -24,13 +24,13 @@ class GenerateConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """A run folder, or one checkpoint in it."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """What to continue; repeat it for several at once. Default: what is piped into the command, else the
-    beginning of a document."""
+    """Prompt to continue; repeat the option for several. Default: read from stdin, else empty (the
+    beginning of a document)."""
     files: BatchFile = BatchFile()
     max_new_tokens: int = 200
     sampling: Sampling = Sampling()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations; auto is bfloat16 on GPU and TPU, float32 on a CPU."""
+    """Activation dtype. auto: bfloat16 on GPU and TPU, float32 on CPU."""
     tokenizer: str | None = None
     """The run's tokenizer.json, where neither the run nor its old path has it."""
 

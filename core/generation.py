@@ -61,7 +61,7 @@ class Knobs(NamedTuple):
 
 
 def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs) -> Int[Array, " B"]:
-    """Draws a token a row from softmax(scores / temperature), cut to the top k and the top p.
+    """Draws one token per row from softmax(scores / temperature), cut to the top k and the top p.
 
     The key is that of (seed, row) and the position, so a draw can be repeated on its own.
     """

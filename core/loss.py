@@ -2,7 +2,7 @@
 
 The plain formula stores float32 logits [B S, V]: 8 GiB for 64 x 1024 tokens and 32,000 ids, more than
 everything else together. Here the rows go through head and softmax in chunks, and a chunk's gradients
-are formed while its logits are at hand, so that the backward pass only scales what is there: three
+are formed while its logits are available, so that the backward pass only scales what is there: three
 matrix products in all, one chunk's logits in memory.
 """
 
@@ -44,7 +44,7 @@ def cross_entropy(
         hidden: final hidden states; their type is that of the matrix products.
         table: the head, one row an id. Logits, softmax and the table's gradient are float32.
         z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
-        chunk: the most rows whose logits are held at once on a device; chunks are of equal size.
+        chunk: the most rows whose logits are held at once per device; chunks are of equal size.
         mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of
             the vocabulary where that can be divided; the table's gradient is summed over them once.
     """

@@ -160,7 +160,7 @@ def require_shared(folder: Path) -> None:
 
 
 def require_equal(value: str, what: str) -> None:
-    """Refuses to go on if the processes do not have the same `value`.
+    """Refuses to continue if the processes do not have the same `value`.
 
     Raises:
         UserError: in every process.

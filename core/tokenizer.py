@@ -56,7 +56,7 @@ class Tokenizer(abc.ABC):
         """
 
     def begin(self, text: str) -> list[int]:
-        """The ids of a document that begins with `text`: what a model is given to go on from."""
+        """The ids of a document that begins with `text`: what a model is given to continue."""
         return [self.bos, *self.encode(text).tolist()]
 
     @abc.abstractmethod
@@ -136,7 +136,7 @@ def file_hash(file: Path) -> str | None:
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict:
-    """What is stored beside data and weights: {"name", "sha256", "vocab_size"}."""
+    """What is stored with data and weights: {"name", "sha256", "vocab_size"}."""
     return {
         "name": tokenizer.name,
         "sha256": tokenizer.sha256,

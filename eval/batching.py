@@ -24,9 +24,9 @@ class Row(NamedTuple):
     """One sequence, of which the last predictions are scored."""
 
     inputs: Sequence[int]
-    """What the model sees; it predicts the token behind each."""
+    """What the model sees; it predicts the token after each."""
     targets: Sequence[int]
-    """The tokens behind the last len(targets) inputs."""
+    """The tokens after the last len(targets) inputs."""
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Waits for the result."""
 
     def stream(self, prompts: list[list[int]], sampling, max_new_tokens: int, eos: int | None):
-        """Tokens behind the prompts, step by step (see core.generation.Generator.stream)."""
+        """Tokens after the prompts, step by step (see core.generation.Generator.stream)."""
 
 
 def batches(

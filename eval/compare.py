@@ -99,7 +99,7 @@ def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N
 def compare_pages(
     first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"], n_bytes: Float[np.ndarray, " N"]
 ) -> Compared:
-    """Compares bits a byte of the same N documents, given their nats: the t-test of a ratio of sums.
+    """Compares bits per byte of the same N documents, given their nats: the t-test of a ratio of sums.
 
     The difference is sum(second - first) / sum(bytes); its error that of the linearised ratio over documents.
     """

@@ -101,7 +101,7 @@ def _question(row: Record, rolling: bool) -> Record:
 
 
 def _rolling(questions: list[Record], bos_nats: float) -> Record:
-    """What belongs to a perplexity: the error of bits a byte over documents, and what `<s>` cost in it."""
+    """What belongs to a perplexity: the error of bits per byte over documents, and what `<s>` cost in it."""
     nats = -np.array([row["logprob"] for row in questions])
     n_bytes = np.array([row["bytes"] for row in questions], float)
     n_words = sum(row["words"] for row in questions)

@@ -18,7 +18,7 @@ from core.sampling import Sampling
 from core.sharding import BATCH_AXES, make_mesh, replicated
 from eval.batching import BUDGET, CPU_BUDGET, Batch, Scores, chunks
 
-CHUNK, CPU_CHUNK = 2048, 256  # places whose logits are held at once on a device
+CHUNK, CPU_CHUNK = 2048, 256  # positions whose logits are held at once per device
 # A width is computed for a second or two: XLA's search for the fastest matrix product would take longer.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 

@@ -2,7 +2,7 @@
 
 How a context and a continuation become tokens is the harness's own code (`TemplateLM`); what is here says
 how tokens are scored. As with its `hf` model and a tokenizer that adds `<s>`, every text begins with `<s>`,
-and in rolling log-likelihoods `<s>` itself is scored once a document, behind another `<s>`.
+and in rolling log-likelihoods `<s>` itself is scored once per document, after another `<s>`.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ class HarnessModel(TemplateLM):
         return bos + self.mtlm_tokenizer.encode(string).tolist()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is the likeliest) of each continuation behind its context."""
+        """(log-probability, whether it is the likeliest) of each continuation after its context."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts behind the contexts, up to a stop text, `</s>` or a number of tokens."""
+        """Texts after the contexts, up to a stop text, `</s>` or a number of tokens."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):

@@ -1,13 +1,13 @@
 """`python -m eval.perplexity MODEL`: the perplexities of a text, each under a name that says what it is.
 
-The same model has several on the same text, which people put beside each other by mistake:
+The same model has several on the same text, which people compare with each other by mistake:
 
-    token_disjoint   exp(nats a token): the text as it is, in windows of the context side by side
+    token_disjoint   exp(nats per token): the text as it is, in adjacent windows of the context
     token_stride     the same with overlapping windows, as Hugging Face's guide has it: every token but those
                      of the first window sees at least context - stride tokens before it
     word             exp(nats / words), words as lm-evaluation-harness counts them; WikiText by its pages,
                      detokenised, and everything else as one document
-    byte             bits a byte: of each of these; the only one that compares between tokenizers
+    byte             bits per byte: of each of these; the only one that compares between tokenizers
 
 The text begins with `<s>`, which the per-token numbers do not score; lm-evaluation-harness does (see
 eval.harness).
@@ -45,7 +45,7 @@ WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7d
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityConfig:
-    """Perplexities of WikiText-2's test text, or of a text of yours: per token, per word, and bits a byte."""
+    """Perplexities of WikiText-2's test text, or of your own text: per token, per word, and bits per byte."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
@@ -56,7 +56,7 @@ class PerplexityConfig:
     stride: int | None = None
     """Tokens that the overlapping windows move on by. Default: 512, or half of a context below 1024."""
     out: Path | None = None
-    """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval beside the folder."""
+    """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
@@ -242,9 +242,9 @@ def main() -> int:
 def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int) -> str:
     """The table that is printed."""
     how = {
-        "token_disjoint": f"a token; windows of {context} side by side; <s> first, not scored",
-        "token_stride": f"a token; Hugging Face's windows, stride {stride}; <s> first, not scored",
-        "word": "a word, as lm-evaluation-harness; <s> scored once a document",
+        "token_disjoint": f"per token; adjacent windows of {context}; <s> first, not scored",
+        "token_stride": f"per token; Hugging Face's windows, stride {stride}; <s> first, not scored",
+        "word": "per word, as lm-evaluation-harness; <s> scored once per document",
     }
     rows = []
     for kind, values in found.items():
@@ -253,7 +253,7 @@ def report(name: str, found: dict[str, dict[str, float | int]], context: int, st
             kind, f"{values['perplexity']:.3f}", f"{values['bits_per_byte']:.4f}", f"{units:,}", how[kind],
         ))  # fmt: skip
     lines = [f"{name} ({found['token_disjoint']['bytes']:,} bytes)"]
-    lines.append(table(("name", "perplexity", "bits a byte", "units", "perplexity of"), rows))
+    lines.append(table(("name", "perplexity", "bits per byte", "units", "how"), rows))
     without = found["word"]["perplexity_without_bos"]
     lines.append(f"word without scoring <s>: {without:.3f}")
     return "\n".join(lines)

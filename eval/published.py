@@ -49,14 +49,14 @@ PUBLISHED = (
 
 # Perplexities of WikiText-2: a number is one of a unit.
 PUBLISHED_WIKITEXT = (
-    ("GPT-2 124M", "37.37 a word (lm-eval's wikitext)", "0.977 bits a byte, from that"),
-    ("MTLM2-40M, the original", "54.21, unit not stated", "about 1.5 bits a byte if it is per Mistral token"),
+    ("GPT-2 124M", "37.37 per word (lm-eval's wikitext)", "0.977 bits per byte, computed from that"),
+    ("MTLM2-40M, the original", "54.21, unit not stated", "about 1.5 bits per byte if per Mistral token"),
 )
 
 NOTE = (
     "What does not compare: perplexities per token and per word, and those of different tokenizers, are of "
-    "different units (bits a byte is the common one). TruthfulQA mc2 falls as models of this size get better "
-    "(TinyStories-28M 48.1, OPT-66B 35.4), so it is no headline. The original's table understates its "
+    "different units (bits per byte is the common one). TruthfulQA mc2 falls as models of this size get "
+    "better (TinyStories-28M 48.1, OPT-66B 35.4), so it is no headline. The original's table understates its "
     "baselines (OPT-125M ARC-Easy 35.0, GPT-2 33.5) and mixes 25-shot with 0-shot values. One standard error "
     "of a full set is about 1.0 point (ARC-Easy), 1.2 (ARC-Challenge), 2.1 (OpenBookQA), 1.5 (TruthfulQA)."
 )

@@ -1,4 +1,4 @@
-"""A ratio of sums over documents, such as bits a byte, and its standard error."""
+"""A ratio of sums over documents, such as bits per byte, and its standard error."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, the scored questions, a table beside published figures, a plot.
+"""What an evaluation leaves: results.json, the scored questions, a table with published figures, a plot.
 
 OUT/results.json           model, settings and versions; every task with its metrics, hashes and counts
 OUT/questions/TASK.jsonl   every question as it was scored, for eval.compare
@@ -169,11 +169,11 @@ def markdown(content: Record) -> str:
     for task, entry in rolling.items():
         lines.append(
             f"{task}: {entry['words']:,} words and {entry['bytes']:,} bytes of the original text. As the "
-            "harness does with a tokenizer that adds `<s>`, P(`<s>` | `<s>`) is scored once a document; "
-            f"without it {entry['word_perplexity_without_bos']:.2f} a word, "
-            f"{entry['bits_per_byte_without_bos']:.4f} bits a byte."
+            "harness does with a tokenizer that adds `<s>`, P(`<s>` | `<s>`) is scored once per document; "
+            f"without it {entry['word_perplexity_without_bos']:.2f} per word, "
+            f"{entry['bits_per_byte_without_bos']:.4f} bits per byte."
         )
-    lines += ["## Beside published figures", published_table({model["name"]: tasks}), NOTE]
+    lines += ["## Compared with published figures", published_table({model["name"]: tasks}), NOTE]
     return "\n\n".join(lines) + "\n"
 
 
@@ -224,7 +224,7 @@ def wikitext(tasks: dict[str, Record]) -> str:
     if "wikitext" not in tasks:
         return ""
     word, byte = (tasks["wikitext"]["metrics"][m]["value"] for m in ("word_perplexity", "bits_per_byte"))
-    return f"{word:.2f} a word: {byte:.4f} bits a byte"
+    return f"{word:.2f} per word: {byte:.4f} bits per byte"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,7 +1,7 @@
 """`python -m eval.run MODEL --tasks ...`: lm-evaluation-harness's tasks on a checkpoint or exported folder.
 
-main() is the whole course in order: names and data, model, one task after the other, table and plot. What is
-done is written at once; the same command goes on behind it.
+main() reads in order: names and data, model, one task after the other, table and plot. Each finished task is
+written at once; the same command resumes after it.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class EvalConfig:
     """A folder with the data of tasks (arc/, openbookqa/, truthfulqa/, wikitext-2-raw/, piqa/, winogrande/,
     lambada/, blimp/). Other tasks, and all without it, get theirs from the Hugging Face hub."""
     out: Path | None = None
-    """Where the results go. Default: eval/step-N in the run, or FOLDER-eval beside the folder."""
+    """Where the results go. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
+    """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
     tokenizer: str | None = None
@@ -45,7 +45,7 @@ class EvalConfig:
     shots: int | None = None
     """Solved examples before each question, from the task's training documents. Default: as the task says."""
     limit: int | None = None
-    """Only the first questions of each task: to try things out; the table says so."""
+    """Only the first questions of each task: for a quick try; the table says so."""
     card: bool = False
     """Also write the results into the model card of the exported folder (README.md)."""
 
@@ -86,14 +86,14 @@ def main() -> int:
         try:
             for name in tasks.names:
                 if results.has(name, tasks.files):
-                    print(f"{name}: evaluated before, in {results.folder}")
+                    print(f"{name}: already evaluated, in {results.folder}")
                     continue
                 record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
                 results.add(name, record, questions)
                 report(name, record, model.backend.context)
         except KeyboardInterrupt:
             print(
-                f"interrupted: what is done is in {results.folder}; the same command goes on behind it",
+                f"interrupted: finished tasks are in {results.folder}; the same command resumes",
                 file=sys.stderr,
             )
             return EXIT_INTERRUPTED
@@ -114,7 +114,7 @@ def report(name: str, record: Record, context: int) -> None:
     if record["truncated"]:
         print(
             f"{name}: {record['truncated']} requests were longer than the context of {context} tokens and "
-            "lost their beginning, as the harness does it",
+            "lost their beginning, as the harness does",
             file=sys.stderr,
         )
 

@@ -12,7 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def require_model(path: Path, device: Device = "auto") -> None:
-    """A UserError where there is no model, or one that a device is not to be chosen for."""
+    """A UserError where there is no model, or where --device does not apply to it."""
     if not path.exists():
         raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
     require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
@@ -29,7 +29,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def results_folder(path: Path) -> Path:
-    """Where results go if nothing else is said: eval/step-N in the run, or FOLDER-eval beside a folder."""
+    """Default folder of results: eval/step-N in the run, or FOLDER-eval next to a folder."""
     if is_checkpoint(path):
         step_dir = find_step(path)
         return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
@@ -40,5 +40,5 @@ def task_names(text: str) -> list[str]:
     """The names in a list with commas between, each once; a UserError where there is none."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise UserError(f"{text!r} names no task")
+        raise UserError(f"{text!r} does not name a task")
     return names

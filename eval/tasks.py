@@ -1,7 +1,7 @@
 """The harness's tasks by name, with their data from the hub or from local files.
 
 For local files a task is the harness's own definition with another `dataset_path`: a YAML file that includes
-the harness's, beside the documents, in a folder that is removed afterwards.
+the harness's, with the documents, in a folder that is removed afterwards.
 """
 
 import contextlib

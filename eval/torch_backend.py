@@ -11,11 +11,11 @@ from eval.batching import BUDGET, CPU_BUDGET, Batch, Scores, chunks
 from port_torch.model import Decoder
 from port_torch.sampling import stream
 
-CHUNK = 2048  # places whose logits are held at once on a device
+CHUNK = 2048  # positions whose logits are held at once per device
 
 
 class TorchBackend:
-    """Models of port_torch.model, one a device."""
+    """Models of port_torch.model, one per device."""
 
     compiled = False
     n_devices = 1  # that a batch is split over: each device works on batches of its own

@@ -24,7 +24,7 @@ class BenchConfig:
     """Time every kernel next to PyTorch (eager and compiled) and Liger on this GPU."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TASK ...]")] = ()
-    """Names of tasks; an unknown one is told with all that there are. Default: all."""
+    """Names of tasks; an unknown name lists them. Default: all."""
     calls: int = 30
     """Timed calls of each."""
     json: cli.Maybe[Path] = None
@@ -37,7 +37,7 @@ class BenchConfig:
 
 
 def print_table(rows: list["Row"]) -> None:
-    """One block a task; "ours" is how many times faster mtlm is."""
+    """One block per task; "ours" is how many times faster mtlm is."""
     for task in dict.fromkeys(row.task for row in rows):
         print(f"\n{task}")
         of_task = [row for row in rows if row.task == task]
@@ -52,7 +52,7 @@ def print_table(rows: list["Row"]) -> None:
 
 
 def plot(rows: list["Row"], path: Path, device: str) -> None:
-    """Bars: each implementation's share of the ceiling, a block a task."""
+    """Bars: each implementation's share of the ceiling, one block per task."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from port_torch.hf_config import is_llama
 LICENSE = "mit"
 POSITIONS = {"rope": "rotary (half-split)", "learned": "a learned table"}
 UNTUNED = "It continues text; it is not tuned to follow instructions."
-METRICS = {"bits_per_byte": "bits a byte", "nll": "nats a token", "perplexity": "perplexity"}
+METRICS = {"bits_per_byte": "bits per byte", "nll": "nats per token", "perplexity": "perplexity"}
 
 
 class Tuning(NamedTuple):
@@ -77,7 +77,7 @@ def model_card(
         steps = "\n".join(f"{i}. {_entry(entry)}" for i, entry in enumerate(manifest.lineage, 1))
         lines += ["What its parameters come from, oldest first:", steps]
     if held_out:
-        lines += ["## Evaluation", _table(_evaluation_rows(held_out), header=("held out", *METRICS.values()))]
+        lines += ["## Evaluation", _table(_evaluation_rows(held_out), header=("held-out", *METRICS.values()))]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ class ConvertConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in the folder."""
     max_shard_size: str = "5GB"
-    """Above this the weights are split into several files."""
+    """Split the weights into files of at most this size."""
     tokenizer: str | None = None
     """The checkpoint's tokenizer.json, where neither the run nor its old path has it."""
     push_to_hub: str | None = None
@@ -61,7 +61,9 @@ def check(config: ConvertConfig) -> None:
     if config.private and not config.push_to_hub:
         raise UserError("--private is about the upload: give --push-to-hub user/name with it")
     if not SIZE.fullmatch(config.max_shard_size):
-        raise UserError(f"--max-shard-size {config.max_shard_size!r} is no size: give one like 500MB or 5GB")
+        raise UserError(
+            f"--max-shard-size {config.max_shard_size!r} is not a size: give one like 500MB or 5GB"
+        )
 
 
 if __name__ == "__main__":

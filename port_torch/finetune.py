@@ -25,27 +25,28 @@ class FinetuneConfig(TrainerConfig):
     """Fine-tune an exported model on rows of text, or of prompts and responses; the same command resumes."""
 
     init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """The exported folder to start from, or a Llama's of Hugging Face that fits."""
+    """The exported folder to start from, or a compatible Hugging Face Llama."""
     data: Path
     """A JSONL file: rows {"text"}, {"prompt", "response"} or {"instruction", "input", "output"}; only
     responses are learned. Dolly's `context` is an input; a response may be called `completion`."""
     out: Path
-    """The run folder. The model comes to lie in its folder `model`."""
+    """The run folder. The model is written into its folder `model`."""
     validation: float = 0.05
-    """Part of the rows that are scored and not trained on; 0 for none."""
+    """Fraction of the rows held out for validation; 0 for none."""
     lora_rank: cli.Maybe[int] = None
     """Train LoRA adapters of this rank instead of all weights; 8 to 64 are common."""
     lora_alpha: cli.Maybe[float] = None
-    """What the adapters add is multiplied by this over the rank. Default: twice the rank."""
+    """The adapters' output is multiplied by this over the rank. Default: twice the rank."""
     tokenizer: cli.Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
     epochs: cli.Maybe[float] = None
     """Passes over the rows. Default: 3."""
     batch: int = 16
-    """Packed sequences an update, over all GPUs."""
+    """Global batch size: packed sequences per optimizer step, summed over GPUs."""
     optim: AdamWConfig = AdamWConfig(lr=1e-4, schedule="cosine", warmup=10, weight_decay=0.0)
     prompts: tuple[str, ...] = ()
-    """What the samples go on from; put into the form of the rows. Default: prompts of held-out rows."""
+    """Prompts to sample from during training, put into the form of the rows. Default: prompts of held-out
+    rows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

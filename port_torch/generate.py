@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Generate text with an exported model, or a Llama's folder that fits."""
+    """Generate text with an exported model, or a compatible Hugging Face Llama."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """What port_torch.convert wrote, or a folder of Hugging Face's."""
+    """A folder that port_torch.convert wrote, or a Hugging Face Llama."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """What to continue; repeat it for several at once. Default: asked for on a terminal, else what is piped
-    into the command, else the beginning of a document."""
+    """Prompt to continue; repeat the option for several. Default: asked for on a terminal, else read from
+    stdin, else empty (the beginning of a document)."""
     prompt_format: Literal["plain", "instruction"] = "plain"
     """instruction: puts every prompt into the form that rows of instructions have in port_torch.finetune."""
     input: str | None = None
@@ -39,11 +39,11 @@ class GenerateConfig:
     max_new_tokens: int = 200
     sampling: Sampling = Sampling()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is the GPU where there is one."""
+    """auto: the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto is bfloat16 on a GPU, float32 on a CPU."""
+    """auto: bfloat16 on GPU, float32 on CPU."""
     backend: Literal["auto", "cuda", "torch"] = "auto"
-    """What makes the tokens: auto is the CUDA kernels where they can (bfloat16 on a GPU), else PyTorch."""
+    """Decoding implementation. auto: the CUDA kernels where they apply (bfloat16 on a GPU), else PyTorch."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
 

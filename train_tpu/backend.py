@@ -1,4 +1,4 @@
-"""What the step is compiled to on the devices at hand: parts of a batch, type, attention, unrolling, chunks.
+"""What the step is compiled to on the devices it runs on: micro-batches, dtype, attention, unrolling, chunks.
 
 A setting that is given counts; here is what holds for the others, and why. What holds on a TPU was chosen by
 estimates of memory traffic (docs/LOG.md). No TPU has confirmed them: what is fastest has yet to be measured.

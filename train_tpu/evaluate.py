@@ -1,4 +1,4 @@
-"""Held-out loss: nats a token, perplexity and bits a byte, by the code that training's loss uses."""
+"""Held-out loss: nats per token, perplexity and bits per byte, by the code that training's loss uses."""
 
 import functools
 from collections.abc import Callable

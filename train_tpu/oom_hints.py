@@ -1,7 +1,7 @@
 """Which setting would make a step fit, without compiling it again.
 
 What the backward pass keeps is known before compilation: tracing gives the shapes. It is compared with
-what the settings at hand would keep, so that what the compiler makes of either need not be known.
+what the current settings would keep, so that what the compiler makes of either need not be known.
 """
 
 import contextlib
@@ -41,12 +41,12 @@ def candidates(config: StepConfig, accumulate: int, rows: int) -> Iterator[tuple
 
 
 def _parts(accumulate: int, rows: int) -> list[int]:
-    """Numbers of micro-batches that leave whole rows a device; `rows` are those of a step on one."""
+    """Numbers of micro-batches that leave whole rows per device; `rows` are those of a step on one."""
     return [n for n in range(accumulate, rows + 1) if rows % n == 0 and n % accumulate == 0]
 
 
 def advice(config: StepConfig, rows: int, accumulate: int, missing: float) -> str:
-    """What to change so that `missing` bytes less a device are needed, by estimate.
+    """What to change so that `missing` fewer bytes per device are needed, by estimate.
 
     rows: sequences of a step on one device.
     """

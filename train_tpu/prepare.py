@@ -25,20 +25,20 @@ class PrepareConfig:
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")] = ()
     """Files (.txt, .jsonl, .ndjson, .json, .parquet, also with .gz, .bz2, .xz, .zst), folders, globs,
-    `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository the data is read: no licences and
-    readme files, no split but train, and no .txt files beside JSON or Parquet. What is left out is said; name
-    it, or give a glob, to read it."""
+    `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository, licences and readme files,
+    splits other than train, and .txt files next to JSON or Parquet are left out, and listed; name them, or
+    give a glob, to read them."""
     out: cli.Maybe[Path] = None
-    """Folder to make; it must not exist."""
+    """The folder to write; it must not exist."""
     tokenizer: str = "mistral"
     """`mistral`, `bytes` or the path of a tokenizer.json."""
     context: int = 1024
-    """Tokens of a training window."""
+    """Length of a training window, in tokens."""
     valid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=PATH")] = ()
-    """NAME=PATH: a held-out set of its own (repeatable). The sources then wholly train."""
+    """NAME=PATH: a separate held-out set (repeatable). All of the sources is then trained on."""
     valid_fraction: float | None = None
-    """Part of the documents to hold out, by hash (default 0.01); of fewer than 1000 documents
-    the end of each, in that proportion (default 0.05)."""
+    """Fraction of the documents to hold out, by hash (default 0.01). With fewer than 1000 documents, the end
+    of each instead (default 0.05)."""
     train_tokens: int | None = None
     """Read no further than the document with which the train split reaches this many tokens; what is held out
     of the sources is then that of the documents read. Sets of --valid are whole. Default: all text."""
@@ -47,9 +47,9 @@ class PrepareConfig:
     format: cli.Maybe[Form] = None
     """What the files hold, whatever they are called: text for plain text such as .raw or .md."""
     workers: int | None = None
-    """Tokenising processes; default: one for every core."""
+    """Tokenising processes. Default: one per core."""
     verify: cli.Maybe[Path] = None
-    """Prepare nothing: read all of this prepared folder, and compare it with its recorded hashes."""
+    """Only check this prepared folder: read all of it and compare it with its recorded hashes."""
 
 
 def verify(path: Path) -> int:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.verify is not None:
         return verify(config.verify)
     if config.out is None:
-        raise UserError("no folder to write is given: name a new one with --out DIR")
+        raise UserError("no output folder is given: name a new one with --out DIR")
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")
     pairs = [pair.partition("=") for pair in config.valid]
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         if not path:
             raise UserError(f"--valid {name} has no path: write NAME=PATH")
     if len({name for name, _, _ in pairs}) < len(pairs):
-        raise UserError("two --valid sets have one name: give each its own")
+        raise UserError("two --valid sets have the same name: give each its own")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "verify"}
     options |= {"sources": list(config.sources), "valid": {name: path for name, _, path in pairs}}
     try:

@@ -80,9 +80,9 @@ class Metrics(NamedTuple):
     """What a step reports."""
 
     loss: Float[Array, ""]
-    """What was minimised, a counted token (with z-loss)."""
+    """The loss that was minimised, per target token (with z-loss)."""
     nll: Float[Array, ""]
-    """Cross-entropy in nats a token."""
+    """Cross-entropy in nats per token."""
     grad_norm: Float[Array, ""]
     """Global norm before clipping."""
     applied: Bool[Array, ""]
@@ -181,7 +181,7 @@ def train_step(
 def _gradients(
     config: StepConfig, params: Params, batch: Batch, n_targets: Array, seed: Array
 ) -> tuple[Array, Array, Params]:
-    """Loss and cross-entropy a counted token, and the gradients, summed over the micro-batches in turn."""
+    """Loss and cross-entropy per target token, and the gradients, summed over the micro-batches in turn."""
 
     def micro_loss(params: Params, micro: Batch) -> tuple[Array, Array]:
         inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)

@@ -27,7 +27,7 @@ ADVICE = {
     EXPORT_MANIFEST: "copy the folder again from where it came, or export it again",
 }
 OPTIONAL = {"health"}  # fields that older files lack
-LISTINGS = ("tree", "files")  # fields written with one line an entry
+LISTINGS = ("tree", "files")  # fields written with one line per entry
 
 Json = dict[str, Any]
 
@@ -231,7 +231,7 @@ def _list_files(step_dir: Path, manifest: str) -> list[str]:
     """Paths of everything under `step_dir` that is not a folder, but for the manifest; sorted.
 
     Hidden files count in a checkpoint (zarr has some); in an exported folder they are what git and the
-    Hugging Face Hub keep beside it, and README.md is a card for its owner to edit.
+    Hugging Face Hub keep next to it, and README.md is a card for its owner to edit.
     """
     paths = (path for path in step_dir.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (path.relative_to(step_dir) for path in paths)

@@ -178,7 +178,7 @@ def find_start(
 
 
 def leave_newer(folder: Path, step: int) -> list[Path]:
-    """Renames all steps behind `step`, for a run that resumes from it, to `left-00001200`; the new paths.
+    """Renames all steps after `step`, for a run that resumes from it, to `left-00001200`; the new paths.
 
     They may be resumed again by renaming them back, or removed.
     """

@@ -38,7 +38,7 @@ LONG_STRING = re.compile(rb'^[ \t]*[rRuU]?"""(?:(?!""").){200}', re.DOTALL | re.
 
 
 def documents() -> Iterator[str]:
-    """The corpus, one docstring a document: cleaned, without repetitions, in a fixed order."""
+    """The corpus, one docstring per document: cleaned, without repetitions, in a fixed order."""
     return (text for text, _ in documents_with_position())
 
 

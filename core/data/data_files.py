@@ -4,9 +4,9 @@
    never data.
 2. The split is told by whole words of the path within the folder: train, or one of `HELD_OUT`. No file of
    another split than train is trained on, and none of train is held out. In a repository, where splits are
-   named by convention, files of no split are left out beside files of the split that is wanted.
+   named by convention, files of no split are left out where there are files of the split that is wanted.
 3. Data has one form. Records (Parquet or JSON, whichever has more bytes) go before plain text: a .txt file
-   beside them is a list or a note.
+   next to them is a list or a note.
 4. Of a file that is there in several compressions one is read.
 
 Files that are named, or found by a glob, are read whatever they are called.

@@ -54,7 +54,7 @@ def format_of(name: str | Path) -> Format:
 
 
 def find_variant(path: Path) -> Path | None:
-    """`path`, or the file beside it that differs only in the suffixes of its form and compression.
+    """`path`, or the file next to it that differs only in the suffixes of its form and compression.
 
     `questions.jsonl` finds questions.jsonl.gz or questions.json, never questions.txt.
     """

@@ -196,7 +196,7 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers
 
 @contextlib.contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, removed on any failure. What a killed run left goes, too.
+    """A folder next to `out` to write into, removed on any failure. What a killed run left goes, too.
 
     A run holds a lock on its own; the kernel lets it go however the run ends.
     """

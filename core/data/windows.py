@@ -24,7 +24,7 @@ UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
 
 
 class BadRecord(UserError):
-    """A record that cannot be used, as its message says; training may go on without it."""
+    """A record that cannot be used, as its message says; training may continue without it."""
 
 
 def most_open() -> int:

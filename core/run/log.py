@@ -30,7 +30,7 @@ READ = {
 class RunLog:
     """Appends to a run folder's metrics.jsonl, TensorBoard events and samples.txt.
 
-    A line of metrics.jsonl is an object with "step" and "kind": "train" (one an update), "eval", "task",
+    A line of metrics.jsonl is an object with "step" and "kind": "train" (one per update), "eval", "task",
     "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
     """
 
@@ -156,8 +156,8 @@ def _open_again(path: Path, resume_step: int) -> str | None:
     if not damaged:
         return None
     return (
-        f"{len(damaged)} lines of {path} cannot be read and are now in {DAMAGED} beside it; the loss curve "
-        "lacks them, training is as before"
+        f"{len(damaged)} lines of {path} cannot be read and were moved to {DAMAGED} next to it; the loss "
+        "curve lacks them, training is not affected"
     )
 
 

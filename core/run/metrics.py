@@ -32,7 +32,7 @@ def model_flops_utilization(
 
 
 def bits_per_byte(nll_per_token: float, tokens: int, n_bytes: int) -> float:
-    """Nats a token to bits a byte of the text: comparable between tokenizers, as perplexity is not.
+    """Nats per token to bits per byte of the text: comparable between tokenizers, as perplexity is not.
 
     Args:
         nll_per_token: mean over the predicted tokens.

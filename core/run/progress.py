@@ -13,7 +13,7 @@ class Progress:
     """Progress of a run: step, loss, rate, MFU and time left."""
 
     def __init__(self, console: Console, steps: int, start: int, log_every: int):
-        """log_every: steps between lines where the output is no terminal."""
+        """log_every: steps between lines where the output is not a terminal."""
         self.console = console
         self.steps = steps
         self.log_every = log_every
@@ -31,7 +31,7 @@ class Progress:
             self._bar.start()
 
     def step(self, step: int, nll: float, lr: float, rate: float, mfu: float | None, seconds: float) -> None:
-        """Reports update `step`: loss before it, learning rate, tokens a second, MFU, seconds a step."""
+        """Reports update `step`: loss before it, learning rate, tokens per second, MFU, seconds per step."""
         left = timedelta(seconds=round((self.steps - step - 1) * seconds))
         used = "" if mfu is None else f", MFU {mfu:.1%}"
         text = f"loss {nll:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s{used}, {left} left"

@@ -24,7 +24,7 @@ def _embed(token: Tensor, position: Tensor, table: Tensor, learned: Tensor | Non
     " Tensor(b!) token) -> ()"
 )
 def _sample(logits: Tensor, real: Tensor, whole: Tensor, last: int, position: Tensor, token: Tensor) -> None:
-    """Chooses a token [B] a row from softmax(logits / temperature), cut to the top k and the top p.
+    """Chooses one token [B] per row from softmax(logits / temperature), cut to the top k and the top p.
 
     The draw is an exponential race, argmax p / -log(1 - u), with u of Philox: a function of the seed, the
     row's number, the position of the new token and the token alone. Tokens of equal p are kept all or none.

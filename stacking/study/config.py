@@ -13,26 +13,26 @@ from train_tpu.config import RunConfig
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
     """Compare growing with training from scratch. After -- come the arguments of the target's train_tpu.run,
-    among them --steps, the updates that scratch gets."""
+    among them --steps, the number of updates of the run from scratch."""
 
     out: Path
     """The study's folder. The same command trains what is missing."""
     ops: tuple[Operator, ...] = ("stack", "interleave", "identity", "random")
     """Ways of growing; random is the control."""
     fractions: tuple[float, ...] = (0.25, 0.5)
-    """When to grow: parts of the target's steps that the base is trained for."""
+    """When to grow: fractions of the target's steps that the base is trained for."""
     factor: float = 2.0
     """Layers of the target / layers of the base."""
     schedule: str = "rewarm:50"
     """As stacking.grow takes it."""
     seeds: tuple[int, ...] = (0, 1)
     lrs: tuple[float, ...] = ()
-    """Peak learning rates that every arm is tuned over, on the first seed, by its decayed loss at equal
-    tokens. Default: the run's own, untuned."""
+    """Peak learning rates to tune every arm over, on the first seed, by its decayed loss at equal tokens.
+    Default: the run's own, untuned."""
     early: float = 0.8
-    """Length of the shortest decayed run, as a part of the steps."""
+    """Length of the shortest decayed run, as a fraction of the steps."""
     heldout: str | None = None
-    """The held-out set that losses are of. Default: the data's first."""
+    """The held-out set whose losses are compared. Default: the data's first."""
     jobs: int = 1
     """Arms trained at the same time, on each GPU if there are any."""
     gpus: tuple[int, ...] = ()
@@ -40,11 +40,11 @@ class StudyConfig:
     dry_run: bool = False
     """List the arms and what they cost, and train nothing."""
     report: bool = False
-    """Train nothing: table and plot of the arms that are there already."""
+    """Train nothing: make the table and plot of the arms trained so far."""
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.ops or not self.fractions:
-            raise UserError("a study needs a seed, an operator and a fraction at least")
+            raise UserError("a study needs at least one seed, operator and fraction")
         checks.counts(jobs=self.jobs)
         checks.positive(factor=self.factor)
         checks.between_zero_and_one(early=self.early)

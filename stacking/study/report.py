@@ -50,8 +50,8 @@ def write_report(folder: Path, heldout: str | None) -> str:
 
 
 def make_table(arms: list[Arm], steps: int, heldout: str) -> str:
-    """One row an arm: losses and differences to the scratch of the same seed, mean over the seeds and how far
-    the seeds lie from it."""
+    """One row per arm: losses and differences to the scratch of the same seed, mean over the seeds and how
+    far the seeds lie from it."""
     scratch = {arm.seed: arm.at(steps) for arm in arms if arm.op == "scratch"}
     rows = [
         "| arm | peak lr | loss, equal tokens | - scratch | FLOPs there | loss, equal FLOPs | - scratch | "

@@ -86,16 +86,16 @@ def test_results(folder: Path, sets: Sets, capsys):
     page = (out / "results.md").read_text()
     value = content["evaluations"]["wikitext"]["tasks"]["wikitext"]["metrics"]["word_perplexity"]["value"]
     assert f"| wikitext | word_perplexity | {value:.2f} |" in page
-    assert f"{truncated} truncated" in page and "scored once a document" in page and "GPT-2 124M" in page
+    assert f"{truncated} truncated" in page and "scored once per document" in page and "GPT-2 124M" in page
     assert (out / "results.png").read_bytes()[:4] == b"\x89PNG"
 
     before = (out / "results.json").read_bytes()
     command(*arguments)
-    assert capsys.readouterr().out.count("evaluated before") == 3
+    assert capsys.readouterr().out.count("already evaluated") == 3
     assert (out / "results.json").read_bytes() == before
     command(*arguments[:2], "arc_easy,openbookqa", *arguments[3:])
     printed = capsys.readouterr().out
-    assert "arc_easy: evaluated before" in printed and "openbookqa: acc" in printed
+    assert "arc_easy: already evaluated" in printed and "openbookqa: acc" in printed
     assert list(read_results(out)["evaluations"]) == [*SOME.split(","), "openbookqa"]
 
 
@@ -159,7 +159,7 @@ def test_other_data_are_evaluated_anew(folder: Path, sets: Sets, tmp_path: Path,
     capsys.readouterr()
     command(*arguments, other)
     printed = capsys.readouterr().out
-    assert "arc_easy: evaluated before" in printed and "openbookqa: acc" in printed
+    assert "arc_easy: already evaluated" in printed and "openbookqa: acc" in printed
     (entry,) = read_results(tmp_path / "o")["evaluations"]["openbookqa"]["tasks"].values()
     assert entry["questions"] == 6
     assert entry["files_sha256"] == {"openbookqa/test.jsonl": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -226,7 +226,7 @@ def test_refusals(folder: Path, small: Made, sets: Sets, tmp_path: Path):
             (tmp_path / "no", "--tasks", "arc_easy", *data),
             "is not there: give a run, one checkpoint in it, or an exported folder",
         ),
-        ((folder, "--tasks", " , "), "names no task"),
+        ((folder, "--tasks", " , "), "does not name a task"),
         ((folder, "--limit", "0"), "--limit is 0"),
         ((folder, "--shots", "-1"), "--shots is -1"),
         ((small.run, "--tasks", "arc_easy", *data, "--card"), "is a checkpoint; convert it first"),
@@ -262,7 +262,7 @@ def test_a_run_is_evaluated_and_goes_on_after_ctrl_c(small: Made, tmp_path: Path
     assert list(first) == ["openbookqa"]
     assert not (results.parent / "results.md").exists()
     out, _ = run_process(tmp_path, *arguments, module="eval.run")
-    assert "openbookqa: evaluated before" in out and "truthfulqa_mc2: acc" in out
+    assert "openbookqa: already evaluated" in out and "truthfulqa_mc2: acc" in out
     evaluations = json.loads(results.read_text())["evaluations"]
     assert evaluations["openbookqa"] == first["openbookqa"] and list(evaluations) == [
         "openbookqa",

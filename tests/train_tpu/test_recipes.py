@@ -111,7 +111,7 @@ def test_mtlm2_interrupted_and_finished(tmp_path):
     before = lasting(out)
     printed = run("mtlm2", tmp_path, **settings)
     assert f"the run in out/run is finished ({steps} of {steps} steps)" in printed
-    assert "arc_easy: evaluated before" in printed
+    assert "arc_easy: already evaluated" in printed
     assert lasting(out) == before
 
 

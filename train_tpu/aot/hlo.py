@@ -73,7 +73,7 @@ class Collective(NamedTuple):
     group: int | None
     """Devices that exchange with each other; None for a permutation, which sends from one to another."""
     loops: int
-    """Loops around it: 0 runs once a step."""
+    """Loops around it: 0 runs once per step."""
     elements: int
     """Of its results on one device, each time it runs."""
     bytes: int

@@ -203,7 +203,7 @@ _MEMORY_WORDS = {
 
 
 def _times(loops: int) -> str:
-    return ("once a step", "in a loop")[loops] if loops < 2 else f"in {loops} nested loops"
+    return ("once per step", "in a loop")[loops] if loops < 2 else f"in {loops} nested loops"
 
 
 def _show(console: Console, title: str, rows: list[tuple[str, ...]], *headers: str) -> None:
