@@ -14,13 +14,13 @@ import tyro
 
 from core import cli
 from core.cli import Maybe
+from core.config import preset
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.run.folder import require_folder, settings_of_run
-from core.run.presets import for_help
+from core.run.presets import TRAINING_DEFAULTS, for_help
 from core.run.settings import PretrainingSource, given_value, model_config
 from port_torch.training.settings import AdamWConfig, TrainerConfig
-from train_tpu.config import defaults
 
 # Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
 # presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
@@ -60,10 +60,11 @@ def main() -> int:
 
 def parse(argv: list[str]) -> TrainConfig:
     """The command line over the settings of the run in its --out, else over its preset's defaults."""
-    preset = given_value(argv, "--preset") or TrainConfig.preset
-    ours = defaults(preset)
-    optim = AdamWConfig(lr=ADAMW_RATES[preset], warmup=ours.optim.warmup)
-    default = TrainConfig(preset=preset, batch=ours.batch, optim=optim)
+    name = given_value(argv, "--preset") or TrainConfig.preset
+    preset(name)  # refuses an unknown name
+    given = TRAINING_DEFAULTS[name]
+    optim = AdamWConfig(lr=ADAMW_RATES[name], warmup=given["warmup"])
+    default = TrainConfig(preset=name, batch=given["batch"], optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
     found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
