@@ -75,6 +75,11 @@ class Job:
     tuning: Tuning | None = None
     """What the card says of a fine-tuned model."""
 
+    @property
+    def end(self) -> int:
+        """Updates after which to stop: `steps`, or fewer."""
+        return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
+
 
 def begin(config: TrainerConfig, out: Path, ranks: Ranks) -> TrainerConfig:
     """The settings as a run records them: `auto` as what it stands for on this device.
@@ -127,117 +132,142 @@ def train(job: Job, ranks: Ranks) -> int:
     config, out = job.config, job.out
     console = make_console(quiet=not ranks.first)
     rows = ranks.rows(config.batch)
-    bf16 = config.dtype == "bfloat16"
-    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    end = job.steps if config.stop_at is None else min(job.steps, config.stop_at)
-
-    # 1. The run folder: new, or that of the run to go on with.
+    part = rows.stop - rows.start
     with contextlib.ExitStack() as stack:
         tasks = open_tasks(config, job.tokenizer, ranks)
         if tasks:
             stack.enter_context(tasks)
-
-        def enter() -> None:
-            stack.enter_context(lock_folder(out))
-            check_run_folder(out, job.record, config.allow_change, job.defaults)
-
-        ranks.first_does(enter)
+        ranks.first_does(lambda: enter_folder(job, stack))
         ranks.require_shared(out)
         interrupt = stack.enter_context(Interrupt())
-
-        # 2. The state: the parameters given, or those of the newest checkpoint.
-        stepper = Stepper(
-            job.decoder,
-            config.optim,
-            ranks,
-            seed=config.seed,
-            z_loss=config.z_loss,
-            bf16=bf16,
-            compiled=compiled,
-            guard=config.guard,
-        )
+        stepper = make_stepper(job, ranks)
         if model_alone(out):
             console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
             return EXIT_FINISHED
         manifest, how = starting_state(job, stepper, console)
-        if manifest.step > job.steps:
-            raise UserError(
-                f"the run in {out} is at step {manifest.step} already, beyond the {job.steps} steps asked "
-                "for: resume it without them, or give another --out"
-            )
-        finished = manifest.step == job.steps and any(row["what"] == END for row in read_log(out, "event"))
-        if finished or (end < job.steps and manifest.step >= end):
+        if is_done(job, manifest.step):
             if ranks.first:
                 write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
-            said = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
-            console.print(said, markup=False)
+            made = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
+            console.print(made, markup=False)
             return EXIT_FINISHED
-        # 3. Kernels, and parts that fit into the memory.
         load_kernels(config, ranks)
-        part = rows.stop - rows.start
-        parts = config.accumulate
-        if part % parts:
-            raise UserError(
-                f"--accumulate {parts} does not cut the {part} rows of a process into equal parts: give a "
-                f"divisor of {part}"
-            )
-        if ranks.device.type == "cuda":
-            parts = stepper.fit(part, parts, job.example)
+        parts = choose_parts(job, stepper, part)
         if ranks.first:
             job.tokenizer.carry(out)
             write_config(out, job.record)
-        describe(job, ranks, console, bf16, compiled)
-        if note := check_room(config.optim, job.steps):
-            console.print(f"note: {note}", markup=False, highlight=False)
-        console.print(how, markup=False, highlight=False)
-        if parts != config.accumulate:
-            console.print(
-                f"out of memory with {part // config.accumulate} sequences at once: going on with "
-                f"{part // parts} (--accumulate {parts}); the batch stays {config.batch}"
-            )
-
-        # 4. The loop.
+        announce(job, ranks, console, how, part, parts)
         batches = job.batches(manifest.sequences)
         stack.callback(batches.close)
-        progress = Progress(console, end, manifest.step, config.log_every)
+        progress = Progress(console, job.end, manifest.step, config.log_every)
         stack.callback(progress.close)
         log = RunLog(out, manifest.step) if ranks.first else NoLog()
         stack.callback(log.close)
         if log.notice:
             console.print(log.notice, markup=False, highlight=False)
         log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
-        checkpoints = out / "checkpoints"
+        folder = out / "checkpoints"
+        engine = TorchEngine(stepper, parts, part // parts, job.heldout, tasks, folder, config.keep)
         code = Loop(
             settings=config,
-            engine=TorchEngine(stepper, parts, part // parts, job.heldout, tasks, checkpoints, config.keep),
+            engine=engine,
             batches=batches,
             manifest=manifest,
-            checkpoints=checkpoints,
+            checkpoints=folder,
             steps=job.steps,
-            end=end,
+            end=job.end,
             prompts=job.prompts,
             tokenizer=job.tokenizer,
             log=log,
             progress=progress,
             interrupt=interrupt,
         ).run()
-
-    # 5. The result.
     if code == EXIT_FINISHED and ranks.first:
-        step_dir = find_step(out)
-        last = load_manifest(step_dir)
-        folder = write_result(out, step_dir, job.decoder, job.tokenizer, last, job.tuning)
-        samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
-        arguments = job.tuning.arguments if job.tuning else "--prompt The"
-        console.print(
-            f"loss curve: {plot_curve(out)}{samples}\n"
-            f"the model: {folder}, a folder for transformers, proved by its logits\n"
-            f"next: {command('port_torch.generate', folder)} {arguments}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        report_end(job, console)
     return code
+
+
+def enter_folder(job: Job, stack: contextlib.ExitStack) -> None:
+    """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
+    stack.enter_context(lock_folder(job.out))
+    check_run_folder(job.out, job.record, job.config.allow_change, job.defaults)
+
+
+def make_stepper(job: Job, ranks: Ranks) -> Stepper:
+    """The job's model with its optimizer, not trained yet."""
+    config = job.config
+    return Stepper(
+        job.decoder,
+        config.optim,
+        ranks,
+        seed=config.seed,
+        z_loss=config.z_loss,
+        bf16=config.dtype == "bfloat16",
+        compiled=is_compiled(config, ranks),
+        guard=config.guard,
+    )
+
+
+def is_compiled(config: TrainerConfig, ranks: Ranks) -> bool:
+    """Whether torch.compile is used."""
+    return ranks.device.type == "cuda" if config.compile is None else config.compile
+
+
+def is_done(job: Job, step: int) -> bool:
+    """Whether a run that is at `step` has made all its updates.
+
+    Raises:
+        UserError: it has made more than are asked for.
+    """
+    if step > job.steps:
+        raise UserError(
+            f"the run in {job.out} is at step {step} already, beyond the {job.steps} steps asked for: resume "
+            "it without them, or give another --out"
+        )
+    finished = step == job.steps and any(row["what"] == END for row in read_log(job.out, "event"))
+    return finished or (job.end < job.steps and step >= job.end)
+
+
+def choose_parts(job: Job, stepper: Stepper, part: int) -> int:
+    """In how many parts a rank computes its `part` rows of a batch: --accumulate, or more for the memory."""
+    parts = job.config.accumulate
+    if part % parts:
+        raise UserError(
+            f"--accumulate {parts} does not cut the {part} rows of a process into equal parts: give a "
+            f"divisor of {part}"
+        )
+    return stepper.fit(part, parts, job.example) if stepper.ranks.device.type == "cuda" else parts
+
+
+def announce(job: Job, ranks: Ranks, console: Console, how: str, part: int, parts: int) -> None:
+    """Says what will run, where the state comes from (`how`), and whether a rank's `part` rows are cut more
+    often than was asked for."""
+    config = job.config
+    console.print(describe(job, ranks))
+    if note := check_room(config.optim, job.steps):
+        console.print(f"note: {note}", markup=False, highlight=False)
+    console.print(how, markup=False, highlight=False)
+    if parts != config.accumulate:
+        console.print(
+            f"out of memory with {part // config.accumulate} sequences at once: going on with "
+            f"{part // parts} (--accumulate {parts}); the batch stays {config.batch}"
+        )
+
+
+def report_end(job: Job, console: Console) -> None:
+    """Writes the result of a finished run, and says where it is and what one does next."""
+    out, step_dir = job.out, find_step(job.out)
+    folder = write_result(out, step_dir, job.decoder, job.tokenizer, load_manifest(step_dir), job.tuning)
+    samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
+    arguments = job.tuning.arguments if job.tuning else "--prompt The"
+    console.print(
+        f"loss curve: {plot_curve(out)}{samples}\n"
+        f"the model: {folder}, a folder for transformers, proved by its logits\n"
+        f"next: {command('port_torch.generate', folder)} {arguments}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def open_tasks(config: TrainerConfig, tokenizer: Tokenizer, ranks: Ranks) -> Any:
@@ -315,9 +345,10 @@ def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
         )
 
 
-def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: bool) -> None:
+def describe(job: Job, ranks: Ranks) -> Table:
     """The table a run begins with."""
     model, config = job.decoder.config, job.config
+    bf16, compiled = config.dtype == "bfloat16", is_compiled(config, ranks)
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
     rows = [
@@ -335,7 +366,7 @@ def describe(job: Job, ranks: Ranks, console: Console, bf16: bool, compiled: boo
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
-    console.print(table)
+    return table
 
 
 def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:

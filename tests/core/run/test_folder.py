@@ -22,6 +22,8 @@ from core.run.settings import ModelOverrides, model_config, unflatten
 from core.sharding import make_mesh, resolved_mesh
 from tests.several_devices import ROOT
 from train_tpu import run as command
+from train_tpu import setup as preparing
+from train_tpu import trainer
 from train_tpu.backend import choose_step
 from train_tpu.config import RunConfig, defaults
 
@@ -116,12 +118,12 @@ def test_a_mesh_of_other_devices_is_told_with_the_flags_that_help(tmp_path):
     with pytest.raises(
         UserError, match=r"is for --mesh data=8, .* are 1: give --mesh data=1 --allow-change mesh"
     ):
-        command.mesh_shape(config, folder)
+        preparing.mesh_shape(config, folder)
     config = command.parse(["--out", str(folder), "--mesh", "data=1", "--allow-change", "mesh"])
-    assert command.mesh_shape(config, folder) == (1, 1, 1)
+    assert preparing.mesh_shape(config, folder) == (1, 1, 1)
     resumed(folder, "mesh", mesh="data=1")
-    with pytest.raises(UserError, match="--mesh 'fsdp=4' is of 4 devices"):
-        command.mesh_shape(command.parse(["--out", str(folder), "--mesh", "fsdp=4"]), folder)
+    with pytest.raises(UserError, match="--mesh fsdp=4 needs 4 devices"):
+        preparing.mesh_shape(command.parse(["--out", str(folder), "--mesh", "fsdp=4"]), folder)
 
 
 def test_where_no_run_can_be_is_told_before_anything_is_made(tmp_path):
@@ -179,14 +181,14 @@ def test_help_of_a_run_shows_the_runs_own_values(tmp_path, capsys):
         (("--prompts", "x" * 300), "prompt.* tokens long"),
         (("--out", "file"), "is a file: name another folder"),
         (("--d-model", "33"), "model.d_model 33 is not divisible"),
-        (("--mesh", "data=3"), "is of 3 devices"),
+        (("--mesh", "data=3"), "needs 3 devices"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_data_is_prepared(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(command, "keep_compiled", lambda: None)
-    monkeypatch.setattr(command, "open_or_prepare", lambda *_: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(preparing, "keep_compiled", lambda: None)
+    monkeypatch.setattr(preparing, "open_or_prepare", lambda *_: pytest.fail("the data was prepared"))
     monkeypatch.setattr(command.sys, "argv", ["run", "--data", "nowhere", *arguments])
     with pytest.raises(UserError, match=says):
         command.main()
@@ -205,7 +207,13 @@ def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
     config = dataclasses.replace(unflatten(saved.config["run"], RunConfig), attention="xla")
     mesh = make_mesh()
     step, _ = choose_step(config, ModelConfig(**saved.config["model"]), mesh)
-    record = {**saved.config, "tokenizer": saved.tokenizer}
-    data = SimpleNamespace(fingerprint=saved.data["fingerprint"])
+    setup = SimpleNamespace(
+        config=config,
+        out=run,
+        record={**saved.config, "tokenizer": saved.tokenizer, "data": saved.data},
+        mesh=mesh,
+        step=step,
+        console=Console(quiet=True),
+    )
     with pytest.raises(UserError, match=r"^processes \[1\] have other checkpoint in .* than process 0: "):
-        command.starting_state(config, step, run, record, data, mesh, None, Console(quiet=True))
+        trainer.starting_state(setup)

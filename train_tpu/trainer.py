@@ -1,0 +1,229 @@
+"""A training run of JAX, from its `Setup` to its exit code: folder, state, compilation, loop, result."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+
+from core import processes
+from core.checkpoint.checkpointer import Checkpointer, restore
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import find_start, leave_newer
+from core.compilation_cache import programs_found
+from core.data.dataset import train_batches
+from core.errors import UserError
+from core.extras import install_command
+from core.generation import Generator
+from core.run.curve import plot_curve
+from core.run.folder import check_run_folder, lock_folder, write_config
+from core.run.guard import changed_measure
+from core.run.interrupt import EXIT_FINISHED, Interrupt
+from core.run.log import SAMPLES, NoLog, RunLog, read_log
+from core.run.loop import END, Loop
+from core.run.progress import Progress
+from core.run.schedule import require_continuous
+from core.sharding import resolved_mesh, state_shardings
+from train_tpu.config import RunConfig
+from train_tpu.engine import JaxEngine, own_rows
+from train_tpu.evaluate import Evaluator
+from train_tpu.oom_hints import out_of_memory_explained
+from train_tpu.report import describe_layout, memory, next_commands
+from train_tpu.setup import Setup
+from train_tpu.step import (
+    TrainState,
+    abstract_state,
+    compile_step,
+    emptied,
+    fresh_state,
+    init_state,
+)
+
+
+def run(setup: Setup) -> int:
+    """Trains; returns the exit code, which core.run.interrupt explains."""
+    config, console, mesh = setup.config, setup.console, setup.mesh
+    if config.show_sharding:
+        console.print(describe_layout(abstract_state(setup.step, mesh), mesh))
+        return EXIT_FINISHED
+    say = functools.partial(console.print, markup=False, highlight=False)
+    with contextlib.ExitStack() as stack:
+        tasks = open_tasks(setup)
+        if tasks:
+            stack.enter_context(tasks)
+        enter_folder(setup, stack)
+        interrupt = stack.enter_context(Interrupt())
+        state, manifest, how = starting_state(setup)
+        say(how)
+        if done := nothing_to_do(setup, manifest.step):
+            console.print(done)
+            return EXIT_FINISHED
+        if processes.is_first():
+            setup.tokenizer.carry(setup.out)
+            write_config(setup.out, setup.record)
+        checkpointer = stack.enter_context(Checkpointer(setup.out / "checkpoints", config.keep))
+        engine = make_engine(setup, state, tasks, checkpointer)
+        batches = open_batches(setup, manifest.sequences)
+        stack.callback(batches.close)
+        log = RunLog(setup.out, manifest.step) if processes.is_first() else NoLog()
+        stack.callback(log.close)
+        if log.notice:
+            say(log.notice)
+        log.write(manifest.step, "event", what=how, device=engine.device.kind, n=engine.device.n)
+        progress = Progress(console, setup.end, manifest.step, config.log_every)
+        stack.callback(progress.close)
+        loop = Loop(
+            settings=config,
+            engine=engine,
+            batches=batches,
+            manifest=manifest,
+            checkpoints=checkpointer.folder,
+            steps=setup.steps,
+            end=setup.end,
+            prompts=setup.prompts,
+            tokenizer=setup.tokenizer,
+            log=log,
+            progress=progress,
+            interrupt=interrupt,
+        )
+        with out_of_memory_explained(config.batch, config.accumulate):
+            code = loop.run()
+    if code == EXIT_FINISHED and processes.is_first():
+        report_end(setup)
+    return code
+
+
+def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
+    """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
+    out = setup.out
+    processes.require_equal(f"{out} {setup.record}", "settings or data")
+    if processes.is_first():
+        stack.enter_context(lock_folder(out))
+        here = functools.partial(resolved_mesh, n_devices=jax.device_count())
+        check_run_folder(out, setup.record, setup.config.allow_change, RunConfig(), mesh=here)
+    processes.require_shared(out.absolute())
+
+
+def nothing_to_do(setup: Setup, step: int) -> str | None:
+    """What to say of a run that has made all its updates; None where some are left.
+
+    Raises:
+        UserError: it has made more than are asked for.
+    """
+    out, steps = setup.out, setup.steps
+    if step > steps:
+        raise UserError(
+            f"the run in {out} is at step {step} already, beyond the {steps} steps asked for: "
+            "resume it without them, or give another --out"
+        )
+    if step == steps and any(row["what"] == END for row in read_log(out, "event")):
+        return f"the run in {out} is finished ({step} of {steps} steps): start a new one with another --out"
+    if setup.end < steps and step >= setup.end:
+        return (
+            f"{out} is already at step {step} (--stop-at {setup.end}): drop --stop-at to continue to step "
+            f"{steps}"
+        )
+    return None
+
+
+def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Checkpointer) -> JaxEngine:
+    """Compiles the step, once."""
+    config, step, mesh, model = setup.config, setup.step, setup.mesh, setup.step.model
+    started, found_before = time.monotonic(), programs_found()
+    with out_of_memory_explained(config.batch, config.accumulate):
+        compiled = compile_step(step, config.batch, config.accumulate, mesh)
+    kept = " (kept from an earlier start)" if programs_found() > found_before else ""
+    seconds = time.monotonic() - started
+    setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} a device")
+    rows = config.batch // config.accumulate
+    evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
+    generator = Generator(model, dataclasses.replace(step.compute, mesh=None, attention="xla"))
+    return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer)
+
+
+def open_batches(setup: Setup, start: int) -> Any:
+    """This process's rows of the global batches, from the one on whose first sequence is `start`."""
+    config = setup.config
+    return train_batches(
+        setup.dataset,
+        seed=config.seed,
+        batch=config.batch,
+        start=start,
+        rows=own_rows(config.batch, config.accumulate, setup.mesh).ravel().tolist(),
+        vocab_size=setup.step.model.vocab_size,
+        on_bad=config.on_bad_record,
+    )
+
+
+def report_end(setup: Setup) -> None:
+    """Says where the results of a finished run are, and what one does next."""
+    out, console = setup.out, setup.console
+    samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
+    console.print(f"loss curve: {plot_curve(out)}{samples}", highlight=False)
+    after = next_commands(out, setup.config, setup.steps, setup.end)
+    console.print(after, highlight=False, markup=False, soft_wrap=True)
+
+
+def open_tasks(setup: Setup) -> Any:
+    """What evaluates --eval-tasks; None without: training needs the package eval only then."""
+    config = setup.config
+    if not config.eval_tasks:
+        return None
+    try:
+        from eval.training import TaskEvaluator, flax_backend
+    except ImportError as error:
+        raise UserError(f"--eval-tasks needs lm-eval ({error}): {install_command('eval')}") from None
+    scorer = flax_backend(setup.step.model, setup.step.compute.dtype)
+    return TaskEvaluator(config.eval_tasks, config.eval_data_dir, setup.tokenizer, scorer)
+
+
+def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
+    """The state to start from: resumed, made of another checkpoint's parameters, or fresh. With its manifest
+    (and so its counters), and in words where it comes from."""
+    config, out, record, mesh = setup.config, setup.out, setup.record, setup.mesh
+    abstract = abstract_state(setup.step, mesh)
+    manifest = Manifest(
+        kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
+        tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
+    )  # fmt: skip
+    folder = out / "checkpoints"
+    say = functools.partial(setup.console.print, markup=False, highlight=False)
+
+    def check(start: Manifest) -> None:
+        require_continuous(start.config["run"], record["run"], start.step, out)
+
+    step_dir = processes.in_turn(lambda: find_start(folder, config.from_step, config.fallback, check, say))
+    processes.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    if step_dir:
+        old = load_manifest(step_dir)
+        state = restore(step_dir, abstract)
+        if config.from_step is not None and processes.is_first():
+            for left in leave_newer(folder, config.from_step):
+                say(f"a newer checkpoint is left, as {left}")
+        # A run that the guard halted goes on behind the batches that halted it.
+        state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
+        changed = changed_measure(old, manifest)
+        if changed:
+            state = state._replace(guard=emptied(state.guard))
+        manifest = manifest.resumed_from(old)
+        grown = old.last_growth
+        how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+        if grown and grown["step"] == old.step:
+            how += f", grown here from {grown['layers'][0]} to {grown['layers'][1]} layers ({grown['plan']})"
+        if changed:
+            how += f"; the guard starts anew, for other {' and '.join(changed)}"
+        return state, manifest, how
+    if setup.source:
+        step_dir, old, params = setup.source
+        state = jax.jit(
+            functools.partial(init_state, setup.step),
+            out_shardings=state_shardings(mesh, abstract),
+            donate_argnums=0,
+        )(params)
+        entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
+        manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
+        return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
+    state = fresh_state(setup.step, mesh, config.seed)
+    return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
