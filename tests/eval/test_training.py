@@ -59,3 +59,19 @@ def test_a_wrong_name_is_told_before_anything_is_made(
     data = ("--eval-tasks", "arc_easy", "--eval-data-dir", tmp_path / "nowhere")
     assert "--data-dir" in refusal(cache, *ARGUMENTS, "--data", text, "--out", tmp_path / "run", *data)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_mirror_scores_what_eval_run_does(cache: Path, text: Path, tmp_path: Path, sets: Sets):
+    """The last evaluation is that of eval.run on the exported folder."""
+    folder, data = tmp_path / "run", ("--eval-tasks", "arc_easy", "--eval-data-dir", sets.folder)
+    # AdamW is all that the mirror has.
+    arguments = (*without(ARGUMENTS, "--optimizer"), "--data", text, "--out", folder, *data)
+    run(cache, *arguments, "--eval-questions", "5", module="port_torch.train")
+    rows = read_log(folder, "task")
+    assert [(row["step"], row["questions"]) for row in rows] == [(0, 5), (5, 5), (10, 5), (12, 12)]
+    run(cache, folder / "model", "--tasks", "arc_easy", "--data-dir", sets.folder, module="eval.run")
+    (path,) = tmp_path.rglob("results.json")
+    metrics = json.loads(path.read_text())["evaluations"]["arc_easy"]["tasks"]["arc_easy"]["metrics"]
+    for metric in ("acc", "acc_norm"):
+        assert rows[-1][f"arc_easy/{metric}"] == metrics[metric]["value"]
