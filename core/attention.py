@@ -44,7 +44,7 @@ def choose(
     deterministic: only one whose gradients are equal to the bit from run to run.
 
     Raises:
-        UserError: one was asked for by name that cannot run here.
+        UserError: one was requested by name that cannot run here.
     """
     obstacles = {
         "xla": None,
@@ -54,7 +54,7 @@ def choose(
     if requested != "auto":
         if obstacles[requested]:
             raise UserError(f"attention {requested!r} cannot be used: {obstacles[requested]}")
-        return Choice(requested, "as asked for")
+        return Choice(requested, "as requested")
     fast: Implementation | None = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if fast is None:
         return Choice("xla", f"the reference; there is no faster one for a {platform.upper()}")

@@ -21,7 +21,7 @@ from core.sampling import Sampling
 from core.tokenizer import Tokenizer
 
 Json = dict[str, Any]
-FORM = 'give a line {"prompt": "..."} for each text'
+FORM = 'give one line {"prompt": "..."} per text'
 
 
 @dataclasses.dataclass(frozen=True)

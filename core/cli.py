@@ -74,7 +74,7 @@ def parse(
             advice = f"did you mean {near[0]}?" if near else f"{prog} --help lists all options"
             raise UserError(f"there is no option {token.partition('=')[0]}: {advice}")
     if unknown:
-        raise UserError(f"{unknown[0]!r} belongs to no option: {prog} --help lists all options")
+        raise UserError(f"unexpected argument {unknown[0]!r}: {prog} --help lists all options")
     raise UserError(f"{_sentence(box.getvalue())} ({prog} --help lists all options)")
 
 

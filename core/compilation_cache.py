@@ -33,7 +33,10 @@ def keep_compiled() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         remove_half_written(folder)
     except OSError as error:
-        print(f"what is compiled is not kept for the next start ({error})", file=sys.stderr)
+        print(
+            f"the compilation cache cannot be written, so the next start compiles again ({error})",
+            file=sys.stderr,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)

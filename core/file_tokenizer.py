@@ -60,7 +60,7 @@ class FileTokenizer(Tokenizer):
             listed = f"; its special tokens are {', '.join(special[:8])}" if special else ""
             raise UserError(
                 f"{path} has neither the tokens <s> and </s> nor <|endoftext|>, which open and close a "
-                f"document{listed}: other names cannot be used yet, so add <s> and </s> as special tokens"
+                f"document{listed}: other names are not supported yet, so add <s> and </s> as special tokens"
             )
         self.bos, self.eos = (ids[token] for token in pair)
         self._tokenizer.no_truncation()
@@ -154,7 +154,7 @@ def _flaw(description: dict[str, Any], pair: tuple[str, str]) -> str | None:
     else:
         unknown = model["unk_token"] if model["unk_token"] in known else None
     if unknown is None:
-        fate = "leaves them out without a word" if kind == "BPE" else "fails at them"
+        fate = "leaves them out silently" if kind == "BPE" else "fails at them"
         return (
             f"has no id for characters outside its vocabulary, and its model ({kind}) {fate}: give it an "
             "unknown token that is in the vocabulary, or all 256 bytes"

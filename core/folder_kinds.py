@@ -21,7 +21,7 @@ class Kind(enum.Enum):
     TORCH = "a training run of port_torch"
     WEIGHTS = "a folder of weights for PyTorch"
     DATA = "prepared data"
-    OTHER = "nothing of these"
+    OTHER = "none of these"
 
 
 def kind_of(path: Path) -> Kind:
@@ -45,7 +45,7 @@ ADVICE = {
     ("generate", Kind.JAX): "use `python -m core.generate {path}`",
     ("generate", Kind.WEIGHTS): "use `python -m port_torch.generate {path}`",
     ("evaluate", Kind.WEIGHTS): "use `python -m eval.run {path}`",
-    ("convert", Kind.WEIGHTS): "it is in the form that convert writes already",
+    ("convert", Kind.WEIGHTS): "it is an exported folder already",
     ("grow", Kind.WEIGHTS): IMPORT,
     ("start", Kind.WEIGHTS): IMPORT,
     ("start", Kind.JAX): "export it first, with `python -m port_torch.convert {path} FOLDER`",
@@ -57,7 +57,7 @@ ADVICE = {
 def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
     """A UserError that names the right command where `path` is of another kind than those that are taken.
 
-    What is of no kind passes: whoever opens it says what it lacks.
+    A folder of no known kind passes: whoever opens it says what it lacks.
 
     Args:
         purpose: what it was given for, as `ADVICE` has it.

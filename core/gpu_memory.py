@@ -70,5 +70,5 @@ def check_free_memory(listing: str, environ: Mapping[str, str]) -> None:
             raise UserError(
                 f"GPU {index} has {free / 1024:.1f} of its {total / 1024:.1f} GiB free, as other processes "
                 "hold the rest: stop them (nvidia-smi lists them), choose another GPU with "
-                f"CUDA_VISIBLE_DEVICES, or take a part of what is free with {name}={share:.2f}"
+                f"CUDA_VISIBLE_DEVICES, or use a fraction of what is free with {name}={share:.2f}"
             )

@@ -116,7 +116,7 @@ def piped_prompt() -> str | None:
         return None
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
         return None
-    print("reading the prompt from stdin; --prompt gives one instead", file=sys.stderr)
+    print("reading the prompt from stdin (or give one with --prompt)", file=sys.stderr)
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n") or None
     except UnicodeDecodeError as error:

@@ -83,9 +83,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         from core.file_tokenizer import FileTokenizer  # which imports this module
 
         return FileTokenizer(path)
-    raise UserError(
-        f"there is no tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json"
-    )
+    raise UserError(f"unknown tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json")
 
 
 def load_tokenizer_of(

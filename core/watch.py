@@ -80,7 +80,7 @@ class Watch:
                 self.say_and_end(*heard)
             if lost is not None:
                 self.say_and_end(
-                    f"another process of this run has ended (process {lost} gives no sign of life for "
+                    f"another process of this run has ended (process {lost} has not responded for "
                     f"{self._silence:.0f} s): {WAY_OUT}"
                 )
 

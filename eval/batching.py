@@ -114,9 +114,7 @@ def score_rows(
     def collect(batch: Batch, started: Any) -> None:
         scores = backend.finish(started)
         if not np.isfinite(scores.logprob).all():
-            raise UserError(
-                "the model gives log-probabilities that are not finite: its weights are of no use"
-            )
+            raise UserError("the model gives log-probabilities that are not finite: its weights are unusable")
         np.add.at(total, batch.row, scores.logprob.astype(np.float64))
         np.logical_and.at(greedy, batch.row, scores.greedy)
         done = np.unique(batch.row)

@@ -120,7 +120,7 @@ def compare_task(first: Path, second: Path, task: str, metrics: list[str]) -> di
     a, b = read_questions(first, task), read_questions(second, task)
     if a.keys() != b.keys():
         raise UserError(
-            f"{first} and {second} were asked other questions in {task} ({len(a.keys() & b.keys())} of "
+            f"{first} and {second} were asked different questions in {task} ({len(a.keys() & b.keys())} of "
             f"{len(a)} and {len(b)} are the same): evaluate both with the same --limit, --shots and data"
         )
     compared = {}
@@ -159,7 +159,7 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
     tasks = [all_tasks(content) for content in contents]
     shared = [task for task in tasks[0] if all(task in others for others in tasks)]
     if not shared:
-        raise UserError(f"{names[0]} and the others have no task in common: evaluate them on the same")
+        raise UserError(f"{names[0]} and the others have no task in common: evaluate them on the same tasks")
     rows = [
         (task, metric, *(cell(others[task], metric) for others in tasks), protocol(tasks[0][task]))
         for task in shared
@@ -169,7 +169,8 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
     differing = {task for task in shared if len({protocol(others[task]) for others in tasks}) > 1}
     if differing:
         parts.append(
-            f"Not measured alike (type, shots, questions, truncation): {', '.join(sorted(differing))}."
+            "Measured under different settings (dtype, shots, questions, truncation): "
+            f"{', '.join(sorted(differing))}."
         )
     n_tests, not_compared = 0, []
     for name, folder, others in list(zip(names, folders, tasks, strict=True))[1:]:
@@ -194,9 +195,9 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
         raise UserError(not_compared[0])
     parts += [f"Not compared: {reason}." for reason in not_compared]
     parts.append(
-        "± is one standard error; of differences it is that over the questions. The p values are those of "
-        f"{n_tests} single tests: of so many, {0.05 * n_tests:.1f} lie below 0.05 by chance. They know of "
-        "the questions, not of the seed that a model was trained with."
+        "± is one standard error, of differences over the questions. The p values are not corrected for "
+        f"multiple testing; number of tests: {n_tests}, of which {0.05 * n_tests:.1f} are expected below "
+        "0.05 by chance. They cover the choice of questions, not the training seed."
     )
     return "\n\n".join(parts)
 

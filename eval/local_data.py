@@ -60,11 +60,11 @@ def read_local(task: str, source: Source, folder: Path) -> LocalSet:
             splits[split] = list(source.read(path))
             hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
             if not splits[split]:
-                raise UserError(f"{path} holds no documents for {task}")
+                raise UserError(f"{path} has no documents for {task}")
         elif split == scored:
             raise UserError(
                 f"the data of {task} is not there: {folder / name} is missing "
-                "(without --data-dir the hub is asked)"
+                "(without --data-dir it is downloaded from the Hub)"
             )
     return LocalSet(splits, hashes)
 
@@ -73,7 +73,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Fields]]:
     """(where it is, object) of every line of a JSONL file."""
     for where, content in read_json_lines(path):
         if not isinstance(content, dict):
-            raise UserError(f"{where} is no JSON object")
+            raise UserError(f"{where} is not a JSON object")
         yield where, content
 
 
@@ -114,7 +114,9 @@ def _choices(path: Path, question_field: str) -> Iterator[Fields]:
             texts, labels = (_strings(where, choices, name) for name in ("text", "label"))
         key = _field(where, content, "answerKey").strip()
         if key not in labels or len(texts) != len(labels):
-            raise UserError(f"{where} has the 'answerKey' {key!r}, which is no label of its choices {labels}")
+            raise UserError(
+                f"{where} has the 'answerKey' {key!r}, which is not a label of its choices {labels}"
+            )
         yield {
             "id": str(content.get("id")),
             question_field: stem,

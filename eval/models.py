@@ -39,7 +39,7 @@ def open_model(path: Path, dtype: str, device: Device = "auto", tokenizer: str |
         tokenizer: the name or file of the model's tokenizer, where it is not found otherwise.
 
     Raises:
-        UserError: there is no model, it is damaged, or what it needs is not here.
+        UserError: there is no model, it is damaged, or a package that it needs is not installed.
     """
     require_model(path, device)
     if is_checkpoint(path):

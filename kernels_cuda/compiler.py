@@ -60,7 +60,7 @@ def generate_code(architectures: tuple[str, ...]) -> list[str]:
         number, _, suffix = architecture.partition("+")
         major, _, minor = number.partition(".")
         if not (major.isdigit() and minor.isdigit() and suffix in ("", "PTX")):
-            raise UserError(f"{architecture!r} is no architecture: write 8.0, 9.0 or 9.0+PTX")
+            raise UserError(f"{architecture!r} is not an architecture: write 8.0, 9.0 or 9.0+PTX")
         if int(major) < 8:
             raise UserError(f"architecture {architecture} is older than 8.0, the first with bfloat16")
         name = major + minor
@@ -90,8 +90,8 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         raise UserError(
-            "no nvcc found: install the CUDA toolkit 12.4 or newer, and put its bin folder on the PATH "
-            "or its folder into CUDA_HOME"
+            "no nvcc found: install the CUDA toolkit 12.4 or newer, and put its bin folder on PATH "
+            "or set CUDA_HOME"
         )
     import torch  # slow, and only here
 
@@ -179,12 +179,10 @@ def _run(command: list) -> None:
         raise CompilerError(f"{words[0]} cannot be run: {error.strerror}", " ".join(words)) from None
     if done.returncode != 0:
         said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        why = next(
-            (line for line in said if "error" in line.lower()), said[-1] if said else "it says nothing"
-        )
+        why = next((line for line in said if "error" in line.lower()), said[-1] if said else "no output")
         raise CompilerError(
             f"{words[0]} fails with exit code {done.returncode} ({why}); python -m kernels_cuda.build shows "
-            "all that it says",
+            "its whole output",
             f"{' '.join(words)}\n{done.stdout}{done.stderr}",
         )
 

@@ -46,7 +46,7 @@ def _built() -> str:
         return "no file (python -m kernels_cuda.build makes it)"
     made_of = compiler.made_of(compiler.BUILT)
     if made_of is None:
-        return f"{compiler.BUILT}, which is damaged, unfinished or of unknown sources: build it again"
+        return f"{compiler.BUILT}, which is damaged, unfinished or built from unknown sources: build it again"
     current = (
         "these sources" if made_of["sources"] == compiler.sources_hash() else "OTHER SOURCES: build it again"
     )

@@ -77,7 +77,7 @@ def load(backend: Backend = "auto") -> Source:
     """
     global _loaded
     if backend == "torch":
-        return Source(None, "plain PyTorch, as asked for")
+        return Source(None, "plain PyTorch, as requested")
     if _loaded is None:
         found = find()
         if found.file is not None:
@@ -104,7 +104,7 @@ def _why_not(file: Path, capability: tuple[int, int]) -> str | None:
     if facts is None:
         return f"{file.name} or {file.with_suffix('.json').name} is damaged or unfinished"
     if facts["sources"] != compiler.sources_hash():
-        return f"{file.name} is of other sources"
+        return f"{file.name} was built from other sources"
     if not compiler.serves(facts["architectures"], capability):
         return f"{file.name} is for {' '.join(facts['architectures'])}, not for {capability}"
     return None

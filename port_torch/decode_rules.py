@@ -21,7 +21,7 @@ MODULES = (Decoder, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.
 
 def _multiple_of_8(name: str, config: ModelConfig) -> str | None:
     size = getattr(config, name)
-    return f"{name} is {size}, no multiple of 8" if size % 8 else None
+    return f"{name} is {size}, not a multiple of 8" if size % 8 else None
 
 
 def _one_of(*known: Any) -> Callable[[str, ModelConfig], str | None]:

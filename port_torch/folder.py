@@ -78,7 +78,7 @@ def open_folder(path: Path) -> Folder:
     if manifest:
         verify(path, EXPORT_MANIFEST)
     if not (path / CONFIG).exists():
-        raise UserError(f"{path} holds no {CONFIG}: give a folder in the form of Hugging Face")
+        raise UserError(f"{path} has no {CONFIG}: give a folder in Hugging Face format")
     config = read_json(path, CONFIG)
     tensors: dict[str, TensorInfo] = {}
     for file, names in _weight_files(path).items():
@@ -129,7 +129,7 @@ def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES.values():
         raise UserError(f"{name} in {where} is of {tensor.dtype}: only {', '.join(DTYPES.values())} are read")
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{name} in {where} holds NaN or infinity: these weights are of no use")
+        raise UserError(f"{name} in {where} has NaN or infinite values: these weights are unusable")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): copy it again from where it came") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: copy it again from where it came")
+        raise UserError(f"{file} is not a JSON object: copy it again from where it came")
     return content
 
 
@@ -157,8 +157,8 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLES)
         if pickles:
             raise UserError(
-                f"{folder} holds its weights as {pickles[0]}, a pickle, which may run any code when it is "
-                f"opened, so it is not: ask whoever made it for {WEIGHTS}"
+                f"{folder} holds its weights as {pickles[0]}, a pickle, which can run arbitrary code when "
+                f"opened, so it is not opened: ask its author for {WEIGHTS}"
             )
         raise UserError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
     placed = read_json(folder, INDEX).get("weight_map")

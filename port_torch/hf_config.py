@@ -257,4 +257,4 @@ def _refuse(what: str) -> NoReturn:
 def _name_unknown(names: frozenset[str]) -> None:
     if names:
         listed = ", ".join(map(reprlib.repr, sorted(names)))
-        print(f"note: config.json has keys that are not known here and not used: {listed}", file=sys.stderr)
+        print(f"note: config.json has unknown keys, which are ignored: {listed}", file=sys.stderr)

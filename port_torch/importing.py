@@ -42,7 +42,7 @@ def import_weights(config: "ImportConfig") -> None:
     model = imported.config
     print(f"imported {config.source} ({source.NAME}): {model.n_params:,} parameters")
     if imported.assumed:
-        print(f"taken as in the original, since the file does not tell: {imported.assumed}")
+        print(f"assumed as in the original, since the file does not say: {imported.assumed}")
     name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
     flags = (*training_flags(model).split(), "--tokenizer", name, "--data", "TEXT", "--out", "RUN")
     print(f"wrote {out}; train it on with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
@@ -67,7 +67,7 @@ def read(source: ModuleType, config: "ImportConfig") -> Imported:
     for name, value in given.items():
         if value is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for the original MTLM1; {config.source} tells its own"
+                f"--{name.replace('_', '-')} is for the original MTLM1; {config.source} has its own"
             )
     return source.read(config.source)
 

@@ -75,7 +75,7 @@ def main() -> int:
     from stacking.rewrite import rewrite  # slow: JAX
 
     n_leaves, (before, after) = rewrite(growth, say)
-    change = "equal to the bit, as it must be" if growth.plan.preserves else f"{after - before:+.4f}"
+    change = "equal to the bit, as required" if growth.plan.preserves else f"{after - before:+.4f}"
     say(
         f"verified: {n_leaves} leaves read back, equal to the bit\n"
         f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"

@@ -42,7 +42,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise UserError("a plan without layers makes no model: name at least one layer")
+            raise UserError("a plan needs at least one layer")
         if len(self.how) != len(self.sources):
             raise ValueError(f"{len(self.sources)} layers and {len(self.how)} ways to make them")
         for layer in self.sources:

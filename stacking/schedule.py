@@ -47,7 +47,7 @@ def require_safe(optimizer: Literal["copy", "reset"], schedule: Schedule, warmup
     starts_low = schedule.kind == "rewarm" or (schedule.kind == "restart" and warmup > 0)
     if optimizer == "reset" and not starts_low and not force:
         raise UserError(
-            f"--optimizer reset with --schedule {schedule.kind} makes updates of full size out of single "
+            f"--optimizer reset with --schedule {schedule.kind} makes full-size updates from single "
             "gradients: give --schedule rewarm or a restart with a warmup, or --force if that is meant"
         )
 

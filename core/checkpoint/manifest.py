@@ -115,7 +115,7 @@ class Manifest:
         except ValueError as error:
             raise UserError(f"{where} is damaged ({error}): {advice}") from None
         if not isinstance(fields, dict) or "format_version" not in fields:
-            raise UserError(f"{where} is not a manifest of ours: it has no format_version")
+            raise UserError(f"{where} is not an MTLM manifest: it has no format_version")
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(

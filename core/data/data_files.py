@@ -207,7 +207,7 @@ def walk(folder: Path) -> Walk:
             elif entry.is_dir():
                 visit(below)
             elif not entry.is_file():
-                unreadable(below, "that are no files")
+                unreadable(below, "that are not files")
             elif (stat.st_dev, stat.st_ino) in seen:
                 unreadable(below, "under another name as well, which is read")
             else:

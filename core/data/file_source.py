@@ -31,7 +31,7 @@ class FileSource(Source):
         known, self._compression, _ = format_of(path)
         if form is None and known is None:
             raise UserError(
-                f"{path} is of no known format (known are {KNOWN}): if it is plain text, prepare it with "
+                f"{path} has an unknown format (known are {KNOWN}): if it is plain text, prepare it with "
                 f"`python -m train_tpu.prepare {path} --format text --out DIR`"
             )
         self._form = form or known
@@ -78,7 +78,7 @@ class FileSource(Source):
             return UserError(f"{sentence}, as it is {_kind(record)}: give a JSON object with a text per line")
         if self.field in record and not isinstance(record[self.field], dict | list):
             return UserError(
-                f"{sentence} but {_kind(record[self.field])}: leave such records out, or give them a text"
+                f"{sentence} but {_kind(record[self.field])}: remove such records, or give them a text"
             )
         kinds = {name: "" if isinstance(v, str) else _kind(v) for name, v in record.items()}
         return UserError(f"{sentence} (its fields: {_listed(kinds)}): {_advice(kinds)}")
@@ -112,8 +112,8 @@ class FileSource(Source):
         """The text of a value of a Parquet file's column, which may be of strings or of bytes."""
         if not value.is_valid:
             raise UserError(
-                f"{self.path} row {row} has no text in the column {self.field!r} but null: leave such rows "
-                "out, or give them a text"
+                f"{self.path} row {row} has no text in the column {self.field!r} but null: remove such rows, "
+                "or give them a text"
             )
         try:
             text = value.as_py()

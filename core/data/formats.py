@@ -153,5 +153,5 @@ class _Streams(io.RawIOBase):
             self._packed = b""
         if self._padding and n_zeros % self._padding:
             raise OSError(
-                f"{n_zeros} zero bytes between two streams, which is no multiple of {self._padding}"
+                f"{n_zeros} zero bytes between two streams, which is not a multiple of {self._padding}"
             )

@@ -277,7 +277,7 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
     Console().print(table)
     print(
         f"left out: {dropped['empty_documents']:,} empty documents and the last "
-        f"{dropped['train_tokens_at_end']:,} tokens of train, which fill no window"
+        f"{dropped['train_tokens_at_end']:,} tokens of train, which do not fill a window"
     )
     if train_tokens is not None:
         found = dataset.splits[ds.TRAIN].tokens
@@ -290,8 +290,8 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
         print(f"copies: {about}{n:,} documents are exact copies of earlier ones; they are kept")
     if n := dropped["heldout_documents_in_train"]:
         print(
-            f"held out and trained on: {about}{n:,} documents of train are exact copies of held-out ones, "
-            "whose loss will look too low"
+            f"contamination: {about}{n:,} training documents are exact copies of held-out ones, whose loss "
+            "will look too low"
         )
     if dropped["repaired_documents"]:
         print(f"repaired: {dropped['repaired_documents']:,} documents with lone surrogates (now U+FFFD)")

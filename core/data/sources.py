@@ -68,10 +68,10 @@ def _open(
         found = [match for match in matches if match.is_file()]
         if not found:
             if path.is_symlink():
-                raise UserError(f"{path} is a broken link: mend it, or give the path of your text")
+                raise UserError(f"{path} is a broken link: fix it, or give the path of your text")
             raise UserError(f"there is no file, folder or glob {name!r}: give the path of your text")
         if "**" not in name and (n_others := len(matches) - len(found)):
-            say(f"{name}: left out {n_others:,} that are no files (** in a glob reaches into folders)")
+            say(f"{name}: left out {n_others:,} that are not files (** in a glob searches folders too)")
     return [FileSource(file, field, form) for file in found]
 
 

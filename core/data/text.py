@@ -24,7 +24,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # UTF-16 and UTF-32, whose marks are no UTF-8. Without a mark they show by their zero bytes.
 OTHER_BOMS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 ZEROS_OF_OTHERS = 1 / 16
-"""A file whose beginning has at least this part of zero bytes is no text in UTF-8."""
+"""A file whose beginning has at least this part of zero bytes is not UTF-8 text."""
 
 
 def repair(text: str) -> str:

@@ -140,9 +140,7 @@ def _open_again(path: Path, resume_step: int) -> str | None:
     if not path.is_file():
         if resume_step == 0:
             return None
-        return (
-            f"{path} is gone: the loss curve of this run begins at step {resume_step}; training is as before"
-        )
+        return f"{path} is missing: the loss curve begins at step {resume_step}; training is not affected"
     kept, damaged = [], []
     for line, row in _read_lines(path):
         if row is None:

@@ -44,7 +44,7 @@ class AdamW(torch.optim.Optimizer):
         if not (lr >= 0 and all(0 < beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
             del self.param_groups[-1]
             raise ValueError(
-                f"lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} make no AdamW"
+                f"lr {lr}, betas {betas}, eps {eps} and weight_decay {weight_decay} are not valid for AdamW"
             )
         for p in group["params"]:
             self._prepare(p)

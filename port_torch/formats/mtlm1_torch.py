@@ -96,8 +96,8 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values, and opening such a file may run any code, so "
-            f"it is not opened: save its state_dict alone, `torch.save(model.state_dict(), FILE)`"
+            f"{path} holds more than tensors and plain values, and opening such a file can run arbitrary "
+            f"code, so it is not opened: save its state_dict alone, `torch.save(model.state_dict(), FILE)`"
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a whole file of PyTorch's ({error}): copy it again") from error

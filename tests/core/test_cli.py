@@ -52,7 +52,7 @@ HELP = "python -m a.command --help lists all options"
         (["x", "--out=y", "--step=3"], "there is no option --step: did you mean --steps?"),
         (["x", "--outt", "y"], "there is no option --outt: did you mean --out?"),
         (["x", "--out", "y", "--elsewhere"], f"there is no option --elsewhere: {HELP}"),
-        (["x", "--out", "y", "more"], f"'more' belongs to no option: {HELP}"),
+        (["x", "--out", "y", "more"], f"unexpected argument 'more': {HELP}"),
         (["x"], f"missing --out PATH ({HELP})"),
         ([], f"missing PATH, --out PATH ({HELP})"),
         (["x", "--out", "y", "--batch", "1e3"], f"--batch: '1e3' is not an integer ({HELP})"),

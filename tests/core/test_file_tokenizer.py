@@ -146,7 +146,7 @@ def test_every_kind_was_used_and_some_were_refused():
     [
         (
             models.BPE({"<s>": 0, "</s>": 1, "a": 2, "<unk>": 3}, []),
-            r"\(BPE\) leaves them out without a word",
+            r"\(BPE\) leaves them out silently",
         ),
         (
             models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("a", -1.0)], None, True),
@@ -156,7 +156,7 @@ def test_every_kind_was_used_and_some_were_refused():
         (models.WordPiece({"<s>": 0, "</s>": 1}, unk_token="<unk>"), r"\(WordPiece\) fails at them"),
         (models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"), "has <s> as its unknown token"),
         (models.BPE({"<s>": 0, "</s>": 1, "u": 2}, [], unk_token="u", dropout=0.1), "dropout of 0.1"),
-        (models.BPE({"<im_start>": 0, "u": 1}, [], unk_token="u"), "other names cannot be used yet"),
+        (models.BPE({"<im_start>": 0, "u": 1}, [], unk_token="u"), "other names are not supported yet"),
     ],
 )
 def test_what_loses_text_is_refused(tmp_path, model, message):

@@ -57,7 +57,7 @@ def test_what_a_folder_is(finished: Path, tmp_path: Path):
         ("core.generate", "data", "python -m train_tpu.run --data {path}`"),
         ("port_torch.generate", "mtlm1", "python -m core.generate {path}`"),
         ("port_torch.generate", "data", "python -m train_tpu.run --data {path}`"),
-        ("port_torch.convert", "mtlm1-export", "in the form that convert writes already"),
+        ("port_torch.convert", "mtlm1-export", "is an exported folder already"),
         ("port_torch.import_checkpoint", "mtlm1", "train_tpu.run --init-from` as it is"),
         ("stacking.grow", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
         ("train_tpu.run", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),

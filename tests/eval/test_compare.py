@@ -103,7 +103,7 @@ def test_the_same_questions_are_paired_and_others_refused(tmp_path: Path) -> Non
     found = compare_task(a, b, "task", ["acc"])["acc"]
     assert (found.only_first, found.only_second) == (1, 1)
     other = results(tmp_path, "c", [1, 0, 1], salt="x")
-    with pytest.raises(UserError, match=r"asked other questions in task \(0 of 9 and 3"):
+    with pytest.raises(UserError, match=r"asked different questions in task \(0 of 9 and 3"):
         compare_task(a, other, "task", ["acc"])
 
 
@@ -127,8 +127,8 @@ def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path: Path) -> None:
     text = report(folders, [read_results(folder) for folder in folders])
     assert "| task | acc | +42.86 ± 25.06 | 4 / 10 | 0.180 | McNemar |" in text
     (named,) = [line for line in text.splitlines() if line.startswith("Not compared: ")]
-    assert "asked other questions in limited (3 of 3 and 4 are the same)" in named and "--limit" in named
-    assert "1 single tests" in text
+    assert "asked different questions in limited (3 of 3 and 4 are the same)" in named and "--limit" in named
+    assert "number of tests: 1," in text
 
 
 def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:

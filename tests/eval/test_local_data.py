@@ -51,7 +51,7 @@ BLIMP = {"UID": "wh_island", "sentence_good": "a", "sentence_bad": "b"}
     ("task", "file", "line", "said"),
     [
         ("arc_easy", ARC, "{not json", ["line 2", "is not JSON"]),
-        ("arc_easy", ARC, "[1]", ["line 2", "no JSON object"]),
+        ("arc_easy", ARC, "[1]", ["line 2", "not a JSON object"]),
         ("arc_easy", ARC, changed(NESTED, answerKey=None), ["line 2", "lacks the field 'answerKey'"]),
         ("arc_easy", ARC, changed(NESTED, answerKey=1), ["line 2", "has a int as 'answerKey'"]),
         ("arc_easy", ARC, changed(NESTED, answerKey="C"), ["line 2", "'answerKey' 'C'", "['A', 'B']"]),

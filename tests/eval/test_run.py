@@ -256,7 +256,7 @@ def test_a_run_is_evaluated_and_goes_on_after_ctrl_c(small: Made, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert "interrupted: what is done is in" in err
+    assert "interrupted: finished tasks are in" in err
     assert not list(temporary.glob("mtlm-eval-*"))
     first = json.loads(results.read_text())["evaluations"]
     assert list(first) == ["openbookqa"]

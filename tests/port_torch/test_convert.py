@@ -165,7 +165,7 @@ def test_refusals(tmp_path: Path, monkeypatch):
         ((source, there), "there exists already"),
         ((source, out, "--dry-run"), "give --push-to-hub"),
         ((source, out, "--private"), "give --push-to-hub"),
-        ((source, out, "--max-shard-size", "big"), "no size"),
+        ((source, out, "--max-shard-size", "big"), "not a size"),
         ((source, out, "--tokenizer", "mistral"), "tokenizers differ"),
         ((nan, out), "layers/attn/q/kernel holds 1 values that are NaN"),
         ((big, out, "--dtype", "float16"), "norm/scale holds 1 values"),

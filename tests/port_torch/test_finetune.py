@@ -402,7 +402,7 @@ def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
     out = tmp_path / "out"
     for arguments, message in (
         ((folders["gpt"], "--data", tmp_path / "no", "--out", out), " cannot be read"),
-        ((tmp_path, "--data", data, "--out", out), "holds no config.json"),
+        ((tmp_path, "--data", data, "--out", out), "has no config.json"),
         ((tmp_path, "--data", "none", "--out", data), "is a file: name another folder"),
         ((tmp_path, "--data", "none", "--out", folders["gpt"].parent), "not an MTLM run"),
         ((folders["gpt"], "--data", data, "--out", out, "--validation", "1"), "--validation is 1.0"),

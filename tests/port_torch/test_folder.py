@@ -176,7 +176,7 @@ def test_pickles_are_never_opened(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     open_folder(folder)  # beside safetensors it is left alone
     (folder / "model.safetensors").unlink()
-    refuse(folder, "pytorch_model.bin, a pickle, which may run any code")
+    refuse(folder, "pytorch_model.bin, a pickle, which can run arbitrary code")
 
 
 def test_other_things_are_refused(tmp_path):
@@ -185,9 +185,9 @@ def test_other_things_are_refused(tmp_path):
     refuse(tmp_path / "file", "is a file")
     folder = tmp_path / "folder"
     folder.mkdir()
-    refuse(folder, "holds no config.json")
+    refuse(folder, "has no config.json")
     (folder / "config.json").write_text("[]")
-    refuse(folder, "holds no JSON object")
+    refuse(folder, "is not a JSON object")
     (folder / "config.json").write_text("{")
     refuse(folder, "is not JSON")
     (folder / "config.json").write_text("{}")
@@ -201,7 +201,7 @@ def test_a_tensor_that_is_not_finite_is_refused(tmp_path, value):
     tensors = tensors_of(CONFIG, PARAMS)
     tensors[NORM][3] = value
     folder = open_folder(write_folder(tmp_path / "folder", CONFIG, tensors))
-    with pytest.raises(UserError, match=f"{NORM} in .* holds NaN or infinity"):
+    with pytest.raises(UserError, match=f"{NORM} in .* has NaN or infinite values"):
         folder.read(NORM)
 
 

@@ -93,7 +93,7 @@ def test_a_llama_may_leave_out_what_has_a_default(capsys):
     assert model_config(content | {"num_key_value_heads": None, "head_dim": None}) == config
     assert not capsys.readouterr().err
     model_config(content | {"of_a_later_release": 1})
-    assert "keys that are not known here and not used: 'of_a_later_release'" in capsys.readouterr().err
+    assert "unknown keys, which are ignored: 'of_a_later_release'" in capsys.readouterr().err
 
 
 # --- drawn ---

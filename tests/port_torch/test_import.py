@@ -247,7 +247,7 @@ def test_refusals(call, tmp_path):
             (plain, out, "--tokenizer", "mistral"),
             "model of 258 token ids, and the tokenizer 'mistral' has 32000",
         ),
-        ((broken, out, "--tokenizer", "bytes"), "layers.1.mlp.up_proj.weight in .* holds NaN"),
+        ((broken, out, "--tokenizer", "bytes"), "layers.1.mlp.up_proj.weight in .* has NaN"),
         ((changed, out), "model.safetensors has other content"),
     ):
         with pytest.raises(UserError, match=sentence):

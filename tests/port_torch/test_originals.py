@@ -94,7 +94,7 @@ def test_mtlm1_heads_are_64_wide_unless_told(tmp_path):
             lambda w: w.update({"norm_f.weight": torch.ones(D + 1)}),
             r"norm_f.weight of shape \[49\] where \[48\]",
         ),
-        (lambda w: w["layers.2.mlp.w3.weight"].fill_(torch.nan), "w3.weight in .* holds NaN"),
+        (lambda w: w["layers.2.mlp.w3.weight"].fill_(torch.nan), "w3.weight in .* has NaN"),
         (lambda w: w.update({"lm_head.weight": torch.ones(VOCAB, D)}), "differ, and the original MTLM1 ties"),
         (lambda w: w.update({"norm_f.weight": torch.ones(D, dtype=torch.int32)}), "only float32"),
         (lambda w: w.pop("tok_emb.weight"), "is not an original MTLM1: it has no tok_emb.weight"),
@@ -128,7 +128,7 @@ def test_mtlm1_runs_no_code_of_the_file(weights, tmp_path):
     path = saved(tmp_path, {"model": weights, "config": Malicious(trace)})
     for write in (lambda: None, lambda: path.write_bytes(pickle.dumps(Malicious(trace)))):
         write()
-        with pytest.raises(UserError, match="may run any code") as refused:
+        with pytest.raises(UserError, match="can run arbitrary code") as refused:
             mtlm1_torch.read(path, n_heads=HEADS)
         assert "weights_only" not in str(refused.value)  # PyTorch's advice is to run it all the same
     assert not trace.exists()
@@ -201,7 +201,7 @@ def save_changed(state, change, folder: Path) -> Path:
         ),
         (
             lambda p: p["head"].update({"kernel": jnp.full((D, VOCAB), jnp.inf)}),
-            "head/kernel in .* holds NaN",
+            "head/kernel in .* has NaN",
         ),
         (lambda p: p["head"].update({"kernel": jnp.zeros((D, VOCAB))}), "all zeros, as if its file"),
         (lambda p: p.pop("pos_emb"), "pos_emb is missing"),

@@ -343,7 +343,7 @@ def test_damaged_and_contradictory_checkpoints_are_refused(grow_here, trunk, tmp
         (("--factor", "1.5"), "factor of 1.5 does not fit 3 layers"),
         (("--layers", "0-3"), "names layer 3, but the model has 3 layers, 0 to 2"),
         (("--layers", "0-2", "--factor", "2"), "leave --factor out"),
-        (("--optimizer", "reset", "--schedule", "keep"), "updates of full size"),
+        (("--optimizer", "reset", "--schedule", "keep"), "full-size updates"),
         (("--schedule", "rewarm:7"), "only 6 steps are left"),
         (("--schedule", "sometimes"), "is not known"),
         (("--steps", "6"), "has ended"),

@@ -101,7 +101,7 @@ def test_a_reset_optimizer_needs_a_rate_that_starts_low():
     for schedule, warmup in ((Schedule("keep"), 100), (Schedule("restart"), 0)):
         require_safe("copy", schedule, warmup, force=False)
         require_safe("reset", schedule, warmup, force=True)
-        with pytest.raises(UserError, match=r"updates of full size.*--force"):
+        with pytest.raises(UserError, match=r"full-size updates.*--force"):
             require_safe("reset", schedule, warmup, force=False)
     require_safe("reset", Schedule("rewarm", 5), 0, force=False)
     require_safe("reset", Schedule("restart"), 10, force=False)

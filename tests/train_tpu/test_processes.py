@@ -106,7 +106,7 @@ def test_one_that_dies_does_not_take_the_commit_of_the_first_with_it(cache, text
     assert any("committing" in line for line in first.stdout)
     second.kill()
     ((code, _, err),) = finish([first])
-    assert code == 1 and "process 1 gives no sign of life" in sentence(err)
+    assert code == 1 and "process 1 has not responded" in sentence(err)
     second.communicate()
     assert list_steps(folder / "checkpoints") == [2]
     verify(find_step(folder))

@@ -272,7 +272,7 @@ def test_copies_are_counted_and_said(tmp_path, capsys):
     out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid=valid, workers=1)
     said = capsys.readouterr().out
     assert "copies: 2 documents are exact copies of earlier ones" in said
-    assert "1 documents of train are exact copies of held-out ones" in said
+    assert "1 training documents are exact copies of held-out ones" in said
     dropped = json.loads((out / "dataset.json").read_text())["dropped"]
     assert (dropped["copied_documents"], dropped["heldout_documents_in_train"]) == (2, 1)
     assert open_dataset(out).splits["train"].documents == 43  # none is left out

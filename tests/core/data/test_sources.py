@@ -114,8 +114,8 @@ noise = np.random.default_rng(0).bytes(4000).hex()  # so that half a file is not
             b'{"body": "x"}\n',
             r"line 1 has no text in the field 'text' \(its fields: body\).*--field",
         ),
-        ("a.jsonl", b'{"text": 3}\n', r"line 1 has no text in the field 'text' but a number: leave such"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2 has no text .* but null: leave such"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1 has no text in the field 'text' but a number: remove such"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2 has no text .* but null: remove such"),
         (
             "a.jsonl",
             b'{"data": {"text": "a"}, "n": 1, "tags": []}\n',
@@ -129,7 +129,7 @@ noise = np.random.default_rng(0).bytes(4000).hex()  # so that half a file is not
             parquet(["x"], field="body"),
             r"a\.parquet has no text in the column 'text' \(its columns: id \(int64\), body\)",
         ),
-        ("a.parquet", parquet(["x", None]), r"a\.parquet row 2 has no text .* but null: leave such"),
+        ("a.parquet", parquet(["x", None]), r"a\.parquet row 2 has no text .* but null: remove such"),
         ("a.parquet", parquet([{"v": "x"}]), r"text \(struct<v: string>\)\): none of them is a text"),
         ("a.parquet", parquet([["x"]]), r"text \(list<[a-z]+: string>\)\): none of them is a text"),
         ("a.parquet", parquet([b"x", b"\xff"]), r"a\.parquet row 2 is not UTF-8 text"),
@@ -138,7 +138,7 @@ noise = np.random.default_rng(0).bytes(4000).hex()  # so that half a file is not
         ("a.txt.xz", damaged(lzma.compress(noise.encode())), r"a\.txt\.xz cannot be read"),
         ("a.txt.zst", damaged(PACK[".zst"](noise.encode())), r"a\.txt\.zst cannot be read"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz cannot be read"),
-        ("a.csv", b"x,y", r"a\.csv is of no known format .*train_tpu\.prepare .*a\.csv --format text"),
+        ("a.csv", b"x,y", r"a\.csv has an unknown format .*train_tpu\.prepare .*a\.csv --format text"),
     ],
     ids=itertools.count(),  # of the contents' bytes they would be pages long
 )
