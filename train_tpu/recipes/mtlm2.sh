@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# MTLM2: mtlm2-40m (40,149,248 parameters) on 14B tokens of FineWeb-Edu, 349 tokens a parameter.
+# MTLM2: mtlm2-40m (40,149,248 parameters) on 14B tokens of FineWeb-Edu, 349 tokens per parameter.
 #
 #     bash mtlm2.sh                                        # on a TPU v5e-8
 #     BATCH=128 bash mtlm2.sh                              # on one GPU
 #     TOKENS=140000000 DATA='text/*.jsonl.xz' EVAL_DATA=DIR BATCH=128 bash mtlm2.sh
 #                                                          # a hundredth, of files, without a network
 #
-# Stopped or interrupted, the same command goes on; finished, it trains nothing. Arguments go to train_tpu.run:
+# Stopped or interrupted, the same command resumes; finished, it trains nothing. Arguments go to train_tpu.run:
 # `bash mtlm2.sh --accumulate 2`. Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu
 # on a GPU), and activate that environment.
 #
@@ -24,7 +24,7 @@
 #   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
 #                      download. It needs no accelerator: where these hours cost, prepare on another machine and
 #                      give the folder as DATA.
-#   disk               25 GB prepared (1.76 bytes a token, measured on 9.8M tokens of Wikipedia); about 36 GB of
+#   disk               25 GB prepared (1.76 bytes per token, measured on 9.8M tokens of Wikipedia); about 36 GB of
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 1 GB for the run
 #
