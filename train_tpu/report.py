@@ -40,14 +40,14 @@ def describe(
         ("model", f"{config.preset}: {model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
                   f"MLP {model.d_mlp}, context {model.context}; {parts}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
-                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs a training token"),
+                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
         ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),
         ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
-                 f"{train.bytes / train.tokens:.2f} bytes a token"),
-        ("held out", ", ".join(heldout) or "none"),
+                 f"{train.bytes / train.tokens:.2f} bytes per token"),
+        ("held-out", ", ".join(heldout) or "none"),
         ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
                      f"{tokens / (train.windows * model.context):.2f} epochs, "
-                     f"{tokens / model.n_params:.1f} tokens a parameter"),
+                     f"{tokens / model.n_params:.1f} tokens per parameter"),
         ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}){along}, {compute.dtype}"),

@@ -119,7 +119,7 @@ def nothing_to_do(setup: Setup, step: int) -> str | None:
             "resume it without them, or give another --out"
         )
     if step == steps and any(row["what"] == END for row in read_log(out, "event")):
-        return f"the run in {out} is finished ({step} of {steps} steps): start a new one with another --out"
+        return f"{out} has finished ({step} of {steps} steps): start a new run with another --out"
     if setup.end < steps and step >= setup.end:
         return (
             f"{out} is already at step {step} (--stop-at {setup.end}): drop --stop-at to continue to step "
@@ -202,7 +202,7 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
         if config.from_step is not None and processes.is_first():
             for left in leave_newer(folder, config.from_step):
                 say(f"a newer checkpoint is left, as {left}")
-        # A run that the guard halted goes on behind the batches that halted it.
+        # A run that the guard halted resumes after the batches that halted it.
         state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
         changed = changed_measure(old, manifest)
         if changed:

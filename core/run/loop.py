@@ -130,10 +130,10 @@ class Loop:
         by = self.interrupt.requested or "another process"
         self.log.write(self.step, "event", what=f"interrupted by {by}")
         if started:
-            self.progress.say(f"saved step {self.step}: the same command goes on from there")
+            self.progress.say(f"saved step {self.step}; run the same command to resume")
             return EXIT_SAVED
         kept = "nothing to keep yet" if self._saved_step is None else f"step {self._saved_step} is kept"
-        self.progress.say(f"no step was made since the start: {kept}; the same command goes on from there")
+        self.progress.say(f"stopped before the first step: {kept}; run the same command to resume")
         return EXIT_KEPT
 
     def _before_step(self) -> None:
@@ -234,9 +234,9 @@ class Loop:
             blame=blame,
         )
         self.progress.say(
-            f"step {done.step}: update not applied: loss {metrics.loss:.4g}, gradient norm "
-            f"{metrics.grad_norm:.4g}, from {', '.join(blame)}; sequences {first} to "
-            f"{first + self.settings.batch - 1} (records in metrics.jsonl); {metrics.skipped} so far"
+            f"step {done.step}: update skipped (loss {metrics.loss:.4g}, gradient norm "
+            f"{metrics.grad_norm:.4g}), largest in {', '.join(blame)}; sequences {first} to "
+            f"{first + self.settings.batch - 1}, see metrics.jsonl; {metrics.skipped} skipped so far"
         )
 
     def _evaluate(self, limit: int | None) -> None:

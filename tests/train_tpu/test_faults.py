@@ -55,7 +55,7 @@ def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     for _ in range(kills):
         process = start(cache, *LONG, "--data", text, "--out", folder)
         resumed += "resuming" in wait_for(process, "starting|resuming")
-        if "is finished" in wait_for(process, "compiled|is finished"):
+        if "has finished" in wait_for(process, "compiled|has finished"):
             process.wait()
             shutil.rmtree(folder)  # the next one starts over
             continue
@@ -134,7 +134,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(cache, text
     assert [row["step"] for row in read_log(folder, "eval")] == [0, 5, 10, 12]
     assert len(losses(folder)) == 12
     out, _ = run(cache, *arguments)
-    assert "is finished" in out
+    assert "has finished" in out
 
 
 def test_a_second_signal_leaves_at_once_and_damages_nothing(cache, text, uninterrupted):

@@ -110,7 +110,7 @@ def test_mtlm2_interrupted_and_finished(tmp_path):
 
     before = lasting(out)
     printed = run("mtlm2", tmp_path, **settings)
-    assert f"the run in out/run is finished ({steps} of {steps} steps)" in printed
+    assert f"out/run has finished ({steps} of {steps} steps)" in printed
     assert "arc_easy: already evaluated" in printed
     assert lasting(out) == before
 
@@ -139,9 +139,7 @@ def test_mtlm1_in_three_phases(tmp_path):
     assert len(model.model.layers) == 12
 
     before = lasting(out)
-    assert f"the run in out/grown is finished ({steps} of {steps} steps)" in run(
-        "mtlm1", tmp_path, **settings
-    )
+    assert f"out/grown has finished ({steps} of {steps} steps)" in run("mtlm1", tmp_path, **settings)
     assert lasting(out) == before
     # What would make it another run is refused by the run itself.
     process = start("mtlm1", tmp_path, **settings | {"BATCH": 2})

@@ -86,7 +86,7 @@ def test_the_same_command_resumes_and_a_finished_run_is_left_alone(finished, cac
     run(cache, *TINY, "--data", text, "--out", whole, "--decay", "0")
     assert losses(folder) == losses(whole)
     out, _ = run(cache, *arguments, "--decay", "0")
-    assert "is finished" in out
+    assert "has finished" in out
 
 
 def test_one_and_eight_devices_agree(cache, text):
