@@ -21,9 +21,8 @@ from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
-from core.run.log import SAMPLES, NoLog, RunLog, read_log
-from core.run.loop import END, Loop
-from core.run.progress import Progress
+from core.run.log import SAMPLES
+from core.run.loop import is_finished, run_loop
 from core.run.schedule import require_continuous
 from core.sharding import resolved_mesh, state_shardings
 from train_tpu.config import RunConfig
@@ -67,29 +66,22 @@ def run(setup: Setup) -> int:
         engine = make_engine(setup, state, tasks, checkpointer)
         batches = open_batches(setup, manifest.sequences)
         stack.callback(batches.close)
-        log = RunLog(setup.out, manifest.step) if processes.is_first() else NoLog()
-        stack.callback(log.close)
-        if log.notice:
-            say(log.notice)
-        log.write(manifest.step, "event", what=how, device=engine.device.kind, n=engine.device.n)
-        progress = Progress(console, setup.end, manifest.step, config.log_every)
-        stack.callback(progress.close)
-        loop = Loop(
-            settings=config,
-            engine=engine,
-            batches=batches,
-            manifest=manifest,
-            checkpoints=checkpointer.folder,
-            steps=setup.steps,
-            end=setup.end,
-            prompts=setup.prompts,
-            tokenizer=setup.tokenizer,
-            log=log,
-            progress=progress,
-            interrupt=interrupt,
-        )
         with out_of_memory_explained(config.batch, config.accumulate):
-            code = loop.run()
+            code = run_loop(
+                out=setup.out,
+                first=processes.is_first(),
+                console=console,
+                how=how,
+                settings=config,
+                engine=engine,
+                batches=batches,
+                manifest=manifest,
+                steps=setup.steps,
+                end=setup.end,
+                prompts=setup.prompts,
+                tokenizer=setup.tokenizer,
+                interrupt=interrupt,
+            )
     if code == EXIT_FINISHED and processes.is_first():
         report_end(setup)
     return code
@@ -107,18 +99,9 @@ def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
 
 
 def nothing_to_do(setup: Setup, step: int) -> str | None:
-    """What to say of a run that has made all its updates; None where some are left.
-
-    Raises:
-        UserError: it has made more than are asked for.
-    """
+    """What to say of a run that has made all its updates; None where some are left. See `is_finished`."""
     out, steps = setup.out, setup.steps
-    if step > steps:
-        raise UserError(
-            f"the run in {out} is at step {step} already, beyond the {steps} steps asked for: "
-            "resume it without them, or give another --out"
-        )
-    if step == steps and any(row["what"] == END for row in read_log(out, "event")):
+    if is_finished(out, step, steps):
         return f"{out} has finished ({step} of {steps} steps): start a new run with another --out"
     if setup.end < steps and step >= setup.end:
         return (

@@ -49,7 +49,7 @@ class Score(NamedTuple):
     """Nats a predicted token."""
     perplexity: float
     bits_per_byte: float
-    """For part of a set: by the whole set's tokens a byte."""
+    """For part of a set: by the whole set's tokens per byte."""
     tokens: int
     """How many predictions were scored."""
 

@@ -1,6 +1,6 @@
 """Attention of one new token over the cache (csrc/decode_attention.cu).
 
-One new token a row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
+One new token per row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
 is differentiated.
 
 Shapes: B batch, D d_model, H heads, K head size, S positions of the cache.

@@ -1,6 +1,6 @@
 """The matrix products of a decoding step, each with what surrounds it (csrc/decode_project.cu).
 
-One new token a row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
+One new token per row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
 is differentiated.
 
 Shapes: B batch, D d_model, F d_mlp, H heads, K head size, S positions of

@@ -1,6 +1,6 @@
 """The two ends of a decoding step: embedding and choice of a token (csrc/decode_sample.cu).
 
-One new token a row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
+One new token per row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
 is differentiated.
 
 Shapes: B batch, D d_model, S positions, V vocabulary.

@@ -30,9 +30,9 @@ from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, require_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
-from core.run.log import SAMPLES, NoLog, RunLog, read_log
-from core.run.loop import END, Loop
-from core.run.progress import Progress, make_console
+from core.run.log import SAMPLES, read_log
+from core.run.loop import END, is_finished, run_loop
+from core.run.progress import make_console
 from core.run.schedule import check_room, require_continuous
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
@@ -159,29 +159,23 @@ def train(job: Job, ranks: Ranks) -> int:
         announce(job, ranks, console, how, part, parts)
         batches = job.batches(manifest.sequences)
         stack.callback(batches.close)
-        progress = Progress(console, job.end, manifest.step, config.log_every)
-        stack.callback(progress.close)
-        log = RunLog(out, manifest.step) if ranks.first else NoLog()
-        stack.callback(log.close)
-        if log.notice:
-            console.print(log.notice, markup=False, highlight=False)
-        log.write(manifest.step, "event", what=how, device=device_name(ranks), n=ranks.size, parts=parts)
-        folder = out / "checkpoints"
-        engine = TorchEngine(stepper, parts, part // parts, job.heldout, tasks, folder, config.keep)
-        code = Loop(
+        checkpoints = out / "checkpoints"
+        code = run_loop(
+            out=out,
+            first=ranks.first,
+            console=console,
+            how=how,
             settings=config,
-            engine=engine,
+            engine=TorchEngine(stepper, parts, part // parts, job.heldout, tasks, checkpoints, config.keep),
             batches=batches,
             manifest=manifest,
-            checkpoints=folder,
             steps=job.steps,
             end=job.end,
             prompts=job.prompts,
             tokenizer=job.tokenizer,
-            log=log,
-            progress=progress,
             interrupt=interrupt,
-        ).run()
+            parts=parts,
+        )
     if code == EXIT_FINISHED and ranks.first:
         report_end(job, console)
     return code
@@ -214,18 +208,8 @@ def is_compiled(config: TrainerConfig, ranks: Ranks) -> bool:
 
 
 def is_done(job: Job, step: int) -> bool:
-    """Whether a run that is at `step` has made all its updates.
-
-    Raises:
-        UserError: it has made more than are asked for.
-    """
-    if step > job.steps:
-        raise UserError(
-            f"the run in {job.out} is at step {step} already, beyond the {job.steps} steps asked for: resume "
-            "it without them, or give another --out"
-        )
-    finished = step == job.steps and any(row["what"] == END for row in read_log(job.out, "event"))
-    return finished or (job.end < job.steps and step >= job.end)
+    """Whether a run at `step` has made its updates, all or those up to --stop-at; see `is_finished`."""
+    return is_finished(job.out, step, job.steps) or (job.end < job.steps and step >= job.end)
 
 
 def choose_parts(job: Job, stepper: Stepper, part: int) -> int:
