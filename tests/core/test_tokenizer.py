@@ -196,7 +196,7 @@ def test_a_tokenizer_is_found_by_its_hash_wherever_its_file_is(tmp_path):
 
 
 def test_wrong_names_and_files(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer 'mistrel'"):
+    with pytest.raises(UserError, match="unknown tokenizer 'mistrel'"):
         load_tokenizer("mistrel")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json is not a tokenizer\.json"):

@@ -473,7 +473,7 @@ def test_command_prints_what_it_did_and_what_is_next(tmp_path):
         ([], "no text is given"),
         (["{bad}"], "bad.jsonl line 1 is not JSON"),
         (["{good}", "--field", "body"], "no text in the field 'body'"),
-        (["{good}", "--tokenizer", "nonesuch"], "no tokenizer 'nonesuch'"),
+        (["{good}", "--tokenizer", "nonesuch"], "unknown tokenizer 'nonesuch'"),
         (["{good}", "--context", "0"], "--context is 0"),
         (["{good}", "--context", "100000"], "the split 'train' is empty"),
         (["{empty}"], "the split 'train' is empty"),
