@@ -68,8 +68,8 @@ def compare_kernels(config: Config) -> dict[str, Any]:
     common = ("--steps", config.steps, "--batch", config.batch, "--warmup", config.steps // 2)
     ways = {
         "plain": ("--kernels", "torch"),
-        "plain-2": ("--kernels", "torch", "--accumulate", 2),
-        "plain-4": ("--kernels", "torch", "--accumulate", 4),
+        "plain-2": ("--kernels", "torch", "--grad-accum-steps", 2),
+        "plain-4": ("--kernels", "torch", "--grad-accum-steps", 4),
         "kernels": ("--kernels", "cuda"),
     }
     with ThreadPoolExecutor() as pool:

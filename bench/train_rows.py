@@ -28,10 +28,10 @@ from port_torch.hf_config import hf_config, is_llama
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import Rows
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import AdamWConfig
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
 LR = 3e-4
 BATCHES = 4
@@ -68,11 +68,11 @@ def ours(kernels: library.Backend, compiled: bool) -> Make:
             raise UserError("our kernels run on a GPU alone")
         library.load(kernels)
         bf16 = device.type == "cuda"
-        ranks = Ranks(0, 1, device)
-        stepper = Stepper(mirror.to(device), AdamWConfig(), ranks, seed=0, bf16=bf16, compiled=compiled)
+        ranks = Distributed(0, 1, device)
+        train_step = TrainStep(mirror.to(device), AdamWConfig(), ranks, seed=0, bf16=bf16, compiled=compiled)
 
         def step(i: int) -> Tensor:
-            return stepper.update(batches[i % BATCHES], 1, i, LR, (False, False))[0]
+            return train_step.update(batches[i % BATCHES], 1, i, LR, (False, False))[0]
 
         return step
 

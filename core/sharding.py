@@ -110,8 +110,8 @@ def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None =
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, accumulate: int = 1) -> None:
-    """Refuses a mesh that a model, or a batch in `accumulate` parts, cannot be divided over equally.
+def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, grad_accum_steps: int = 1) -> None:
+    """Refuses a mesh that a model, or a batch in `grad_accum_steps` parts, cannot be divided over equally.
 
     Raises:
         UserError: says which of them, and by how much.
@@ -128,12 +128,12 @@ def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, accumulate: int
                 f"the largest {axis} below that fits is {fitting}"
             )
     parts = shape.data * shape.fsdp
-    if batch % (parts * accumulate):
-        nearest = max(1, round(batch / (parts * accumulate))) * parts * accumulate
+    if batch % (parts * grad_accum_steps):
+        nearest = max(1, round(batch / (parts * grad_accum_steps))) * parts * grad_accum_steps
         axes = "" if shape.tensor == 1 else f" (--mesh {shape}: data x fsdp)"
         raise UserError(
-            f"--batch {batch} is not divisible by {parts} devices{axes} x --accumulate {accumulate}: "
-            f"the nearest that is, is {nearest}"
+            f"--batch {batch} is not divisible by {parts} devices{axes} x --grad-accum-steps "
+            f"{grad_accum_steps}: the nearest that is, is {nearest}"
         )
 
 
@@ -156,9 +156,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
-def local_rows(sharding: NamedSharding, accumulate: int, rows: int) -> np.ndarray:
+def local_rows(sharding: NamedSharding, grad_accum_steps: int, rows: int) -> np.ndarray:
     """Which rows of a micro-batch of `rows` this process's devices need, in order; all, where it is alone."""
-    places = sharding.addressable_devices_indices_map((accumulate, rows)).values()
+    places = sharding.addressable_devices_indices_map((grad_accum_steps, rows)).values()
     return np.unique(np.concatenate([np.arange(rows)[at] for _, at in places]))
 
 

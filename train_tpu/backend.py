@@ -19,14 +19,14 @@ TPU_ON_CHIP = 112 * 2**20  # what arrays may take of a v5e's 128 MiB of vector m
 
 
 def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
-    """Into how many micro-batches a batch is split: --accumulate, or what suits the devices.
+    """Into how many micro-batches a batch is split: --grad-accum-steps, or what suits the devices.
 
     On a TPU, parts of at most `TPU_TOKENS` tokens per chip: the compiler then keeps a layer's activations in
     vector memory. Whether the batch falls into equal parts is `core.sharding.check_mesh`'s affair.
     """
     rows, rest = divmod(config.batch, mesh.shape["data"] * mesh.shape["fsdp"])
-    if config.accumulate is not None:
-        return config.accumulate
+    if config.grad_accum_steps is not None:
+        return config.grad_accum_steps
     if rest or mesh.devices.flat[0].platform != "tpu":
         return 1
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]

@@ -19,7 +19,7 @@ class RunConfig(TrainingSettings, PretrainingSource):
     tokenizer: Maybe[str] = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
     tiny presets and mistral for the others."""
-    accumulate: Maybe[int] = None
+    grad_accum_steps: Maybe[int] = None
     """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
     the same up to rounding. Default: 1; on a TPU, enough for 8,192 tokens per chip."""
     init_from: Maybe[Path] = None

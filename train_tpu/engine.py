@@ -64,7 +64,7 @@ class JaxEngine:
             halt_after=np.int32(config.guard.halt_after),
             seed=np.uint32(config.seed),
         )
-        placed = place_batch(batch, config.batch, config.accumulate, self._mesh)
+        placed = place_batch(batch, config.batch, config.grad_accum_steps, self._mesh)
         controls = Controls(*(place(value, whole) for value in controls))
         with jax.transfer_guard("disallow"):  # what the step takes lies on the devices already
             self.state, metrics = self._step(self.state, placed, controls)
@@ -125,20 +125,22 @@ def _whole(mesh: Mesh) -> Callable[[Params], Params]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def own_rows(batch: int, accumulate: int, mesh: Mesh) -> np.ndarray:
-    """[accumulate, n]: the rows of a global batch that this process's devices work on; alone, all of them."""
-    rows = batch // accumulate
-    return np.arange(accumulate)[:, None] * rows + local_rows(batch_sharding(mesh), accumulate, rows)
+def own_rows(batch: int, grad_accum_steps: int, mesh: Mesh) -> np.ndarray:
+    """[grad_accum_steps, n]: the rows of a global batch for this process's devices; alone, all of them."""
+    rows = batch // grad_accum_steps
+    return np.arange(grad_accum_steps)[:, None] * rows + local_rows(
+        batch_sharding(mesh), grad_accum_steps, rows
+    )
 
 
-def place_batch(loaded: LoadedBatch, batch: int, accumulate: int, mesh: Mesh) -> Batch:
+def place_batch(loaded: LoadedBatch, batch: int, grad_accum_steps: int, mesh: Mesh) -> Batch:
     """This process's rows of a global batch of `batch` as the step takes them: cut into micro-batches,
     spread over the devices."""
-    own = own_rows(batch, accumulate, mesh)
+    own = own_rows(batch, grad_accum_steps, mesh)
 
     def placed(values: np.ndarray) -> jax.Array:
         cut = values.reshape(*own.shape, *values.shape[1:])
-        return place_rows(cut, own[0], batch // accumulate, batch_sharding(mesh))
+        return place_rows(cut, own[0], batch // grad_accum_steps, batch_sharding(mesh))
 
     index = (loaded.first + own.ravel()).astype(np.uint32)
     return Batch(placed(loaded.tokens), placed(loaded.bad), placed(index))

@@ -42,11 +42,11 @@ class Evaluator:
         for start in range(0, len(tokens), self.rows):
             if interrupted():
                 return None
-            part, counted = tokens[start : start + self.rows], mask[start : start + self.rows]
+            part, scored = tokens[start : start + self.rows], mask[start : start + self.rows]
             missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
-            arrays = (np.pad(part, missing)[None], np.pad(counted, missing)[None])
+            arrays = (np.pad(part, missing)[None], np.pad(scored, missing)[None])
             nll = self._sums(params, *(place(array, self._sharding) for array in arrays))
-            total, count = total + float(nll), count + int(counted.sum())
+            total, count = total + float(nll), count + int(scored.sum())
         info = self.dataset.splits[split]
         return make_score(total, count, info.tokens - 1, info.bytes)
 

@@ -96,8 +96,8 @@ def prepare_run(config: RunConfig) -> Setup:
 
     # Devices, and what will compute on them.
     mesh = make_mesh(shape)
-    config = dataclasses.replace(config, accumulate=split_batch(config, model, mesh))
-    check_mesh(model, shape, config.batch, config.accumulate)
+    config = dataclasses.replace(config, grad_accum_steps=split_batch(config, model, mesh))
+    check_mesh(model, shape, config.batch, config.grad_accum_steps)
     step, attention = choose_step(config, model, mesh)
     config = dataclasses.replace(config, dtype=step.compute.dtype)  # recorded as what it stands for here
     console.print(describe(config, model, dataset, steps, mesh, step.compute, attention))

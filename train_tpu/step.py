@@ -249,20 +249,22 @@ def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:
     )
 
 
-def abstract_batch(rows: int, accumulate: int, context: int, mesh: Mesh) -> Batch:
-    """Shapes, types and shardings of a step's batch of `rows` sequences in `accumulate` parts."""
+def abstract_batch(rows: int, grad_accum_steps: int, context: int, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of a step's batch of `rows` sequences in `grad_accum_steps` parts."""
     sharding = batch_sharding(mesh)
 
     def leaf(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((accumulate, rows // accumulate, *more), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            (grad_accum_steps, rows // grad_accum_steps, *more), dtype, sharding=sharding
+        )
 
     return Batch(leaf(jnp.uint16, context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
 
 
-def lower_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Lowered:
     """`train_step` for batches of `rows` sequences over a mesh, before it is compiled; no arrays are made."""
     state = abstract_state(config, mesh)
-    batch = abstract_batch(rows, accumulate, config.model.context, mesh)
+    batch = abstract_batch(rows, grad_accum_steps, config.model.context, mesh)
     types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
     controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in types))
     step = jax.jit(
@@ -273,10 +275,10 @@ def lower_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> ja
     return step.lower(state, batch, controls)
 
 
-def compile_step(config: StepConfig, rows: int, accumulate: int, mesh: Mesh) -> jax.stages.Compiled:
+def compile_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles `train_step` for batches of `rows` sequences; the state is donated.
 
     Returns:
         A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
     """
-    return lower_step(config, rows, accumulate, mesh).compile()
+    return lower_step(config, rows, grad_accum_steps, mesh).compile()

@@ -66,7 +66,7 @@ def run(setup: Setup) -> int:
         engine = make_engine(setup, state, tasks, checkpointer)
         batches = open_batches(setup, manifest.sequences)
         stack.callback(batches.close)
-        with out_of_memory_explained(config.batch, config.accumulate):
+        with out_of_memory_explained(config.batch, config.grad_accum_steps):
             code = run_loop(
                 out=setup.out,
                 first=processes.is_first(),
@@ -115,12 +115,12 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     """Compiles the step, once."""
     config, step, mesh, model = setup.config, setup.step, setup.mesh, setup.step.model
     started, found_before = time.monotonic(), programs_found()
-    with out_of_memory_explained(config.batch, config.accumulate):
-        compiled = compile_step(step, config.batch, config.accumulate, mesh)
+    with out_of_memory_explained(config.batch, config.grad_accum_steps):
+        compiled = compile_step(step, config.batch, config.grad_accum_steps, mesh)
     kept = " (kept from an earlier start)" if programs_found() > found_before else ""
     seconds = time.monotonic() - started
     setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} a device")
-    rows = config.batch // config.accumulate
+    rows = config.batch // config.grad_accum_steps
     evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
     generator = Generator(model, dataclasses.replace(step.compute, mesh=None, attention="xla"))
     return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer)
@@ -134,7 +134,7 @@ def open_batches(setup: Setup, start: int) -> Any:
         seed=config.seed,
         batch=config.batch,
         start=start,
-        rows=own_rows(config.batch, config.accumulate, setup.mesh).ravel().tolist(),
+        rows=own_rows(config.batch, config.grad_accum_steps, setup.mesh).ravel().tolist(),
         vocab_size=setup.step.model.vocab_size,
         on_bad=config.on_bad_record,
     )

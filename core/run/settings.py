@@ -66,7 +66,7 @@ class TrainingSettings:
     """Passes over the training data, instead of --steps."""
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over devices."""
-    accumulate: Maybe[int] = None
+    grad_accum_steps: Maybe[int] = None
     """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
     the same up to rounding."""
     optim: OptimizerConfig = OptimizerConfig()
@@ -122,8 +122,8 @@ class TrainingSettings:
             raise UserError("give --steps or --epochs, not both")
         if self.from_step is not None and self.fallback:
             raise UserError("give --from-step or --fallback, not both")
-        names = ("steps", "batch", "accumulate", "eval_windows", "eval_questions", "save_every", "keep_last",
-                 "keep_every", "log_every", "stop_at")  # fmt: skip
+        names = ("steps", "batch", "grad_accum_steps", "eval_windows", "eval_questions", "save_every",
+                 "keep_last", "keep_every", "log_every", "stop_at")  # fmt: skip
         checks.counts(**checks.fields(self, *names))
         checks.counts(0, **checks.fields(self, "eval_every", "sample_every", "from_step"))
         for step in self.keep_steps:
@@ -186,8 +186,17 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+RENAMED = {"accumulate": "grad_accum_steps"}  # settings as older records name them
+
+
+def today(record: dict[str, Any]) -> dict[str, Any]:
+    """A recorded run's settings under the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in record.items()}
+
+
 def unflatten(flat: dict[str, Any], kind: type) -> Any:
     """The settings that `flatten` made `flat` of; what it lacks, since it is older, has its default."""
+    flat = today(flat)
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -228,7 +237,7 @@ def require_same(
     unknown = sorted(set(allowed) - set(new))
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
-    old, new = resolved(flatten(defaults) | old), resolved(new)
+    old, new = resolved(flatten(defaults) | today(old)), resolved(new)
     if old.get("dtype") == "auto":  # older records do not say what it stood for
         old["dtype"] = new["dtype"]
     if "mesh" in new:

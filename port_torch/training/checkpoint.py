@@ -21,24 +21,24 @@ from core.checkpoint.steps import Keep, delete_dispensable, remove_unfinished, s
 from core.errors import UserError
 from core.folders import new_folder
 from port_torch.export import disk_errors
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
 STATE = "state.safetensors"
 GUARD = "guard/"  # older checkpoints have less of it, or nothing
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def state_tensors(stepper: Stepper) -> dict[str, Tensor]:
+def state_tensors(train_step: TrainStep) -> dict[str, Tensor]:
     """Everything that an update changes, by name, where it lies."""
-    optimizer = stepper.optimizer
-    tensors = {f"params/{name}": p.detach() for name, p in stepper.parameters.items()}
-    for name, p in stepper.parameters.items():
+    optimizer = train_step.optimizer
+    tensors = {f"params/{name}": p.detach() for name, p in train_step.parameters.items()}
+    for name, p in train_step.parameters.items():
         tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for moment in MOMENTS}
     tensors |= {f"updates/{i}": group["step"] for i, group in enumerate(optimizer.param_groups)}
-    return tensors | {f"{GUARD}{name}": tensor for name, tensor in stepper.guard.tensors().items()}
+    return tensors | {f"{GUARD}{name}": tensor for name, tensor in train_step.guard.tensors().items()}
 
 
-def save(folder: Path, stepper: Stepper, manifest: Manifest, keep: Keep) -> None:
+def save(folder: Path, train_step: TrainStep, manifest: Manifest, keep: Keep) -> None:
     """Saves step `manifest.step` into the folder of checkpoints, then deletes those that are not to be kept.
 
     A step that is there already is left as it is: a run's state is a function of its step.
@@ -49,7 +49,7 @@ def save(folder: Path, stepper: Stepper, manifest: Manifest, keep: Keep) -> None
     final = step_path(folder, manifest.step)
     if final.exists():
         return
-    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state_tensors(stepper).items()}
+    tensors = {name: tensor.to("cpu").contiguous() for name, tensor in state_tensors(train_step).items()}
     tree = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
@@ -60,8 +60,8 @@ def save(folder: Path, stepper: Stepper, manifest: Manifest, keep: Keep) -> None
     delete_dispensable(folder, keep)
 
 
-def restore(step_dir: Path, stepper: Stepper) -> Manifest:
-    """Puts a saved state in the place of the stepper's own; returns the manifest.
+def restore(step_dir: Path, train_step: TrainStep) -> Manifest:
+    """Puts a saved state in the place of the train_step's own; returns the manifest.
 
     Raises:
         UserError: a file is damaged, or the state is of another model or trainer.
@@ -70,7 +70,7 @@ def restore(step_dir: Path, stepper: Stepper) -> Manifest:
     manifest = load_manifest(step_dir)
     here = {
         name: tensor
-        for name, tensor in state_tensors(stepper).items()
+        for name, tensor in state_tensors(train_step).items()
         if name in manifest.tree or not name.startswith(GUARD)
     }
     differing = differing_leaves(manifest.tree, here)

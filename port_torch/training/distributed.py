@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """This process among all of the run."""
 
     rank: int
@@ -123,7 +123,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def open_ranks(device: str) -> Iterator[Ranks]:
+def open_distributed(device: str) -> Iterator[Distributed]:
     """The processes that torchrun started, or this one alone; their connection ends with the context.
 
     device: "auto", "cpu" or "cuda", as on the command line.
@@ -140,10 +140,10 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if size == 1:
-        yield Ranks(0, 1, here)
+        yield Distributed(0, 1, here)
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Ranks(rank, size, here)
+        yield Distributed(rank, size, here)
     finally:
         dist.destroy_process_group()

@@ -15,9 +15,9 @@ from core.sampling import Sampling
 from port_torch.sampling import stream
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
-from port_torch.training.step import METRICS, Stepper
+from port_torch.training.step import METRICS, TrainStep
 
 
 class Pending:
@@ -46,7 +46,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        stepper: Stepper,
+        train_step: TrainStep,
         parts: int,
         rows: int,
         heldout: list[HeldOut],
@@ -58,7 +58,7 @@ class TorchEngine:
 
         tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
         """
-        self.stepper, self._ranks = stepper, stepper.ranks
+        self.train_step, self._ranks = train_step, train_step.ranks
         self.alone = self._ranks.size == 1
         self.device = Device(device_name(self._ranks), self._ranks.size)
         self.heldout: Sequence[str] = [one.name for one in heldout]
@@ -74,7 +74,7 @@ class TorchEngine:
 
     def dispatch(self, batch: Batch, step: int, lr: float) -> Pending:
         """See `Engine`."""
-        return Pending(self.stepper.update(batch.rows, self._parts, step, lr, self._flags))
+        return Pending(self.train_step.update(batch.rows, self._parts, step, lr, self._flags))
 
     def read(self, pending: Pending) -> Metrics:
         """See `Engine`."""
@@ -88,18 +88,18 @@ class TorchEngine:
             applied=found["applied"] > 0,
             streak=int(found["streak"]),
             skipped=int(found["skipped"]),
-            leaf_norms=dict(zip(self.stepper.parameters, values[len(METRICS) :], strict=True)),
+            leaf_norms=dict(zip(self.train_step.parameters, values[len(METRICS) :], strict=True)),
         )
 
     def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
         """See `Engine`."""
-        return score(self.stepper, self._sets[split], self._rows, limit, stop)
+        return score(self.train_step, self._sets[split], self._rows, limit, stop)
 
     def evaluate_tasks(
         self, limit: int | None, stop: Callable[[], bool], say: Callable[[str], None]
     ) -> Iterable[TaskScore]:
         """See `Engine`."""
-        return self._tasks.evaluate(self.stepper.decoder, limit, stop, say) if self._tasks else ()
+        return self._tasks.evaluate(self.train_step.decoder, limit, stop, say) if self._tasks else ()
 
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
@@ -107,7 +107,7 @@ class TorchEngine:
         """See `Engine`."""
         if not self._ranks.first:
             return None
-        columns = list(stream(self.stepper.decoder.eval(), prompts, sampling, n, eos))
+        columns = list(stream(self.train_step.decoder.eval(), prompts, sampling, n, eos))
         return [[id for id in row if id is not None] for row in zip(*columns, strict=True)]
 
     def save(self, manifest: Manifest) -> None:
@@ -115,12 +115,12 @@ class TorchEngine:
         # The flags from before it that ask for a checkpoint are answered by this one.
         self._flags, self._heard = (self._flags[0], False), (self._heard[0], False)
         if self._ranks.first:
-            checkpoint.save(self._checkpoints, self.stepper, manifest, self._keep)
+            checkpoint.save(self._checkpoints, self.train_step, manifest, self._keep)
 
     def wait(self) -> None:
         """See `Engine`."""
 
 
-def device_name(ranks: Ranks) -> str:
+def device_name(ranks: Distributed) -> str:
     """What PyTorch calls the device."""
     return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"

@@ -8,12 +8,12 @@ import torch
 from core.loss import IGNORE
 from core.run.metrics import Score, make_score
 from port_torch.training.batches import HeldOut, Rows
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
 
 @torch.no_grad()
 def score(
-    stepper: Stepper,
+    train_step: TrainStep,
     heldout: HeldOut,
     size: int,
     limit: int | None = None,
@@ -24,21 +24,21 @@ def score(
     size: rows scored at once. Every rank takes its part of them; they are not interrupted, since each would
     have to be at the same place.
     """
-    ranks, rows = stepper.ranks, heldout.read(limit)
+    ranks, rows = train_step.ranks, heldout.read(limit)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    counted = 0
-    stepper.decoder.eval()
+    n_targets = 0
+    train_step.decoder.eval()
     for start in range(0, len(rows.tokens), size * ranks.size):
         if ranks.size == 1 and interrupted():
             return None
         first = start + ranks.rank * size
         part = filled(rows.part(slice(first, first + size)), size)
-        with stepper.autocast():
+        with train_step.autocast():
             # z-loss is no part of the figure; `nll` is.
-            _, nll = stepper.losses(*part.on(ranks.device))
+            _, nll = train_step.losses(*part.on(ranks.device))
         total += nll
-        counted += int((part.targets != IGNORE).sum())
-    sums = ranks.sum(torch.stack([total, torch.full_like(total, counted)]))
+        n_targets += int((part.targets != IGNORE).sum())
+    sums = ranks.sum(torch.stack([total, torch.full_like(total, n_targets)]))
     return make_score(float(sums[0]), int(sums[1]), heldout.tokens, heldout.n_bytes)
 
 

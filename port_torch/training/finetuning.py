@@ -11,7 +11,7 @@ from core.run.folder import run_record
 from core.sampling import require_room
 from core.tokenizer import Tokenizer, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
-from port_torch.training.distributed import Ranks, open_ranks
+from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.examples import examples_of
 from port_torch.training.lora import add_adapters
 from port_torch.training.packing import PADDING, pack, packed_batches
@@ -32,11 +32,11 @@ def run(config: "FinetuneConfig", file: RowFile) -> int:
     """Trains on the rows of a file; returns the exit code of `core.run.interrupt`."""
     if config.deterministic:
         require_deterministic_operations()
-    with open_ranks(config.device) as ranks:
+    with open_distributed(config.device) as ranks:
         return train(make_job(config, file, ranks), ranks)
 
 
-def make_job(config: "FinetuneConfig", file: RowFile, ranks: Ranks) -> Job:
+def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job:
     """Model and data of a run."""
     config = begin(config, config.out, ranks)
     origin = open_origin(config.init_from, "finetune", config.tokenizer)

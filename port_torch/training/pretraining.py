@@ -21,7 +21,7 @@ from port_torch.export import reader
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.distributed import Ranks, open_ranks
+from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretrained import open_origin
 from port_torch.training.trainer import Job, begin, require_deterministic_operations, train
 
@@ -36,11 +36,11 @@ def run(config: "TrainConfig", out: "Path") -> int:
     jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
     if config.deterministic:
         require_deterministic_operations()
-    with open_ranks(config.device) as ranks:
+    with open_distributed(config.device) as ranks:
         return train(make_job(config, out, ranks), ranks)
 
 
-def make_job(config: "TrainConfig", out: "Path", ranks: Ranks) -> Job:
+def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     """Model and data of a run."""
     config = begin(config, out, ranks)
     if config.init_from:
@@ -88,7 +88,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Ranks) -> Job:
     )  # fmt: skip
 
 
-def open_data(config: "TrainConfig", tokenizer: str, context: int, ranks: Ranks) -> Dataset:
+def open_data(config: "TrainConfig", tokenizer: str, context: int, ranks: Distributed) -> Dataset:
     """The dataset; text is prepared by the first rank while the others wait."""
     return ranks.in_turn(lambda: open_or_prepare(config.data, tokenizer, context, CACHE))
 

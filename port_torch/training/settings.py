@@ -35,7 +35,7 @@ class TrainerConfig(TrainingSettings):
 
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over GPUs."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Gradient accumulation: micro-batches that a GPU splits its sequences into. Uses less memory; the update
     is the same up to rounding. More are made where the memory does not suffice."""
     optim: AdamWConfig = AdamWConfig()

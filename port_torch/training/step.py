@@ -22,7 +22,7 @@ from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Decoder, leaf_of
 from port_torch.training.batches import Rows
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
 from port_torch.training.settings import AdamWConfig
 
@@ -84,14 +84,14 @@ class Guard:
         return skip
 
 
-class Stepper:
+class TrainStep:
     """The model with its optimizer, on one device of one or several ranks."""
 
     def __init__(
         self,
         decoder: Decoder,
         optim: AdamWConfig,
-        ranks: Ranks,
+        ranks: Distributed,
         *,
         seed: int,
         z_loss: float = 0.0,
@@ -127,7 +127,7 @@ class Stepper:
         seed_dropout(self._seed, step, self.ranks.rank)
         device, ranks = self.ranks.device, self.ranks
         whole = rows.on(device)
-        counted = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
+        n_targets = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
         sums = torch.zeros(2 + len(flags), device=device)
         for number, flag in enumerate(flags):
             sums[2 + number].fill_(float(flag))  # a kernel's argument; a copy could wait
@@ -136,8 +136,8 @@ class Stepper:
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
                 with self.autocast():
                     total, nll = self._wrapped(*micro)
-                (total * (ranks.size / counted)).backward()  # DDP takes the mean over the ranks
-            sums[:2] += torch.stack([total.detach(), nll.detach()]) / counted
+                (total * (ranks.size / n_targets)).backward()  # DDP takes the mean over the ranks
+            sums[:2] += torch.stack([total.detach(), nll.detach()]) / n_targets
         ranks.sum(sums)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters.values()]))
         norm = torch.linalg.vector_norm(norms)
@@ -179,7 +179,7 @@ class Stepper:
             if needed > rows:
                 raise UserError(
                     f"a sequence of {example(1).tokens.shape[1]} tokens does not fit into this GPU's memory "
-                    "beside the model: take a smaller model or a smaller --context"
+                    "next to the model: take a smaller model or a smaller --context"
                 )
             parts = needed
 

@@ -40,11 +40,11 @@ from port_torch.card import Tuning
 from port_torch.model import Decoder
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut, Rows
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.engine import TorchEngine, device_name
 from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
 
 @dataclasses.dataclass
@@ -81,7 +81,7 @@ class Job:
         return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
 
 
-def begin(config: TrainerConfig, out: Path, ranks: Ranks) -> TrainerConfig:
+def begin(config: TrainerConfig, out: Path, ranks: Distributed) -> TrainerConfig:
     """The settings as a run records them: `auto` as what it stands for on this device.
 
     Raises:
@@ -92,7 +92,7 @@ def begin(config: TrainerConfig, out: Path, ranks: Ranks) -> TrainerConfig:
     return dataclasses.replace(config, dtype=compute_dtype(config.dtype, platform))
 
 
-def load_kernels(config: TrainerConfig, ranks: Ranks) -> None:
+def load_kernels(config: TrainerConfig, ranks: Distributed) -> None:
     """Takes the CUDA kernels where they are, and says on stderr which run.
 
     The first rank goes before the others: it may have to compile them, and it says what it found. Where it
@@ -127,7 +127,7 @@ def require_deterministic_operations() -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
 
 
-def train(job: Job, ranks: Ranks) -> int:
+def train(job: Job, ranks: Distributed) -> int:
     """Runs the job to its end or to an interruption; returns the exit code of `core.run.interrupt`."""
     config, out = job.config, job.out
     console = make_console(quiet=not ranks.first)
@@ -140,11 +140,11 @@ def train(job: Job, ranks: Ranks) -> int:
         ranks.first_does(lambda: enter_folder(job, stack))
         ranks.require_shared(out)
         interrupt = stack.enter_context(Interrupt())
-        stepper = make_stepper(job, ranks)
+        train_step = make_train_step(job, ranks)
         if model_alone(out):
             console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
             return EXIT_FINISHED
-        manifest, how = starting_state(job, stepper, console)
+        manifest, how = starting_state(job, train_step, console)
         if is_done(job, manifest.step):
             if ranks.first:
                 write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
@@ -152,7 +152,7 @@ def train(job: Job, ranks: Ranks) -> int:
             console.print(made, markup=False)
             return EXIT_FINISHED
         load_kernels(config, ranks)
-        parts = choose_parts(job, stepper, part)
+        parts = choose_parts(job, train_step, part)
         if ranks.first:
             job.tokenizer.carry(out)
             write_config(out, job.record)
@@ -166,7 +166,9 @@ def train(job: Job, ranks: Ranks) -> int:
             console=console,
             how=how,
             settings=config,
-            engine=TorchEngine(stepper, parts, part // parts, job.heldout, tasks, checkpoints, config.keep),
+            engine=TorchEngine(
+                train_step, parts, part // parts, job.heldout, tasks, checkpoints, config.keep
+            ),
             batches=batches,
             manifest=manifest,
             steps=job.steps,
@@ -187,10 +189,10 @@ def enter_folder(job: Job, stack: contextlib.ExitStack) -> None:
     check_run_folder(job.out, job.record, job.config.allow_change, job.defaults)
 
 
-def make_stepper(job: Job, ranks: Ranks) -> Stepper:
+def make_train_step(job: Job, ranks: Distributed) -> TrainStep:
     """The job's model with its optimizer, not trained yet."""
     config = job.config
-    return Stepper(
+    return TrainStep(
         job.decoder,
         config.optim,
         ranks,
@@ -202,7 +204,7 @@ def make_stepper(job: Job, ranks: Ranks) -> Stepper:
     )
 
 
-def is_compiled(config: TrainerConfig, ranks: Ranks) -> bool:
+def is_compiled(config: TrainerConfig, ranks: Distributed) -> bool:
     """Whether torch.compile is used."""
     return ranks.device.type == "cuda" if config.compile is None else config.compile
 
@@ -212,18 +214,18 @@ def is_done(job: Job, step: int) -> bool:
     return is_finished(job.out, step, job.steps) or (job.end < job.steps and step >= job.end)
 
 
-def choose_parts(job: Job, stepper: Stepper, part: int) -> int:
-    """In how many parts a rank computes its `part` rows of a batch: --accumulate, or more for the memory."""
-    parts = job.config.accumulate
+def choose_parts(job: Job, train_step: TrainStep, part: int) -> int:
+    """In how many parts a rank computes its `part` rows: --grad-accum-steps, or more for the memory."""
+    parts = job.config.grad_accum_steps
     if part % parts:
         raise UserError(
-            f"--accumulate {parts} does not cut the {part} rows of a process into equal parts: give a "
+            f"--grad-accum-steps {parts} does not cut the {part} rows of a process into equal parts: give a "
             f"divisor of {part}"
         )
-    return stepper.fit(part, parts, job.example) if stepper.ranks.device.type == "cuda" else parts
+    return train_step.fit(part, parts, job.example) if train_step.ranks.device.type == "cuda" else parts
 
 
-def announce(job: Job, ranks: Ranks, console: Console, how: str, part: int, parts: int) -> None:
+def announce(job: Job, ranks: Distributed, console: Console, how: str, part: int, parts: int) -> None:
     """Says what will run, where the state comes from (`how`), and whether a rank's `part` rows are cut more
     often than was asked for."""
     config = job.config
@@ -231,10 +233,10 @@ def announce(job: Job, ranks: Ranks, console: Console, how: str, part: int, part
     if note := check_room(config.optim, job.steps):
         console.print(f"note: {note}", markup=False, highlight=False)
     console.print(how, markup=False, highlight=False)
-    if parts != config.accumulate:
+    if parts != config.grad_accum_steps:
         console.print(
-            f"out of memory with {part // config.accumulate} sequences at once: going on with "
-            f"{part // parts} (--accumulate {parts}); the batch stays {config.batch}"
+            f"out of memory with {part // config.grad_accum_steps} sequences at once: continuing with "
+            f"{part // parts} (--grad-accum-steps {parts}); the batch stays {config.batch}"
         )
 
 
@@ -254,7 +256,7 @@ def report_end(job: Job, console: Console) -> None:
     )
 
 
-def open_tasks(config: TrainerConfig, tokenizer: Tokenizer, ranks: Ranks) -> Any:
+def open_tasks(config: TrainerConfig, tokenizer: Tokenizer, ranks: Distributed) -> Any:
     """What evaluates --eval-tasks; None without: training needs the package eval only then."""
     if not config.eval_tasks:
         return None
@@ -284,9 +286,9 @@ def model_alone(out: Path) -> bool:
     return True
 
 
-def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manifest, str]:
-    """The manifest of the state that the stepper then has, and in words where that comes from."""
-    out, record, ranks = job.out, job.record, stepper.ranks
+def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[Manifest, str]:
+    """The manifest of the state that the train_step then has, and in words where that comes from."""
+    out, record, ranks = job.out, job.record, train_step.ranks
     manifest = Manifest(
         kind="train", step=0, sequences=0, tokens=0, config={name: record[name] for name in ("model", "run")},
         tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
@@ -305,15 +307,15 @@ def starting_state(job: Job, stepper: Stepper, console: Console) -> tuple[Manife
         origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
     require_same_origin(job, load_manifest(step_dir).lineage)
-    old = checkpoint.restore(step_dir, stepper)
+    old = checkpoint.restore(step_dir, train_step)
     if job.config.from_step is not None and ranks.first:
         for left in leave_newer(folder, job.config.from_step):
             say(f"a newer checkpoint is left, as {left}")
     how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
-    stepper.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
+    train_step.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
     changed = changed_measure(old, manifest)
     if changed:
-        stepper.guard.empty()
+        train_step.guard.empty()
         how += f"; the guard starts anew, for other {' and '.join(changed)}"
     manifest = manifest.resumed_from(old)
     return manifest, how
@@ -329,7 +331,7 @@ def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
         )
 
 
-def describe(job: Job, ranks: Ranks) -> Table:
+def describe(job: Job, ranks: Distributed) -> Table:
     """The table a run begins with."""
     model, config = job.decoder.config, job.config
     bf16, compiled = config.dtype == "bfloat16", is_compiled(config, ranks)

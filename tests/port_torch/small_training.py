@@ -19,11 +19,11 @@ from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import is_llama
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.settings import AdamWConfig
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 # 12 updates of 4 x 32 tokens on a model of 29k parameters; dropout, so that its masks matter too.
 TINY = (
@@ -58,14 +58,14 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], None]) -> None:
     """Has `how` called instead of (if it raises) or just before the update of that step."""
-    update = Stepper.update
+    update = TrainStep.update
 
     def stopping(self, rows, parts, number, lr, flags):
         if number == step:
             how()
         return update(self, rows, parts, number, lr, flags)
 
-    monkeypatch.setattr(Stepper, "update", stopping)
+    monkeypatch.setattr(TrainStep, "update", stopping)
 
 
 class Killed(BaseException):
@@ -76,16 +76,16 @@ def kill() -> None:
     raise Killed
 
 
-def make_stepper(decoder: Decoder, optim: AdamWConfig, **options) -> Stepper:
-    return Stepper(decoder, optim, ALONE, seed=0, **options)
+def make_train_step(decoder: Decoder, optim: AdamWConfig, **options) -> TrainStep:
+    return TrainStep(decoder, optim, ALONE, seed=0, **options)
 
 
 def update_losses(
-    stepper: Stepper, batches: list[Rows], rates: list[float], parts: int = 1
+    train_step: TrainStep, batches: list[Rows], rates: list[float], parts: int = 1
 ) -> list[list[float]]:
     """(loss, nll, gradient norm) of an update on each of the batches."""
     made = [
-        stepper.update(rows, parts, step, lr, (False, False))[:3].tolist()
+        train_step.update(rows, parts, step, lr, (False, False))[:3].tolist()
         for step, (rows, lr) in enumerate(zip(batches, rates, strict=True))
     ]
     return made

@@ -35,7 +35,7 @@ from tests.port_torch.small_training import (
     finetune_here,
     kill,
     losses,
-    make_stepper,
+    make_train_step,
     plain_losses,
     stop_before,
     theirs_of,
@@ -151,7 +151,7 @@ def test_packed_rows_train_as_single_ones_do_in_transformers(kind: str, folders)
     assert len(ROWS) / len(packed.tokens) > 2.5
     batches = [packed.part(slice(0, 4)), packed.part(slice(1, 5)), packed.part(slice(0, 4))]
     rates = [OPTIM.lr] * 3
-    ours = update_losses(make_stepper(load(folders[kind]), OPTIM, z_loss=1e-3), batches, rates, parts=2)
+    ours = update_losses(make_train_step(load(folders[kind]), OPTIM, z_loss=1e-3), batches, rates, parts=2)
     theirs = plain_losses(
         theirs_of(folders[kind], SMALL[kind]), [alone(b) for b in batches], rates, OPTIM, z_loss=1e-3
     )

@@ -1,4 +1,4 @@
-"""`Stepper.fit` where a GPU's memory ends: what was tried is what an update needs."""
+"""`TrainStep.fit` where a GPU's memory ends: what was tried is what an update needs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from core.config import PRESETS, ModelConfig
 from kernels_cuda import library
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows, empty_rows
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.settings import AdamWConfig
-from port_torch.training.step import Stepper
+from port_torch.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 
@@ -26,9 +26,9 @@ def limit() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def make_stepper(config: ModelConfig) -> Stepper:
-    ranks = Ranks(0, 1, torch.device("cuda", 0))
-    return Stepper(Decoder(config).to("cuda"), AdamWConfig(), ranks, seed=0, bf16=True)
+def make_train_step(config: ModelConfig) -> TrainStep:
+    ranks = Distributed(0, 1, torch.device("cuda", 0))
+    return TrainStep(Decoder(config).to("cuda"), AdamWConfig(), ranks, seed=0, bf16=True)
 
 
 def peak(function) -> int:
@@ -43,36 +43,36 @@ def peak(function) -> int:
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_an_update_needs_what_was_tried(parts: int):
     config = dataclasses.replace(PRESETS["mtlm1-200m"], n_layers=12)
-    stepper = make_stepper(config)
+    train_step = make_train_step(config)
 
     def example(n: int) -> Rows:
         return empty_rows(n, config.context, packed=False)
 
-    stepper.update(example(8), parts, 0, 1e-4, (False, False))  # cuBLAS's own memory
-    tried = peak(lambda: stepper._rehearse(example(8), parts))
-    stepper._forget()
-    used = peak(lambda: stepper.update(example(8), parts, 1, 1e-4, (False, False)))
+    train_step.update(example(8), parts, 0, 1e-4, (False, False))  # cuBLAS's own memory
+    tried = peak(lambda: train_step._rehearse(example(8), parts))
+    train_step._forget()
+    used = peak(lambda: train_step.update(example(8), parts, 1, 1e-4, (False, False)))
     # PyTorch splits no block for less than a mebibyte: which blocks are free decides on a few of them.
     assert used <= 1.01 * tried, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
 
 
 def test_the_batch_is_split_wherever_memory_ends():
     config = dataclasses.replace(PRESETS["mtlm1-88m"], n_layers=4, vocab_size=258)
-    stepper = make_stepper(config)
+    train_step = make_train_step(config)
 
     def example(n: int) -> Rows:
         return empty_rows(n, config.context, packed=False)
 
-    stepper._rehearse(example(16), 1)
-    stepper._forget()
-    most = peak(lambda: stepper._rehearse(example(16), 1))
-    stepper._forget()
+    train_step._rehearse(example(16), 1)
+    train_step._forget()
+    most = peak(lambda: train_step._rehearse(example(16), 1))
+    train_step._forget()
     base, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
     found = set()
     for i in range(40):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((base + (most - base) * (0.55 + 0.01 * i)) / total)
-        parts = stepper.fit(16, 1, example)
+        parts = train_step.fit(16, 1, example)
         found.add(parts)
-        stepper.update(example(16), parts, i, 1e-4, (False, False))
+        train_step.update(example(16), parts, i, 1e-4, (False, False))
     assert len(found) > 1 and found <= {1, 2, 4}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from core.checkpoint.checkpointer import find_step, load_manifest
 from core.errors import UserError
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.trainer import starting_state
 
 RUN = Path(__file__).parents[1] / "fixtures" / "7b5e0bc" / "torch"
@@ -36,7 +36,7 @@ class Meeting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paired(Ranks):
+class Paired(Distributed):
     """A rank whose exchanges are those of a meeting, not of torch.distributed."""
 
     meeting: Meeting
@@ -48,7 +48,7 @@ class Paired(Ranks):
         return self.meeting.all(self.rank, value)[0]
 
 
-def both(action: Callable[[Ranks], Any]) -> list[Any]:
+def both(action: Callable[[Distributed], Any]) -> list[Any]:
     """What `action` gives each of two ranks that do it at once, or raises there."""
     meeting, outcomes = Meeting(), [None, None]
 
@@ -72,7 +72,7 @@ def test_ranks_that_would_resume_from_other_states_are_refused(tmp_path: Path):
     saved = load_manifest(find_step(RUN))
     record = {**saved.config, "tokenizer": saved.tokenizer, "data": saved.data}
 
-    def resume(ranks: Ranks) -> Any:
+    def resume(ranks: Distributed) -> Any:
         job = SimpleNamespace(
             out=RUN if ranks.first else tmp_path,
             record=record,

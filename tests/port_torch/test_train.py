@@ -30,7 +30,7 @@ from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training import checkpoint
 from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
-from port_torch.training.distributed import Ranks
+from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import AdamWConfig
@@ -44,7 +44,7 @@ from tests.port_torch.small_training import (
     Killed,
     kill,
     losses,
-    make_stepper,
+    make_train_step,
     plain_losses,
     sequences_of,
     stop_before,
@@ -110,9 +110,9 @@ def decoder_of(config: ModelConfig) -> Decoder:
 def test_equal_to_transformers_with_torch_adamw(kind: str, dataset: Dataset, tmp_path: Path):
     config = SMALL[kind]
     folder = write_export(tmp_path / "folder", config, random_params(config, std=0.1))
-    stepper = make_stepper(load(folder), OPTIM, z_loss=1e-3)
+    train_step = make_train_step(load(folder), OPTIM, z_loss=1e-3)
     batches = batches_of(dataset)
-    ours = update_losses(stepper, batches, RATES, parts=2)
+    ours = update_losses(train_step, batches, RATES, parts=2)
     theirs = plain_losses(
         theirs_of(folder, config), [sequences_of(b) for b in batches], RATES, OPTIM, z_loss=1e-3
     )
@@ -133,26 +133,26 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset):
     for leaf in exported_tensors(config).values():
         assert torch.equal(ours[parameter_name(leaf)], read(leaf))
     assert 0.8 < decoder.layers[0].mlp.down.weight.std() / (0.02 / 6**0.5) < 1.2  # std over sqrt(2 layers)
-    stepper = make_stepper(decoder, OPTIM, z_loss=1e-3)
+    train_step = make_train_step(decoder, OPTIM, z_loss=1e-3)
     step = compile_step(step_config, BATCH, 1, mesh)
     theirs = []
     for loaded, lr in zip(train_batches(dataset, seed=3, batch=BATCH, vocab_size=258), RATES, strict=False):
         controls = Controls(np.float32(lr), np.float32(0), np.int32(10), np.uint32(5))
         state, metrics = step(state, place_batch(loaded, BATCH, 1, mesh), controls)
         theirs.append([float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)])
-    made = np.array(update_losses(stepper, batches_of(dataset), RATES))
+    made = np.array(update_losses(train_step, batches_of(dataset), RATES))
     np.testing.assert_allclose(made[:, :2], np.array(theirs)[:, :2], rtol=1e-5)  # the issue's figure
     np.testing.assert_allclose(made[:, 2], np.array(theirs)[:, 2], rtol=1e-4)
     evaluator = Evaluator(config, Compute(mesh=mesh), dataset, 3, 8192, mesh)
     (heldout,) = heldout_sets(dataset)
     for limit in (None, 2):
-        expected, found = evaluator.score(state.params, "valid", limit), score(stepper, heldout, 3, limit)
+        expected, found = evaluator.score(state.params, "valid", limit), score(train_step, heldout, 3, limit)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_accumulation_equals_the_big_batch(dataset: Dataset):
     made = [
-        update_losses(make_stepper(decoder_of(SMALL["gpt"]), OPTIM), batches_of(dataset), RATES, parts)
+        update_losses(make_train_step(decoder_of(SMALL["gpt"]), OPTIM), batches_of(dataset), RATES, parts)
         for parts in (1, 2, 4)
     ]
     np.testing.assert_allclose(made[1], made[0], **TOLERANCE)
@@ -169,28 +169,28 @@ def test_ranks_read_disjoint_rows_of_the_same_batches(dataset: Dataset):
 
 
 def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
-    stepper = make_stepper(decoder_of(SMALL["gpt"]), OPTIM)
+    train_step = make_train_step(decoder_of(SMALL["gpt"]), OPTIM)
     tried, room = [], [0]
 
     def losses(tokens, targets, documents):
         tried.append(len(tokens))
         if len(tokens) > room[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stepper.decoder.loss(stepper.decoder(tokens, documents=documents), targets)
+        return train_step.decoder.loss(train_step.decoder(tokens, documents=documents), targets)
 
-    stepper.losses = losses
-    before = [p.clone() for p in stepper.parameters.values()]
+    train_step.losses = losses
+    before = [p.clone() for p in train_step.parameters.values()]
     for rows, room[0], given, parts, expected in (
         (8, 8, 1, 1, [8]), (8, 2, 1, 4, [8, 4, 2, 2]), (12, 3, 3, 6, [4, 2, 2]), (6, 5, 1, 2, [6, 3, 3])
     ):  # fmt: skip
         tried.clear()
-        assert stepper.fit(rows, given, lambda n: empty_rows(n, 96, packed=False)) == parts
+        assert train_step.fit(rows, given, lambda n: empty_rows(n, 96, packed=False)) == parts
         assert tried == expected
-    after = stepper.parameters.values()
+    after = train_step.parameters.values()
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(after, before, strict=True))
     room[0] = 0
     with pytest.raises(UserError, match="a sequence of 96 tokens does not fit"):
-        stepper.fit(8, 1, lambda n: empty_rows(n, 96, packed=False))
+        train_step.fit(8, 1, lambda n: empty_rows(n, 96, packed=False))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cuda"])
@@ -208,8 +208,8 @@ def test_the_first_rank_decides_which_kernels_all_run(kernels: str, monkeypatch,
         )
 
     monkeypatch.setattr(library, "load", load)
-    monkeypatch.setattr(Ranks, "largest", lambda self, value: told.append(value) or max(told))
-    ranks = [Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    monkeypatch.setattr(Distributed, "largest", lambda self, value: told.append(value) or max(told))
+    ranks = [Distributed(rank, 2, torch.device("cpu")) for rank in (0, 1)]
     for rank in ranks:  # the first finds none
         with pytest.raises(UserError) if kernels == "cuda" else contextlib.nullcontext():
             load_kernels(config, rank)
@@ -225,30 +225,30 @@ def test_the_first_rank_decides_which_kernels_all_run(kernels: str, monkeypatch,
 
 
 def test_an_update_that_is_not_finite_changes_nothing(dataset: Dataset):
-    stepper = make_stepper(decoder_of(SMALL["gpt"]), OPTIM)
+    train_step = make_train_step(decoder_of(SMALL["gpt"]), OPTIM)
     rows = batches_of(dataset)[0]
-    bias = stepper.decoder.layers[1].mlp.up.bias
+    bias = train_step.decoder.layers[1].mlp.up.bias
     with torch.no_grad():
         bias[0] = torch.inf
-    before = [p.clone() for p in stepper.parameters.values()]
+    before = [p.clone() for p in train_step.parameters.values()]
     n = len(METRICS)
-    made = stepper.update(rows, 1, 0, 0.1, (True, False))
+    made = train_step.update(rows, 1, 0, 0.1, (True, False))
     assert made[3:n].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
     assert not made[n:].isfinite().all() and len(made) == n + len(before)
-    assert all(torch.equal(p, b) for p, b in zip(stepper.parameters.values(), before, strict=True))
-    assert all(group["step"] == 0 for group in stepper.optimizer.param_groups)
+    assert all(torch.equal(p, b) for p, b in zip(train_step.parameters.values(), before, strict=True))
+    assert all(group["step"] == 0 for group in train_step.optimizer.param_groups)
     with torch.no_grad():
         bias[0] = 0
-    made = stepper.update(rows, 1, 1, 0.1, (False, True))
+    made = train_step.update(rows, 1, 1, 0.1, (False, True))
     assert made[3:n].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
     assert float(made[n:].square().sum().sqrt()) == pytest.approx(float(made[2]), rel=1e-6)
-    assert not torch.equal(stepper.decoder.embed.weight, before[0])
+    assert not torch.equal(train_step.decoder.embed.weight, before[0])
 
 
 def test_dropout_is_a_function_of_seed_and_step(dataset: Dataset):
     config = dataclasses.replace(SMALL["gpt"], dropout=0.3)
-    stepper, rows = make_stepper(decoder_of(config), OPTIM), batches_of(dataset)[0]
-    made = [float(stepper.update(rows, 2, step, 0.0, (False, False))[0]) for step in (4, 5, 4)]
+    train_step, rows = make_train_step(decoder_of(config), OPTIM), batches_of(dataset)[0]
+    made = [float(train_step.update(rows, 2, step, 0.0, (False, False))[0]) for step in (4, 5, 4)]
     assert made[0] == made[2] != made[1]
 
 
@@ -353,7 +353,7 @@ def test_a_checkpoint_without_a_guard_still_opens(finished: Path, monkeypatch):
     assert len(tree) == len(saved.tree) - 5
     monkeypatch.setattr(checkpoint, "load_manifest", lambda _: dataclasses.replace(saved, tree=tree))
     decoder = Decoder(ModelConfig(**saved.config["model"]))
-    assert checkpoint.restore(step_dir, make_stepper(decoder, OPTIM)).step == 12
+    assert checkpoint.restore(step_dir, make_train_step(decoder, OPTIM)).step == 12
 
 
 @pytest.mark.slow
@@ -390,7 +390,7 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
         (("--from", tmp_path / "no", *new), "is not there: give a folder"),
         (("--from", model, "--n-layers", "3", *new), "--n-layers and --from do not go together"),
         (("--from", model, "--tokenizer", "mistral", *new), "the tokenizers differ"),
-        ((*TINY, "--accumulate", "3", *new), "--accumulate 3 does not cut the 4 rows"),
+        ((*TINY, "--grad-accum-steps", "3", *new), "--grad-accum-steps 3 does not cut the 4 rows"),
         (("--steps", "1", "--epochs", "1"), "--steps or --epochs, not both"),
         (("--beta1", "0"), "beta1 is 0"),
         (("--keep-last", "0"), "--keep-last is 0; it must be positive"),
@@ -460,10 +460,12 @@ def test_processes_killed_and_asked_to_stop(finished: Path, data32: Path, cache:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", ["1", "2"])
-def test_two_processes_equal_one(accumulate: str, data32: Path, cache: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("grad_accum_steps", ["1", "2"])
+def test_two_processes_equal_one(
+    grad_accum_steps: str, data32: Path, cache: Path, tmp_path: Path, monkeypatch
+):
     """Without dropout, whose masks are each rank's own."""
-    arguments = (*without(TINY, "--dropout"), "--data", data32, "--accumulate", accumulate)
+    arguments = (*without(TINY, "--dropout"), "--data", data32, "--grad-accum-steps", grad_accum_steps)
     folders = [tmp_path / "one", tmp_path / "two"]
     assert train_here(monkeypatch, *arguments, "--out", folders[0]) == 0
     launch = ("--standalone", "--nproc-per-node", "2", "-m", "port_torch.train")

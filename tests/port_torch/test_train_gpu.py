@@ -17,7 +17,7 @@ def test_two_gpus_make_the_run_of_one(tmp_path):
     one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     alone = {"environ": {"CUDA_VISIBLE_DEVICES": "0"}, "module": "port_torch.train"}
     run(tmp_path, *arguments, "--out", one, **alone)
-    run(tmp_path, *arguments, "--accumulate", "4", "--out", parts, **alone)
+    run(tmp_path, *arguments, "--grad-accum-steps", "4", "--out", parts, **alone)
     launch = ("--standalone", "--nproc-per-node", "2", "-m", "port_torch.train")
     out, _ = run(tmp_path, *launch, *arguments, "--out", two, module="torch.distributed.run")
     assert out.count("starting a new run") == 1

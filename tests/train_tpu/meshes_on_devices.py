@@ -28,16 +28,16 @@ MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tens
 BETA = 0.9
 
 
-def data(step: int, accumulate: int) -> Batch:
+def data(step: int, grad_accum_steps: int) -> Batch:
     """A batch of random rows, of which some do not count."""
     rng = np.random.default_rng(step)
-    shape = (accumulate, ROWS // accumulate)
+    shape = (grad_accum_steps, ROWS // grad_accum_steps)
     tokens = rng.integers(0, MODEL.vocab_size, (*shape, MODEL.context + 1)).astype(np.uint16)
     index = np.arange(step * ROWS, (step + 1) * ROWS, dtype=np.uint32).reshape(shape)
     return Batch(tokens, rng.random(shape) < 0.1, index)
 
 
-def train(shape: MeshShape, model=MODEL, accumulate=1, remat="none", unroll=1):
+def train(shape: MeshShape, model=MODEL, grad_accum_steps=1, remat="none", unroll=1):
     """Losses and norms of two steps, the gradient of the first, and the parameters before and after."""
     n = shape.data * shape.fsdp * shape.tensor
     mesh = make_mesh(shape, jax.devices()[:n])
@@ -46,13 +46,15 @@ def train(shape: MeshShape, model=MODEL, accumulate=1, remat="none", unroll=1):
         model, OptimizerConfig(optimizer=optimizer, eps=1e-3, beta1=BETA, momentum=BETA, clip=0.0),
         GuardConfig(), Compute(dtype, mesh=mesh, remat=remat, unroll=unroll), z_loss=1e-3, loss_chunk=20,
     )  # fmt: skip
-    step = compile_step(config, ROWS, accumulate, mesh)
+    step = compile_step(config, ROWS, grad_accum_steps, mesh)
     state = fresh_state(config, mesh, SEED)
     controls = Controls(jnp.float32(0.01), jnp.float32(8), jnp.int32(3), jnp.uint32(7))
     controls = jax.device_put(controls, replicated(mesh))
     before, seen, gradients = flat(state.params), [], {}
     for i in range(2):
-        state, metrics = step(state, jax.device_put(data(i, accumulate), batch_sharding(mesh)), controls)
+        state, metrics = step(
+            state, jax.device_put(data(i, grad_accum_steps), batch_sharding(mesh)), controls
+        )
         require(metrics.applied, shape, i, metrics)
         seen.append((float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)))
         if i == 0:  # from zero, the first moment of both optimizers is (1 - beta) of the gradient
@@ -132,7 +134,7 @@ for text in MESHES:
 if dtype == "bfloat16":
     sys.exit()
 dropped = dataclasses.replace(MODEL, dropout=0.2)
-harder = train(ONE, dropped, accumulate=2)
+harder = train(ONE, dropped, grad_accum_steps=2)
 require(abs(harder[0][0, 0] - seen[0, 0]) > 1e-4, harder[0][0, 0], seen[0, 0])  # the masks count
 # Masks, parts of the batch and what is computed again.
 for text, remat, unroll in (

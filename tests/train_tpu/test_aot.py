@@ -105,7 +105,7 @@ def call(monkeypatch, *arguments: str) -> int:
         (("--topology", "v5e"), "GENERATION:XxY"),
         (("--topology", "v9z:2x4"), "v5e, v6e"),
         (("--preset", "mtlm2-41m"), "did you mean 'mtlm2-40m'"),
-        (("--accumulate", "0"), "must be positive"),
+        (("--grad-accum-steps", "0"), "must be positive"),
         (("--n-heads", "5"), "n_heads"),
     ],
 )
@@ -134,7 +134,7 @@ def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):
 def test_parts_of_a_batch(platform, batch, given, parts):
     devices = types.SimpleNamespace(flat=[types.SimpleNamespace(platform=platform)])
     mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "tensor": 1}, devices=devices)
-    assert split_batch(RunConfig(batch=batch, accumulate=given), preset("mtlm2-40m"), mesh) == parts
+    assert split_batch(RunConfig(batch=batch, grad_accum_steps=given), preset("mtlm2-40m"), mesh) == parts
 
 
 def test_small_chunks_only_where_the_head_fits_on_the_chip():
@@ -146,7 +146,7 @@ def test_small_chunks_only_where_the_head_fits_on_the_chip():
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_a_way_out(monkeypatch, capsys):
     step = ("--n-layers", "2", "--optimizer", "adamw")  # compiles soonest
-    large = ("--batch", "4096", "--accumulate", "1", "--remat", "none")
+    large = ("--batch", "4096", "--grad-accum-steps", "1", "--remat", "none")
     assert call(monkeypatch, *step, *large, "--json") == aot.EXIT_DOES_NOT_FIT
     report = json.loads(capsys.readouterr().out)
     assert not report["fits"] and report["advice"].startswith("--")
@@ -181,12 +181,12 @@ def layer_product_types(module: Module) -> set[str]:
 
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "accumulate"), [("mtlm2-40m", 2), ("mtlm1-88m", 1)])
-def test_facts_of_the_compiled_step(name, accumulate):
-    run, model = small(name, accumulate=accumulate)
+@pytest.mark.parametrize(("name", "grad_accum_steps"), [("mtlm2-40m", 2), ("mtlm1-88m", 1)])
+def test_facts_of_the_compiled_step(name, grad_accum_steps):
+    run, model = small(name, grad_accum_steps=grad_accum_steps)
     mesh = make_mesh(parse_mesh(run.mesh, CHIPS), open_slice("v5e:2x4"))
     step, _ = choose_step(run, model, mesh)
-    module = Module(compile_step(step, run.batch, run.accumulate, mesh).as_text())
+    module = Module(compile_step(step, run.batch, run.grad_accum_steps, mesh).as_text())
 
     kernels = {re.match(r"splash_mha_(\w+?)_", kernel)[1] for kernel, _ in module.kernels()}
     assert kernels == {"fwd", "dkv", "dq"}
@@ -210,7 +210,7 @@ def test_facts_of_the_compiled_step(name, accumulate):
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_a_step_whose_weights_are_gathered(capsys):
-    run, model = small("mtlm2-40m", accumulate=1, mesh="fsdp=4,tensor=2")
+    run, model = small("mtlm2-40m", grad_accum_steps=1, mesh="fsdp=4,tensor=2")
     report = json.loads(json.dumps(compile_and_report(run, model, "v5e:2x4")))
     in_layers = [
         c for c in report["collectives"] if (c["kind"], c["group"], c["loops"]) == ("all-gather", 4, 1)

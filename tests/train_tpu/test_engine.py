@@ -45,7 +45,7 @@ def engine() -> JaxEngine:
     abstract = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     lowered = jax.jit(step, out_shardings=whole).lower(abstract, abstract_batch(2, 1, 8, mesh), controls)
     evaluator = SimpleNamespace(dataset=SimpleNamespace(heldout=[]))
-    config = RunConfig(batch=2, accumulate=1)
+    config = RunConfig(batch=2, grad_accum_steps=1)
     return JaxEngine(config, mesh, state, lowered.compile(), evaluator, None, None, None)
 
 

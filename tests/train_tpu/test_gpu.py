@@ -43,7 +43,7 @@ def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     arguments = (*WIDE, *EXACT, "--data", make_text(folder))
     run(folder, *arguments, "--out", folder / "whole", environ=FIRST | HIGHEST)
-    run(folder, *arguments, "--accumulate", "4", "--out", folder / "parts", environ=FIRST | HIGHEST)
+    run(folder, *arguments, "--grad-accum-steps", "4", "--out", folder / "parts", environ=FIRST | HIGHEST)
     return folder
 
 

@@ -55,7 +55,7 @@ def test_a_wrong_mesh_is_told_in_a_sentence(text, says):
 def test_a_mesh_that_does_not_fit_the_model_or_the_batch():
     model = ModelConfig(vocab_size=101, context=8, d_model=48, n_layers=1, n_heads=6, d_mlp=100)
     check_mesh(model, MeshShape(2, 4, 2), 16, 2)  # an odd vocabulary is no obstacle
-    for shape, batch, accumulate, says in (
+    for shape, batch, grad_accum_steps, says in (
         (
             MeshShape(tensor=4),
             16,
@@ -79,11 +79,11 @@ def test_a_mesh_that_does_not_fit_the_model_or_the_batch():
             MeshShape(2, 2),
             12,
             2,
-            "--batch 12 is not divisible by 4 devices x --accumulate 2: the nearest that is, is 16",
+            "--batch 12 is not divisible by 4 devices x --grad-accum-steps 2: the nearest that is, is 16",
         ),
     ):
         with pytest.raises(UserError) as told:
-            check_mesh(model, shape, batch, accumulate)
+            check_mesh(model, shape, batch, grad_accum_steps)
         assert says in str(told.value)
 
 

@@ -102,7 +102,7 @@ def test_one_and_eight_devices_agree(cache, text):
 
 def test_accumulation_equals_the_big_batch(finished, cache, text):
     folder = cache / "accumulated"
-    run(cache, *TINY, "--data", text, "--out", folder, "--accumulate", "2")
+    run(cache, *TINY, "--data", text, "--out", folder, "--grad-accum-steps", "2")
     # The dropout masks are the same, so only the order of sums differs; see the test above.
     np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(finished[0])), rtol=2e-5)
 

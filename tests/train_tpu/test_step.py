@@ -35,10 +35,10 @@ def controls(lr=0.01, sigma=0.0, halt_after=3, seed=0) -> Controls:
     return Controls(jnp.float32(lr), jnp.float32(sigma), jnp.int32(halt_after), jnp.uint32(seed))
 
 
-def batch(first: int = 0, accumulate: int = 1, ignored: Any = False, seed: int = 0) -> Batch:
-    """A batch of random rows, a function of the number of its first sequence, in `accumulate` parts."""
+def batch(first: int = 0, grad_accum_steps: int = 1, ignored: Any = False, seed: int = 0) -> Batch:
+    """A batch of random rows, a function of the number of its first sequence, in `grad_accum_steps` parts."""
     rows = [np.random.default_rng((seed, first + i)).integers(0, 61, 17) for i in range(ROWS)]
-    shape = (accumulate, ROWS // accumulate)
+    shape = (grad_accum_steps, ROWS // grad_accum_steps)
     return Batch(
         jnp.asarray(np.reshape(rows, (*shape, 17)), jnp.uint16),
         jnp.asarray(np.broadcast_to(ignored, ROWS).reshape(shape)),
@@ -51,10 +51,10 @@ def compiled():
     """Compiled steps, each once for all tests of this file."""
     made = {}
 
-    def get(config: StepConfig = CONFIG, accumulate: int = 1):
-        key = (config, accumulate)
+    def get(config: StepConfig = CONFIG, grad_accum_steps: int = 1):
+        key = (config, grad_accum_steps)
         if key not in made:
-            made[key] = compile_step(config, ROWS, accumulate, make_mesh(devices=jax.devices()[:1]))
+            made[key] = compile_step(config, ROWS, grad_accum_steps, make_mesh(devices=jax.devices()[:1]))
         return made[key]
 
     return get
@@ -102,11 +102,11 @@ def test_accumulation_equals_the_big_batch(compiled, dropout):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=dropout))
     ignored = np.arange(ROWS) == 2  # the parts count different numbers of targets
     results = []
-    for accumulate in (1, 2, 4):
+    for grad_accum_steps in (1, 2, 4):
         state = start(config)
         for step in range(2):
-            data = batch(step * ROWS, accumulate, ignored)
-            state, metrics = compiled(config, accumulate)(state, data, controls())
+            data = batch(step * ROWS, grad_accum_steps, ignored)
+            state, metrics = compiled(config, grad_accum_steps)(state, data, controls())
         results.append((copied(state), copied(metrics)))
     (state, metrics), *others = results
     for other_state, other in others:
@@ -341,7 +341,7 @@ def test_fresh_state_is_a_function_of_the_seed():
 
 def test_out_of_memory_is_told_with_a_way_out():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB")
-    advice = r"try --accumulate 4 .*, then --remat full; .* --allow-change accumulate remat"
+    advice = r"try --grad-accum-steps 4 .*, then --remat full; .* --allow-change grad_accum_steps remat"
     with pytest.raises(UserError, match=advice), out_of_memory_explained(32, 2):
         raise full
     with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_explained(32, 2):

@@ -32,7 +32,7 @@ class AotConfig:
     """The slice: GENERATION:XxY, of v5e or v6e."""
     batch: int = 256
     """Global batch size: sequences per optimizer step, summed over chips."""
-    accumulate: cli.Maybe[int] = None
+    grad_accum_steps: cli.Maybe[int] = None
     """Gradient accumulation: split each batch into this many micro-batches. Default: enough for 8,192
     tokens per chip."""
     mesh: cli.Maybe[str] = None

@@ -38,8 +38,8 @@ def compile_and_report(run: RunConfig, model: ModelConfig, topology: str) -> dic
     devices = open_slice(topology)
     shape = parse_mesh(run.mesh, len(devices))
     mesh = make_mesh(shape, devices)
-    accumulate = split_batch(run, model, mesh)
-    check_mesh(model, shape, run.batch, accumulate)
+    grad_accum_steps = split_batch(run, model, mesh)
+    check_mesh(model, shape, run.batch, grad_accum_steps)
     step, attention = choose_step(run, model, mesh)
     report: dict[str, Any] = {
         "preset": run.preset,
@@ -49,7 +49,7 @@ def compile_and_report(run: RunConfig, model: ModelConfig, topology: str) -> dic
         "mesh": str(shape),
         "chips": mesh.size,
         "batch": run.batch,
-        "accumulate": accumulate,
+        "grad_accum_steps": grad_accum_steps,
         "tokens_per_step": run.batch * model.context,
         "settings": {
             "optimizer": run.optim.optimizer,
@@ -62,16 +62,16 @@ def compile_and_report(run: RunConfig, model: ModelConfig, topology: str) -> dic
     }
     started = time.monotonic()
     try:
-        compiled = compile_step(step, run.batch, accumulate, mesh)
+        compiled = compile_step(step, run.batch, grad_accum_steps, mesh)
         found = facts(compiled, step, topology, run.batch)
     except jax.errors.JaxRuntimeError as error:
         rows = run.batch // (shape.data * shape.fsdp)
-        found = does_not_fit(error, step, rows, accumulate)
+        found = does_not_fit(error, step, rows, grad_accum_steps)
     return report | {"compile_seconds": time.monotonic() - started} | found
 
 
 def does_not_fit(
-    error: jax.errors.JaxRuntimeError, step: StepConfig, rows: int, accumulate: int
+    error: jax.errors.JaxRuntimeError, step: StepConfig, rows: int, grad_accum_steps: int
 ) -> dict[str, Any]:
     """The compiler's own sentence, and what would help; `rows` are the sequences of a chip.
 
@@ -88,7 +88,7 @@ def does_not_fit(
     return {
         "fits": False,
         "compiler_says": found[0],
-        "advice": advice(step, rows, accumulate, needed - available),
+        "advice": advice(step, rows, grad_accum_steps, needed - available),
     }
 
 
@@ -135,7 +135,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 def print_report(report: dict[str, Any]) -> None:
     """The report for people."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    settings, parts = report["settings"], report["accumulate"]
+    settings, parts = report["settings"], report["grad_accum_steps"]
     console.print(
         f"{report['preset']} ({report['parameters']:,} parameters) on {report['chips']} chips of "
         f"{report['topology']}, mesh {report['mesh']}: batch {report['batch']} = "

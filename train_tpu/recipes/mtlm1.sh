@@ -3,8 +3,8 @@
 # stacking its 12 layers, mtlm1-200m (201,560,832 parameters) for the other half; 69 tokens per parameter.
 #
 #     bash mtlm1.sh                                        # on a TPU v5e-8
-#     BATCH=128 bash mtlm1.sh --accumulate 4               # on one GPU
-#     TOKENS=140000000 DATA='text/*.jsonl.xz' EVAL_DATA=DIR BATCH=128 bash mtlm1.sh --accumulate 4
+#     BATCH=128 bash mtlm1.sh --grad-accum-steps 4               # on one GPU
+#     TOKENS=140000000 DATA='text/*.jsonl.xz' EVAL_DATA=DIR BATCH=128 bash mtlm1.sh --grad-accum-steps 4
 #                                                          # a hundredth, of files, without a network
 #
 # Stopped or interrupted, the same command resumes; finished, it trains nothing. Arguments go to train_tpu.run.

@@ -7,7 +7,7 @@
 #                                                          # a hundredth, of files, without a network
 #
 # Stopped or interrupted, the same command resumes; finished, it trains nothing. Arguments go to train_tpu.run:
-# `bash mtlm2.sh --accumulate 2`. Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu
+# `bash mtlm2.sh --grad-accum-steps 2`. Before: pip install -c constraints.txt -e '.[tpu,torch,eval]' (cuda instead of tpu
 # on a GPU), and activate that environment.
 #
 # What to expect. Nobody has run this in full. On a TPU it has not been run at all, so its speed there is not known:

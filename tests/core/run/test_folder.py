@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,19 @@ def test_a_type_is_recorded_as_what_it_stands_for(tmp_path):
     older = make_run(tmp_path / "b", 10, dtype="auto")
     resumed(older, dtype="float32")
     resumed(older, dtype="bfloat16")
+
+
+def test_a_run_that_named_its_settings_otherwise_resumes(tmp_path):
+    folder = make_run(tmp_path / "a", 10, grad_accum_steps=2)
+    path = folder / "config.json"
+    older = json.loads(path.read_text())
+    older["run"]["accumulate"] = older["run"].pop("grad_accum_steps")
+    del older["sha256"]
+    path.write_text(json.dumps(older))
+    assert unflatten(older["run"], RunConfig).grad_accum_steps == 2
+    resumed(folder, grad_accum_steps=2)
+    with pytest.raises(UserError, match="--grad-accum-steps 2, not 4"):
+        resumed(folder, grad_accum_steps=4)
 
 
 def test_an_override_that_is_the_presets_value_is_none(tmp_path):

@@ -239,8 +239,8 @@ def test_ranks_of_torch_hear_each_others_flags_and_a_save_answers_them():
         return torch.tensor([0.0] * (len(METRICS) - 2) + [float(flag) for flag in flags])
 
     ranks = SimpleNamespace(size=2, first=False, device=torch.device("cpu"))
-    stepper = SimpleNamespace(ranks=ranks, update=update, parameters={})
-    engine = TorchEngine(stepper, 1, 1, [], None, Path("unused"), Keep())
+    train_step = SimpleNamespace(ranks=ranks, update=update, parameters={})
+    engine = TorchEngine(train_step, 1, 1, [], None, Path("unused"), Keep())
     batch = SimpleNamespace(rows=None)
     assert engine.agree(0, (True, True)) == (False, False)  # nobody else knows of them yet
     engine.read(engine.dispatch(batch, 0, 0.1))
@@ -269,7 +269,7 @@ def jax_engine(data, settings, checkpoints: Path):
     compute = Compute(mesh=mesh)
     step = StepConfig(MODEL, settings.optim, settings.guard, compute, 0.0, 8192)
     config = RunConfig(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}, mesh=None)
-    config = dataclasses.replace(config, accumulate=1)
+    config = dataclasses.replace(config, grad_accum_steps=1)
     engine = JaxEngine(
         config, mesh, fresh_state(step, mesh, 0), compile_step(step, BATCH, 1, mesh),
         Evaluator(MODEL, compute, data, BATCH, 8192, mesh), None, Generator(MODEL, Compute()),
@@ -280,16 +280,16 @@ def jax_engine(data, settings, checkpoints: Path):
 
 def torch_engine(data, settings, checkpoints: Path):
     from port_torch.training.batches import heldout_sets, pretraining_batches
-    from port_torch.training.distributed import Ranks
+    from port_torch.training.distributed import Distributed
     from port_torch.training.engine import TorchEngine
     from port_torch.training.pretraining import fresh_decoder
     from port_torch.training.settings import AdamWConfig
-    from port_torch.training.step import Stepper
+    from port_torch.training.step import TrainStep
 
     optim = AdamWConfig(lr=settings.optim.lr, warmup=0)
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    stepper = Stepper(fresh_decoder(MODEL, 0), optim, ranks, seed=0, guard=settings.guard)
-    engine = TorchEngine(stepper, 1, BATCH, heldout_sets(data), None, checkpoints, settings.keep)
+    ranks = Distributed(0, 1, torch.device("cpu"))
+    train_step = TrainStep(fresh_decoder(MODEL, 0), optim, ranks, seed=0, guard=settings.guard)
+    engine = TorchEngine(train_step, 1, BATCH, heldout_sets(data), None, checkpoints, settings.keep)
     reader = pretraining_batches(
         data, seed=0, batch=BATCH, start=0, rows=slice(0, BATCH), vocab_size=258, on_bad="fail"
     )
