@@ -8,28 +8,26 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
 from core.errors import UserError
+from core.help import Groups, format_help, options_of
 
 Config = TypeVar("Config")
-T = TypeVar("T")
-
-# A setting that may be left out; --help says what its default is where there is one, and never "None".
-Maybe = Annotated[
-    T | None,
-    tyro.conf.arg(help_behavior_hint=lambda value: "" if value == "None" else f"(default: {value})"),
-]
+HELP = ("-h", "--help", "--help-all")
 
 # How Python and tyro say that a value does not fit, and what a user is told.
 _IN_OTHER_WORDS = {
     r"^Error parsing ": "",
     r"invalid literal for int\(\) with base 10: ('.*')": r"\1 is not an integer",
     r"could not convert string to float: ('.*')": r"\1 is not a number",
-    r"no type matching (\S+) could be instantiated from \[(.*)\]": r"\2 is not of the form \1",
+    r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]": r"\1 is not an integer",
+    r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]": r"\1 is not a number",
+    r"Could not find valid parse for arguments: \[(.*)\]": r"\1 is not a valid value",
     r"^invalid choice ('.*') for argument '(.*)'\. Expected one of \((.*)\)": r"\2: \1 is not one of \3",
+    r"'None', |, 'None'": "",
     r"^Missing value for argument '(.*)'\. Expected \d+ values": r"\1 needs a value",
 }
 
@@ -41,24 +39,34 @@ def parse(
     prog: str,
     default: Config | None = None,
     description: str | None = None,
+    groups: Groups | None = None,
 ) -> Config:
     """The dataclass `kind` as the command line `argv` (default: this process's) fills it.
 
-    `--help` is printed and ends the process with 0, as tyro has it; options have their fields' names.
+    `--help` and `--help-all` are printed and end the process with 0; options have their fields' names.
+
+    Args:
+        description: what the command does. Default: the docstring of `kind`.
+        groups: how the help lists the options.
 
     Raises:
         UserError: one sentence for a command line that cannot be parsed, where tyro prints a box. It names
             the option that was probably meant.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    options: dict[str, Any] = {"prog": prog, "description": inspect.cleandoc(description or "") or None}
-    if default is not None:
-        options["default"] = default
-    kind = tyro.conf.OmitArgPrefixes[kind]
+    ours = argv[: argv.index("--") if "--" in argv else None]
+    if asks_for_help(ours):
+        options, text = options_of(kind, default), description or kind.__doc__ or ""
+        print(format_help(prog, inspect.cleandoc(text), options, groups or {}, HELP[-1] in ours), end="")
+        sys.exit(0)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            config, unknown = tyro.cli(kind, args=argv, return_unknown_args=True, **options)
+            config, unknown = tyro.cli(
+                kind, prog=prog, args=argv, return_unknown_args=True, add_help=False,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+                **({} if default is None else {"default": default}),
+            )  # fmt: skip
     except SystemExit as end:
         if not end.code:
             raise
@@ -66,25 +74,22 @@ def parse(
     if unknown == []:
         sys.stderr.write(box.getvalue())  # a warning, where there is one
         return config
-    known = _options_of(kind, options)
-    for token in argv[: argv.index("--") if "--" in argv else None]:
+    known = [*HELP, *(name for option in options_of(kind) for name in option.names)]
+    advice = f"{prog} {HELP[-1]} lists all options"
+    for token in ours:
         name = token.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"{prog} --help lists all options"
-            raise UserError(f"there is no option {token.partition('=')[0]}: {advice}")
+            meant = f"did you mean {near[0]}?" if near else advice
+            raise UserError(f"there is no option {token.partition('=')[0]}: {meant}")
     if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}: {prog} --help lists all options")
-    raise UserError(f"{_sentence(box.getvalue())} ({prog} --help lists all options)")
+        raise UserError(f"unexpected argument {unknown[0]!r}: {advice}")
+    raise UserError(f"{_sentence(box.getvalue())} ({advice})")
 
 
-def _options_of(kind: Any, options: dict[str, Any]) -> list[str]:
-    """All options of a command, out of its help: each begins a line, and descriptions are further right."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], **options)
-    entries = re.findall(r"^[│ ]{1,3}(--?\w.*?)(?:  |$)", text.getvalue(), re.MULTILINE)
-    return [name for entry in entries for name in re.findall(r"--[\w-]+", entry)]
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether a command line is to be answered with the command's options."""
+    return not set(HELP).isdisjoint(argv)
 
 
 def _sentence(box: str) -> str:

@@ -14,7 +14,7 @@ from core.batch_file import BatchFile
 from core.checkpoint.steps import find_step
 from core.errors import run_command
 from core.folder_kinds import Kind, require_kind
-from core.sampling import Sampling, piped_prompt
+from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class GenerateConfig:
     beginning of a document)."""
     files: BatchFile = BatchFile()
     max_new_tokens: int = 200
+    """Most tokens to generate; a text that reaches its end is shorter."""
     sampling: Sampling = Sampling()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype. auto: bfloat16 on GPU and TPU, float32 on CPU."""
@@ -40,7 +41,7 @@ class GenerateConfig:
 
 def main() -> int:
     """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
-    config = cli.parse(GenerateConfig, prog="python -m core.generate")
+    config = cli.parse(GenerateConfig, prog="python -m core.generate", groups=GENERATION_OPTIONS)
     require_kind(config.run, "generate", Kind.JAX)
     find_step(config.run)
     lines = config.files.read(config.prompt)

@@ -14,10 +14,15 @@ import numpy as np
 
 from core import checks
 from core.errors import UserError
+from core.help import Groups
 from core.tokenizer import TextStream, Tokenizer
 
 SMALLEST = 1e-6
 """Temperatures below it are 0: scores divided by less would overflow."""
+GENERATION_OPTIONS: Groups = {
+    "options": ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
+    "a file of prompts": ("batch_file", "out", "batch"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Sampling:
     top_p: float = 1.0
     """Only the likeliest tokens that together reach this probability."""
     seed: int = 0
+    """Of the random draws: the same seed gives the same text."""
 
     def __post_init__(self) -> None:
         checks.not_negative(temperature=self.temperature)

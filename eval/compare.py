@@ -28,7 +28,7 @@ from eval.settings import results_folder
 class CompareConfig:
     """Compare evaluated models: two growths, an ablation with its base, a checkpoint with its export."""
 
-    models: Annotated[list[Path], tyro.conf.Positional]
+    models: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
     """Two or more that eval.run has evaluated: runs, exported folders, or folders of results."""
     out: Path | None = None
     """Also write the tables to this Markdown file."""

@@ -58,6 +58,7 @@ class PerplexityConfig:
     out: Path | None = None
     """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
     """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
     tokenizer: str | None = None

@@ -27,9 +27,9 @@ class BenchConfig:
     """Names of tasks; an unknown name lists them. Default: all."""
     calls: int = 30
     """Timed calls of each."""
-    json: cli.Maybe[Path] = None
+    json: Path | None = None
     """Write the rows here."""
-    plot: cli.Maybe[Path] = None
+    plot: Path | None = None
     """Draw them here."""
 
     def __post_init__(self) -> None:

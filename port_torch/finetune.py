@@ -16,8 +16,11 @@ from core import checks, cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.run.folder import require_folder
+from core.run.help import TRAINING_OPTIONS
 from port_torch.training.rows import read_rows
 from port_torch.training.settings import AdamWConfig, TrainerConfig
+
+OPTIONS = TRAINING_OPTIONS | {"options": ("data", "out", "epochs", "batch", "lr", "lora_rank")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,13 @@ class FinetuneConfig(TrainerConfig):
     """The run folder. The model is written into its folder `model`."""
     validation: float = 0.05
     """Fraction of the rows held out for validation; 0 for none."""
-    lora_rank: cli.Maybe[int] = None
+    lora_rank: int | None = None
     """Train LoRA adapters of this rank instead of all weights; 8 to 64 are common."""
-    lora_alpha: cli.Maybe[float] = None
+    lora_alpha: float | None = None
     """The adapters' output is multiplied by this over the rank. Default: twice the rank."""
-    tokenizer: cli.Maybe[str] = None
+    tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
-    epochs: cli.Maybe[float] = None
+    epochs: float | None = None
     """Passes over the rows. Default: 3."""
     batch: int = 16
     """Global batch size: packed sequences per optimizer step, summed over GPUs."""
@@ -59,9 +62,7 @@ class FinetuneConfig(TrainerConfig):
 
 def main() -> int:
     """Runs the command; core.run.interrupt says what its exit codes mean."""
-    config = cli.parse(
-        FinetuneConfig, prog="python -m port_torch.finetune", description=FinetuneConfig.__doc__
-    )
+    config = cli.parse(FinetuneConfig, prog="python -m port_torch.finetune", groups=OPTIONS)
     require_kind(config.init_from, "start", Kind.WEIGHTS)
     require_folder(config.out)
     file = read_rows(config.data)

@@ -15,7 +15,7 @@ from core import checks, cli
 from core.batch_file import BatchFile, generation_settings, write_texts
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
-from core.sampling import Sampling, piped_prompt, require_room
+from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room
 from port_torch.training.rows import instruction
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class GenerateConfig:
     """What the instructions are applied to, with --prompt-format instruction."""
     files: BatchFile = BatchFile()
     max_new_tokens: int = 200
+    """Most tokens to generate; a text that reaches its end is shorter."""
     sampling: Sampling = Sampling()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
@@ -59,7 +60,7 @@ class GenerateConfig:
 
 def main() -> int:
     """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
-    config = cli.parse(GenerateConfig, prog="python -m port_torch.generate")
+    config = cli.parse(GenerateConfig, prog="python -m port_torch.generate", groups=GENERATION_OPTIONS)
     lines = config.files.read(config.prompt)
     asks = not lines and not config.prompt and sys.stdin is not None and sys.stdin.isatty()
     prompts = [line["prompt"] for line in lines] or config.prompt

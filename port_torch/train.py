@@ -13,12 +13,12 @@ from typing import Annotated
 import tyro
 
 from core import cli
-from core.cli import Maybe
 from core.config import preset
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.run.folder import require_folder, settings_of_run
-from core.run.presets import TRAINING_DEFAULTS, for_help
+from core.run.help import TRAINING_OPTIONS, for_help
+from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import PretrainingSource, given_value, model_config
 from port_torch.training.settings import AdamWConfig, TrainerConfig
 
@@ -40,12 +40,12 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     The learning rates are AdamW's: train_tpu.run trains with Muon, at others.
     """
 
-    init_from: Annotated[Maybe[Path], tyro.conf.arg(name="from")] = None
+    init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start from this exported folder instead of a preset with random parameters."""
-    tokenizer: Maybe[str] = None
+    tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""
-    out: Maybe[Path] = None
+    out: Path | None = None
     """The run folder. Default: runs/PRESET-torch. The model comes to lie in its folder `model`."""
 
 
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> TrainConfig:
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
     found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
     return cli.parse(
-        TrainConfig, argv, prog="python -m port_torch.train", default=found, description=TrainConfig.__doc__
+        TrainConfig, argv, prog="python -m port_torch.train", default=found, groups=TRAINING_OPTIONS
     )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 from core import checks
-from core.cli import Maybe
 from core.config import preset
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.schedule import OptimizerConfig
@@ -16,38 +15,39 @@ from core.run.settings import PretrainingSource, TrainingSettings
 class RunConfig(TrainingSettings, PretrainingSource):
     """Train a language model, or resume a run. `--out DIR` alone resumes DIR with its saved settings."""
 
-    tokenizer: Maybe[str] = None
+    tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
     tiny presets and mistral for the others."""
-    grad_accum_steps: Maybe[int] = None
+    grad_accum_steps: int | None = None
     """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
     the same up to rounding. Default: 1; on a TPU, enough for 8,192 tokens per chip."""
-    init_from: Maybe[Path] = None
+    init_from: Path | None = None
     """Start from the parameters of this run or checkpoint instead of random ones."""
 
-    mesh: Maybe[str] = None
+    mesh: str | None = None
     """Device mesh, e.g. data=8, fsdp=8 or fsdp=4,tensor=2. data: replicate the model; fsdp: shard parameters
     and optimizer state, all-gather on use; tensor: split heads, MLP and vocabulary. The result is the same up
     to rounding. Default: all devices on data."""
     show_sharding: bool = False
     """Print how every parameter lies on the devices, and stop before training."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    unroll: Maybe[int] = None
+    """Attention implementation. auto: cudnn on a GPU and splash on a TPU where they can be used, else xla."""
+    unroll: int | None = None
     """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
     faster)."""
-    remat: Maybe[Literal["none", "dots", "full"]] = None
+    remat: Literal["none", "dots", "full"] | None = None
     """Activation rematerialization. none: keep everything; dots: keep matmul outputs (and TPU attention),
     recompute the rest; full: recompute each layer. Default: none on CPU and GPU, dots on TPU."""
-    loss_chunk: Maybe[int] = None
+    loss_chunk: int | None = None
     """Chunk size of the cross-entropy, in tokens per device; logits are never materialized for more than
     this. Default: 8192 (TPU: 256 if the output head fits in VMEM)."""
 
-    coordinator: Maybe[str] = None
+    coordinator: str | None = None
     """To train with several processes: HOST:PORT of the first, the same in all of them; or auto, for what a
     TPU pod, Slurm or MPI says. All must see the disk that --out is on. Default: this process alone."""
-    num_processes: Maybe[int] = None
+    num_processes: int | None = None
     """Total number of processes (with --coordinator HOST:PORT)."""
-    process_id: Maybe[int] = None
+    process_id: int | None = None
     """Index of this process, 0 to num_processes - 1."""
 
     def __post_init__(self) -> None:

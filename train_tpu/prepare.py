@@ -28,7 +28,7 @@ class PrepareConfig:
     `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository, licences and readme files,
     splits other than train, and .txt files next to JSON or Parquet are left out, and listed; name them, or
     give a glob, to read them."""
-    out: cli.Maybe[Path] = None
+    out: Path | None = None
     """The folder to write; it must not exist."""
     tokenizer: str = "mistral"
     """`mistral`, `bytes` or the path of a tokenizer.json."""
@@ -44,11 +44,11 @@ class PrepareConfig:
     of the sources is then that of the documents read. Sets of --valid are whole. Default: all text."""
     field: str = "text"
     """JSON field, Parquet column or TFDS feature that holds the text."""
-    format: cli.Maybe[Form] = None
+    format: Form | None = None
     """What the files hold, whatever they are called: text for plain text such as .raw or .md."""
     workers: int | None = None
     """Tokenising processes. Default: one per core."""
-    verify: cli.Maybe[Path] = None
+    verify: Path | None = None
     """Only check this prepared folder: read all of it and compare it with its recorded hashes."""
 
 
@@ -75,7 +75,7 @@ def next_command(out: Path, tokenizer: str, context: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare", description=__doc__)
+    config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare")
     if config.verify is not None:
         return verify(config.verify)
     if config.out is None:

@@ -3,19 +3,23 @@
 import sys
 from pathlib import Path
 
-from core import cli, processes
+from core import cli
 from core.errors import run_command
 from core.run.folder import settings_of_run
-from core.run.presets import for_help
+from core.run.help import TRAINING_OPTIONS, for_help
 from core.run.settings import given_value
 from train_tpu.config import RunConfig, defaults
-from train_tpu.setup import prepare_run
-from train_tpu.trainer import run
 
 
 def main() -> int:
     """Runs the command; returns its exit code (core.run.interrupt says what each means)."""
-    return run(prepare_run(parse(sys.argv[1:])))
+    config = parse(sys.argv[1:])
+    from core.processes import leaving_at_once  # slow: JAX
+    from train_tpu.setup import prepare_run
+    from train_tpu.trainer import run
+
+    with leaving_at_once():
+        return run(prepare_run(config))
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -24,15 +28,9 @@ def parse(argv: list[str]) -> RunConfig:
     folder = Path(out) if out else Path("runs") / preset
     default = for_help(settings_of_run(folder, defaults(preset), argv), argv)
     return cli.parse(
-        RunConfig, argv, prog="python -m train_tpu.run", default=default, description=RunConfig.__doc__
+        RunConfig, argv, prog="python -m train_tpu.run", default=default, groups=TRAINING_OPTIONS
     )
 
 
-def main_of_several() -> int:
-    """`main`, for a process on which others may wait."""
-    with processes.leaving_at_once():
-        return main()
-
-
 if __name__ == "__main__":
-    run_command(main_of_several)
+    run_command(main)

@@ -1,14 +1,10 @@
 """What each preset is trained with where nothing else is said, and how long."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from core import checks
-from core.config import preset
 from core.data.dataset import Dataset
 from core.errors import UserError
-from core.run.settings import ModelOverrides, model_config
 
 # What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
 # Muon's. 2e-3 is the best of 1e-3, 2e-3 and 4e-3 on two held-out sets of three; 4e-3 is the highest that was
@@ -22,22 +18,6 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-200m": _LARGE | {"lr": 1e-3},
     "mtlm2-40m": _LARGE | {"epochs": 2.0, "lr": 4e-3},
 }
-
-
-def for_help(config: Any, argv: Sequence[str]) -> Any:
-    """`config` as the defaults of a command line: with the preset's own values where --help is asked for.
-
-    Otherwise what is not given stays None, so that a command can tell it from what is.
-    """
-    if not {"--help", "-h"} & set(argv):
-        return config
-    model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
-    names = [field.name for field in dataclasses.fields(ModelOverrides)]
-    shown = dataclasses.replace(config, model=ModelOverrides(**{name: model[name] for name in names}))
-    if shown.steps is None and shown.epochs is None:
-        given = TRAINING_DEFAULTS[config.preset]
-        shown = dataclasses.replace(shown, steps=given.get("steps"), epochs=given.get("epochs"))
-    return shown
 
 
 def count_steps(config: Any, dataset: Dataset) -> int:

@@ -31,8 +31,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled, of matrices and tables; never of norms and biases."""
     beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
     beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
     eps: float = 1e-8
+    """Added by AdamW to the root of that mean."""
     clip: float = 1.0
     """Largest global norm of a gradient; larger ones are scaled down to it. 0 turns it off."""
     momentum: float = 0.95
@@ -49,8 +52,9 @@ class OptimizerConfig:
     """Step at which the schedule begins, warmup and all: the step at which a run is resumed, to train it on
     under a new schedule."""
     rewarm: int = 0
-    """Steps from rewarm_at on in which the rate rises linearly to the schedule's. Growing sets both."""
+    """Steps from --rewarm-at on in which the rate rises linearly to the schedule's. Growing sets both."""
     rewarm_at: int = 0
+    """Step from which the learning rate is warmed up again."""
 
     def __post_init__(self) -> None:
         checks.positive(**checks.fields(self, "lr", "eps"))

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from core import checks
 from core.checkpoint.steps import Keep
-from core.cli import Maybe
 from core.config import PRESETS, Mlp, ModelConfig, preset
 from core.errors import UserError
 from core.run.guard import GuardConfig
@@ -20,33 +19,33 @@ from core.run.schedule import OptimizerConfig
 class ModelOverrides:
     """Changes to the preset's model; what is not given is the preset's."""
 
-    context: Maybe[int] = None
+    context: int | None = None
     """Longest sequence, in tokens; the data is cut into windows of this length."""
-    d_model: Maybe[int] = None
+    d_model: int | None = None
     """Width of the residual stream."""
-    n_layers: Maybe[int] = None
+    n_layers: int | None = None
     """Transformer layers."""
-    n_heads: Maybe[int] = None
+    n_heads: int | None = None
     """Attention heads."""
-    d_mlp: Maybe[int] = None
+    d_mlp: int | None = None
     """Hidden width of the MLP."""
-    positions: Maybe[Literal["rope", "learned"]] = None
+    positions: Literal["rope", "learned"] | None = None
     """Rotary position embeddings, or a learned table."""
-    mlp: Maybe[Mlp] = None
+    mlp: Mlp | None = None
     """The MLP: gated (SwiGLU), or two layers with another activation."""
-    biases: Maybe[bool] = None
+    biases: bool | None = None
     """Biases in attention and MLP."""
-    tied: Maybe[bool] = None
+    tied: bool | None = None
     """Whether the output head is the embedding table."""
-    rope_theta: Maybe[float] = None
+    rope_theta: float | None = None
     """Base of the rotary frequencies."""
-    norm_eps: Maybe[float] = None
+    norm_eps: float | None = None
     """Epsilon of RMSNorm."""
-    dropout: Maybe[float] = None
+    dropout: float | None = None
     """Dropout probability of the embeddings and of each branch's output."""
-    init_std: Maybe[float] = None
+    init_std: float | None = None
     """Standard deviation of the initial weights."""
-    scaled_residual_init: Maybe[bool] = None
+    scaled_residual_init: bool | None = None
     """Init of the projections into the residual stream divided by sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
@@ -60,13 +59,14 @@ class TrainingSettings:
     """How any run is trained, watched and kept; each command adds its own."""
 
     seed: int = 0
-    steps: Maybe[int] = None
+    """Of the initial weights, the order of the data, dropout and samples."""
+    steps: int | None = None
     """Optimizer steps of the whole run. Default: as many as --epochs asks for."""
-    epochs: Maybe[float] = None
+    epochs: float | None = None
     """Passes over the training data, instead of --steps."""
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over devices."""
-    grad_accum_steps: Maybe[int] = None
+    grad_accum_steps: int | None = None
     """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
     the same up to rounding."""
     optim: OptimizerConfig = OptimizerConfig()
@@ -79,32 +79,32 @@ class TrainingSettings:
     deterministic: bool = False
     """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
 
-    eval_every: Maybe[int] = None
+    eval_every: int | None = None
     """Updates between evaluations, besides those before the first update and after the last; 0: only the
     last. Default: a tenth of the run."""
     eval_windows: int = 512
     """Windows of each held-out set that evaluations read; the last, and one where a model grew, read all."""
     eval_tasks: str = ""
     """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
-    eval_data_dir: Maybe[Path] = None
+    eval_data_dir: Path | None = None
     """Where the tasks' data lies (see eval.run). Default: fetched from the Hugging Face hub."""
     eval_questions: int = 200
     """Questions of each task that evaluations during the run ask; the last asks all."""
-    sample_every: Maybe[int] = None
+    sample_every: int | None = None
     """Updates between samples; 0: none. Default: as --eval-every."""
     prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
     """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
-    save_every: Maybe[int] = None
+    save_every: int | None = None
     """Updates between checkpoints. Default: a tenth of the run."""
     save_minutes: float = 10.0
     """Also save when this much time has passed since the last checkpoint."""
     keep_last: int = 2
     """Checkpoints to keep."""
-    keep_every: Maybe[int] = None
+    keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_steps: tuple[int, ...] = ()
     """Also save and keep the checkpoints of these steps."""
-    stop_at: Maybe[int] = None
+    stop_at: int | None = None
     """Stop when this step is reached, saved; the schedule stays that of all --steps. What is there then
     has not been decayed: a trunk, to grow or to resume."""
     log_every: int = 10
@@ -114,7 +114,7 @@ class TrainingSettings:
     """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
     fallback: bool = False
     """If the newest checkpoint is damaged, resume from the newest intact one."""
-    from_step: Maybe[int] = None
+    from_step: int | None = None
     """Resume from this older checkpoint; newer ones are renamed to left-STEP."""
 
     def __post_init__(self) -> None:
@@ -147,10 +147,10 @@ class PretrainingSource:
     data: str = "builtin"
     """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
     a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
-    tokenizer: Maybe[str] = None
+    tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's, or that of the model to
     start from; else bytes for the tiny presets and mistral for the others."""
-    out: Maybe[Path] = None
+    out: Path | None = None
     """The run folder. Default: runs/PRESET."""
     model: ModelOverrides = ModelOverrides()
     on_bad_record: Literal["fail", "skip"] = "fail"

@@ -6,7 +6,6 @@ from typing import Literal
 import tyro
 
 from core import checks
-from core.cli import Maybe
 from core.run.schedule import OptimizerConfig
 from core.run.settings import TrainingSettings
 
@@ -44,5 +43,5 @@ class TrainerConfig(TrainingSettings):
     """auto is the GPU where there is one."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """Our CUDA kernels where they are, nothing but them, or plain PyTorch."""
-    compile: Maybe[bool] = None
+    compile: bool | None = None
     """torch.compile: a minute at the start for faster steps. Default: on a GPU."""

@@ -1,11 +1,12 @@
 """`python -m stacking.study`: does growing pay? Growth against training from scratch, fairly.
 
-    python -m stacking.study --out studies/mine -- --preset mtlm1-88m --data DATA --steps 2000 ...
+    python -m stacking.study --out studies/a -- --preset mtlm1-88m --steps 2000
 
 The arguments after the second -- are the target model's training run, as `train_tpu.run` takes it. The arms:
 
-    scratch      the target from the first step on
-    OP at f      a base of fewer layers trained for the fraction f of the steps, grown by OP, trained on
+    scratch      the target, from its first step
+    OP at f      a base with fewer layers, grown by OP after a fraction f of
+                 the steps
 
 Fair means: all arms of a seed see the same sequences in the same order. Every arm is a trunk at a constant
 learning rate, and what is compared are decays forked off it, since an undecayed loss says little about the

@@ -26,6 +26,7 @@ class StudyConfig:
     schedule: str = "rewarm:50"
     """As stacking.grow takes it."""
     seeds: tuple[int, ...] = (0, 1)
+    """Every arm is trained once per seed."""
     lrs: tuple[float, ...] = ()
     """Peak learning rates to tune every arm over, on the first seed, by its decayed loss at equal tokens.
     Default: the run's own, untuned."""

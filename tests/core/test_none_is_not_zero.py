@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("core", "train_tpu", "stacking", "port_torch", "kernels_cuda", "eval", "bench")
-OPTIONAL = {f"{number} | None" for number in ("int", "float")} | {"Maybe[int]", "Maybe[float]"}
+OPTIONAL = {f"{number} | None" for number in ("int", "float")}
 
 
 def test_no_optional_number_is_asked_for_its_truth():
@@ -47,7 +47,7 @@ def optional_arguments(tree: ast.AST) -> set[str]:
 
 
 def is_optional(annotation: ast.AST) -> bool:
-    return ast.unparse(annotation).removeprefix("cli.") in OPTIONAL
+    return ast.unparse(annotation) in OPTIONAL
 
 
 def asked(tree: ast.AST) -> Iterator[ast.expr]:

@@ -251,7 +251,7 @@ def test_where_nothing_can_be_compiled_pytorch_runs(
 @pytest.mark.parametrize("module", [doctor, build, bench])
 def test_an_unknown_flag_is_refused(module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr("sys.argv", [module.__name__, "--no-such-flag"])
-    advice = f"python -m {module.__name__} --help lists all options"
+    advice = f"python -m {module.__name__} --help-all lists all options"
     with pytest.raises(UserError, match=f"^there is no option --no-such-flag: {advice}$"):
         module.main()
     assert capsys.readouterr() == ("", "")

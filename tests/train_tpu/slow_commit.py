@@ -7,7 +7,7 @@ import time
 import core.checkpoint.checkpointer
 from core import processes
 from core.errors import run_command
-from train_tpu.run import main_of_several
+from train_tpu.run import main
 
 processes.FAREWELL, processes.SILENCE = 5, float(os.environ.get("SILENCE", processes.SILENCE))
 seal = core.checkpoint.checkpointer.seal
@@ -24,4 +24,4 @@ core.checkpoint.checkpointer.seal = slow_seal
 
 if __name__ == "__main__":
     os.chdir(os.environ.get("WORK", "."))
-    run_command(main_of_several)
+    run_command(main)

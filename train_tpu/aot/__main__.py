@@ -10,12 +10,14 @@ from typing import Literal
 from core import cli
 from core.config import preset
 from core.errors import run_command
+from core.run.help import TRAINING_OPTIONS
 from core.run.schedule import OptimizerConfig
 from core.run.settings import ModelOverrides, model_config
 from train_tpu.aot.topology import parse_topology
 from train_tpu.config import RunConfig
 
 EXIT_DOES_NOT_FIT = 1
+OPTIONS = TRAINING_OPTIONS | {"options": ("preset", "topology", "batch", "mesh", "remat", "json")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class AotConfig:
     """The slice: GENERATION:XxY, of v5e or v6e."""
     batch: int = 256
     """Global batch size: sequences per optimizer step, summed over chips."""
-    grad_accum_steps: cli.Maybe[int] = None
+    grad_accum_steps: int | None = None
     """Gradient accumulation: split each batch into this many micro-batches. Default: enough for 8,192
     tokens per chip."""
-    mesh: cli.Maybe[str] = None
+    mesh: str | None = None
     """How the chips are arranged, as in train_tpu.run. Default: all along data."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
@@ -45,11 +47,11 @@ class AotConfig:
     """Activation dtype. auto: bfloat16."""
     attention: Literal["auto", "xla", "splash"] = "auto"
     """Attention implementation. auto: splash where it can."""
-    unroll: cli.Maybe[int] = None
+    unroll: int | None = None
     """Unroll factor of the scan over layers. Default: 1."""
-    remat: cli.Maybe[Literal["none", "dots", "full"]] = None
+    remat: Literal["none", "dots", "full"] | None = None
     """Activation rematerialization. Default: dots."""
-    loss_chunk: cli.Maybe[int] = None
+    loss_chunk: int | None = None
     """Tokens per chip whose logits exist at once. Default: 256 if the output head fits in VMEM, else 8192."""
     json: bool = False
     """Print everything as one JSON object; sizes in bytes, per chip."""
@@ -67,7 +69,7 @@ class AotConfig:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    config = cli.parse(AotConfig, prog="python -m train_tpu.aot", description=AotConfig.__doc__)
+    config = cli.parse(AotConfig, prog="python -m train_tpu.aot", groups=OPTIONS)
     run = config.run_config()
     model = model_config(run, preset(config.preset).vocab_size)
     parse_topology(config.topology)

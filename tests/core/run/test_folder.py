@@ -169,7 +169,7 @@ def test_where_no_run_can_be_is_told_before_anything_is_made(tmp_path):
 def test_help_shows_the_presets_values(argv, values, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        command.parse([*argv, "--help"])
+        command.parse([*argv, "--help-all"])
     said = capsys.readouterr().out
     entries = re.split(r"^[│ ]{1,3}(?=--?\w)", said, flags=re.MULTILINE)
     for name, value in values.items():
