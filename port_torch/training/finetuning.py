@@ -17,7 +17,8 @@ from port_torch.training.lora import add_adapters
 from port_torch.training.packing import PADDING, pack, packed_batches
 from port_torch.training.pretrained import open_origin
 from port_torch.training.rows import Row, RowFile, instruction
-from port_torch.training.trainer import Job, begin, require_deterministic_operations, train
+from port_torch.training.setup import Job, begin, require_deterministic_operations
+from port_torch.training.trainer import train
 from port_torch.training.tuned import tuning
 
 if TYPE_CHECKING:

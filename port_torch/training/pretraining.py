@@ -23,7 +23,8 @@ from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretrained import open_origin
-from port_torch.training.trainer import Job, begin, require_deterministic_operations, train
+from port_torch.training.setup import Job, begin, require_deterministic_operations
+from port_torch.training.trainer import train
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,33 +1,20 @@
-"""The course of a run, the same for both commands: folder, state, memory, loop, result.
-
-The commands say what is trained on what (`Job`); everything from there on is here, in order.
-"""
+"""A training run of PyTorch, from its `Job` to its exit code: folder, state, memory, loop, result."""
 
 import contextlib
-import dataclasses
 import functools
-import io
-import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch.nn.attention import SDPBackend
 
 from core.checkpoint.manifest import Manifest, code_version, load_manifest
 from core.checkpoint.steps import find_start, find_step, leave_newer, list_steps
 from core.cli import command
-from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
-from core.model import compute_dtype
 from core.run.curve import plot_curve
-from core.run.folder import check_run_folder, lock_folder, require_folder, write_config
+from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, read_log
@@ -35,96 +22,13 @@ from core.run.loop import END, is_finished, run_loop
 from core.run.progress import make_console
 from core.run.schedule import check_room, require_continuous
 from core.tokenizer import Tokenizer
-from kernels_cuda import library
-from port_torch.card import Tuning
-from port_torch.model import Decoder
 from port_torch.training import checkpoint
-from port_torch.training.batches import Batch, HeldOut, Rows
 from port_torch.training.distributed import Distributed
-from port_torch.training.engine import TorchEngine, device_name
+from port_torch.training.engine import TorchEngine
 from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
+from port_torch.training.setup import Job, describe, is_compiled, load_kernels
 from port_torch.training.step import TrainStep
-
-
-@dataclasses.dataclass
-class Job:
-    """What is trained, on what, and where."""
-
-    config: TrainerConfig
-    out: Path
-    defaults: TrainerConfig
-    """The command's own, for settings that a run to be resumed is older than."""
-    decoder: Decoder
-    """On its device; what needs no gradient is not trained."""
-    tokenizer: Tokenizer
-    record: dict[str, Any]
-    """What config.json and the manifests say: `core.run.folder.run_record`."""
-    lineage: list[dict[str, Any]]
-    """What the parameters come from."""
-    steps: int
-    batches: Callable[[int], Iterator[Batch]]
-    """This rank's batches from the global batch on whose first sequence has that index."""
-    example: Callable[[int], Rows]
-    """That many rows as training has them, to try the memory with."""
-    heldout: list[HeldOut]
-    prompts: list[list[int]]
-    """Ids that the samples go on from."""
-    table: list[tuple[str, str]]
-    """What is told about model and data."""
-    tuning: Tuning | None = None
-    """What the card says of a fine-tuned model."""
-
-    @property
-    def end(self) -> int:
-        """Updates after which to stop: `steps`, or fewer."""
-        return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
-
-
-def begin(config: TrainerConfig, out: Path, ranks: Distributed) -> TrainerConfig:
-    """The settings as a run records them: `auto` as what it stands for on this device.
-
-    Raises:
-        UserError: no run can be written to `out`; told before anything slow.
-    """
-    require_folder(out)
-    platform = "cpu" if ranks.device.type == "cpu" else "gpu"
-    return dataclasses.replace(config, dtype=compute_dtype(config.dtype, platform))
-
-
-def load_kernels(config: TrainerConfig, ranks: Distributed) -> None:
-    """Takes the CUDA kernels where they are, and says on stderr which run.
-
-    The first rank goes before the others: it may have to compile them, and it says what it found. Where it
-    finds none, no other rank compiles them again or runs what it does not.
-
-    Raises:
-        UserError: they must run, and a rank has none.
-    """
-    failure, found = None, True
-    if ranks.first:
-        try:
-            found = library.load(config.kernels).file is not None
-        except UserError as error:
-            failure, found = error, False
-    if ranks.largest(int(not found)):  # of the first rank alone: the others have not looked
-        if failure is not None:
-            raise failure
-        if config.kernels == "cuda":
-            raise UserError("--kernels cuda is not possible: the first process has none, and says why")
-        return
-    if not ranks.first:
-        with contextlib.redirect_stderr(io.StringIO()):
-            source = library.load(config.kernels)
-        if source.file is None:
-            print(f"kernels of process {ranks.rank}: {source.reason}", file=sys.stderr)
-
-
-def require_deterministic_operations() -> None:
-    """Lets PyTorch use no operation on a GPU whose result varies; before anything is computed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient adds in no fixed order
 
 
 def train(job: Job, ranks: Distributed) -> int:
@@ -202,11 +106,6 @@ def make_train_step(job: Job, ranks: Distributed) -> TrainStep:
         compiled=is_compiled(config, ranks),
         guard=config.guard,
     )
-
-
-def is_compiled(config: TrainerConfig, ranks: Distributed) -> bool:
-    """Whether torch.compile is used."""
-    return ranks.device.type == "cuda" if config.compile is None else config.compile
 
 
 def is_done(job: Job, step: int) -> bool:
@@ -329,37 +228,3 @@ def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
             f"the run in {job.out} was not started from the weights that are given now: give the same "
             "folder, unchanged, or another --out"
         )
-
-
-def describe(job: Job, ranks: Distributed) -> Table:
-    """The table a run begins with."""
-    model, config = job.decoder.config, job.config
-    bf16, compiled = config.dtype == "bfloat16", is_compiled(config, ranks)
-    trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
-    tokens = job.steps * config.batch * model.context
-    rows = [
-        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
-                  f"MLP {model.d_mlp}, context {model.context}; {model.positions}, {model.mlp}"),
-        ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
-        *job.table,
-        ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
-        ("optimizer", f"AdamW for all parameters, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
-                      f"warmup {config.optim.warmup}"),
-        ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
-                    f"{', compiled' if compiled else ''}"),
-        ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
-    ]  # fmt: skip
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
-    return table
-
-
-def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
-    """Which of PyTorch's attentions will run."""
-    shape = (1, model.n_heads, model.context, model.head_dim)
-    q = torch.zeros(shape, device=device, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
-    mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=device) if packed else None
-    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, mask, 0.0, not packed))
-    kind = "a mask of documents" if packed else "causal"
-    return f"PyTorch's {backend.name.removesuffix('_ATTENTION').lower()} ({kind})"

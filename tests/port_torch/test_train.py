@@ -34,8 +34,8 @@ from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import AdamWConfig
+from port_torch.training.setup import load_kernels
 from port_torch.training.step import METRICS
-from port_torch.training.trainer import load_kernels
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of, write_export
 from tests.port_torch.small_training import (
