@@ -46,7 +46,7 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + c.norm_eps)
         return (y * scale).astype(x.dtype)
 
-    half = c.head_dim // 2
+    half = c.head_size // 2
     angle = jnp.arange(c.context)[:, None] * c.rope_theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
 
@@ -57,7 +57,7 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
     def layer(x, p):
         batch, length, d = x.shape
         qkv = norm(x, p["norm1"]) @ p["qkv"].astype(x.dtype)
-        q, k, v = (t.reshape(batch, length, c.n_heads, c.head_dim) for t in jnp.split(qkv, 3, -1))
+        q, k, v = (t.reshape(batch, length, c.n_heads, c.head_size) for t in jnp.split(qkv, 3, -1))
         if c.positions == "rope":
             q, k = rope(q), rope(k)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention)

@@ -64,7 +64,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        half = c.head_dim // 2
+        half = c.head_size // 2
         angle = torch.arange(c.context)[:, None] * c.rope_theta ** -(torch.arange(half) / half)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)

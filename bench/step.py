@@ -70,7 +70,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
         "auto",
         platform=platform,
         dtype=dtype,
-        head_dim=model.head_dim,
+        head_dim=model.head_size,
         context=model.context,
         deterministic=ours and config.deterministic,
     ).name

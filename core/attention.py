@@ -89,24 +89,37 @@ def _splash_obstacle(platform: str, context: int) -> str | None:
 
 def causal_attention(
     q: Float[Array, "B S H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
     implementation: Implementation,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B S H K"]:
     """softmax(q k^T / sqrt(K)) v, each position seeing itself and those before it.
 
     Args:
-        q, k, v: batch, sequence, heads, head size. The softmax is in float32 whatever their type.
+        q, k, v: batch, sequence, heads, head size. Each head of keys and values serves H / G of queries, that
+            follow each other. The softmax is in float32 whatever their type.
         implementation: see `choose`.
         mesh: if of several devices, each works on its own rows and heads, which need nothing of the others.
-            XLA could not split a custom kernel by itself.
+            XLA could not split a custom kernel by itself. Keys and values whose heads do not divide by
+            `tensor` are whole on every device, which takes those that its queries need.
     """
     local = functools.partial(_attend, implementation)
     if not is_parallel(mesh):
         return local(q, k, v)
-    spec = P(BATCH_AXES, None, "tensor")
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    heads = kv_heads = P(BATCH_AXES, None, "tensor")
+    if k.shape[2] % mesh.shape["tensor"]:
+        kv_heads = P(BATCH_AXES)
+        local = functools.partial(_attend_own_heads, implementation, q.shape[2] // k.shape[2])
+    specs = (heads, kv_heads, kv_heads)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v)
+
+
+def _attend_own_heads(implementation: Implementation, shared: int, q: Array, k: Array, v: Array) -> Array:
+    """One device's heads of queries, and all of keys and values, each serving `shared` heads of queries."""
+    first = jax.lax.axis_index("tensor") * q.shape[2]
+    needed = (first + jnp.arange(q.shape[2])) // shared
+    return _attend(implementation, q, k[:, :, needed], v[:, :, needed])
 
 
 def _attend(implementation: Implementation, q: Array, k: Array, v: Array) -> Array:
@@ -121,14 +134,18 @@ def _attend(implementation: Implementation, q: Array, k: Array, v: Array) -> Arr
 
 def masked_attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
     visible: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T H K"]:
     """The reference: attention of T positions over S; `visible` says which of these each may see.
 
+    Fewer heads of keys and values are repeated, one for each head of queries.
+
     On a CPU its gradient takes half the time of `jax.nn.dot_product_attention`'s.
     """
+    if (shared := q.shape[2] // k.shape[2]) > 1:
+        k, v = jnp.repeat(k, shared, axis=2), jnp.repeat(v, shared, axis=2)
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from core import checks
 from core.errors import UserError
 from core.leaves import model_leaves
+from core.rope import Scaling, parse_scaling
 
 Mlp = Literal["swiglu", "gelu", "relu2"]
-MAX_VOCAB = 65_536  # token ids are stored as uint16
+MAX_VOCAB = 262_144  # the largest that is tested; the field's largest is about as large
 TRAINING_FIELDS = frozenset({"dropout", "init_std", "scaled_residual_init"})  # they change no trained model
 
 
@@ -27,15 +28,26 @@ class ModelConfig:
     n_heads: int
     d_mlp: int
     """Hidden width of the MLP."""
+    n_kv_heads: int | None = None
+    """Heads of keys and values, each shared by as many heads of queries (Ainslie et al. 2023, GQA). None:
+    n_heads."""
+    head_dim: int | None = None
+    """Size of a head. None: d_model / n_heads. `head_size` and `kv_heads` are what holds."""
     positions: Literal["rope", "learned"] = "rope"
     """Rotary (half-split) or a learned table added to the embeddings."""
     mlp: Mlp = "swiglu"
     """SwiGLU (gate, up, down), or GELU in its tanh form or squared ReLU (up, down)."""
     biases: bool = False
     """Biases in attention and MLP; norms and the head never have one."""
+    qkv_biases: bool = False
+    """Biases of queries, keys and values alone (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key over its head, before rotation (Henry et al. 2020; Qwen3)."""
     tied: bool = True
     """Whether the output head is the embedding table."""
     rope_theta: float = 10_000.0
+    rope_scaling: str | None = None
+    """Scaled rotary frequencies, as `core.rope.Scaling` is written."""
     norm_eps: float = 1e-6
     dropout: float = 0.0
     """Probability that an element of the embeddings or of a branch's output is dropped, in training."""
@@ -48,19 +60,59 @@ class ModelConfig:
         checks.counts(**checks.fields(self, *sizes, prefix="model."))
         if self.vocab_size > MAX_VOCAB:
             raise UserError(
-                f"model.vocab_size is {self.vocab_size}, but token ids are stored in 16 bits: "
-                f"choose a tokenizer of at most {MAX_VOCAB} ids"
+                f"model.vocab_size is {self.vocab_size}: choose a tokenizer of at most {MAX_VOCAB} ids"
             )
-        if self.d_model % self.n_heads:
-            raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise UserError(f"rotary positions need an even head size, not {self.head_dim}")
+        self._check_attention()
         checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std", prefix="model."))
         checks.below_one(**checks.fields(self, "dropout", prefix="model."))
 
+    def _check_attention(self) -> None:
+        checks.counts(**checks.fields(self, "n_kv_heads", "head_dim", prefix="model."))
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise UserError(
+                f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.kv_heads}"
+            )
+        if self.biases and self.qkv_biases:
+            raise UserError("model.biases has those of model.qkv_biases: give one of them")
+        if self.positions == "rope" and self.head_size % 2:
+            raise UserError(f"rotary positions need an even head size, not {self.head_size}")
+        if self.rope is not None and self.positions != "rope":
+            raise UserError("model.rope_scaling scales rotary positions, and the model's are learned")
+        # What says the same is the same: configs are compared.
+        same = {
+            "n_kv_heads": None if self.kv_heads == self.n_heads else self.n_kv_heads,
+            "head_dim": None if self.head_size * self.n_heads == self.d_model else self.head_dim,
+            "rope_scaling": None if self.rope is None else str(self.rope),
+        }
+        for name, value in same.items():
+            object.__setattr__(self, name, value)
+
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def head_size(self) -> int:
+        """Elements of a query, key or value."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def q_width(self) -> int:
+        """Of the queries of all heads together, and of their outputs."""
+        return self.n_heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys of all heads together; of the values, too."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def rope(self) -> Scaling | None:
+        """How rotary frequencies are scaled."""
+        return None if self.rope_scaling in (None, "none") else parse_scaling(self.rope_scaling)
 
     def function(self) -> dict[str, Any]:
         """The fields that say what the model computes, and not how it was or will be trained.
@@ -88,7 +140,7 @@ class ModelConfig:
         s = self.context if sequence is None else sequence
         layers = sum(leaf.size(self) for leaf in model_leaves(self) if leaf.is_layer_kernel)
         matrices = layers + self.vocab_size * self.d_model
-        return 6 * matrices + 6 * self.n_layers * self.d_model * s
+        return 6 * matrices + 6 * self.n_layers * self.q_width * s
 
 
 MISTRAL_VOCAB = 32_000
@@ -106,16 +158,51 @@ PRESETS: dict[str, ModelConfig] = {
     "mtlm1-88m": _MTLM1,
     "mtlm1-200m": _replace(_MTLM1, n_layers=24),
     "mtlm2-40m": _MTLM2,
-    # The same shapes in the small: minutes on a CPU. The byte tokenizer makes them smaller still.
+    # The shapes of others, as they are published; each has a tokenizer of its own.
+    "smollm2-135m": ModelConfig(
+        vocab_size=49_152,
+        context=2048,
+        d_model=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        d_mlp=1536,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+    ),
+    "smollm2-360m": ModelConfig(
+        vocab_size=49_152,
+        context=2048,
+        d_model=960,
+        n_layers=32,
+        n_heads=15,
+        n_kv_heads=5,
+        d_mlp=2560,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+    ),
+    "qwen3-0.6b": ModelConfig(
+        vocab_size=151_936,
+        context=4096,
+        d_model=1024,
+        n_layers=28,
+        n_heads=16,
+        n_kv_heads=8,
+        head_dim=128,
+        d_mlp=3072,
+        rope_theta=1e6,
+        qk_norm=True,
+    ),
+    # Ours in the small: minutes on a CPU. The byte tokenizer makes them smaller still.
     "mtlm1-tiny": _replace(_MTLM1, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
     "mtlm2-tiny": _replace(_MTLM2, context=256, d_model=128, n_layers=6, n_heads=2, d_mlp=384),
 }
 
 
-def training_flags(model: ModelConfig) -> str:
+def training_flags(model: ModelConfig, n_ids: int) -> str:
     """`--preset NAME` and the overrides that make a training command's model compute what `model` does.
 
-    The vocabulary is the tokenizer's affair.
+    n_ids: of its tokenizer, which the command takes for the vocabulary.
     """
     wanted = model.function()
     differing = {
@@ -123,7 +210,11 @@ def training_flags(model: ModelConfig) -> str:
         for name, given in PRESETS.items()
     }
     nearest = min(differing, key=lambda name: len(differing[name]))
-    overrides = (f"--{field.replace('_', '-')} {wanted[field]}" for field in differing[nearest])
+    fields = differing[nearest] + (["vocab_size"] if model.vocab_size != n_ids else [])
+    # What stands for the default has to be said where the preset has another value.
+    said = {"n_kv_heads": model.kv_heads, "head_dim": model.head_size, "rope_scaling": "none"}
+    values = {name: said[name] if wanted[name] is None else wanted[name] for name in fields}
+    overrides = (f"--{name.replace('_', '-')} {value}" for name, value in values.items())
     return " ".join([f"--preset {nearest}", *overrides])
 
 

@@ -13,10 +13,10 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from core.config import MAX_VOCAB
 from core.errors import UserError
 from core.tokenizer import Tokenizer, utf8
 
+MAX_VOCAB = 65_536  # token ids are stored as uint16
 PAIRS = (("<s>", "</s>"), ("<|endoftext|>",) * 2)
 """Tokens that open and close a document, in the order in which they are looked for."""
 

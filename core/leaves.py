@@ -13,18 +13,28 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from core.config import ModelConfig
 
-Axis = Literal["layers", "width", "heads", "mlp", "vocab", "context"]
-# The field of ModelConfig that is an axis's size; all heads together are as wide as the residual stream.
+Axis = Literal["layers", "width", "heads", "kv_heads", "head", "mlp", "vocab", "context"]
+# What of ModelConfig is an axis's size; "heads" are all together, "head" is one.
 SIZES: dict[Axis, str] = {
     "layers": "n_layers",
     "width": "d_model",
-    "heads": "d_model",
+    "heads": "q_width",
+    "kv_heads": "kv_width",
+    "head": "head_size",
     "mlp": "d_mlp",
     "vocab": "vocab_size",
     "context": "context",
 }
 # `hidden_act` of transformers for every kind of MLP. GELU is the tanh form.
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
+
+
+def _always(config: "ModelConfig") -> bool:
+    return True
+
+
+def _biased(config: "ModelConfig") -> bool:
+    return config.biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Leaf:
     """What each dimension is; a kernel is [in, out]."""
     exported: str
     """The module's name in `transformers`, "{}" where the layer's number goes. MTLM1's are those of Llama."""
-    used: Callable[["ModelConfig"], bool] = lambda config: True
+    used: Callable[["ModelConfig"], bool] = _always
     """Whether a model has it."""
     writes_residual: bool = False
     """Whether its module's output is added to the residual stream: an identity block has zeros there."""
@@ -92,9 +102,14 @@ class Leaf:
         return f"{self.exported.format(layer)}.{self.torch_suffix}"
 
 
-def _scale(module: str, exported: str) -> Leaf:
+def _scale(
+    module: str,
+    exported: str,
+    axis: Axis = "width",
+    used: Callable[["ModelConfig"], bool] = _always,
+) -> Leaf:
     in_layers: tuple[Axis, ...] = ("layers",) if module.startswith("layers/") else ()
-    return Leaf(module, "scale", (*in_layers, "width"), exported)
+    return Leaf(module, "scale", (*in_layers, axis), exported, used)
 
 
 def _linear(
@@ -102,15 +117,24 @@ def _linear(
     exported: str,
     n_in: Axis,
     n_out: Axis,
-    used: Callable[["ModelConfig"], bool] = lambda config: True,
+    used: Callable[["ModelConfig"], bool] = _always,
     writes_residual: bool = False,
+    biased: Callable[["ModelConfig"], bool] = _biased,
 ) -> tuple[Leaf, Leaf]:
-    """The kernel of a linear map of the layers, and its bias, which models with biases have."""
+    """The kernel of a linear map of the layers, and its bias, which some models have."""
     kernel = Leaf(module, "kernel", ("layers", n_in, n_out), exported, used, writes_residual)
     bias = dataclasses.replace(
-        kernel, kind="bias", axes=("layers", n_out), used=lambda c: used(c) and c.biases
+        kernel, kind="bias", axes=("layers", n_out), used=lambda c: used(c) and biased(c)
     )
     return kernel, bias
+
+
+def _biased_qkv(config: "ModelConfig") -> bool:
+    return config.biases or config.qkv_biases
+
+
+def _normed_qk(config: "ModelConfig") -> bool:
+    return config.qk_norm
 
 
 def _learned_positions(config: "ModelConfig") -> bool:
@@ -130,9 +154,11 @@ LEAVES: tuple[Leaf, ...] = (
     Leaf("embed", "table", ("vocab", "width"), "model.embed_tokens"),
     Leaf("positions", "table", ("context", "width"), "model.embed_positions", _learned_positions),
     _scale("layers/attn_norm", _LAYER + "input_layernorm"),
-    *_linear("layers/attn/q", _LAYER + "self_attn.q_proj", "width", "heads"),
-    *_linear("layers/attn/k", _LAYER + "self_attn.k_proj", "width", "heads"),
-    *_linear("layers/attn/v", _LAYER + "self_attn.v_proj", "width", "heads"),
+    *_linear("layers/attn/q", _LAYER + "self_attn.q_proj", "width", "heads", biased=_biased_qkv),
+    *_linear("layers/attn/k", _LAYER + "self_attn.k_proj", "width", "kv_heads", biased=_biased_qkv),
+    *_linear("layers/attn/v", _LAYER + "self_attn.v_proj", "width", "kv_heads", biased=_biased_qkv),
+    _scale("layers/attn/q_norm", _LAYER + "self_attn.q_norm", "head", _normed_qk),
+    _scale("layers/attn/k_norm", _LAYER + "self_attn.k_norm", "head", _normed_qk),
     *_linear("layers/attn/o", _LAYER + "self_attn.o_proj", "heads", "width", writes_residual=True),
     _scale("layers/mlp_norm", _LAYER + "post_attention_layernorm"),
     *_linear("layers/mlp/gate", _LAYER + "mlp.gate_proj", "width", "mlp", _gated_mlp),

@@ -4,7 +4,8 @@ Modules are Flax NNX, used functionally: `init_params` gives nested dicts of arr
 them. Every leaf under `layers` has a leading axis [layers]: the layers run as one `lax.scan`, and
 growing a model in depth is indexing that axis.
 
-Shapes: B batch, S positions, D d_model, H heads, K head size, F d_mlp, V vocabulary, L layers.
+Shapes: B batch, S positions, D d_model, H heads, G heads of keys and values, K head size, F d_mlp,
+V vocabulary, L layers.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -57,8 +59,8 @@ def compute_dtype(requested: str, platform: str) -> str:
 class KVCache(NamedTuple):
     """Keys and values of the positions seen so far, for every layer."""
 
-    k: Float[Array, "L B S H K"]
-    v: Float[Array, "L B S H K"]
+    k: Float[Array, "L B S G K"]
+    v: Float[Array, "L B S G K"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ForwardContext:
     dropout_keys: Key[Array, " B"] | None
     """One a sequence; None means no dropout."""
     cache: KVCache | None = None
-    """A layer's own, [B, S, H, K]; None for whole sequences."""
+    """A layer's own, [B, S, G, K]; None for whole sequences."""
 
     def of_layer(self, number: Int[Array, ""], cache: KVCache | None) -> "ForwardContext":
         """With the layer's cache and dropout keys of its own."""
@@ -125,29 +127,36 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal self-attention, with rotary positions where the config says so."""
+    """Causal self-attention of several heads; rotary positions, norms of queries and keys and fewer heads of
+    keys and values where the config says so."""
 
     def __init__(self, config: ModelConfig, residual_std: float, rngs: nnx.Rngs):
-        d = config.d_model
-        linear = functools.partial(Linear, d, d, bias=config.biases, rngs=rngs)
-        self.q = linear(std=config.init_std)
-        self.k = linear(std=config.init_std)
-        self.v = linear(std=config.init_std)
-        self.o = linear(std=residual_std)
-        self.n_heads = config.n_heads
+        c = config
+        linear = functools.partial(Linear, c.d_model, std=c.init_std, rngs=rngs)
+        biased = c.biases or c.qkv_biases
+        self.q = linear(c.q_width, bias=biased)
+        self.k = linear(c.kv_width, bias=biased)
+        self.v = linear(c.kv_width, bias=biased)
+        self.o = Linear(c.q_width, c.d_model, bias=c.biases, std=residual_std, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
+        self.head_size = c.head_size
 
     def __call__(
         self, x: Float[Array, "B S D"], ctx: ForwardContext
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        b, s, d = x.shape
+        b, s, _ = x.shape
         compute, cache = ctx.compute, ctx.cache
         if splits_weights(compute.mesh):  # side by side the parts would have to be exchanged first
             parts = (m(x) for m in (self.q, self.k, self.v))
         else:
             # Split before the heads are told apart: on a TPU an array that ends in [heads, 64] takes up to
             # 2.7 times its size.
-            parts = jnp.split(fused_linear(x, self.q, self.k, self.v), 3, axis=-1)
-        q, k, v = (part.reshape(b, s, self.n_heads, -1) for part in parts)
+            widths = np.cumsum([m.kernel.shape[-1] for m in (self.q, self.k)])
+            parts = jnp.split(fused_linear(x, self.q, self.k, self.v), widths, axis=-1)
+        q, k, v = (part.reshape(b, s, -1, self.head_size) for part in parts)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotation is not None:
             q, k = rotate(q, *ctx.rotation), rotate(k, *ctx.rotation)
         if cache is None:
@@ -157,7 +166,7 @@ class Attention(nnx.Module):
             cache = KVCache(cache.k.at[rows, ctx.positions].set(k), cache.v.at[rows, ctx.positions].set(v))
             visible = jnp.arange(cache.k.shape[1]) <= ctx.positions[:, :, None]
             y = masked_attention(q, cache.k, cache.v, visible)
-        return self.o(y.reshape(b, s, d)), cache
+        return self.o(y.reshape(b, s, -1)), cache
 
 
 def relu2(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
@@ -283,11 +292,15 @@ def rematerialized(layer: Callable, compute: Compute) -> Callable:
 
 
 def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Array, Array]:
-    """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
-    half = config.head_dim // 2
+    """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), scaled or not; float32."""
+    half = config.head_size // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope
+    if scaling is not None:
+        frequency *= scaling.multipliers(config.head_size, config.rope_theta)
     angle = (positions.astype(jnp.float32)[..., None] * frequency)[:, :, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if scaling is None else (cos * scaling.amplitude, sin * scaling.amplitude)
 
 
 def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "B S H K"]:
@@ -348,7 +361,7 @@ def forward(
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> KVCache:
     """A cache for `batch` sequences of up to `length` tokens."""
-    shape = (config.n_layers, batch, length, config.n_heads, config.head_dim)
+    shape = (config.n_layers, batch, length, config.kv_heads, config.head_size)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

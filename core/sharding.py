@@ -39,7 +39,9 @@ from core.leaves import Axis, find_leaf, path_names
 BATCH_AXES = ("data", "fsdp")  # what the rows of a batch are split over
 
 # What an axis of a matrix is split over; the others are not.
-MESH_AXES: dict[Axis, str] = {"width": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+MESH_AXES: dict[Axis, str] = {
+    "width": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor",
+}  # fmt: skip
 
 
 class MeshShape(NamedTuple):

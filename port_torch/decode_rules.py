@@ -33,9 +33,21 @@ def _one_of(*known: Any) -> Callable[[str, ModelConfig], str | None]:
 
 
 def _head_size(name: str, config: ModelConfig) -> str | None:
-    if config.head_dim in HEAD_SIZES:
+    if config.head_size in HEAD_SIZES:
         return None
-    return f"the head size is {config.head_dim}, not one of {', '.join(map(str, HEAD_SIZES))}"
+    return f"the head size is {config.head_size}, not one of {', '.join(map(str, HEAD_SIZES))}"
+
+
+def _not_grouped(name: str, config: ModelConfig) -> str | None:
+    if config.kv_heads == config.n_heads:
+        return None
+    return f"{config.n_heads} heads of queries share {config.kv_heads} of keys and values"
+
+
+def _whole_width(name: str, config: ModelConfig) -> str | None:
+    if config.q_width == config.d_model:
+        return None
+    return f"{config.n_heads} heads of {config.head_size} are not as wide as d_model, {config.d_model}"
 
 
 def _any(name: str, config: ModelConfig) -> str | None:
@@ -49,12 +61,17 @@ RULES: dict[str, Callable[[str, ModelConfig], str | None]] = {
     "d_model": _multiple_of_8,
     "n_layers": _any,
     "n_heads": _head_size,
+    "n_kv_heads": _not_grouped,
+    "head_dim": _whole_width,
     "d_mlp": _multiple_of_8,
     "positions": _one_of("rope", "learned"),
     "mlp": _one_of("swiglu", "gelu"),
     "biases": _one_of(False, True),
+    "qkv_biases": _one_of(False),
+    "qk_norm": _one_of(False),
     "tied": _one_of(False, True),
     "rope_theta": _any,
+    "rope_scaling": _any,  # the angles are given to the kernels
     "norm_eps": _any,
 }
 

@@ -44,7 +44,8 @@ def import_weights(config: "ImportConfig") -> None:
     if imported.assumed:
         print(f"assumed as in the original, since the file does not say: {imported.assumed}")
     name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
-    flags = (*training_flags(model).split(), "--tokenizer", name, "--data", "TEXT", "--out", "RUN")
+    flags = training_flags(model, tokenizer.vocab_size).split()
+    flags += ["--tokenizer", str(name), "--data", "TEXT", "--out", "RUN"]
     print(f"wrote {out}; train it on with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
 
 

@@ -1,8 +1,9 @@
 """The decoder of core/model.py in PyTorch: the same parts under the same names, the same numbers.
 
-Shapes: B batch, S positions, D d_model, H heads, K head size, V vocabulary, L layers. It runs in the type of
-its weights; norms, rotations and logits are float32 whatever that is. On a GPU norms, rotations and the loss
-run on the kernels of kernels_cuda once `kernels_cuda.library.load` has been called.
+Shapes: B batch, S positions, D d_model, H heads, G heads of keys and values, K head size, V vocabulary,
+L layers. It runs in the type of its weights; norms, rotations and logits are float32 whatever that is. On a
+GPU norms, rotations and the loss run on the kernels of kernels_cuda once `kernels_cuda.library.load` has been
+called.
 """
 
 import functools
@@ -29,8 +30,8 @@ _BY_PARAMETER = {(leaf.module.rpartition("/")[2], leaf.torch_suffix): leaf for l
 class KVCache(NamedTuple):
     """Keys and values of the positions seen so far, for every layer; `Decoder` writes into it."""
 
-    k: Float[Tensor, "L B S H K"]
-    v: Float[Tensor, "L B S H K"]
+    k: Float[Tensor, "L B S G K"]
+    v: Float[Tensor, "L B S G K"]
 
 
 class RMSNorm(nn.Module):
@@ -53,13 +54,18 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention, with rotary positions where the config says so."""
+    """Causal self-attention of several heads; rotary positions, norms of queries and keys and fewer heads of
+    keys and values where the config says so."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d = config.d_model
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=config.biases) for _ in range(4))
-        self.n_heads = config.n_heads
+        c, biased = config, config.biases or config.qkv_biases
+        self.q = nn.Linear(c.d_model, c.q_width, bias=biased)
+        self.k, self.v = (nn.Linear(c.d_model, c.kv_width, bias=biased) for _ in range(2))
+        self.o = nn.Linear(c.q_width, c.d_model, bias=c.biases)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None for _ in range(2))
+        self.heads = (c.n_heads, c.kv_heads, c.kv_heads)
+        self.head_size = c.head_size
 
     def forward(
         self,
@@ -69,7 +75,7 @@ class Attention(nn.Module):
         positions: Int[Tensor, "B S"] | None,
         visible: Bool[Tensor, "B 1 S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        b, s, d = x.shape
+        b, s, _ = x.shape
         q, k, v = self.projections(x, rotation, stepwise=cache is not None)
         if cache is not None:
             rows = torch.arange(b, device=x.device)[:, None]
@@ -77,27 +83,32 @@ class Attention(nn.Module):
             k, v = cache
             visible = torch.arange(k.shape[1], device=x.device) <= positions[:, None, :, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
-        return self.o(y.transpose(1, 2).reshape(b, s, d))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o(y.transpose(1, 2).reshape(b, s, -1))
 
     def projections(
         self, x: Float[Tensor, "B S D"], rotation: tuple[Tensor, Tensor] | None, stepwise: bool
-    ) -> tuple[Float[Tensor, "B S H K"], ...]:
-        """Queries, keys and values, turned to their positions.
+    ) -> tuple[Float[Tensor, "B S _ K"], ...]:
+        """Queries [B, S, H, K], keys and values [B, S, G, K], rotated to their positions.
 
         As one product; but token by token (`stepwise`) putting its weights together costs more than it saves.
         """
         parts = (self.q, self.k, self.v)
         adapted = any(type(part) is not nn.Linear for part in parts)  # LoRA adds to what the maps give
-        if adapted or (rotation is None and stepwise):
-            q, k, v = (part(x).view(*x.shape[:2], self.n_heads, -1) for part in parts)
-            return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
         weights, biases = tuple(part.weight for part in parts), tuple(part.bias for part in parts)
-        if rotation is not None:
-            return rotated_projections(x, weights, biases, *rotation, self.n_heads)
-        bias = None if biases[0] is None else torch.cat(biases)
-        packed = F.linear(x, torch.cat(weights), bias)
-        return packed.view(*x.shape[:2], 3, self.n_heads, -1).unbind(2)
+        if rotation is not None and self.q_norm is None and not adapted:
+            return rotated_projections(x, weights, biases, *rotation, self.heads)
+        if adapted or stepwise:
+            q, k, v = (part(x).view(*x.shape[:2], -1, self.head_size) for part in parts)
+        else:
+            bias = None if biases[0] is None else torch.cat(biases)
+            packed = F.linear(x, torch.cat(weights), bias)
+            q, k, v = packed.view(*x.shape[:2], -1, self.head_size).split(self.heads, dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+        return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
 
 
 def relu2(x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
@@ -229,16 +240,21 @@ class Decoder(nn.Module):
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences of up to `length` tokens, of the weights' type and device."""
         c, like = self.config, self.embed.weight
-        shape = (c.n_layers, batch, length, c.n_heads, c.head_dim)
+        shape = (c.n_layers, batch, length, c.kv_heads, c.head_size)
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
 
 def rotary_angles(positions: Int[Tensor, "B S"], config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, K/2] of position * theta^(-2i/K) (Su et al. 2021), float32."""
-    half = config.head_dim // 2
+    """cos and sin [B, S, K/2] of position * theta^(-2i/K) (Su et al. 2021), scaled or not; float32."""
+    half = config.head_size // 2
     step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    angle = positions.float()[..., None] * config.rope_theta**-step
-    return angle.cos(), angle.sin()
+    frequency, scaling = config.rope_theta**-step, config.rope
+    if scaling is not None:
+        multipliers = scaling.multipliers(config.head_size, config.rope_theta)
+        frequency = frequency * torch.from_numpy(multipliers).to(frequency.device)
+    angle = positions.float()[..., None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scaling is None else (cos * scaling.amplitude, sin * scaling.amplitude)
 
 
 def documents_start(documents: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:

@@ -30,6 +30,9 @@ ADAMW_RATES = {
     "mtlm1-88m": 1e-3,
     "mtlm1-200m": 1e-3,
     "mtlm2-40m": 1.5e-3,
+    "smollm2-135m": 1e-3,
+    "smollm2-360m": 1e-3,
+    "qwen3-0.6b": 1e-3,
 }
 
 

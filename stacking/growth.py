@@ -142,7 +142,9 @@ def with_model(run: RunConfig, model: ModelConfig) -> RunConfig:
     """The settings for another depth: by the preset that is just this model, else by --n-layers."""
     for name, preset in PRESETS.items():
         if dataclasses.replace(preset, vocab_size=model.vocab_size) == model:
-            return dataclasses.replace(run, preset=name, model=ModelOverrides())
+            return dataclasses.replace(
+                run, preset=name, model=ModelOverrides(vocab_size=run.model.vocab_size)
+            )
     return dataclasses.replace(run, model=dataclasses.replace(run.model, n_layers=model.n_layers))
 
 

@@ -16,6 +16,11 @@ GPT = ModelConfig(
 )  # fmt: skip
 """In the manner of mtlm2: learned positions, GELU, biases, an untied head."""
 BOTH = {"llama": LLAMA, "gpt": GPT}
+GROUPED = ModelConfig(
+    vocab_size=97, context=96, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=16, d_mlp=80,
+    qkv_biases=True, qk_norm=True,
+)  # fmt: skip
+"""Grouped heads wider than the model, normed queries and keys, biases of queries, keys and values alone."""
 
 
 def random_params(config: ModelConfig, seed: int = 0, std: float = 0.2) -> Params:

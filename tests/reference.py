@@ -21,11 +21,12 @@ def logits64(config: ModelConfig, p: Leaves, tokens: np.ndarray, last: int | Non
 
     def linear(x, name, layer):
         y = x @ p[f"layers/{name}/kernel"][layer]
-        return y + p[f"layers/{name}/bias"][layer] if c.biases else y
+        biased = c.biases or (c.qkv_biases and name in ("attn/q", "attn/k", "attn/v"))
+        return y + p[f"layers/{name}/bias"][layer] if biased else y
 
     def turned(x):  # the pair (x_i, x_{i + K/2}) is a complex number, turned by position * theta^(-2i/K)
-        half = c.head_dim // 2
-        angle = torch.arange(s)[:, None] * c.rope_theta ** (-2 * torch.arange(half).double() / c.head_dim)
+        half = c.head_size // 2
+        angle = torch.arange(s)[:, None] * c.rope_theta ** (-2 * torch.arange(half).double() / c.head_size)
         z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)[None, :, None]
         return torch.cat([z.real, z.imag], -1)
 
@@ -34,10 +35,13 @@ def logits64(config: ModelConfig, p: Leaves, tokens: np.ndarray, last: int | Non
         x = x + p["positions/table"][:s]
     for layer in range(c.n_layers):
         y = norm(x, p["layers/attn_norm/scale"][layer])
-        q, k, v = (linear(y, f"attn/{m}", layer).reshape(n, s, c.n_heads, -1) for m in "qkv")
+        q, k, v = (linear(y, f"attn/{m}", layer).reshape(n, s, -1, c.head_size) for m in "qkv")
+        if c.qk_norm:
+            q, k = (norm(t, p[f"layers/attn/{m}_norm/scale"][layer]) for t, m in ((q, "q"), (k, "k")))
         if c.positions == "rope":
             q, k = turned(q), turned(k)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) / c.head_dim**0.5
+        k, v = (t.repeat_interleave(c.n_heads // t.shape[2], dim=2) for t in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / c.head_size**0.5
         scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf"))
         y = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(n, s, -1)
         x = x + linear(y, "attn/o", layer)

@@ -41,7 +41,7 @@ def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step
         config.attention,
         platform=platform,
         dtype=dtype,
-        head_dim=model.head_dim,
+        head_dim=model.head_size,
         context=model.context,
         deterministic=config.deterministic,
     )

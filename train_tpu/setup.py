@@ -152,14 +152,16 @@ def open_source(path: Path, step: StepConfig, record: dict[str, Any], mesh: Mesh
     step_dir = find_step(path)
     manifest = load_manifest(step_dir)
     require_same_tokenizer(manifest.tokenizer, record["tokenizer"], str(step_dir), "the data given")
-    require_same_function(step_dir, ModelConfig(**manifest.config["model"]), step.model)
+    saved = ModelConfig(**manifest.config["model"])
+    require_same_function(step_dir, saved, step.model, manifest.tokenizer["vocab_size"])
     return step_dir, manifest, restore_params(step_dir, abstract_state(step, mesh).params)
 
 
-def require_same_function(step_dir: Path, saved: ModelConfig, model: ModelConfig) -> None:
-    """Refuses to go on from parameters of another model; the context may differ where positions are rotary.
+def require_same_function(step_dir: Path, saved: ModelConfig, model: ModelConfig, n_ids: int) -> None:
+    """Refuses to start from parameters of another model; the context may differ where positions are rotary.
 
     Heads, theta and the like show in no shape, so the parameters would load and compute something else.
+    n_ids: of the saved model's tokenizer.
     """
     here = model.function()
     for name, there in saved.function().items():
@@ -167,5 +169,5 @@ def require_same_function(step_dir: Path, saved: ModelConfig, model: ModelConfig
         if there != here[name] and not free:
             raise UserError(
                 f"{step_dir} is a model with {name} {there}, not {here[name]}: to start from it, give "
-                f"{training_flags(saved)}"
+                f"{training_flags(saved, n_ids)}"
             )

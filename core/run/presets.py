@@ -17,6 +17,10 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-88m": _LARGE | {"lr": 2e-3},
     "mtlm1-200m": _LARGE | {"lr": 1e-3},
     "mtlm2-40m": _LARGE | {"epochs": 2.0, "lr": 4e-3},
+    # As the 200M; not measured.
+    "smollm2-135m": _LARGE | {"lr": 1e-3},
+    "smollm2-360m": _LARGE | {"lr": 1e-3},
+    "qwen3-0.6b": _LARGE | {"lr": 1e-3},
 }
 
 

@@ -14,11 +14,15 @@ from core.errors import UserError
 from core.run.guard import GuardConfig
 from core.run.schedule import OptimizerConfig
 
+_COUNTS = ("vocab_size", "context", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOverrides:
     """Changes to the preset's model; what is not given is the preset's."""
 
+    vocab_size: int | None = None
+    """Rows of the embedding, where they are more than the tokenizer has ids."""
     context: int | None = None
     """Longest sequence, in tokens; the data is cut into windows of this length."""
     d_model: int | None = None
@@ -27,6 +31,10 @@ class ModelOverrides:
     """Transformer layers."""
     n_heads: int | None = None
     """Attention heads."""
+    n_kv_heads: int | None = None
+    """Heads of keys and values (grouped-query attention); n_heads is a multiple of it."""
+    head_dim: int | None = None
+    """Size of a head, where it is not d_model / n_heads."""
     d_mlp: int | None = None
     """Hidden width of the MLP."""
     positions: Literal["rope", "learned"] | None = None
@@ -35,10 +43,16 @@ class ModelOverrides:
     """The MLP: gated (SwiGLU), or two layers with another activation."""
     biases: bool | None = None
     """Biases in attention and MLP."""
+    qkv_biases: bool | None = None
+    """Biases of queries, keys and values alone."""
+    qk_norm: bool | None = None
+    """RMSNorm of queries and keys."""
     tied: bool | None = None
     """Whether the output head is the embedding table."""
     rope_theta: float | None = None
     """Base of the rotary frequencies."""
+    rope_scaling: str | None = None
+    """Scaled rotary frequencies: linear,factor=2 or llama3,factor=... or yarn,factor=... or none."""
     norm_eps: float | None = None
     """Epsilon of RMSNorm."""
     dropout: float | None = None
@@ -49,7 +63,7 @@ class ModelOverrides:
     """Init of the projections into the residual stream divided by sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
-        checks.counts(**checks.fields(self, "context", "d_model", "n_layers", "n_heads", "d_mlp"))
+        checks.counts(**checks.fields(self, *_COUNTS))
         checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std"))
         checks.below_one(dropout=self.dropout)
 
@@ -143,7 +157,8 @@ class PretrainingSource:
     """The model and the text of a run that pretrains."""
 
     preset: str = "mtlm1-tiny"
-    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
+    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny, mtlm2-tiny, or the shape of smollm2-135m, smollm2-360m or
+    qwen3-0.6b."""
     data: str = "builtin"
     """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
     a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
@@ -169,9 +184,16 @@ ONCE = ("allow_change", "fallback", "from_step", "stop_at")
 
 
 def model_config(config: Any, vocab_size: int) -> ModelConfig:
-    """The preset with the overrides and the tokenizer's vocabulary."""
+    """The preset with the overrides, and as many rows in its embedding as the tokenizer has ids or more.
+
+    Raises:
+        UserError: there can be no such model, or --vocab-size is below `vocab_size`.
+    """
     overrides = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
-    return dataclasses.replace(preset(config.preset), vocab_size=vocab_size, **overrides)
+    rows = overrides.setdefault("vocab_size", vocab_size)
+    if rows < vocab_size:
+        raise UserError(f"--vocab-size {rows} is below the {vocab_size} ids of the tokenizer")
+    return dataclasses.replace(preset(config.preset), **overrides)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -214,6 +236,7 @@ def resolved(run: dict[str, Any]) -> dict[str, Any]:
     """A recorded run's settings as they are compared: the preset's values where the model's are not given."""
     model = PRESETS.get(run.get("preset", ""))
     names = [field.name for field in dataclasses.fields(ModelOverrides)] if model else []
+    names = [name for name in names if name != "vocab_size"]  # the preset's is not what holds
     return run | {name: getattr(model, name) for name in names if run.get(name) is None}
 
 

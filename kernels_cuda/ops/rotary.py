@@ -1,6 +1,6 @@
 """Rotary embedding in the half-split layout (csrc/rotary.cu), and the projection to q, k and v around it.
 
-Shapes: B batch, S positions, D d_model, H heads, K head size.
+Shapes: B batch, S positions, D d_model, H heads of queries, G heads of keys and values, K head size.
 """
 
 import torch
@@ -24,21 +24,22 @@ def rotated_projections(
     biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     cos: Tensor,
     sin: Tensor,
-    heads: int,
+    heads: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, S, H, K] of x [B, S, D], the first two with rotary embedding.
+    """Queries [B, S, H, K], keys and values [B, S, G, K] of x [B, S, D], the first two with rotary embedding.
 
     The kernels want one product for all three: it is rotated in place, and the backward pass concatenates the
     three gradients and rotates them back in one pass.
 
     Args:
-        weights, biases: of q, k and v: [H * K, D], [H * K] or None.
+        weights, biases: of q, k and v: [H * K, D] or [G * K, D], [H * K] or [G * K] or None.
         cos, sin: [1 or B, S, K/2], float32.
+        heads: H, G and G.
     """
     b, s, _ = x.shape
     if not on_kernels(x, *weights):
         q, k, v = (
-            F.linear(x, w, bias).view(b, s, heads, -1) for w, bias in zip(weights, biases, strict=True)
+            F.linear(x, w, bias).view(b, s, n, -1) for w, bias, n in zip(weights, biases, heads, strict=True)
         )
         return rotate(q, cos, sin), rotate(k, cos, sin), v
     dtype = compute_type(x)
@@ -48,31 +49,54 @@ def rotated_projections(
 
 
 class RotatedProjections(torch.autograd.Function):
-    """`rotated_projections` on the ops, whatever the device; weight [3 H K, D] and bias [3 H K] of all three.
+    """`rotated_projections` on the ops, whatever the device; weight [(H + 2 G) K, D] and bias of all three.
 
     The product is inside, so that what is rotated in place is nobody else's.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        heads: tuple[int, int, int],
     ):
         b, s, _ = x.shape
-        qkv = F.linear(x, weight, bias).view(b, s, 3, heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        torch.ops.mtlm.rotary_(q, k, cos, sin, False)
+        qkv = F.linear(x, weight, bias).view(b, s, sum(heads), -1)
+        _rotate_in_place(qkv[:, :, : heads[0] + heads[1]], cos, sin, False)
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.has_bias = bias is not None
-        return q, k, v
+        return qkv.split(heads, dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_q: Tensor, d_k: Tensor, d_v: Tensor):
         x, weight, cos, sin = ctx.saved_tensors
-        d = torch.ops.mtlm.rotary_pack(d_q, d_k, d_v, cos, sin, True).view(-1, weight.shape[0])
+        if d_q.shape == d_k.shape:
+            d = torch.ops.mtlm.rotary_pack(d_q, d_k, d_v, cos, sin, True)
+        else:
+            d = torch.cat([d_q, d_k, d_v], dim=2)
+            _rotate_in_place(d[:, :, : d_q.shape[2] + d_k.shape[2]], cos, sin, True)
+        d = d.view(-1, weight.shape[0])
         d_x = (d @ weight).view(x.shape)
         d_weight = d.T @ x.reshape(-1, x.shape[-1])
         return d_x, d_weight, d.sum(0) if ctx.has_bias else None, None, None, None
+
+
+def _rotate_in_place(qk: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> None:
+    """`rotary_` of queries and keys that follow each other, [B, S, H + G, K].
+
+    The kernel rotates two tensors of as many heads: here halves, whatever is in them. The last of an odd
+    number is left to the plain formula.
+    """
+    half = qk.shape[2] // 2
+    torch.ops.mtlm.rotary_(qk[:, :, :half], qk[:, :, half : 2 * half], cos, sin, conjugate)
+    if qk.shape[2] % 2:
+        last = qk[:, :, -1:]
+        last.copy_(rotate(last, cos, -sin if conjugate else sin))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

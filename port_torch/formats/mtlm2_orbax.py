@@ -151,7 +151,7 @@ def _config(item: Path, arrays: dict[str, np.ndarray]) -> ModelConfig:
 
 def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every array that an original MTLM2 of these sizes has."""
-    d, f, heads = config.d_model, config.d_mlp, (config.n_heads, config.head_dim)
+    d, f, heads = config.d_model, config.d_mlp, (config.n_heads, config.head_size)
     shapes: dict[str, tuple[int, ...]] = {
         "tok_emb/embedding": (config.vocab_size, d),
         "pos_emb": (config.context, d),

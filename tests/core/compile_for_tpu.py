@@ -25,7 +25,7 @@ heads, shape = int(sys.argv[1]), parse_mesh(sys.argv[2], 8)
 mesh = make_mesh(shape, open_slice("v5e:2x4"))
 require(mesh.size == 8 and mesh.devices.flat[0].platform == "tpu", mesh)
 model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
-attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_dim, context=model.context)
+attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_size, context=model.context)
 require(attention.name == "splash", attention)
 config = StepConfig(
     model, OptimizerConfig(), GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),

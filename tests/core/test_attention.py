@@ -16,21 +16,23 @@ from core.errors import UserError
 from tests.several_devices import run_on_devices
 
 
-def example(b=2, s=24, h=3, k=8, seed=0):
+def example(b=2, s=24, h=3, k=8, seed=0, kv_heads=None):
     """Queries, keys, values and a cotangent, float32."""
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal((b, s, h, k)), jnp.float32) for _ in range(4)]
+    heads = (h, kv_heads or h, kv_heads or h, h)
+    return [jnp.asarray(rng.standard_normal((b, s, n, k)), jnp.float32) for n in heads]
 
 
 def truth(q, k, v, cotangent):
     """Values and gradients by the definition, float64."""
-    q, k, v = (torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v))
-    s = q.shape[1]
+    s, shared = q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = inputs = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v)]
+    k, v = (torch.stack([x] * shared, dim=3).flatten(2, 3) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf")).softmax(-1)
     y = torch.einsum("bhij,bjhd->bihd", weights, v)
     y.backward(torch.tensor(np.asarray(cotangent, np.float64)))
-    return [x.detach().numpy() for x in (y, q.grad, k.grad, v.grad)]
+    return [x.detach().numpy() for x in (y, *(x.grad for x in inputs))]
 
 
 def values_and_gradients(implementation, q, k, v, cotangent):
@@ -46,8 +48,9 @@ def relative(found, exact) -> float:
     return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
 
 
-def test_reference():
-    inputs = example()
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_reference(kv_heads):
+    inputs = example(h=6, kv_heads=kv_heads)
     for found, exact in zip(values_and_gradients("xla", *inputs), truth(*inputs), strict=True):
         # Sums of 8 products and up to 24 weights: a few roundings of 6e-8.
         assert relative(found, exact) < 1e-6
@@ -131,10 +134,10 @@ def test_what_is_asked_for_and_cannot_run_is_refused(name, platform, change, why
 # --- the kernels ---
 
 
-@pytest.mark.parametrize("length", [128, 384])
-def test_splash_interpreted(length):
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(128, 2, 2), (384, 2, 2), (128, 4, 2)])
+def test_splash_interpreted(length, heads, kv_heads):
     """The TPU kernel, interpreted: its mask, scale and layout are right, forward and backward."""
-    inputs = example(b=1, s=length, h=2, k=64)
+    inputs = example(b=1, s=length, h=heads, k=64, kv_heads=kv_heads)
     with pltpu.force_tpu_interpret_mode():
         found = values_and_gradients("splash", *inputs)
     for one, exact in zip(found, truth(*inputs), strict=True):
@@ -154,9 +157,13 @@ def test_the_training_step_compiles_for_a_tpu(heads, mesh):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("length", "head_dim"), [(1024, 64), (256, 32), (1000, 64), (130, 128), (16, 8)])
-def test_cudnn(length, head_dim):
-    q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in example(b=4, s=length, h=6, k=head_dim))
+@pytest.mark.parametrize(
+    ("length", "head_dim", "kv_heads"),
+    [(1024, 64, 6), (256, 32, 6), (1000, 64, 6), (130, 128, 6), (16, 8, 6), (1024, 64, 2), (256, 128, 1)],
+)
+def test_cudnn(length, head_dim, kv_heads):
+    inputs = example(b=4, s=length, h=6, k=head_dim, kv_heads=kv_heads)
+    q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in inputs)
     exact = truth(q, k, v, cotangent)
     reference = values_and_gradients("xla", q, k, v, cotangent)
     for one, other, right in zip(

@@ -16,7 +16,11 @@ from core.leaves import model_leaves
 from core.model import abstract_params, forward, logits
 from tests.models import GPT, LLAMA
 
-SIZES = {"mtlm1-88m": 113_068_800, "mtlm1-200m": 201_560_832, "mtlm2-40m": 40_149_248}
+SIZES = {
+    "mtlm1-88m": 113_068_800, "mtlm1-200m": 201_560_832, "mtlm2-40m": 40_149_248,
+    # As published with the models.
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "qwen3-0.6b": 596_049_920,
+}  # fmt: skip
 
 
 def counted(config: ModelConfig) -> int:
@@ -38,17 +42,29 @@ def test_the_first_model_without_its_embeddings():
     assert config.n_params - config.n_embedding_params == 88_492_800
 
 
+def draw_config(
+    kv_heads: int, shared: int, head_size: int, whole: bool, biased: str, **fields
+) -> ModelConfig:
+    heads = kv_heads * shared
+    width = {"d_model": heads * head_size} if whole else {"d_model": 6, "head_dim": head_size}
+    biases = {"biases": biased == "all", "qkv_biases": biased == "qkv"}
+    return ModelConfig(n_heads=heads, n_kv_heads=kv_heads, **width, **biases, **fields)
+
+
 configs = st.builds(
-    lambda heads, head_dim, **fields: ModelConfig(d_model=heads * head_dim, n_heads=heads, **fields),
-    heads=st.integers(1, 3),
-    head_dim=st.integers(1, 5).map(lambda n: 2 * n),
+    draw_config,
+    kv_heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    head_size=st.integers(1, 5).map(lambda n: 2 * n),
+    whole=st.booleans(),
+    biased=st.sampled_from(["none", "all", "qkv"]),
+    qk_norm=st.booleans(),
     vocab_size=st.integers(1, 50),
     context=st.integers(1, 30),
     n_layers=st.integers(1, 4),
     d_mlp=st.integers(1, 40),
     positions=st.sampled_from(["rope", "learned"]),
     mlp=st.sampled_from(get_args(Mlp)),
-    biases=st.booleans(),
     tied=st.booleans(),
 )
 
@@ -100,7 +116,7 @@ def test_flops_by_hand():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"vocab_size": 65_537}, "65537"), ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": 262_145}, "262145"), ({"vocab_size": 0}, "vocab_size"),
         ({"n_layers": 0}, "n_layers"),
         ({"d_model": -4}, "d_model"), ({"d_mlp": 0}, "d_mlp"), ({"context": 0}, "context"),
         ({"n_heads": 5}, "n_heads"), ({"n_heads": 16}, "even"), ({"dropout": 1.0}, "dropout"),

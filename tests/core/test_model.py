@@ -11,7 +11,7 @@ import torch
 
 from core.config import ModelConfig
 from core.model import Compute, Params, drop, forward, init_params, logits
-from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens
+from tests.models import BOTH, GPT, GROUPED, LLAMA, flat, random_params, random_tokens
 from tests.reference import logits64
 
 torch.set_num_threads(1)  # small products: threads only wait for each other
@@ -130,11 +130,15 @@ def test_llama_equals_transformers(length):
         assert mine[name] < max(4 * theirs[name], 1e-6), (name, mine[name], theirs[name])
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, pytest.param(96, marks=pytest.mark.slow)])
-def test_gpt_equals_the_formulas(length):
-    params, tokens = random_params(GPT), random_tokens(GPT, 2, length)
-    scores, _, gradients = ours(GPT, params, tokens)
-    for name, error in errors(scores, gradients, *reference(GPT, params, tokens)).items():
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [(GPT, 1), (GPT, 64), (GROUPED, 64), pytest.param(GPT, 96, marks=pytest.mark.slow)],
+    ids=["gpt-1", "gpt-64", "grouped-64", "gpt-96"],
+)
+def test_others_equal_the_formulas(config, length):
+    params, tokens = random_params(config), random_tokens(config, 2, length)
+    scores, _, gradients = ours(config, params, tokens)
+    for name, error in errors(scores, gradients, *reference(config, params, tokens)).items():
         assert error < FLOAT32, (name, error)
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import port_torch.convert
+from core import cli
 from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.checkpoint.manifest import EXPORT_MANIFEST, seal
 from core.config import ModelConfig, preset, training_flags
@@ -24,6 +25,7 @@ from core.data.dataset import heldout_windows, open_dataset
 from core.errors import UserError
 from core.model import abstract_params, forward, logits
 from core.run.log import read_log
+from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
 from port_torch.hf_tokenizer import write_tokenizer
 from port_torch.import_checkpoint import main
@@ -39,6 +41,7 @@ from tests.port_torch.folders import (
 )
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
 from tests.train_tpu.processes import refusal, run
+from train_tpu.config import RunConfig
 
 LLAMA = SMALL["llama"]
 PARAMS = {kind: random_params(config) for kind, config in SMALL.items()}
@@ -77,7 +80,7 @@ def test_an_export_comes_back_to_the_bit(call, tmp_path, kind):
     call(checkpoint, tmp_path / "folder", main=port_torch.convert.main)
     out = tmp_path / "back"
     printed = call(tmp_path / "folder", out)
-    assert f"--init-from {out}" in printed and training_flags(config) in printed
+    assert f"--init-from {out}" in printed and training_flags(config, config.vocab_size) in printed
     back, restored = opened(out)
     assert back == config
     assert_same_bits(restored, params)
@@ -270,9 +273,13 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(call, tmp_path, tokenizer_f
 
 
 def test_the_flags_make_the_model():
-    assert training_flags(preset("mtlm2-40m")) == "--preset mtlm2-40m"
+    assert training_flags(preset("mtlm2-40m"), 32_000) == "--preset mtlm2-40m"
     original = dataclasses.replace(preset("mtlm1-88m"), d_mlp=1280)
-    assert training_flags(original) == "--preset mtlm1-88m --d-mlp 1280"
+    assert training_flags(original, original.vocab_size) == "--preset mtlm1-88m --d-mlp 1280"
+    ungrouped = dataclasses.replace(preset("smollm2-135m"), n_kv_heads=9, vocab_size=49_280)
+    flags = "--preset smollm2-135m --n-kv-heads 9 --vocab-size 49280"
+    assert training_flags(ungrouped, 49_152) == flags
+    assert model_config(cli.parse(RunConfig, flags.split(), prog=""), 49_152) == ungrouped
 
 
 # --- the originals, from the command to training ---
@@ -317,7 +324,10 @@ def test_an_original_mtlm1_trains_here(cache, prepared, tmp_path):
     common = (*flags, "--data", prepared, "--out", trained, *TRAINING)
     # What no shape shows is refused all the same, with the flags that are right.
     message = refusal(cache, *common, "--n-heads", "4")
-    assert "is a model with n_heads 2, not 4" in message and training_flags(opened(out)[0]) in message
+    assert (
+        "is a model with n_heads 2, not 4" in message
+        and training_flags(opened(out)[0], opened(out)[0].vocab_size) in message
+    )
     message = refusal(cache, *common, "--rope-theta", "5000")
     assert "is a model with rope_theta 10000.0, not 5000.0" in message
     assert not trained.exists()

@@ -16,7 +16,7 @@ from core.model import Compute, Params, forward, logits
 from core.sampling import Sampling
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
-from tests.models import BOTH, GPT, LLAMA, flat, random_params, random_tokens
+from tests.models import BOTH, GPT, GROUPED, LLAMA, flat, random_params, random_tokens
 from tests.port_torch.folders import tensors_of
 from tests.port_torch.trained import open_run, transformers_logits, transformers_model
 
@@ -27,6 +27,9 @@ MIXED = {
     "rope gelu": dataclasses.replace(GPT, positions="rope", biases=False),
     "tied gpt": dataclasses.replace(GPT, tied=True),
     "relu2": dataclasses.replace(LLAMA, mlp="relu2"),
+    "grouped": GROUPED,
+    "one kv head": dataclasses.replace(GPT, n_kv_heads=1),
+    "yarn": dataclasses.replace(LLAMA, rope_scaling="yarn,factor=4,original_context=16"),
 }
 
 

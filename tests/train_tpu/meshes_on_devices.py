@@ -23,7 +23,12 @@ kind, optimizer, dtype, log = sys.argv[1:]
 ROWS, SEED = 16, 3
 LLAMA = ModelConfig(vocab_size=64, context=16, d_model=32, n_layers=2, n_heads=4, d_mlp=48)
 GPT = dataclasses.replace(LLAMA, positions="learned", mlp="gelu", biases=True, tied=False)
-MODEL = {"llama": LLAMA, "gpt": GPT, "odd": dataclasses.replace(GPT, vocab_size=61)}[kind]
+MODEL = {
+    "llama": LLAMA,
+    "gpt": GPT,
+    "odd": dataclasses.replace(GPT, vocab_size=61),
+    "grouped": dataclasses.replace(LLAMA, n_kv_heads=2, qk_norm=True),  # tensor=4 does not divide the heads
+}[kind]
 MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "data=2,tensor=4")
 BETA = 0.9
 

@@ -127,6 +127,7 @@ def flat_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     [
         *(("llama", "adamw", "float32"), ("llama", "muon", "float32"), ("gpt", "muon", "float32")),
         *(("odd", "adamw", "float32"), ("llama", "muon", "bfloat16"), ("gpt", "adamw", "bfloat16")),
+        ("grouped", "adamw", "float32"),
     ],
 )
 def test_every_mesh_equals_one_device(kind, optimizer, dtype, tmp_path):
