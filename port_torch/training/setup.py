@@ -142,9 +142,13 @@ def describe(job: Job, ranks: Distributed) -> Table:
 
 def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
     """Which of PyTorch's attentions will run."""
-    shape = (1, model.n_heads, model.context, model.head_size)
-    q = torch.zeros(shape, device=device, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
-    mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=device) if packed else None
-    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, mask, 0.0, not packed))
+    like = {"device": device, "dtype": torch.bfloat16 if bf16 else torch.float32, "requires_grad": True}
+    q, k = (
+        torch.zeros(1, n, model.context, model.head_size, **like) for n in (model.n_heads, model.kv_heads)
+    )
+    mask = torch.ones(model.context, model.context, dtype=torch.bool, device=device) if packed else None
+    backend = SDPBackend(
+        torch._fused_sdp_choice(q, k, k, mask, 0.0, not packed, enable_gqa=q.shape != k.shape)
+    )
     kind = "a mask of documents" if packed else "causal"
     return f"PyTorch's {backend.name.removesuffix('_ATTENTION').lower()} ({kind})"
