@@ -1,4 +1,4 @@
-"""A panel of bars, tokens a second of each way: what bench.train and bench.decode make their plots of."""
+"""A panel of bars, tokens/s of each way: what bench.train and bench.decode make their plots of."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ def draw_rates(axis: Any, ways: Sequence[str], rates: Sequence[float], title: st
     """Draws them into a matplotlib axis, the first on top, each with its figure.
 
     Args:
-        rates: tokens a second.
+        rates: tokens/s.
         color: of all bars, or one of each.
     """
     bars = axis.barh(ways, rates, color=color)

@@ -42,7 +42,7 @@ class DecodeBenchConfig:
     """Time generation on one GPU."""
 
     preset: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """Default: mtlm1-200m. Hugging Face's Llama stands beside those that are one."""
+    """Default: mtlm1-200m. Hugging Face's Llama is timed next to those that are one."""
     batch: Annotated[list[int], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Default: 1 and 64."""
     prompt: int = 32
@@ -165,7 +165,7 @@ def ours(generator: Generator, sampling: Sampling) -> Call:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy: the median of 20."""
+    """Bytes per second, read and written, of a large copy: the median of 20."""
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     times = []
@@ -204,12 +204,12 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
                 "way": way,
                 "microseconds": step * 1e6,
                 "spread": (max(times) - min(times)) * 1e6,
-                "tokens a second": batch / step,
-                "bytes a second": moved,
+                "tokens/s": batch / step,
+                "bytes/s": moved,
                 "of copy": moved / copy,
             }
         )
-        print(f"{name}, batch {batch}, {way}: {step * 1e6:.0f} us a step", flush=True)
+        print(f"{name}, batch {batch}, {way}: {step * 1e6:.0f} us per step", flush=True)
 
     for name in names:
         shape = preset(name)
@@ -269,34 +269,34 @@ def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
         return begin.elapsed_time(end) / times * 1e3
 
     lines = [f"{of_prompts:9.1f} us  the prompts' pass, of {batch} x {prompt} tokens"]
-    lines.append(f"{run(100):9.1f} us  a step, replayed 100 times")
+    lines.append(f"{run(100):9.1f} us  per step, replayed 100 times")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run(20)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     for event in events[:12]:
         mean = event.self_device_time_total / max(event.count, 1)
-        lines.append(f"{mean:9.2f} us  {event.count / 20:6.1f} a step  {event.key[:110]}")
+        lines.append(f"{mean:9.2f} us  {event.count / 20:6.1f} per step  {event.key[:110]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One row a way; "ours" is how many times as long as ours it takes."""
-    table = Table("model", "batch", "", "us a step", "spread", "tokens/s", "TB/s", "of copy", "ours")
+    table = Table("model", "batch", "", "us per step", "spread", "tokens/s", "TB/s", "of copy", "ours")
     for row in rows:
         of_ours = [
             r for r in rows if r["way"] == "ours" and (r["model"], r["batch"]) == (row["model"], row["batch"])
         ]
         table.add_row(
             row["model"], str(row["batch"]), row["way"], f"{row['microseconds']:.0f}", f"{row['spread']:.0f}",
-            f"{row['tokens a second']:,.0f}", f"{row['bytes a second'] / 1e12:.2f}", f"{row['of copy']:.0%}",
+            f"{row['tokens/s']:,.0f}", f"{row['bytes/s'] / 1e12:.2f}", f"{row['of copy']:.0%}",
             f"{row['microseconds'] / of_ours[0]['microseconds']:.2f}x",
         )  # fmt: skip
     Console(width=130).print(table)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    """Bars: tokens a second of each way, a panel a model and batch."""
+    """Bars: tokens/s of each way, one panel per model and batch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,8 +308,8 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
-        ways, rates = ([row[name] for row in of_panel] for name in ("way", "tokens a second"))
-        draw_rates(axis, ways, rates, f"{panel[0]}, batch {panel[1]}: tokens a second, {device}")
+        ways, rates = ([row[name] for row in of_panel] for name in ("way", "tokens/s"))
+        draw_rates(axis, ways, rates, f"{panel[0]}, batch {panel[1]}: tokens/s, {device}")
     figure.savefig(path, dpi=120)
 
 

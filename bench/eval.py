@@ -1,7 +1,7 @@
-"""`python -m bench.eval FOLDER --run RUN`: evaluation beside lm-eval's own `hf` model, in one run.
+"""`python -m bench.eval FOLDER --run RUN`: evaluation compared with lm-eval's own `hf` model, in one run.
 
-Every row is a process of its own, from its imports to its last task, on the same files. Beside the seconds it
-says how far the rows agree: the largest difference of a summed log-probability, and the questions on which
+Every row is a process of its own, from its imports to its last task, on the same files. Besides the seconds
+it says how far the rows agree: the largest difference of a summed log-probability, and the questions on which
 another choice is the likeliest, with the two choices' distance (a tie inside the first is one).
 """
 

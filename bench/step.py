@@ -1,6 +1,6 @@
-"""`python -m bench.step`: the training step beside plain JAX, in one run, each in a process of its own.
+"""`python -m bench.step`: the training step compared with plain JAX, each in a process of its own.
 
-A process a row, because the peak of device memory never falls within one.
+One process per row, because the peak of device memory never falls within one.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
 
 
 def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
-    """One row: median seconds a step, compile seconds, peak device memory, last loss."""
+    """One row: median seconds per step, compile seconds, peak device memory, last loss."""
     model = preset(name)
     if config.context is not None:
         model = dataclasses.replace(model, context=config.context)

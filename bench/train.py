@@ -1,4 +1,4 @@
-"""`python -m bench.train`: whole training steps of the mirror on one GPU, beside those of its peers.
+"""`python -m bench.train`: whole training steps of the mirror on one GPU, next to those of its peers.
 
 Every way to train (bench/train_rows.py) runs in a process of its own, one after the other: a fresh allocator,
 fresh compilations, and what Liger changes in transformers is changed for it alone.
@@ -26,29 +26,29 @@ from port_torch.hf_config import is_llama
 
 BATCH = {"mtlm1-200m": 32, "mtlm2-40m": 64}
 GOALS = {"mtlm1-200m": {"plain": 1.2, "hf-liger": 1.6}, "mtlm2-40m": {"plain": 1.35}}
-"""How many times the peer's tokens a second ours shall have."""
+"""How many times the peer's tokens/s ours shall have."""
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainBenchConfig:
-    """Time whole training steps of the PyTorch mirror beside plain PyTorch, Hugging Face's Llama and Liger.
+    """Time whole training steps of the PyTorch mirror next to plain PyTorch, Hugging Face's Llama and Liger.
 
     bfloat16 under autocast with float32 weights; the same first weights, update and random tokens for all. A
     row is the median of the steps; MFU is the model's own operations over the GPU's dense bfloat16 peak.
     """
 
     cases: tuple[str, ...] = tuple(BATCH)
-    """Presets. Hugging Face's Llama stands beside those that are one."""
+    """Presets. Hugging Face's Llama is timed next to those that are one."""
     variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Ways to train; the ratios need plain and hf-liger."""
     steps: int = 20
     """Timed steps, after 5 of warming up."""
     batch: int | None = None
-    """Sequences a step. Default: 32 for mtlm1-200m, 64 for mtlm2-40m, 8 for others."""
+    """Sequences per step. Default: 32 for mtlm1-200m, 64 for mtlm2-40m, 8 for others."""
     context: int | None = None
-    """Tokens a sequence. Default: the preset's."""
+    """Tokens per sequence. Default: the preset's."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu tries the command out, in float32; its times say nothing, and our kernels cannot run."""
     json: Path | None = None
@@ -56,7 +56,7 @@ class TrainBenchConfig:
     plot: Path | None = None
     """Draw them into this file."""
     profile: Path | None = None
-    """Write where the time of our steps and of plain PyTorch's goes into this folder, a kernel a line."""
+    """Write where the time of our steps and of plain PyTorch's goes into this folder, one line per kernel."""
 
     def __post_init__(self) -> None:
         checks.counts(**checks.fields(self, "steps", "batch", "context"))
@@ -67,7 +67,7 @@ class TrainBenchConfig:
         return dataclasses.replace(model, context=self.context) if self.context is not None else model
 
     def sequences(self, case: str) -> int:
-        """Sequences a step."""
+        """Sequences per step."""
         return BATCH.get(case, 8) if self.batch is None else self.batch
 
 
@@ -117,7 +117,7 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
 
     for case in dict.fromkeys(row["case"] for row in rows):
         for peer, least in GOALS.get(case, {}).items():
-            goal = f"{least} times the tokens a second of {VARIANTS[peer].title}"
+            goal = f"{least} times the tokens/s of {VARIANTS[peer].title}"
             add(case, goal, "tokens_per_second", peer, lambda value, least=least: value >= least)
         if "hf-liger" in GOALS.get(case, {}):
             goal = f"no more memory than {VARIANTS['hf-liger'].title}"
@@ -126,7 +126,7 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """One line a row; the last two columns are its tokens a second over a peer's."""
+    """One line per row; the last two columns are its tokens/s over a peer's."""
     table = Table("model", Column("step", no_wrap=True), "ms", "tokens/s", "MFU", "peak GiB",
                   "loss, first, last", "first step s", "of plain", "of Liger")  # fmt: skip
     rates = {(row["case"], row["variant"]): row.get("tokens_per_second") for row in rows}
@@ -154,7 +154,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path, device: str) -> None:
-    """Bars: tokens a second of each way, a panel a case."""
+    """Bars: tokens/s of each way, one panel per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,7 +173,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         titles = [VARIANTS[row["variant"]].title for row in of_case]
         rates = [row["tokens_per_second"] for row in of_case]
         shape = f"{of_case[0]['batch']} x {of_case[0]['context']}"
-        draw_rates(axis, titles, rates, f"{case}, {shape}: tokens a second, {device}", colors)
+        draw_rates(axis, titles, rates, f"{case}, {shape}: tokens/s, {device}", colors)
     figure.savefig(path, dpi=120)
 
 

@@ -221,7 +221,7 @@ def timed(step: Step, steps: int, cuda: bool) -> tuple[list[float], float]:
 
 
 def write_profile(step: Step, milliseconds: float, cuda: bool, path: Path) -> None:
-    """A line a kernel (on a CPU an operation): microseconds a step, share of all, calls a step, name."""
+    """A line per kernel (on a CPU, per operation): microseconds and calls per step, share of all, name."""
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         for i in range(PROFILED):
@@ -236,7 +236,7 @@ def write_profile(step: Step, milliseconds: float, cuda: bool, path: Path) -> No
             lines.append((total / PROFILED, event.count / PROFILED, event.key))
     lines.sort(reverse=True)
     whole = sum(microseconds for microseconds, _, _ in lines)
-    text = [f"a step: {milliseconds:.2f} ms; what runs in it: {whole / 1e3:.2f} ms, mean of {PROFILED}"]
+    text = [f"one step: {milliseconds:.2f} ms; what runs in it: {whole / 1e3:.2f} ms, mean of {PROFILED}"]
     text += [
         f"{microseconds:10.1f} us {microseconds / whole:6.1%} {calls:7.1f} calls  {name}"
         for microseconds, calls, name in lines

@@ -110,7 +110,7 @@ def write_texts(
         added: what is added to each of some prompts, of which the first has that number, step by step.
 
     Raises:
-        UserError: `out` was begun with other prompts or settings, or another process writes it.
+        UserError: `out` was started with different prompts or settings, or another process writes it.
     """
     lines_hash = hashlib.sha256("".join(map(_canonical, lines)).encode()).hexdigest()
     settings = {"prompts": lines_hash} | settings
@@ -163,7 +163,7 @@ def _require_same(mark: Path, out: Path, settings: Json) -> None:
         name = min(differing, key=list(settings | begun).index)
         was, now = (str(values.get(name))[:20] for values in (begun, settings))
         what = "prompts" if name == "prompts" else f"{name.replace('_', ' ')} ({was}, not {now})"
-        raise UserError(f"{out} was begun with other {what}: {anew}")
+        raise UserError(f"{out} was started with different {what}: {anew}")
 
 
 def _keep_whole_batches(file: Any, out: Path, lines: list[Json], batch: int) -> int:

@@ -55,7 +55,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield partial
         if out.exists():
-            raise UserError(f"{out} has appeared meanwhile: choose another folder, or remove it first")
+            raise UserError(f"{out} was created in the meantime: choose another folder, or remove it first")
         partial.rename(out)
         sync_path(out.parent)
     finally:

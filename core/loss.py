@@ -21,7 +21,7 @@ IGNORE = -1  # a target that does not count
 
 
 class LossSums(NamedTuple):
-    """Sums over the counted targets, in nats."""
+    """Sums over the targets that are not IGNORE, in nats."""
 
     total: Float[Array, ""]
     """What is minimised: cross-entropy + z_loss * lse^2. The gradient is that of this sum alone."""

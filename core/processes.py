@@ -74,7 +74,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes of --coordinator {coordinator} did not come together: "
+            f"the processes of --coordinator {coordinator} could not connect to each other: "
             f"{str(error).splitlines()[0]}"
         ) from None
     state = distributed.global_state
@@ -171,7 +171,9 @@ def require_equal(value: str, what: str) -> None:
     every = multihost_utils.process_allgather(digest)
     if (every != every[0]).any():
         differing = np.flatnonzero((every != every[0]).any(axis=1)).tolist()
-        raise UserError(f"processes {differing} have other {what} than process 0: give all of them the same")
+        raise UserError(
+            f"processes {differing} have different {what} from process 0: give all of them the same"
+        )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ AXES = MeshShape._fields
 
 
 def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
-    """The mesh that `text` ("fsdp=4,tensor=2") describes; None lays all devices along `data`.
+    """The mesh that `text` ("fsdp=4,tensor=2") describes; None: all devices on `data`.
 
     Raises:
         UserError: the text is malformed, names an axis that there is not or one twice, or is of another
@@ -77,9 +77,9 @@ def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
                 "write axes and their sizes, like fsdp=4,tensor=2"
             )
         if axis not in AXES:
-            raise UserError(f"--mesh {text!r} names the axis {axis!r}; there are {', '.join(AXES)}")
+            raise UserError(f"unknown axis {axis!r} in --mesh {text!r}: the axes are {', '.join(AXES)}")
         if axis in sizes:
-            raise UserError(f"--mesh {text!r} names the axis {axis!r} twice")
+            raise UserError(f"repeated axis {axis!r} in --mesh {text!r}: give each axis once")
         sizes[axis] = int(size)
     shape = MeshShape(**sizes)
     n = math.prod(shape)

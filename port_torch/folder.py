@@ -140,9 +140,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): copy it again from where it came") from None
+        raise UserError(f"{file} is not JSON ({error}): copy it again from its source") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object: copy it again from where it came")
+        raise UserError(f"{file} is not a JSON object: copy it again from its source")
     return content
 
 
@@ -192,7 +192,7 @@ def inside(folder: Path, name: str) -> Path:
             f"files (`hf download REPOSITORY --local-dir FOLDER`, or `cp -rL` to copy this one)"
         )
     if there and not target.is_file():
-        raise UserError(f"{file} is not a file: copy the folder again from where it came")
+        raise UserError(f"{file} is not a file: copy the folder again from its source")
     return file
 
 
@@ -216,7 +216,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _refuse_file(file: Path, error: Exception) -> NoReturn:
     if isinstance(error, FileNotFoundError):
-        raise UserError(f"{file} is missing: copy the folder again from where it came") from None
+        raise UserError(f"{file} is missing: copy the folder again from its source") from None
     raise UserError(
-        f"{file} is not a whole safetensors file ({error}): copy it again from where it came"
+        f"{file} is not a whole safetensors file ({error}): copy it again from its source"
     ) from error

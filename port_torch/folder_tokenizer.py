@@ -28,7 +28,7 @@ def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, 
         tokenizer = load_tokenizer(name)
         if file.is_file() and not _agree(tokenizer, load_tokenizer(file)):
             raise UserError(
-                f"the tokenizer {name!r} gives other ids than {file}, so it is not that of the model: leave "
+                f"the tokenizer {name!r} does not give the ids of {file}, so it is not the model's: leave "
                 "--tokenizer out, or name the right one"
             )
     elif _is_mistral(model_file):

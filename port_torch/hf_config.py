@@ -184,7 +184,7 @@ def model_config(content: Json) -> ModelConfig:
 def _rope_theta(content: Json) -> float:
     """Theta of rotary positions that are not scaled.
 
-    transformers writes it into rope_parameters from release 5 on, beside them before, and prefers an old
+    transformers writes it into rope_parameters from release 5 on, next to them before, and prefers an old
     rope_scaling to either: all that are there must say the same.
     """
     thetas = []
@@ -222,7 +222,7 @@ def _read(content: Json, name: str, default: Any, fits: Callable[[Any], bool], w
     if value is None and name in NULLABLE:
         value = default
     if value is None:
-        raise UserError(f"config.json has no {name}: copy the folder again from where it came")
+        raise UserError(f"config.json has no {name}: copy the folder again from its source")
     if not fits(value):
         _wrong(name, value, what)
     return value
@@ -245,7 +245,7 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 def _wrong(name: str, value: Any, what: str) -> NoReturn:
     raise UserError(
         f"config.json says {name} {reprlib.repr(value)}, which is not {what}: "
-        "copy the folder again from where it came"
+        "copy the folder again from its source"
     )
 
 

@@ -32,7 +32,7 @@ def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
         public = private and not api.model_info(name).private
         if public:
             raise UserError(
-                f"{name} exists on the Hub and is public, against --private: {folder} is complete, but "
+                f"{name} exists on the Hub and is public, not private: {folder} is complete, but "
                 "was not uploaded; make that repository private in its settings, or name another"
             )
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from MTLM")
@@ -40,6 +40,6 @@ def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"{folder} is complete, but was not uploaded ({reason}): "
-            f"see to that (`hf auth login`?), then `{by_hand}`"
+            f"fix that (`hf auth login`?), then `{by_hand}`"
         ) from error
     print(f"uploaded: {commit.commit_url}")

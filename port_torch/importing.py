@@ -31,7 +31,7 @@ def import_weights(config: "ImportConfig") -> None:
         config: the command's settings, checked.
 
     Raises:
-        UserError: the weights are in none of the formats, damaged, or of another tokenizer.
+        UserError: the weights have no known format, are damaged, or of another tokenizer.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing is computed here
     source = detect(config.source)
@@ -46,7 +46,7 @@ def import_weights(config: "ImportConfig") -> None:
     name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
     flags = training_flags(model, tokenizer.vocab_size).split()
     flags += ["--tokenizer", str(name), "--data", "TEXT", "--out", "RUN"]
-    print(f"wrote {out}; train it on with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
+    print(f"wrote {out}; train it further with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
 
 
 def detect(path: Path) -> ModuleType:
@@ -55,7 +55,7 @@ def detect(path: Path) -> ModuleType:
         if module.recognises(path):
             return module
     raise UserError(
-        f"{path} is in none of the formats that are read: a folder with config.json and model.safetensors "
+        f"{path} has no known format: give a folder with config.json and model.safetensors "
         "(ours or a Llama's), a .pt file of the original MTLM1, or an Orbax folder of the original MTLM2"
     )
 

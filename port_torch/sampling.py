@@ -58,7 +58,7 @@ def choose(
 ) -> Int[Tensor, " B"]:
     """One token per row from softmax(scores / temperature), cut to the top k and the top p.
 
-    uniform: a random number in [0, 1) a row, float64; the same numbers give the same tokens.
+    uniform: one random number in [0, 1) per row, float64; the same numbers give the same tokens.
     """
     if sampling.temperature == 0:
         return scores.argmax(-1)

@@ -78,7 +78,7 @@ def main() -> int:
     change = "equal to the bit, as required" if growth.plan.preserves else f"{after - before:+.4f}"
     say(
         f"verified: {n_leaves} leaves read back, equal to the bit\n"
-        f"loss of the probe: {before:.4f} before, {after:.4f} after ({change})\n"
+        f"loss on the probe batch: {before:.4f} before, {after:.4f} after ({change})\n"
         f"took {time.monotonic() - started:.1f} s and at most {peak_memory() / 2**30:.2f} GiB of memory\n"
         f"next: {next_command(growth)}"
     )

@@ -130,7 +130,7 @@ def mesh_shape(config: RunConfig, out: Path) -> MeshShape:
             return parse_mesh(config.mesh, n_devices)
         except UserError:
             raise UserError(
-                f"the run in {out} is for --mesh {config.mesh}, and the devices here are {n_devices}: give "
+                f"the run in {out} is for --mesh {config.mesh}, but there are {n_devices} devices here: give "
                 f"--mesh {MeshShape(data=n_devices)} --allow-change mesh to resume it here"
             ) from None
     return parse_mesh(config.mesh, n_devices)
@@ -142,7 +142,7 @@ def describe_dtype(dtype: str, out: Path) -> str | None:
     if dtype == here or not list_steps(out / "checkpoints"):
         return None
     return (
-        f"the run computes in {dtype}, as it was started; here a new one would in {here} "
+        f"the run was started in {dtype} and continues in it; a new run here would compute in {here} "
         f"(--dtype {here} --allow-change dtype)"
     )
 

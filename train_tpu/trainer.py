@@ -119,7 +119,7 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
         compiled = compile_step(step, config.batch, config.grad_accum_steps, mesh)
     kept = " (kept from an earlier start)" if programs_found() > found_before else ""
     seconds = time.monotonic() - started
-    setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} a device")
+    setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} per device")
     rows = config.batch // config.grad_accum_steps
     evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
     generator = Generator(model, dataclasses.replace(step.compute, mesh=None, attention="xla"))

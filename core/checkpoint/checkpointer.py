@@ -295,7 +295,7 @@ def _check_tree(step_dir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -
         path, (there, here) = next(iter(differing.items()))
         more = len(differing) - 1
         raise UserError(
-            f"{step_dir} is of another model or optimizer: {path} is {there} in the checkpoint and {here} "
+            f"{step_dir} has a different model or optimizer: {path} is {there} in the checkpoint and {here} "
             f"here{f' ({more} more leaves differ)' * bool(more)}; use the configuration it was saved with "
             f"(`config` in its {MANIFEST})"
         )

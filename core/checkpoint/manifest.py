@@ -23,8 +23,8 @@ MANIFEST = "manifest.json"  # of a checkpoint
 EXPORT_MANIFEST = "mtlm_manifest.json"  # of an exported folder, which other programs read as well
 CARD = "README.md"  # of an exported folder
 ADVICE = {
-    MANIFEST: "copy the checkpoint again from where it came, or resume from an older one with --fallback",
-    EXPORT_MANIFEST: "copy the folder again from where it came, or export it again",
+    MANIFEST: "copy the checkpoint again from its source, or resume from an older one with --fallback",
+    EXPORT_MANIFEST: "copy the folder again from its source, or export it again",
 }
 OPTIONAL = {"health"}  # fields that older files lack
 LISTINGS = ("tree", "files")  # fields written with one line per entry
@@ -199,7 +199,7 @@ def recorded_hash(step_dir: Path, name: str = MANIFEST) -> str:
 
 def verify(step_dir: Path, name: str = MANIFEST) -> None:
     """Reads every file of a step folder and compares it with the manifest; UserError names the first
-    that is missing, unexpected, of another size or of other content."""
+    that is missing, unexpected, of another size or does not match its sha256."""
     expected = load_manifest(step_dir, name).files
     present = _list_files(step_dir, name)
 
@@ -224,7 +224,7 @@ def verify(step_dir: Path, name: str = MANIFEST) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     for file in present:
         if found[file] != expected[file]:
-            refuse(file, f"has other content than {name} says (sha256)")
+            refuse(file, f"does not match its sha256 in {name}")
 
 
 def _list_files(step_dir: Path, manifest: str) -> list[str]:

@@ -61,8 +61,8 @@ def find_variant(path: Path) -> Path | None:
     if path.is_file():
         return path
     wanted = format_of(path)
-    beside = sorted(path.parent.iterdir()) if wanted.form and path.parent.is_dir() else []
-    same = (p for p in beside if p.is_file() and format_of(p)[::2] == wanted[::2])
+    neighbours = sorted(path.parent.iterdir()) if wanted.form and path.parent.is_dir() else []
+    same = (p for p in neighbours if p.is_file() and format_of(p)[::2] == wanted[::2])
     return next(same, None)
 
 

@@ -132,7 +132,7 @@ class TfdsSource(Source):
         try:
             builder = tfds.builder(dataset, file_format="array_record")
         except tfds.core.registered.DatasetNotFoundError as error:
-            raise UserError(f"TFDS knows no dataset {dataset!r}: see its catalogue for the names") from error
+            raise UserError(f"unknown TFDS dataset {dataset!r}: see the TFDS catalogue for names") from error
         except (ImportError, NotImplementedError) as error:
             raise _needs_tensorflow(name, error) from error
         try:

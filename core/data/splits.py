@@ -211,7 +211,7 @@ def make_plan(
         UserError: a source cannot be opened, held-out parts make no sense, or nothing is left to train on.
     """
     if fraction is not None and valid:
-        raise UserError("--valid and --valid-fraction exclude each other: leave one of them out")
+        raise UserError("give --valid or --valid-fraction, not both")
     checks.below_one(valid_fraction=fraction)
     for name in valid:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (ds.TRAIN, "all"):

@@ -171,7 +171,7 @@ class _Values:
                 self._require(False, str(error))
             else:
                 length = end - self._at
-                if end < len(self._text) or not self._fill():  # else a number may go on in the next block
+                if end < len(self._text) or not self._fill():  # else a number may continue in the next block
                     self._move(self._at + length)
                     return value
 

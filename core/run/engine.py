@@ -26,7 +26,7 @@ class Metrics(NamedTuple):
     """What one update reports, on the host."""
 
     loss: float
-    """What was minimised, per counted token (with z-loss)."""
+    """What was minimised, per target (with z-loss)."""
     nll: float
     """Cross-entropy in nats per token."""
     grad_norm: float

@@ -1,4 +1,4 @@
-// Attention of one new token a row over the row's cache, for every row n and head h:
+// Attention of one new token per row over the row's cache, for every row n and head h:
 //
 //   o = sum_i p_i v_i,  p = softmax over i <= position of (q . k_i / sqrt(K))
 //

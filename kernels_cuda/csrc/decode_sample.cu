@@ -19,7 +19,7 @@
 // integers and sums of floats are taken in one order, each monotone in t.
 //
 // A row is a block of 512 threads, which hold its p in registers up to 32768 tokens; larger rows are read again
-// for every count. Logits, 128 KB of float32 a row, go from the kernel before through the second-level cache.
+// for every count. Logits, 128 KB of float32 per row, go from the kernel before through the second-level cache.
 #include "decode.cuh"
 
 namespace mtlm {

@@ -7,7 +7,7 @@
 //   d_weight = column sums of d_normed * sum * rstd
 //
 // Saved: sum (which the network keeps anyway) and rstd [rows]. Statistics are float32, of the sum as it is
-// rounded in memory. Bytes a row of d: forward 8d in bfloat16 (12d with a float32 residual), backward 8d (16d).
+// rounded in memory. Bytes per row of d: forward 8d in bfloat16 (12d with a float32 residual), backward 8d (16d).
 //
 // For d of 384, 512 and 768 half a warp or a warp holds a row in registers: one pass over memory. Backward: a
 // grid of fixed size walks over the rows, each thread adds up its columns of d_weight in float32 registers, a

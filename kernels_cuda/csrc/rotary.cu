@@ -2,7 +2,7 @@
 //
 //   a' = a cos - b sin        b' = b cos + a sin        conjugate: the same with -sin, which is the gradient
 //
-// q and k in place, as views of a packed [batch, seq, 3, heads, K] or on their own: 8d bytes a token in bfloat16.
+// q and k in place, as views of a packed [batch, seq, 3, heads, K] or on their own: 8d bytes per token in bfloat16.
 // Or from separate q, k, v into a packed one, v copied: the gradients of attention are rotated back and put
 // where the projection's gradient is read, in one pass of 12d bytes. Nothing is saved but cos and sin; every
 // element is computed alone, so results are the same whatever the batch.
@@ -103,7 +103,7 @@ Rotary arguments(const View& q, const View& cos, const View& sin, bool conjugate
   const int64_t batch = q.sizes[0], seq = q.sizes[1], heads = q.sizes[2], size = q.sizes[3];
   REQUIRE(size % 2 == 0, "the head size must be even, not ", size);
   REQUIRE(batch * seq <= MOST_BLOCKS && heads * size <= MOST_BLOCKS, "q of shape ", shape(q), " has more than ",
-          MOST_BLOCKS, " tokens or elements a token");
+          MOST_BLOCKS, " tokens or elements per token");
   const int64_t angles = cos.dims == 3 ? cos.sizes[0] : 0;
   REQUIRE(angles == 1 || angles == batch, "cos must be [1 or ", batch, ", ", seq, ", ", size / 2, "], not ",
           shape(cos));

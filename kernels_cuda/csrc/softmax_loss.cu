@@ -5,7 +5,7 @@
 //
 // A target of -1 does not count: losses and gradients are 0. Any other target outside of the vocabulary makes
 // the row's loss and gradient NaN, which a trainer's guard sees: there is no error to raise without waiting for
-// the device. Bytes a row: 4 vocab in bfloat16 (one read, one write); 2 vocab without gradients.
+// the device. Bytes per row: 4 vocab in bfloat16 (one read, one write); 2 vocab without gradients.
 //
 // A block takes a row and keeps it in shared memory: 32000 bfloat16 logits are 62.5 KiB, so three blocks share a
 // multiprocessor of a Hopper, and while one waits for its row another writes. Rows too long for that (113 thousand

@@ -30,7 +30,7 @@ FEWEST_ROWS = 8192
 
 
 class LossSums(NamedTuple):
-    """Sums over the counted targets, in nats."""
+    """Sums over the targets that are not IGNORE, in nats."""
 
     total: Tensor
     """What is minimised: cross-entropy + z_loss * lse^2. The gradient is that of this sum alone."""
@@ -70,11 +70,11 @@ def all_logits_at_once(
     """The plain formula: sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]."""
     logits = F.linear(hidden, table.to(hidden.dtype))
     logits = logits.to(wide_type(logits.dtype))
-    counted = targets != IGNORE
+    valid = targets != IGNORE
     lse = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
-    nll = torch.where(counted, lse - picked, 0)
-    return (nll + torch.where(counted, z_loss * lse**2, 0)).sum(), nll.detach().sum()
+    picked = logits.gather(1, torch.where(valid, targets, 0)[:, None])[:, 0]
+    nll = torch.where(valid, lse - picked, 0)
+    return (nll + torch.where(valid, z_loss * lse**2, 0)).sum(), nll.detach().sum()
 
 
 @torch.compiler.assume_constant_result

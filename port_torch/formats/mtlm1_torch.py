@@ -128,10 +128,12 @@ def _config(
     layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     gate = tensors.get("layers.0.mlp.w1.weight")
     if gate is None or gate.ndim != 2 or tensors[EMBEDDING].ndim != 2:
-        raise UserError(f"{path} is not an original MTLM1: layers.0.mlp.w1.weight is missing or no matrix")
+        raise UserError(f"{path} is not an original MTLM1: layers.0.mlp.w1.weight is missing or not a matrix")
     vocab, d = tensors[EMBEDDING].shape
     if n_heads is None and d % HEAD_SIZE:
-        raise UserError(f"{path} is {d} wide, which heads of {HEAD_SIZE} do not divide: give --n-heads")
+        raise UserError(
+            f"{path} has width {d}, which is not divisible by heads of {HEAD_SIZE}: give --n-heads"
+        )
     return ModelConfig(
         vocab_size=vocab,
         context=CONTEXT if context is None else context,

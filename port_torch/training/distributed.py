@@ -101,7 +101,7 @@ class Distributed:
         return made if self.first else action()
 
     def require_equal(self, value: str, what: str) -> None:
-        """Refuses, on every rank, to go on if the ranks do not have the same `value`."""
+        """Refuses, on every rank, to continue if the ranks do not have the same `value`."""
         digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
         if self.largest(digest) != -self.largest(-digest):
             self.refuse(f"the processes have not the same {what}: give all of them the same disk and files")

@@ -15,7 +15,7 @@ from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.examples import examples_of
 from port_torch.training.lora import add_adapters
 from port_torch.training.packing import PADDING, pack, packed_batches
-from port_torch.training.pretrained import open_origin
+from port_torch.training.pretrained import open_pretrained
 from port_torch.training.rows import Row, RowFile, instruction
 from port_torch.training.setup import Job, begin, require_deterministic_operations
 from port_torch.training.trainer import train
@@ -40,8 +40,8 @@ def run(config: "FinetuneConfig", file: RowFile) -> int:
 def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job:
     """Model and data of a run."""
     config = begin(config, config.out, ranks)
-    origin = open_origin(config.init_from, "finetune", config.tokenizer)
-    decoder, tokenizer = origin.decoder, origin.tokenizer
+    pretrained = open_pretrained(config.init_from, "finetune", config.tokenizer)
+    decoder, tokenizer = pretrained.decoder, pretrained.tokenizer
     model, mine = decoder.config, ranks.rows(config.batch)
     divided = divide(file, tokenizer, model.context, config)
     trained = "all weights"
@@ -67,7 +67,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         decoder=decoder.to(ranks.device),
         tokenizer=tokenizer,
         record=run_record(config, model, steps, record, fingerprint),
-        lineage=origin.lineage,
+        lineage=pretrained.lineage,
         steps=steps,
         batches=lambda start: packed_batches(
             divided.train, seed=config.seed, batch=config.batch, start=start, rows=mine
@@ -120,8 +120,8 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneC
                 shown.append(row)
         if not examples and (drawn or not held):
             raise UserError(
-                f"of the {n} rows of {config.data} none that fits into the context of {context} tokens is "
-                f"left to {'score' if held else 'train on'}: give more rows, shorter ones, or another "
+                f"none of the {n} rows of {config.data} that fit the context of {context} tokens is left to "
+                f"{'score' if held else 'train on'}: give more rows, shorter ones, or another "
                 "--validation"
             )
         packed[held] = pack(examples, context)
@@ -143,7 +143,7 @@ def some(rows: Rows, limit: int | None) -> Rows:
 def sample_prompts(
     config: "FinetuneConfig", form: str, shown: list[Row], tokenizer: Tokenizer, context: int
 ) -> list[list[int]]:
-    """Ids that the samples go on from: --prompts in the form of the rows, or the beginnings of rows."""
+    """Ids to sample from: --prompts in the form of the rows, or the beginnings of rows."""
     if config.prompts:
         texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
     else:

@@ -9,7 +9,7 @@ from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.model import Decoder, load
 
 
-class Origin(NamedTuple):
+class Pretrained(NamedTuple):
     """An opened folder."""
 
     decoder: Decoder
@@ -19,7 +19,7 @@ class Origin(NamedTuple):
     """The folder's own, and this start from it, with the hash of its weights."""
 
 
-def open_origin(folder: Path, operation: str, tokenizer: str | None) -> Origin:
+def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pretrained:
     """The model of a folder, to be trained.
 
     Args:
@@ -34,4 +34,4 @@ def open_origin(folder: Path, operation: str, tokenizer: str | None) -> Origin:
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
     before = manifest.lineage if manifest else []
     entry = {"operation": operation, "path": str(folder), "sha256": weights_hash(folder)}
-    return Origin(decoder, found, [*before, entry])
+    return Pretrained(decoder, found, [*before, entry])

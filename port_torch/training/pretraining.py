@@ -22,7 +22,7 @@ from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
 from port_torch.training.distributed import Distributed, open_distributed
-from port_torch.training.pretrained import open_origin
+from port_torch.training.pretrained import open_pretrained
 from port_torch.training.setup import Job, begin, require_deterministic_operations
 from port_torch.training.trainer import train
 
@@ -45,7 +45,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     """Model and data of a run."""
     config = begin(config, out, ranks)
     if config.init_from:
-        decoder, tokenizer, lineage = open_origin(config.init_from, "train", config.tokenizer)
+        decoder, tokenizer, lineage = open_pretrained(config.init_from, "train", config.tokenizer)
         if config.steps is None and config.epochs is None:
             config = dataclasses.replace(config, epochs=1.0)
         dataset = open_data(config, tokenizer.name, decoder.config.context, ranks)

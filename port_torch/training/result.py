@@ -34,8 +34,8 @@ def write_result(
 ) -> Path:
     """Writes the model into the run folder, adapters merged, if it is not there yet; returns its path.
 
-    An older one, of a run that went on, is removed first: its checkpoint was trained further. One that lacks
-    a file or was changed is set aside, which is said on stderr.
+    An older one, of a run that was continued, is removed first: its checkpoint was trained further. One that
+    lacks a file or was changed is set aside, which is said on stderr.
 
     manifest: of the checkpoint `step_dir`, which the decoder holds.
     """

@@ -95,7 +95,7 @@ def load_kernels(config: TrainerConfig, ranks: Distributed) -> None:
         if failure is not None:
             raise failure
         if config.kernels == "cuda":
-            raise UserError("--kernels cuda is not possible: the first process has none, and says why")
+            raise UserError("--kernels cuda cannot be used: the first process found no kernels, and says why")
         return
     if not ranks.first:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -118,7 +118,7 @@ def choose_parts(job: Job, train_step: TrainStep, part: int) -> int:
     parts = job.config.grad_accum_steps
     if part % parts:
         raise UserError(
-            f"--grad-accum-steps {parts} does not cut the {part} rows of a process into equal parts: give a "
+            f"--grad-accum-steps {parts} does not divide the {part} rows of a process evenly: give a "
             f"divisor of {part}"
         )
     return train_step.fit(part, parts, job.example) if train_step.ranks.device.type == "cuda" else parts
@@ -203,9 +203,9 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     step_dir = ranks.in_turn(lambda: find_start(folder, *start))
     ranks.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
     if step_dir is None:
-        origin = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
-        return manifest, f"starting a new run in {out} from {origin} (seed {job.config.seed})"
-    require_same_origin(job, load_manifest(step_dir).lineage)
+        source = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
+        return manifest, f"starting a new run in {out} from {source} (seed {job.config.seed})"
+    require_same_pretrained(job, load_manifest(step_dir).lineage)
     old = checkpoint.restore(step_dir, train_step)
     if job.config.from_step is not None and ranks.first:
         for left in leave_newer(folder, job.config.from_step):
@@ -220,7 +220,7 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     return manifest, how
 
 
-def require_same_origin(job: Job, lineage: list[dict[str, Any]]) -> None:
+def require_same_pretrained(job: Job, lineage: list[dict[str, Any]]) -> None:
     """Refuses to resume on a folder whose weights are not those that the run was started from."""
     before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
     if before != now:

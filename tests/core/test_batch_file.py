@@ -57,9 +57,9 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path):
     write(out, stop_at=4)
     kept = out.read_bytes()
     other = generation_settings(Sampling(seed=1), 8, load_tokenizer("bytes"), "abc", dtype="float32")
-    with pytest.raises(UserError, match=r"was begun with other seed \(0, not 1\)"):
+    with pytest.raises(UserError, match=r"was started with different seed \(0, not 1\)"):
         write(out, settings=other)
-    with pytest.raises(UserError, match="was begun with other prompts"):
+    with pytest.raises(UserError, match="was started with different prompts"):
         write(out, lines=LINES[:6])
     out.write_bytes(kept.replace(b"Number 1", b"Number 9"))
     with pytest.raises(UserError, match="line 2 is not a text of prompt 2"):

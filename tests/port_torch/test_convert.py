@@ -258,7 +258,7 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no route to host"):
         push(tmp_path / "two", "me/hidden", private=True, dry_run=False)
     assert uploads == [("me/hidden", True, True), tmp_path / "two"]
-    with pytest.raises(UserError, match="me/model exists on the Hub and is public, against --private"):
+    with pytest.raises(UserError, match="me/model exists on the Hub and is public, not private"):
         push(tmp_path / "two", "me/model", private=True, dry_run=False)
     assert uploads[2:] == [("me/model", True, True)]
 

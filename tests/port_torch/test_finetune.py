@@ -387,7 +387,7 @@ def test_rows_that_would_be_falsified_are_refused(fields: dict, message: str, tm
             "row of 'prompt', and those before are of 'text'",
         ),
         ([""], "is empty"),
-        (['{"prompt": "' + "a" * 200 + '", "response": "b"}'] * 2, "none that fits into the context of 96"),
+        (['{"prompt": "' + "a" * 200 + '", "response": "b"}'] * 2, "that fit the context of 96"),
     ],
 )
 def test_rows_that_are_refused(lines, message, folders, tmp_path: Path, monkeypatch):

@@ -240,7 +240,7 @@ def test_refusals(call, tmp_path):
     out = tmp_path / "out"
     for arguments, sentence in (
         ((tmp_path / "nothing", out), "does not exist"),
-        ((tmp_path, out), "in none of the formats"),
+        ((tmp_path, out), "has no known format"),
         ((checkpoint, out), "give it to `train_tpu.run --init-from` as it is"),
         ((folder, checkpoint), "exists already"),
         ((folder, out, "--n-heads", "2"), "--n-heads is for the original MTLM1"),
@@ -251,7 +251,7 @@ def test_refusals(call, tmp_path):
             "model of 258 token ids, and the tokenizer 'mistral' has 32000",
         ),
         ((broken, out, "--tokenizer", "bytes"), "layers.1.mlp.up_proj.weight in .* has NaN"),
-        ((changed, out), "model.safetensors has other content"),
+        ((changed, out), "model.safetensors does not match its sha256"),
     ):
         with pytest.raises(UserError, match=sentence):
             call(*arguments)
@@ -266,7 +266,7 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(call, tmp_path, tokenizer_f
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="gives other ids than"):
+    with pytest.raises(UserError, match="does not give the ids of"):
         call(folder, tmp_path / "out", "--tokenizer", tokenizer_file)
     call(folder, tmp_path / "out")
     assert load_manifest(tmp_path / "out").tokenizer["name"] == str(folder / "tokenizer.json")

@@ -390,7 +390,7 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
         (("--from", tmp_path / "no", *new), "is not there: give a folder"),
         (("--from", model, "--n-layers", "3", *new), "--n-layers and --from do not go together"),
         (("--from", model, "--tokenizer", "mistral", *new), "the tokenizers differ"),
-        ((*TINY, "--grad-accum-steps", "3", *new), "--grad-accum-steps 3 does not cut the 4 rows"),
+        ((*TINY, "--grad-accum-steps", "3", *new), "--grad-accum-steps 3 does not divide the 4 rows"),
         (("--steps", "1", "--epochs", "1"), "--steps or --epochs, not both"),
         (("--beta1", "0"), "beta1 is 0"),
         (("--keep-last", "0"), "--keep-last is 0; it must be positive"),
@@ -421,7 +421,7 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(
     content = bytearray(state.read_bytes())
     content[-5] ^= 1
     state.write_bytes(content)
-    with pytest.raises(UserError, match=r"state.safetensors has other content"):
+    with pytest.raises(UserError, match=r"state.safetensors does not match its sha256"):
         train_here(monkeypatch, "--out", folder)
     assert train_here(monkeypatch, "--out", folder, "--fallback") == 0
     assert losses(folder) == losses(finished)

@@ -278,7 +278,11 @@ def test_a_byte_that_the_disk_changes_is_noticed(grow_here, trunk, tmp_path, mon
             seal(target, load_manifest(target))
 
     monkeypatch.setattr(stacking.rewrite, "save_tree", damaging)
-    message = r"up\.kernel.* has other content" if sealed else "up/kernel in .* is not what was written there"
+    message = (
+        r"up\.kernel.* does not match its sha256"
+        if sealed
+        else "up/kernel in .* is not what was written there"
+    )
     with pytest.raises(UserError, match=message):
         grow_here(trunk, "--out", tmp_path / "new")
     assert not list(tmp_path.iterdir())

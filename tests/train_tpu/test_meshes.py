@@ -39,8 +39,8 @@ def test_what_mesh_means():
         ("fsdp=0", "cannot be read at 'fsdp=0'"),
         ("fsdp=4=2", "cannot be read at 'fsdp=4=2'"),
         ("fsdp=²", "cannot be read"),
-        ("model=8", "names the axis 'model'; there are data, fsdp, tensor"),
-        ("fsdp=2,fsdp=4", "names the axis 'fsdp' twice"),
+        ("model=8", "unknown axis 'model' in --mesh 'model=8': the axes are data, fsdp, tensor"),
+        ("fsdp=2,fsdp=4", "repeated axis 'fsdp'"),
         ("tensor=2", "needs 2 devices, but there are 8: --mesh data=4,tensor=2 uses them all"),
         ("fsdp=3", "needs 3 devices, but there are 8: the sizes must multiply to 8"),
         ("fsdp=16", "--mesh fsdp=16 needs 16 devices, but there are 8"),
@@ -157,7 +157,7 @@ def test_a_run_changes_its_mesh_when_asked_by_name(cache, text):
         "was started with --mesh fsdp=4,tensor=2, not fsdp=8" in refused and "--allow-change mesh" in refused
     )
     # On fewer devices the run's own mesh does not fit, and the sentence says so.
-    assert "is for --mesh fsdp=4,tensor=2, and the devices here are 1" in refusal(
+    assert "is for --mesh fsdp=4,tensor=2, but there are 1 devices here" in refusal(
         cache, *TINY, "--out", folder
     )
     allowed = (*common, "--out", folder, "--mesh", "data=2,fsdp=2,tensor=2", "--allow-change", "mesh")

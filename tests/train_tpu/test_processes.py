@@ -127,7 +127,7 @@ def test_processes_that_were_given_different_things_are_refused(cache, text):
     command = (*COMMON, "--data", text, "--out", cache / "different")
     ended = finish(start_two(cache, *command, second=("--lr", "0.02")))
     assert ended[0][0] == 2
-    assert "processes [1] have other settings or data than process 0" in ended[0][2]
+    assert "processes [1] have different settings or data from process 0" in ended[0][2]
     assert not (cache / "different").exists()
 
 
@@ -157,4 +157,4 @@ def test_what_does_not_belong_together(given, says):
 
 
 def test_no_environment_says_who_the_others_are(cache, text):
-    assert "did not come together" in refusal(cache, *TINY, "--data", text, "--coordinator", "auto")
+    assert "could not connect to each other" in refusal(cache, *TINY, "--data", text, "--coordinator", "auto")

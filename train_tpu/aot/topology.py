@@ -62,4 +62,4 @@ def open_slice(name: str) -> "list[jax.Device]":
         return list(topology.devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--topology {name}: the compiler knows no such slice ({reason})") from None
+        raise UserError(f"--topology {name}: the compiler does not know this slice ({reason})") from None

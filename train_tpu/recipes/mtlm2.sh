@@ -37,7 +37,7 @@ DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-100BT} # text for train_tpu.pre
 HELDOUT=${HELDOUT:-}                                    # held-out sets, NAME=PATH;NAME=PATH
 VALID_FRACTION=${VALID_FRACTION:-0.001}                 # without them: the part of DATA that is held out
 RUN_DIR=${RUN_DIR:-runs/mtlm2}                          # everything goes into this folder
-BATCH=${BATCH:-256}                                     # sequences a step, over all chips
+BATCH=${BATCH:-256}                                     # sequences per step, over all chips
 MODEL=${MODEL:-mtlm2-40m}                               # a preset
 CONTEXT=${CONTEXT:-1024}                                # its tokens a sequence
 TASKS=${TASKS-wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2} # to evaluate; empty: none

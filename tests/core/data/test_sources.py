@@ -221,7 +221,7 @@ def test_tfds(tmp_path, monkeypatch):
     assert texts("tfds:some_text") == TEXTS
     with pytest.raises(UserError, match=r"no feature 'body' \(its features: .*text"):
         texts("tfds:some_text", field="body")
-    with pytest.raises(UserError, match="TFDS knows no dataset 'no_such_text'"):
+    with pytest.raises(UserError, match="unknown TFDS dataset 'no_such_text'"):
         texts("tfds:no_such_text")
 
 

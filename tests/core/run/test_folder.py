@@ -130,7 +130,8 @@ def test_a_mesh_of_other_devices_is_told_with_the_flags_that_help(tmp_path):
     config = command.parse(["--out", str(folder)])
     assert config.mesh == "data=8"
     with pytest.raises(
-        UserError, match=r"is for --mesh data=8, .* are 1: give --mesh data=1 --allow-change mesh"
+        UserError,
+        match=r"is for --mesh data=8, but there .* give --mesh data=1 --allow-change mesh",
     ):
         preparing.mesh_shape(config, folder)
     config = command.parse(["--out", str(folder), "--mesh", "data=1", "--allow-change", "mesh"])
@@ -229,5 +230,5 @@ def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
         step=step,
         console=Console(quiet=True),
     )
-    with pytest.raises(UserError, match=r"^processes \[1\] have other checkpoint in .* than process 0: "):
+    with pytest.raises(UserError, match=r"^processes \[1\] have different checkpoint in .* from process 0: "):
         trainer.starting_state(setup)
