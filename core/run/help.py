@@ -16,7 +16,8 @@ TRAINING_OPTIONS: Groups = {
     "length and batch": ("epochs", "steps", "stop_at", "grad_accum_steps", "seed"),
     "optimizer": ("optimizer", "weight_decay", "clip", "schedule", "warmup", "decay", "final_lr"),
     "model (changes to the preset)": (
-        "context", "n_layers", "d_model", "n_heads", "d_mlp", "mlp", "positions", "tied", "dropout",
+        "context", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_mlp", "mlp", "positions", "tied",
+        "dropout",
     ),
     "LoRA": ("lora_rank", "lora_alpha"),
     "evaluation and samples": (
@@ -30,7 +31,10 @@ TRAINING_OPTIONS: Groups = {
         "beta1", "beta2", "eps", "momentum", "z_loss", "schedule_start", "rewarm", "rewarm_at",
     ),
     "advanced: guard against spikes": ("window", "sigma", "halt_after"),
-    "advanced: model": ("biases", "rope_theta", "norm_eps", "init_std", "scaled_residual_init"),
+    "advanced: model": (
+        "vocab_size", "head_dim", "biases", "qkv_biases", "qk_norm", "rope_theta", "rope_scaling", "norm_eps",
+        "init_std", "scaled_residual_init",
+    ),
     "advanced: evaluation": ("eval_windows", "eval_questions"),
     "advanced: compiled step": ("attention", "unroll", "loss_chunk", "show_sharding"),
 }  # fmt: skip
@@ -45,6 +49,7 @@ def for_help(config: Any, argv: Sequence[str]) -> Any:
         return config
     model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
     names = [field.name for field in dataclasses.fields(ModelOverrides)]
+    names.remove("vocab_size")  # the tokenizer's, which the preset does not know
     shown = dataclasses.replace(config, model=ModelOverrides(**{name: model[name] for name in names}))
     if shown.steps is None and shown.epochs is None:
         given = TRAINING_DEFAULTS[config.preset]
