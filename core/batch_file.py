@@ -17,6 +17,7 @@ from core import checks
 from core.data.text import read_json_lines
 from core.errors import EXIT_INTERRUPTED, UserError
 from core.folders import write_atomically
+from core.progress import Activity
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
 
@@ -128,16 +129,17 @@ def write_texts(
         if n_done:
             print(f"resuming {out}: {n_done} of {len(lines)} prompts are there", file=sys.stderr)
         try:
-            while n_done < len(lines):
-                part = lines[n_done : n_done + batch]
-                columns = list(added([line["prompt"] for line in part], n_done))
-                texts = ["".join(row) for row in zip(*columns, strict=True)]
-                rows = (line | {"text": text} for line, text in zip(part, texts, strict=True))
-                written = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.write("".join(written).encode())
-                file.flush()
-                n_done += len(part)
-                print(f"{n_done} of {len(lines)} prompts", file=sys.stderr)
+            with Activity("sampling", len(lines), "texts", done=n_done) as progress:
+                while n_done < len(lines):
+                    part = lines[n_done : n_done + batch]
+                    columns = list(added([line["prompt"] for line in part], n_done))
+                    texts = ["".join(row) for row in zip(*columns, strict=True)]
+                    rows = (line | {"text": text} for line, text in zip(part, texts, strict=True))
+                    written = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                    file.write("".join(written).encode())
+                    file.flush()
+                    n_done += len(part)
+                    progress.advance(len(part))
         except KeyboardInterrupt:
             kept = f"{n_done} of {len(lines)} prompts are in {out}" if n_done else "nothing was done yet"
             print(f"interrupted: {kept}; the same command resumes", file=sys.stderr)

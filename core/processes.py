@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 import core.run.folder
 from core.errors import UserError, tell
+from core.progress import Activity
 from core.watch import PATIENCE, WAY_OUT, Watch
 
 ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
@@ -64,14 +65,15 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         )
     address = {} if coordinator == ENVIRONMENT else {"coordinator_address": coordinator}
     try:
-        jax.distributed.initialize(
-            **address,
-            num_processes=num_processes,
-            process_id=process_id,
-            initialization_timeout=ARRIVAL,
-            heartbeat_timeout_seconds=PATIENCE,  # core/watch.py notices sooner and ends more gently
-            shutdown_timeout_seconds=FAREWELL,
-        )
+        with Activity("waiting for the other processes"):
+            jax.distributed.initialize(
+                **address,
+                num_processes=num_processes,
+                process_id=process_id,
+                initialization_timeout=ARRIVAL,
+                heartbeat_timeout_seconds=PATIENCE,  # core/watch.py notices sooner and ends more gently
+                shutdown_timeout_seconds=FAREWELL,
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of --coordinator {coordinator} could not connect to each other: "

@@ -15,6 +15,7 @@ import numpy as np
 from core import checks
 from core.errors import UserError
 from core.help import Groups
+from core.progress import Activity
 from core.tokenizer import TextStream, Tokenizer
 
 SMALLEST = 1e-6
@@ -106,7 +107,9 @@ def show(texts: list[str], added: Iterable[list[str]]) -> None:
             print(piece, end="", flush=True)
         print()
     else:
-        for text, *parts in zip(texts, *added, strict=True):
+        with Activity(f"sampling {len(texts)} texts"):
+            columns = list(added)
+        for text, *parts in zip(texts, *columns, strict=True):
             print(f"{text}{''.join(parts)}\n-----")
 
 

@@ -102,11 +102,11 @@ def batches(
 
 
 def score_rows(
-    backend: Backend, rows: Sequence[Row], report: Callable[[int, int], None] = lambda rows, tokens: None
+    backend: Backend, rows: Sequence[Row], report: Callable[[int], None] = lambda tokens: None
 ) -> tuple[Float[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
     """Summed log-probability of each row's targets, in nats and float64; and whether all are the likeliest.
 
-    report: is told rows and tokens of every batch that is done.
+    report: is told the tokens of every batch that is done.
     """
     total, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
     waiting: tuple[Batch, Any] | None = None  # one batch is laid out while the device works on another
@@ -117,8 +117,7 @@ def score_rows(
             raise UserError("the model gives log-probabilities that are not finite: its weights are unusable")
         np.add.at(total, batch.row, scores.logprob.astype(np.float64))
         np.logical_and.at(greedy, batch.row, scores.greedy)
-        done = np.unique(batch.row)
-        report(len(done), sum(len(rows[index].inputs) for index in done))
+        report(sum(len(rows[index].inputs) for index in np.unique(batch.row)))
 
     for batch in batches(rows, backend.context, backend.budget, backend.n_devices, backend.compiled):
         started = backend.start(batch)

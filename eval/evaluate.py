@@ -13,6 +13,7 @@ from lm_eval.evaluator import evaluate as run_harness
 from tqdm import tqdm
 
 from core.errors import UserError
+from core.progress import Activity
 from eval.harness import HarnessModel
 from eval.ratio import ratio_of_sums
 from eval.tasks import Tasks
@@ -20,7 +21,7 @@ from eval.tasks import Tasks
 BOOTSTRAP = 1000  # resamples for the standard error of metrics that have no formula for it
 ROLLING = "loglikelihood_rolling"
 
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # progress is shown once, by eval.progress
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # progress is shown once, by core.progress
 
 Record = dict[str, Any]
 
@@ -35,13 +36,14 @@ def evaluate_task(
     """
     started = time.monotonic()
     model.task, model.n_truncated, model.bos_nats = name, 0, 0.0
-    loaded = tasks.load(name, shots)
-    try:
-        found = run_harness(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    except UserError:
-        raise
-    except (ImportError, ValueError, NotImplementedError) as error:  # unsafe code, images, chat templates
-        raise UserError(f"the task {name} cannot be run here: {error}") from None
+    with Activity(f"evaluating {name}"):
+        loaded = tasks.load(name, shots)
+        try:
+            found = run_harness(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+        except UserError:
+            raise
+        except (ImportError, ValueError, NotImplementedError) as error:  # unsafe code, images, chat templates
+            raise UserError(f"the task {name} cannot be run here: {error}") from None
     record: Record = {
         "seconds": round(time.monotonic() - started, 1),
         "truncated": model.n_truncated,

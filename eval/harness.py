@@ -15,10 +15,10 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from core.errors import UserError
+from core.progress import Activity
 from core.sampling import Sampling, pieces
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
-from eval.progress import Progress
 
 GENERATED = 256  # tokens at most where a task does not say
 GENERATED_AT_ONCE = 32  # prompts
@@ -32,15 +32,10 @@ class HarnessModel(TemplateLM):
     """An `lm_eval.api.model.LM` of a backend and its tokenizer."""
 
     def __init__(
-        self,
-        backend: Backend,
-        tokenizer: Tokenizer,
-        quiet: bool = False,
-        interrupted: Callable[[], bool] = lambda: False,
+        self, backend: Backend, tokenizer: Tokenizer, interrupted: Callable[[], bool] = lambda: False
     ):
-        """quiet: no progress is shown; interrupted: asked after every batch, True raises `Interrupted`."""
+        """interrupted: asked after every batch, True raises `Interrupted`."""
         super().__init__()
-        self._quiet = quiet
         self._interrupted = interrupted
         self.backend_model = backend
         self.mtlm_tokenizer = tokenizer
@@ -99,11 +94,12 @@ class HarnessModel(TemplateLM):
         self.n_truncated += len(whole) > self.max_length + 1
         return Row(whole[-(self.max_length + 1) :][:-1], targets)
 
-    def _score(self, rows: Sequence[Row], unit: str = "requests") -> tuple[np.ndarray, np.ndarray]:
-        with Progress(self.task, len(rows), unit, self._quiet) as progress:
+    def _score(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = sum(len(row.inputs) for row in rows)
+        with Activity(f"asking {self.task}", tokens, "tokens") as progress:
 
-            def report(done: int, tokens: int) -> None:
-                progress.advance(done, tokens)
+            def report(tokens: int) -> None:
+                progress.advance(tokens)
                 if self._interrupted():
                     raise Interrupted
 
@@ -123,7 +119,7 @@ class HarnessModel(TemplateLM):
             for context, targets in map(make_disjoint_window, windows):
                 rows.append(Row((context + targets)[:-1], targets))
                 document.append(index)
-        logprobs, _ = self._score(rows, "windows")
+        logprobs, _ = self._score(rows)
         totals = np.zeros(len(requests))
         np.add.at(totals, document, logprobs)
         bos = self.mtlm_tokenizer.bos
@@ -136,22 +132,22 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        with Progress(self.task, len(requests), "texts", self._quiet) as progress:
+        with Activity(f"asking {self.task}", len(requests), "texts") as progress:
             for indices in groups.values():
                 settings = dict(requests[indices[0]].args[1])
                 indices.sort(key=lambda i: -len(requests[i].args[0]))
                 for start in range(0, len(indices), GENERATED_AT_ONCE):
                     part = indices[start : start + GENERATED_AT_ONCE]
                     contexts = [requests[i].args[0] for i in part]
-                    made, n_tokens = self._generate(contexts, settings)
+                    made = self._generate(contexts, settings)
                     for index, text in zip(part, made, strict=True):
                         texts[index] = text
-                    progress.advance(len(part), n_tokens)
+                    progress.advance(len(part))
                     if self._interrupted():
                         raise Interrupted
         return texts
 
-    def _generate(self, contexts: list[str], settings: dict[str, Any]) -> tuple[list[str], int]:
+    def _generate(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         # The harness's reading of the settings, of which several have more than one name.
         settings = dict(normalize_gen_kwargs(settings, GENERATED))
         until = [stop for stop in settings["until"] if stop]
@@ -171,11 +167,10 @@ class HarnessModel(TemplateLM):
         self.n_truncated += sum(len(prompt) > room for prompt in prompts)
         prompts = [prompt[-room:] for prompt in prompts]
         steps = self.backend_model.stream(prompts, sampling, n_new, self.eot_token_id)
-        texts, n_tokens = [""] * len(prompts), 0
+        texts = [""] * len(prompts)
         # The new tokens are a text of their own: as in the harness, without the space it would begin with.
         for added in pieces(self.mtlm_tokenizer, [[] for _ in prompts], steps):
             texts = [text + piece for text, piece in zip(texts, added, strict=True)]
-            n_tokens += len(prompts)
             if until and all(any(stop in text for stop in until) for text in texts):
                 break
-        return [postprocess_generated_text(text, until, None) for text in texts], n_tokens
+        return [postprocess_generated_text(text, until, None) for text in texts]

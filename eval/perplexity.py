@@ -28,11 +28,11 @@ from core import checks, cli
 from core.data.text import read_text
 from core.errors import UserError, run_command
 from core.folders import write_atomically
+from core.progress import Activity
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.hub import go_offline_if_unreachable
 from eval.local_data import WIKITEXT_TEST
-from eval.progress import Progress
 from eval.results import table, versions
 from eval.settings import Device, require_model
 
@@ -106,7 +106,7 @@ def stride_rows(ids: list[int], context: int, stride: int) -> Iterator[Row]:
 
 def score_text(backend: Backend, rows: list[Row], what: str) -> TokenScore:
     """The rows' targets, scored."""
-    with Progress(what, len(rows), "windows") as progress:
+    with Activity(what, sum(len(row.inputs) for row in rows), "tokens") as progress:
         logprobs, _ = score_rows(backend, rows, progress.advance)
     return TokenScore(-float(logprobs.sum()), sum(len(row.targets) for row in rows))
 

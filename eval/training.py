@@ -57,7 +57,7 @@ class TaskEvaluator:
         weights: what `open_backend` takes; limit: questions of each task; say: tells the user.
         """
         with self._open_backend(weights) as backend:
-            harness = HarnessModel(backend, self._tokenizer, quiet=True, interrupted=stop)
+            harness = HarnessModel(backend, self._tokenizer, stop)
             for name in self._tasks.names:
                 try:
                     record, _ = evaluate_task(harness, self._tasks, name, limit=limit)

@@ -19,6 +19,7 @@ from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
 from core.errors import UserError
 from core.model import Params
+from core.progress import Activity
 from core.tokenizer import Tokenizer
 from port_torch import hf
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
@@ -74,9 +75,10 @@ def write_weights(
         names, filename_pattern=pattern, max_shard_size=max_shard_size,
         get_storage_size=lambda leaf: math.prod(leaf.shape) * torch_dtype.itemsize,
     )  # fmt: skip
-    for file, held in split.filename_to_tensors.items():
-        save_file({name: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # like the other files; safetensors writes for its owner alone
+    with Activity("writing the weights"):
+        for file, held in split.filename_to_tensors.items():
+            save_file({name: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # like the other files; safetensors writes for its owner alone
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return {name: {"shape": list(leaf.shape), "dtype": dtype} for name, leaf in names.items()}

@@ -13,6 +13,7 @@ from core.checkpoint.checkpointer import flatten
 from core.config import ModelConfig
 from core.errors import UserError
 from core.model import Params, forward, logits
+from core.progress import Activity
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import is_llama
 from port_torch.model import load
@@ -36,7 +37,8 @@ def flax_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.nd
     def run(params: Params, tokens: jax.Array) -> jax.Array:
         return logits(model, params, forward(model, params, tokens))
 
-    return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
+    with Activity("computing the logits"):
+        return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
 
 
 def require_finite(params: Params, what: str) -> None:
@@ -74,7 +76,7 @@ def compare(
     disable_progress_bar()
     ids = torch.from_numpy(tokens)
     kind = LlamaForCausalLM if is_llama(model) else MtlmForCausalLM
-    with torch.inference_mode():
+    with torch.inference_mode(), Activity(f"computing the logits of {folder}"):
         ours, noise = mirror_logits(folder, ids)
         theirs = kind.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=False).logits.numpy()
     limit = tolerance(model, expected, noise)

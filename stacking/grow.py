@@ -17,7 +17,7 @@ from core import checks, cli
 from core.config import training_flags
 from core.errors import run_command
 from core.memory import peak_memory
-from core.run.progress import make_console
+from core.progress import Activity, make_console
 from core.tokenizer import TOKENIZER_FILE
 from stacking.growth import Growth, decide
 from stacking.plan import Operator
@@ -74,7 +74,8 @@ def main() -> int:
         return 0
     from stacking.rewrite import rewrite  # slow: JAX
 
-    n_leaves, (before, after) = rewrite(growth, say)
+    with Activity(f"making {growth.out}", console=console):
+        n_leaves, (before, after) = rewrite(growth, say)
     change = "equal to the bit, as required" if growth.plan.preserves else f"{after - before:+.4f}"
     say(
         f"verified: {n_leaves} leaves read back, equal to the bit\n"

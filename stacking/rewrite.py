@@ -29,6 +29,7 @@ from core.keys import Purpose, make_key
 from core.leaves import path_names
 from core.loss import cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.progress import Activity
 from core.run.folder import write_config
 from core.run.log import carry_log
 from core.run.settings import flatten as flatten_settings
@@ -123,13 +124,16 @@ def write(growth: Growth, target: Path, probe: Int[Array, "B S1"]) -> tuple[Mani
     before = float(probe_loss(model, source.pop("params"), probe))  # not kept: two models would be in memory
     drawn = draw(growth)
     grown = {}
-    for path, spec in source_leaves(growth).items():
-        names = tuple(path.split("/"))
-        leaf = grow_leaf(
-            names, read_leaves(growth.step_dir, {path: spec})[path], growth.plan,
-            reset_optimizer=growth.reset_optimizer, fresh=drawn.get(parameter_of(names)),
-        )  # fmt: skip
-        grown[path] = jax.block_until_ready(leaf)
+    leaves = source_leaves(growth)
+    with Activity("growing", len(leaves), "leaves") as progress:
+        for path, spec in leaves.items():
+            names = tuple(path.split("/"))
+            leaf = grow_leaf(
+                names, read_leaves(growth.step_dir, {path: spec})[path], growth.plan,
+                reset_optimizer=growth.reset_optimizer, fresh=drawn.get(parameter_of(names)),
+            )  # fmt: skip
+            grown[path] = jax.block_until_ready(leaf)
+            progress.advance()
     tree = nest(grown)
     after = float(probe_loss(grown_model, tree["params"], probe))
     if growth.plan.preserves and after != before:
@@ -153,13 +157,15 @@ def verify(target: Path, grown: dict[str, Array]) -> None:
         UserError: the disk does not give back what was written.
     """
     verify_files(target)
-    for path, leaf in grown.items():
-        there = read_leaves(target, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})[path]
-        if np.asarray(there).tobytes() != np.asarray(leaf).tobytes():
-            raise UserError(
-                f"{path} in {target} is not what was written there, so the disk or memory is failing: "
-                "grow again onto another disk"
-            )
+    with Activity("comparing", len(grown), "leaves") as progress:
+        for path, leaf in grown.items():
+            there = read_leaves(target, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})[path]
+            if np.asarray(there).tobytes() != np.asarray(leaf).tobytes():
+                raise UserError(
+                    f"{path} in {target} is not what was written there, so the disk or memory is failing: "
+                    "grow again onto another disk"
+                )
+            progress.advance()
 
 
 def finish_run_folder(folder: Path, step_dir: Path, grown: Manifest) -> None:

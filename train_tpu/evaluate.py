@@ -13,6 +13,7 @@ from core.config import ModelConfig
 from core.data.dataset import Dataset, heldout_windows
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
+from core.progress import Activity
 from core.run.metrics import Score, make_score
 from core.sharding import batch_sharding, place
 
@@ -39,14 +40,16 @@ class Evaluator:
         """The loss on `split`, or on `limit` windows spread over it; None if interrupted on the way."""
         tokens, mask = heldout_windows(self.dataset, split, limit)
         total, count = 0.0, 0
-        for start in range(0, len(tokens), self.rows):
-            if interrupted():
-                return None
-            part, scored = tokens[start : start + self.rows], mask[start : start + self.rows]
-            missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
-            arrays = (np.pad(part, missing)[None], np.pad(scored, missing)[None])
-            nll = self._sums(params, *(place(array, self._sharding) for array in arrays))
-            total, count = total + float(nll), count + int(scored.sum())
+        with Activity(f"evaluating {split}", len(tokens), "windows") as progress:
+            for start in range(0, len(tokens), self.rows):
+                if interrupted():
+                    return None
+                part, scored = tokens[start : start + self.rows], mask[start : start + self.rows]
+                missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
+                arrays = (np.pad(part, missing)[None], np.pad(scored, missing)[None])
+                nll = self._sums(params, *(place(array, self._sharding) for array in arrays))
+                total, count = total + float(nll), count + int(scored.sum())
+                progress.advance(len(part))
         info = self.dataset.splits[split]
         return make_score(total, count, info.tokens - 1, info.bytes)
 

@@ -24,9 +24,9 @@ from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.gpu_memory import require_free_memory
 from core.model import Params, compute_dtype
+from core.progress import Activity, make_console
 from core.run.folder import read_config, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
-from core.run.progress import make_console
 from core.run.schedule import check_room
 from core.run.settings import model_config
 from core.sampling import require_room
@@ -81,7 +81,8 @@ def prepare_run(config: RunConfig) -> Setup:
     if config.init_from:
         require_kind(config.init_from, "start", Kind.JAX)
     model_config(config, vocab_size=1)
-    shape = mesh_shape(config, out)
+    with Activity("finding the devices"):
+        shape = mesh_shape(config, out)
     console = make_console(quiet=not processes.is_first())
 
     # Data and tokenizer.
@@ -110,7 +111,8 @@ def prepare_run(config: RunConfig) -> Setup:
     record = run_record(alone, model, steps, dataset.tokenizer_record, dataset.fingerprint)
     source = None
     if config.init_from and not config.show_sharding and not list_steps(out / "checkpoints"):
-        source = open_source(config.init_from, step, record, mesh)
+        with Activity(f"opening {config.init_from}", console=console):
+            source = open_source(config.init_from, step, record, mesh)
     return Setup(config, out, dataset, tokenizer, prompts, steps, mesh, step, record, source, console)
 
 

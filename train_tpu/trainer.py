@@ -17,6 +17,7 @@ from core.data.dataset import train_batches
 from core.errors import UserError
 from core.extras import install_command
 from core.generation import Generator
+from core.progress import Activity
 from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
@@ -54,7 +55,8 @@ def run(setup: Setup) -> int:
             stack.enter_context(tasks)
         enter_folder(setup, stack)
         interrupt = stack.enter_context(Interrupt())
-        state, manifest, how = starting_state(setup)
+        with Activity("making the state to start from", console=console):
+            state, manifest, how = starting_state(setup)
         say(how)
         if done := nothing_to_do(setup, manifest.step):
             console.print(done)
@@ -115,7 +117,10 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     """Compiles the step, once."""
     config, step, mesh, model = setup.config, setup.step, setup.mesh, setup.step.model
     started, found_before = time.monotonic(), programs_found()
-    with out_of_memory_explained(config.batch, config.grad_accum_steps):
+    with (
+        Activity("compiling the step", console=setup.console),
+        out_of_memory_explained(config.batch, config.grad_accum_steps),
+    ):
         compiled = compile_step(step, config.batch, config.grad_accum_steps, mesh)
     kept = " (kept from an earlier start)" if programs_found() > found_before else ""
     seconds = time.monotonic() - started

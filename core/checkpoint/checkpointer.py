@@ -46,6 +46,7 @@ from core.checkpoint.steps import (
 )
 from core.errors import FULL, UserError
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
+from core.progress import Activity
 from core.tokenizer import Tokenizer
 
 __all__ = [
@@ -206,7 +207,7 @@ def save_tree(folder: Path, tree: PyTree, manifest: Manifest, tokenizer: Tokeniz
     partial = folder.parent / f".{folder.name}.partial"
     try:
         _start_partial(partial, leaves)
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with Activity(f"writing {folder}"), ocp.Checkpointer(_handler()) as checkpointer:
             checkpointer.save(partial / STATE, args=_save_args(leaves))
         if tokenizer:
             tokenizer.carry(partial)
@@ -318,7 +319,7 @@ def _read(step_dir: Path, wanted: dict[str, Any], partial: bool) -> list[jax.Arr
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=jax.tree.map(placement, item), partial_restore=partial
     )
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with Activity(f"reading {step_dir}"), ocp.Checkpointer(_handler()) as checkpointer:
         restored, _ = flatten(checkpointer.restore(step_dir.absolute() / STATE, args=args))
     return [restored[path] for path in wanted]
 

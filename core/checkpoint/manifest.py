@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import UserError
+from core.progress import Activity
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"  # of a checkpoint
@@ -254,8 +255,16 @@ def hash_files(step_dir: Path, names: list[str], sync: bool) -> dict[str, Json]:
             content = hashlib.file_digest(file, "sha256").hexdigest()
             return {"size": file.tell(), "sha256": content}
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(hash_file, names), strict=True))
+    found = {}
+    megabytes = sum((step_dir / name).stat().st_size for name in names) / 1e6
+    with (
+        Activity("hashing the files" if sync else f"verifying {step_dir}", megabytes, "MB") as progress,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for name, entry in zip(names, pool.map(hash_file, names), strict=True):
+            found[name] = entry
+            progress.advance(entry["size"] / 1e6)
+    return found
 
 
 def sync_path(path: Path) -> None:

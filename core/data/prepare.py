@@ -14,12 +14,10 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import rich.progress
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +30,7 @@ from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, make_p
 from core.errors import UserError
 from core.file_tokenizer import keeps_text
 from core.folders import require_new
+from core.progress import Activity
 from core.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
@@ -62,10 +61,11 @@ def prepare(
     checks.counts(context=context, workers=workers)
     checks.counts(most=2**63, train_tokens=train_tokens)
     require_new(out)
-    plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
+    with Activity("looking at the text", console=Console()):
+        plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
     loaded = load_tokenizer(tokenizer)
     n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    with _partial_folder(out) as folder:
+    with Activity(f"preparing {out}", console=Console()), _partial_folder(out) as folder:
         try:
             loaded.carry(folder)
             _write(folder, plan, loaded, context, n_workers)
@@ -171,14 +171,18 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers
     writer = WindowWriter(folder, context, names)
     name = tokenizer.name if tokenizer.content is None else str(folder / TOKENIZER_FILE)
     encoded = encode_batches(plan.batches(), name, workers)
-    with _Progress() as progress, contextlib.closing(encoded):
+    with Activity("tokenizing", 1.0) as progress, contextlib.closing(encoded):
         for batch, ids, lengths in encoded:
             n = plan.take(batch, lengths)
             owners = np.repeat([names.index(split) for split in batch.splits[:n]], lengths[:n])
             for owner in np.unique(owners):
                 split = names[owner]
                 writer.write(split, plan.packers[split].add(ids[: len(owners)][owners == owner]))
-            progress.update(plan.done(), tokens=len(owners), text_bytes=sum(plan.bytes.values()))
+            done, seconds = plan.done(), progress.seconds
+            thousands = sum(packer.tokens for packer in plan.packers.values()) / seconds / 1e3
+            megabytes = sum(plan.bytes.values()) / seconds / 1e6
+            text = f"{done:.0%}, {thousands:,.0f}k tokens/s, {megabytes:.1f} MB/s"
+            progress.advance(done - progress.done, text)
             if plan.is_full:
                 break
     for split, window in plan.finish(tokenizer.eos):
@@ -223,46 +227,6 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"another process is writing {folder}: wait for it to end, or stop it") from None
     finally:
         os.close(handle)
-
-
-class _Progress:
-    """Rate and time left: a bar on a terminal, a line now and then elsewhere. A context manager."""
-
-    LINE_EVERY = 10.0  # seconds
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._started = self._last_line = time.monotonic()
-        self._console = Console()
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("reading", total=1.0)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def update(self, done: float, tokens: int, text_bytes: int) -> None:
-        """done: part of the work, 0 to 1; tokens: new ones; text_bytes: of text, so far."""
-        self._tokens += tokens
-        now = time.monotonic()
-        seconds = max(now - self._started, 1e-3)
-        rates = f"{self._tokens / seconds / 1e3:,.0f}k tokens/s, {text_bytes / seconds / 1e6:.1f} MB/s"
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=done, description=rates)
-        elif now - self._last_line >= self.LINE_EVERY:
-            self._last_line = now
-            left = seconds * (1 - done) / max(done, 1e-9)
-            print(f"{done:4.0%} read, {rates}, {left:.0f} s left", flush=True)
 
 
 def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) -> None:

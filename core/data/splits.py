@@ -34,8 +34,9 @@ class DocumentBatch:
     splits: list[str]
     bytes: list[int]
     """Length of the text in UTF-8."""
-    seen: list[tuple[int, int, int]]
-    """Empty documents, repaired documents and training sources met until then, this one's included."""
+    seen: list[tuple[int, int, int, int]]
+    """Empty documents, repaired documents and training sources met until then, this one's included; and the
+    position in all sources after it."""
     hashes: list[int | None]
     """64 bits of the hash of the whole document; None for the first of two parts that one was cut into."""
 
@@ -65,9 +66,9 @@ class Plan:
         self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
         self._copies, self._heldout = Copies(), Copies()
         self._heldout_in_train = 0
-        self._met = (0, 0, 0)  # as `DocumentBatch.seen`, of what is read
+        self._met = (0, 0, 0, 0)  # as `DocumentBatch.seen`, of what is read
         self._sources_taken = 0
-        self._position = 0  # of `size`
+        self._position = 0  # of `size`, after what was taken
 
     def batches(self) -> Iterator[tuple[DocumentBatch, list[bytes]]]:
         """Documents, about `BATCH_BYTES` of them together."""
@@ -146,8 +147,9 @@ class Plan:
         """Names of the training sources that were read; others lie behind the end."""
         return [source.name for source in self.train[: self._sources_taken]]
 
-    def _count(self, seen: tuple[int, int, int]) -> None:
-        self.dropped["empty_documents"], self.dropped["repaired_documents"], self._sources_taken = seen
+    def _count(self, seen: tuple[int, int, int, int]) -> None:
+        empty, repaired, self._sources_taken, self._position = seen
+        self.dropped |= {"empty_documents": empty, "repaired_documents": repaired}
 
     def _assigned(self) -> Iterator[tuple[str, bytes, int | None]]:
         """(split, document or part of one, hash)."""
@@ -173,21 +175,19 @@ class Plan:
                 yield VALID if held else ds.TRAIN, document, hashed
 
     def _clean(self, group: list[Source], training: bool = False) -> Iterator[str]:
-        before = self._position
-        empty, repaired, sources = self._met
+        empty, repaired, sources, before = self._met
         for source in group:
             sources += training
             for text, position in source.documents():
-                self._position = before + position
                 if text.strip():
                     whole = repair(text)
                     repaired += whole != text
-                    self._met = empty, repaired, sources
+                    self._met = empty, repaired, sources, before + position
                     yield whole
                 else:
                     empty += 1
-            self._met = empty, repaired, sources
             before += source.size
+            self._met = empty, repaired, sources, before
 
     def counts(self) -> list[ds.Split]:
         """What each split contains, of what was taken."""

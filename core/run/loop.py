@@ -21,13 +21,13 @@ from rich.console import Console
 from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
 from core.errors import UserError
+from core.progress import Activity
 from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
 from core.run.engine import Engine, LoadedBatch, Metrics
 from core.run.guard import Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import NoLog, RunLog, read_log
 from core.run.metrics import model_flops_utilization
-from core.run.progress import Progress
 from core.run.schedule import learning_rate
 from core.run.settings import TrainingSettings
 from core.sampling import Sampling
@@ -72,7 +72,7 @@ class Loop:
     """Ids to sample from."""
     tokenizer: Tokenizer
     log: RunLog | NoLog
-    progress: Progress
+    console: Console
     interrupt: Interrupt
 
     def __post_init__(self) -> None:
@@ -92,6 +92,10 @@ class Loop:
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
         self._clock = time.monotonic()
         self._aside = 0.0  # seconds spent on other things than updates
+        self._progress = Activity(
+            "waiting for the first update", self.end, done=self.step, left="of updates left",
+            console=self.console,
+        )  # fmt: skip
 
     @property
     def _stopping(self) -> bool:
@@ -99,6 +103,10 @@ class Loop:
 
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
+        with self._progress:
+            return self._run()
+
+    def _run(self) -> int:
         try:
             while True:
                 self._agreement.hear(*self.engine.agree(self.step, self._agreement.flags()))
@@ -112,13 +120,13 @@ class Loop:
             self._read_metrics(leave=0)
         except Halted as halted:
             self._save()
-            self.engine.wait()
+            self._wait()
             self.log.write(self.step, "event", what=HALT, why=str(halted))
-            self.progress.say(f"halted: {halted}; {self._health.after_halt(self.step)}")
+            self._say(f"halted: {halted}; {self._health.after_halt(self.step)}")
             return EXIT_HALTED
         if self.step == self.end and not self._stopping:
             self._save()
-            self.engine.wait()
+            self._wait()
             whole = self.end == self.steps
             self.log.write(self.step, "event", what=END if whole else f"stopped, as asked, of {self.steps}")
             return EXIT_FINISHED
@@ -128,14 +136,14 @@ class Loop:
         started = self.step > self._first_step
         if started:
             self._save()
-        self.engine.wait()
+        self._wait()
         by = self.interrupt.requested or "another process"
         self.log.write(self.step, "event", what=f"interrupted by {by}")
         if started:
-            self.progress.say(f"saved step {self.step}; run the same command to resume")
+            self._say(f"saved step {self.step}; run the same command to resume")
             return EXIT_SAVED
         kept = "nothing to keep yet" if self._saved_step is None else f"step {self._saved_step} is kept"
-        self.progress.say(f"stopped before the first step: {kept}; run the same command to resume")
+        self._say(f"stopped before the first step: {kept}; run the same command to resume")
         return EXIT_KEPT
 
     def _before_step(self) -> None:
@@ -179,6 +187,8 @@ class Loop:
             done = self._in_flight.popleft()
             metrics = self.engine.read(done.pending)
             now = time.monotonic()
+            if done.step == self._first_step + 1:
+                self._durations.clear()  # of the first update, which may have waited for compilation
             self._durations.append(now - self._clock)
             self._clock = now
             if done.step == self._first_step:
@@ -198,7 +208,7 @@ class Loop:
             self._first_step, "event", what="first update", seconds=seconds, aside=round(self._aside, 1)
         )
         aside = f", {self._aside:.1f} s of them evaluating and sampling" if self._aside else ""
-        self.progress.say(f"the first update was made {seconds} s after the start{aside}")
+        self._say(f"the first update was made {seconds} s after the start{aside}")
 
     def _report(self, done: InFlight, metrics: Metrics) -> None:
         seconds = sum(self._durations) / len(self._durations)
@@ -218,9 +228,14 @@ class Loop:
         bad = done.batch.records[done.batch.bad]
         if len(bad):
             self.log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
-            self.progress.say(f"step {done.step}: left out damaged training records {bad.tolist()}")
+            self._say(f"step {done.step}: left out damaged training records {bad.tolist()}")
         mfu = model_flops_utilization(rate, self._flops_per_token, *self.engine.device)
-        self.progress.step(done.step, metrics.nll, done.lr, rate, mfu, seconds)
+        used = "" if mfu is None else f", MFU {mfu:.1%}"
+        self._progress.name = f"step {done.step}/{self.end}"
+        self._progress.advance(
+            text=f"loss {metrics.nll:.4f}, lr {done.lr:.2e}, {rate:,.0f} tokens/s{used}",
+            line=done.step % self.settings.log_every == 0 or done.step == self.end - 1,
+        )
 
     def _report_skip(self, done: InFlight, metrics: Metrics) -> None:
         first, blame = done.batch.first, blame_leaves(metrics.leaf_norms)
@@ -235,7 +250,7 @@ class Loop:
             records=done.batch.records.tolist(),
             blame=blame,
         )
-        self.progress.say(
+        self._say(
             f"step {done.step}: update skipped (loss {metrics.loss:.4g}, gradient norm "
             f"{metrics.grad_norm:.4g}), largest in {', '.join(blame)}; sequences {first} to "
             f"{first + self.settings.batch - 1}, see metrics.jsonl; {metrics.skipped} skipped so far"
@@ -251,28 +266,29 @@ class Loop:
                 self.step, "eval", split=split, tokens=tokens, nll=score.nll, perplexity=score.perplexity,
                 bits_per_byte=score.bits_per_byte, scored_tokens=score.tokens,
             )  # fmt: skip
-            self.progress.say(
+            self._say(
                 f"step {self.step}: {split}: {score.bits_per_byte:.4f} bits per byte, "
                 f"{score.nll:.4f} nats per token, perplexity {score.perplexity:.2f}"
             )
 
     def _evaluate_tasks(self, limit: int | None) -> None:
         stop = lambda: self._stopping  # noqa: E731
-        for task, questions, metrics in self.engine.evaluate_tasks(limit, stop, self.progress.say):
+        for task, questions, metrics in self.engine.evaluate_tasks(limit, stop, self._say):
             values = {f"{task}/{name}": value for name, value, _ in metrics}
             self.log.write(self.step, "task", task=task, questions=questions, **values)
             texts = [text for _, _, text in metrics]
-            self.progress.say(f"step {self.step}: {task}: {', '.join(texts)} ({questions:,} questions)")
+            self._say(f"step {self.step}: {task}: {', '.join(texts)} ({questions:,} questions)")
 
     def _sample(self) -> None:
         """From fixed prompts with fixed keys: what changes is the model."""
         sampling = Sampling(seed=self.settings.seed)
-        made = self.engine.sample(self.prompts, sampling, sample_length(self.step), self.tokenizer.eos)
+        with Activity("sampling"):
+            made = self.engine.sample(self.prompts, sampling, sample_length(self.step), self.tokenizer.eos)
         if made is None:
             return
         texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(self.prompts, made, strict=True)]
         self.log.sample(self.step, texts)
-        self.progress.say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
+        self._say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
 
     def _save(self) -> None:
         if self._saved_step == self.step:
@@ -285,9 +301,17 @@ class Loop:
             data={**self.manifest.data, "cursor": self.cursor},
             health=self._health.record(),
         )
-        self.engine.save(manifest)
+        with Activity(f"saving step {self.step}"):
+            self.engine.save(manifest)
         self._saved_step = self.step
         self._agreement.saved()
+
+    def _wait(self) -> None:
+        with Activity("waiting until the checkpoint is on the disk"):
+            self.engine.wait()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_loop(
@@ -320,21 +344,20 @@ def run_loop(
             console.print(log.notice, markup=False, highlight=False)
         device = engine.device
         log.write(manifest.step, "event", what=how, device=device.kind, n=device.n, **event)
-        with contextlib.closing(Progress(console, end, manifest.step, settings.log_every)) as progress:
-            return Loop(
-                settings=settings,
-                engine=engine,
-                batches=batches,
-                manifest=manifest,
-                checkpoints=out / "checkpoints",
-                steps=steps,
-                end=end,
-                prompts=prompts,
-                tokenizer=tokenizer,
-                log=log,
-                progress=progress,
-                interrupt=interrupt,
-            ).run()
+        return Loop(
+            settings=settings,
+            engine=engine,
+            batches=batches,
+            manifest=manifest,
+            checkpoints=out / "checkpoints",
+            steps=steps,
+            end=end,
+            prompts=prompts,
+            tokenizer=tokenizer,
+            log=log,
+            console=console,
+            interrupt=interrupt,
+        ).run()
 
 
 def is_finished(out: Path, step: int, steps: int) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from core.loss import IGNORE
+from core.progress import Activity
 from core.run.metrics import Score, make_score
 from port_torch.training.batches import HeldOut, Rows
 from port_torch.training.step import TrainStep
@@ -28,16 +29,18 @@ def score(
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     n_targets = 0
     train_step.decoder.eval()
-    for start in range(0, len(rows.tokens), size * ranks.size):
-        if ranks.size == 1 and interrupted():
-            return None
-        first = start + ranks.rank * size
-        part = filled(rows.part(slice(first, first + size)), size)
-        with train_step.autocast():
-            # z-loss is no part of the figure; `nll` is.
-            _, nll = train_step.losses(*part.on(ranks.device))
-        total += nll
-        n_targets += int((part.targets != IGNORE).sum())
+    with Activity(f"evaluating {heldout.name}", len(rows.tokens), "rows") as progress:
+        for start in range(0, len(rows.tokens), size * ranks.size):
+            if ranks.size == 1 and interrupted():
+                return None
+            first = start + ranks.rank * size
+            part = filled(rows.part(slice(first, first + size)), size)
+            with train_step.autocast():
+                # z-loss is no part of the figure; `nll` is.
+                _, nll = train_step.losses(*part.on(ranks.device))
+            total += nll
+            n_targets += int((part.targets != IGNORE).sum())
+            progress.advance(min(size * ranks.size, len(rows.tokens) - start))
     sums = ranks.sum(torch.stack([total, torch.full_like(total, n_targets)]))
     return make_score(float(sums[0]), int(sums[1]), heldout.tokens, heldout.n_bytes)
 

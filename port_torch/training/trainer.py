@@ -13,13 +13,13 @@ from core.checkpoint.steps import find_start, find_step, leave_newer, list_steps
 from core.cli import command
 from core.errors import UserError
 from core.extras import install_command
+from core.progress import Activity, make_console
 from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, read_log
 from core.run.loop import END, is_finished, run_loop
-from core.run.progress import make_console
 from core.run.schedule import check_room, require_continuous
 from core.tokenizer import Tokenizer
 from port_torch.training import checkpoint
@@ -48,7 +48,8 @@ def train(job: Job, ranks: Distributed) -> int:
         if model_alone(out):
             console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
             return EXIT_FINISHED
-        manifest, how = starting_state(job, train_step, console)
+        with Activity("making the state to start from", console=console):
+            manifest, how = starting_state(job, train_step, console)
         if is_done(job, manifest.step):
             if ranks.first:
                 write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
@@ -56,7 +57,8 @@ def train(job: Job, ranks: Distributed) -> int:
             console.print(made, markup=False)
             return EXIT_FINISHED
         load_kernels(config, ranks)
-        parts = choose_parts(job, train_step, part)
+        with Activity("trying out an update", console=console):
+            parts = choose_parts(job, train_step, part)
         if ranks.first:
             job.tokenizer.carry(out)
             write_config(out, job.record)

@@ -22,7 +22,7 @@ import sys
 
 from core import cli
 from core.errors import run_command
-from core.run.progress import make_console
+from core.progress import make_console
 from stacking.study.config import StudyConfig
 
 

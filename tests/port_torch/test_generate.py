@@ -264,10 +264,10 @@ def test_ctrl_c_keeps_what_is_done(folder, cache, tmp_path):
     process = start(
         cache, folder, "--batch-file", given, "--out", out, "--batch", "1", module="port_torch.generate"
     )
-    for line in process.stderr:
-        if line.startswith("3 of"):
-            process.send_signal(signal.SIGINT)
-            break
+    while not out.exists() or out.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted: " in err
     n = len([json.loads(line)["text"] for line in out.read_text().splitlines()])

@@ -15,9 +15,9 @@ import pytest
 
 from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
+from core.progress import make_console
 from core.run.log import read_log
 from core.run.loop import END, HALT
-from core.run.progress import make_console
 from stacking.study import __main__ as command
 from stacking.study import experiment, report
 from stacking.study.arms import ArmKey, Study
@@ -121,7 +121,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
     script = (
         "from pathlib import Path\n"
         "from stacking.study.jobs import Job, run_jobs\n"
-        "from core.run.progress import make_console\n"
+        "from core.progress import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
         f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
     )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import ModelConfig
+from core.progress import Activity
 from core.sharding import check_mesh, make_mesh, parse_mesh
 from train_tpu.aot.hlo import Module
 from train_tpu.aot.topology import GIB, HBM, open_slice, parse_topology
@@ -62,7 +63,8 @@ def compile_and_report(run: RunConfig, model: ModelConfig, topology: str) -> dic
     }
     started = time.monotonic()
     try:
-        compiled = compile_step(step, run.batch, grad_accum_steps, mesh)
+        with Activity(f"compiling for {topology}"):
+            compiled = compile_step(step, run.batch, grad_accum_steps, mesh)
         found = facts(compiled, step, topology, run.batch)
     except jax.errors.JaxRuntimeError as error:
         rows = run.batch // (shape.data * shape.fsdp)

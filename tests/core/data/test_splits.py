@@ -48,6 +48,19 @@ def take_all(plan: Plan) -> list[tuple[str, str]]:
     return taken
 
 
+def test_what_is_read_ahead_is_not_done(tmp_path, monkeypatch):
+    """Documents of the same length: the part that is done is that of the documents taken."""
+    write(tmp_path / "a.jsonl", ["the same text"] * 10, "lines")
+    monkeypatch.setattr(splits, "BATCH_BYTES", 1)
+    plan = make_plan([str(tmp_path)], {}, 0, None, "text", None)
+    plan.packers = {name: Packer(8) for name in plan.documents}
+    done = []
+    for batch, documents in list(plan.batches()):
+        done.append(plan.done())
+        plan.take(batch, np.array([len(d) for d in documents]))
+    assert [*done, plan.done()] == pytest.approx([i / 10 for i in range(11)], abs=0.02)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_what_is_counted_is_all_there_was(tmp_path_factory, data):

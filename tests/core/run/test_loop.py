@@ -1,8 +1,10 @@
 """The rules of the training loop, with an engine that computes nothing and with both real ones."""
 
 import dataclasses
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -13,18 +15,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.steps import Keep, list_steps
 from core.config import ModelConfig
 from core.errors import UserError
+from core.progress import Activity, make_console
 from core.run.engine import Device, Metrics
 from core.run.guard import GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import RunLog, read_log
 from core.run.loop import Loop, blame_leaves
 from core.run.metrics import Score
-from core.run.progress import Progress, make_console
 from core.run.schedule import OptimizerConfig
 from core.run.settings import TrainingSettings
 from core.tokenizer import load_tokenizer
@@ -107,7 +110,9 @@ def manifest_of(step: int) -> Manifest:
     )  # fmt: skip
 
 
-def make_loop(folder: Path, engine, reader=None, start: int = 0, **changes) -> Loop:
+def make_loop(
+    folder: Path, engine, reader=None, start: int = 0, console: Console | None = None, **changes
+) -> Loop:
     end, steps = changes.pop("end", 10), changes.pop("steps", 10)
     settings = {"eval_every": 5, "save_every": 100, "sample_every": 5, "batch": BATCH} | changes
     folder.mkdir(exist_ok=True)
@@ -115,7 +120,7 @@ def make_loop(folder: Path, engine, reader=None, start: int = 0, **changes) -> L
         settings=TrainingSettings(**settings), engine=engine, batches=reader or batches(),
         manifest=manifest_of(start), checkpoints=folder / "checkpoints", steps=steps, end=end,
         prompts=[[66]], tokenizer=load_tokenizer("bytes"), log=RunLog(folder, start),
-        progress=Progress(make_console(quiet=True), end, start, 1), interrupt=Interrupt(),
+        console=console or make_console(quiet=True), interrupt=Interrupt(),
     )  # fmt: skip
 
 
@@ -143,6 +148,37 @@ def test_a_whole_run_in_order_with_metrics_one_step_late(tmp_path: Path):
         (3, 12, 96, 12), (10, 40, 320, 40)
     ]  # fmt: skip
     assert engine.saved[-1].health["good"] and events(tmp_path) == ["first update", "end"]
+
+
+def test_what_is_printed_of_a_run(tmp_path: Path, monkeypatch):
+    """Every `log_every` updates one line. The time left is that of updates: 2 s each, the first 30 s, and
+    evaluations of 100 s do not change it."""
+    clock, engine = SimpleNamespace(now=0.0), FakeEngine()
+    monkeypatch.setattr("core.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("core.progress._Display._run", lambda display: None)
+    read, score = engine.read, engine.score
+
+    def slow_read(pending):
+        clock.now += 2 if pending else 30
+        return read(pending)
+
+    def slow_score(*arguments):
+        with Activity("evaluating valid", 1, "windows") as activity:
+            clock.now += 100
+            activity.advance()
+        return score(*arguments)
+
+    engine.read, engine.score = slow_read, slow_score
+    console = Console(file=io.StringIO())
+    make_loop(tmp_path, engine, console=console, log_every=3).run()
+    said = [re.sub(r", lr.*tokens/s", "", line) for line in console.file.getvalue().splitlines()]
+    assert [line for line in said if re.match("step [0-9]+/|evaluating", line)] == [
+        "evaluating valid 1/1 windows: 0:01:40", "evaluating valid 1/1 windows: took 0:01:40",
+        "step 0/10: loss 5.0000", "step 3/10: loss 4.7000, 0:00:12 of updates left",
+        "evaluating valid 1/1 windows: 0:01:40", "evaluating valid 1/1 windows: took 0:01:40",
+        "step 6/10: loss 4.4000, 0:00:06 of updates left", "step 9/10: loss 4.1000, 0:00:00 of updates left",
+        "evaluating valid 1/1 windows: 0:01:40", "evaluating valid 1/1 windows: took 0:01:40",
+    ]  # fmt: skip
 
 
 def test_a_part_of_a_run_says_of_how_many_steps(tmp_path: Path):
