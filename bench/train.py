@@ -22,7 +22,7 @@ from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from kernels_cuda.bench_tasks import Clock, ceilings
-from port_torch.hf_config import is_llama
+from port_torch.hf_config import stock_type
 
 BATCH = {"mtlm1-200m": 32, "mtlm2-40m": 64}
 GOALS = {"mtlm1-200m": {"plain": 1.2, "hf-liger": 1.6}, "mtlm2-40m": {"plain": 1.35}}
@@ -227,7 +227,7 @@ def main() -> None:
     if "plain-bf16" in config.variants:
         print("narrow: the residual stream in bfloat16, as ours is; autocast alone leaves it in float32")
     for case, model in models.items():
-        if not is_llama(model):
+        if stock_type(model) is None:
             print(f"{case}: Hugging Face has no model like it, so its rows are ours and plain PyTorch's")
     for goal in report.get("goals", []):
         value = "not measured" if goal["value"] is None else f"{goal['value']:.2f} times"

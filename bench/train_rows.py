@@ -24,7 +24,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.run.metrics import model_flops_utilization
 from kernels_cuda import library
-from port_torch.hf_config import hf_config, is_llama
+from port_torch.hf_config import STOCK, hf_config, stock_type
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import Rows
@@ -50,13 +50,13 @@ class Variant(NamedTuple):
 
     title: str
     make: Make
-    llama: bool = False
-    """Whether it is a Llama's alone."""
+    stock: bool = False
+    """Whether it is a class of transformers'."""
     profiled: bool = False
 
     def serves(self, model: ModelConfig) -> bool:
         """Whether it can train this model."""
-        return is_llama(model) or not self.llama
+        return stock_type(model) is not None or not self.stock
 
 
 def ours(kernels: library.Backend, compiled: bool) -> Make:
@@ -90,27 +90,30 @@ def plain(narrow: bool) -> Make:
 
 
 def hugging_face(compiled: bool, liger: bool) -> Make:
-    """Its Llama, with labels as its users give them: the last place of a row predicts nothing."""
+    """Its class, with labels as its users give them: the last place of a row predicts nothing."""
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
-        model = llama(mirror, liger).to(device)
+        model = stock_model(mirror, liger).to(device)
         call = torch.compile(model) if compiled else model
         return peer(model, lambda tokens, _: call(input_ids=tokens, labels=tokens).loss, batches, device)
 
     return make
 
 
-def llama(mirror: Decoder, liger: bool) -> nn.Module:
-    """Transformers' Llama with the mirror's weights, float32; Liger changes its classes for this process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def stock_model(mirror: Decoder, liger: bool) -> nn.Module:
+    """Transformers' class with the mirror's weights, float32; Liger changes it for this process."""
+    import transformers
 
+    kind = stock_type(mirror.config)
     if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel import transformers as liger_kernels
 
-        apply_liger_kernel_to_llama()
-    config = LlamaConfig.from_dict(hf_config(mirror.config, 1, 2, "float32") | {"use_cache": False})
+        getattr(liger_kernels, f"apply_liger_kernel_to_{kind}")()
+    architecture = getattr(transformers, STOCK[kind])
+    content = hf_config(mirror.config, 1, 2, "float32") | {"use_cache": False}
+    config = architecture.config_class.from_dict(content)
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config)
+    model = architecture(config)
     leaves, weights = exported_tensors(mirror.config), mirror.state_dict()
     missing, unexpected = model.load_state_dict(
         {name: weights[parameter_name(leaf)] for name, leaf in leaves.items()}, strict=False
@@ -150,9 +153,9 @@ VARIANTS = {
     "ours-no-kernels": Variant("ours: no kernels, compiled", ours("torch", compiled=True), profiled=True),
     "plain": Variant("plain torch, compiled", plain(narrow=False), profiled=True),
     "plain-bf16": Variant("plain torch, narrow, compiled", plain(narrow=True)),
-    "hf": Variant("HF Llama", hugging_face(compiled=False, liger=False), llama=True),
-    "hf-compile": Variant("HF Llama, compiled", hugging_face(compiled=True, liger=False), llama=True),
-    "hf-liger": Variant("HF Llama + Liger", hugging_face(compiled=False, liger=True), llama=True),
+    "hf": Variant("HF", hugging_face(compiled=False, liger=False), stock=True),
+    "hf-compile": Variant("HF, compiled", hugging_face(compiled=True, liger=False), stock=True),
+    "hf-liger": Variant("HF + Liger", hugging_face(compiled=False, liger=True), stock=True),
 }
 
 

@@ -80,6 +80,8 @@ class ModelConfig:
             raise UserError(f"rotary positions need an even head size, not {self.head_size}")
         if self.rope is not None and self.positions != "rope":
             raise UserError("model.rope_scaling scales rotary positions, and the model's are learned")
+        if self.rope is not None and self.rope_theta <= 1:
+            raise UserError(f"model.rope_scaling needs a rope_theta above 1, not {self.rope_theta:g}")
         # What says the same is the same: configs are compared.
         same = {
             "n_kv_heads": None if self.kv_heads == self.n_heads else self.n_kv_heads,

@@ -7,6 +7,7 @@ papers, as `transformers` has them; kinds that change with the length read (dyna
 
 import dataclasses
 import math
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,15 @@ def make_scaling(kind: str, given: dict[str, Any]) -> Scaling:
         UserError: there is no such kind, a value is missing, unknown or out of range.
     """
     if kind not in KINDS:
-        raise UserError(f"rope scaling {kind!r} is not computed here: there are {', '.join(KINDS)}")
+        raise UserError(
+            f"rope scaling {reprlib.repr(kind)} is not computed here: there are {', '.join(KINDS)}"
+        )
     known = KINDS[kind]
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"rope scaling {kind} has no {name!r}: it has {', '.join(known)}")
-        if isinstance(value, str) or not 0 <= float(value) <= 1e9:
-            raise UserError(f"{name} of rope scaling {kind} is {value!r}, not a number from 0 to 1e9")
+            raise UserError(f"rope scaling {kind} has no {reprlib.repr(name)}: it has {', '.join(known)}")
+        if not (isinstance(value, int | float) and 0 <= value <= 1e9):
+            raise UserError(f"{name} of rope scaling {kind} is {reprlib.repr(value)}, not a number up to 1e9")
     values = known | {name: float(value) for name, value in given.items()}
     for name, value in values.items():
         if value is None:
@@ -124,6 +127,7 @@ def parse_scaling(text: str) -> Scaling:
             given[name.strip()] = float(value)
         except ValueError:
             raise UserError(
-                f"rope scaling {text!r} cannot be read at {part!r}: write it like linear,factor=2"
+                f"rope scaling {reprlib.repr(text)} cannot be read at {reprlib.repr(part)}: write it like "
+                "linear,factor=2"
             ) from None
     return make_scaling(kind, given)

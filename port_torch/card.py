@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
 from core.run.log import read_log
-from port_torch.hf_config import is_llama
+from port_torch.hf_config import STOCK, stock_type
 
 LICENSE = "mit"
 POSITIONS = {"rope": "rotary (half-split)", "learned": "a learned table"}
@@ -89,10 +89,11 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _usage(model: ModelConfig, prompt: str) -> str:
-    trust = "" if is_llama(model) else ", trust_remote_code=True"
+    stock = stock_type(model)
+    trust = "" if stock else ", trust_remote_code=True"
     why = (
         ""
-        if is_llama(model)
+        if stock
         else (
             "\nThe model's code is in this folder: `modeling_mtlm.py`. The tokenizer runs none of it; "
             "`AutoTokenizer` opens the model's configuration first, and `PreTrainedTokenizerFast` does not.\n"
@@ -112,12 +113,20 @@ The tokenizer puts `<s>` before a text, as every document in training had it; `<
 
 def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
     c = model
-    yield "architecture", "Llama" if is_llama(c) else "MTLM decoder"
+    stock = stock_type(c)
+    yield "architecture", STOCK[stock] if stock else "MTLM decoder"
     yield "parameters", f"{c.n_params:,} ({c.n_params - c.n_embedding_params:,} without embeddings)"
     yield "layers, width, heads", f"{c.n_layers}, {c.d_model}, {c.n_heads}"
+    if c.kv_heads != c.n_heads:
+        yield "heads of keys and values", str(c.kv_heads)
+    if c.q_width != c.d_model:
+        yield "head size", str(c.head_size)
+    if c.qk_norm:
+        yield "norms", "of queries and keys, too"
     yield "MLP", f"{c.mlp}, {c.d_mlp} wide"
-    yield "positions", POSITIONS[c.positions]
-    yield "biases", "in attention and MLP" if c.biases else "none"
+    yield "positions", POSITIONS[c.positions] + (f", scaled: {c.rope_scaling}" if c.rope else "")
+    qkv = "of queries, keys and values" if c.qkv_biases else "none"
+    yield "biases", "in attention and MLP" if c.biases else qkv
     yield "output head", "the embedding table" if c.tied else "its own"
     yield "context", f"{c.context} tokens"
     yield "vocabulary", f"{c.vocab_size:,} ids"

@@ -23,7 +23,7 @@ from core.progress import Activity
 from core.tokenizer import Tokenizer
 from port_torch import hf
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
-from port_torch.hf_config import hf_config, is_llama
+from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import write_tokenizer
 from port_torch.names import Place, exported_tensors
 
@@ -95,7 +95,7 @@ def write_rest(
     # Padding is never predicted; naming an id for it keeps `generate` from warning about it.
     special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.eos}
     write_json(folder / "generation_config.json", {f"{k}_token_id": v for k, v in special.items()})
-    if not is_llama(model):
+    if stock_type(model) is None:
         for name in CODE:
             shutil.copy(Path(hf.__file__).with_name(name), folder)
     write_tokenizer(folder, tokenizer, model.context)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 from transformers.utils.logging import disable_progress_bar
 
 from core.checkpoint.checkpointer import flatten
@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.model import Params, forward, logits
 from core.progress import Activity
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
-from port_torch.hf_config import is_llama
+from port_torch.hf_config import STOCK, stock_type
 from port_torch.model import load
 
 PROBE = (2, 128)  # sequences, tokens: enough to tell every convention apart, seconds for 200M parameters
@@ -75,7 +75,8 @@ def compare(
     """
     disable_progress_bar()
     ids = torch.from_numpy(tokens)
-    kind = LlamaForCausalLM if is_llama(model) else MtlmForCausalLM
+    stock = stock_type(model)
+    kind = getattr(transformers, STOCK[stock]) if stock else MtlmForCausalLM
     with torch.inference_mode(), Activity(f"computing the logits of {folder}"):
         ours, noise = mirror_logits(folder, ids)
         theirs = kind.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=False).logits.numpy()

@@ -1,6 +1,6 @@
 """The MTLM decoder for transformers 4.57 and 5: RMSNorm before each branch, causal attention, an MLP.
 
-Shapes: B batch, T new positions, S positions seen, D width, H heads, K head size.
+Shapes: B batch, T new positions, S positions seen, D width, H heads, G heads of keys and values, K head size.
 """
 
 import inspect
@@ -22,10 +22,10 @@ from .configuration_mtlm import MtlmConfig
 class MtlmRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32."""
 
-    def __init__(self, config):
+    def __init__(self, size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()
@@ -43,14 +43,18 @@ class MtlmAttention(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        d = config.hidden_size
+        c, d, size = config, config.hidden_size, config.head_dim
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = d // config.num_attention_heads
-        self.q_proj = nn.Linear(d, d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(d, d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(d, d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(d, d, bias=config.attention_bias)
+        self.head_dim = size
+        self.num_key_value_groups = heads // kv_heads  # attention functions of transformers ask for it
+        self.q_proj = nn.Linear(d, heads * size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(d, kv_heads * size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(d, kv_heads * size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(heads * size, d, bias=c.attention_bias)
+        self.q_norm = MtlmRMSNorm(size, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = MtlmRMSNorm(size, c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x, slots, attention_mask, rotation, past_key_values, **kwargs):
         """What attention adds, [B, T, D], and its weights [B, H, T, S] where the implementation has them."""
@@ -58,6 +62,8 @@ class MtlmAttention(nn.Module):
             m(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
             for m in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if past_key_values is not None:
@@ -67,7 +73,7 @@ class MtlmAttention(nn.Module):
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         y, weights = attend(self, q, k, v, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
-        return self.o_proj(y.reshape(x.shape)), weights
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), weights
 
 
 class MtlmMLP(nn.Module):
@@ -92,9 +98,9 @@ class MtlmDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.input_layernorm = MtlmRMSNorm(config)
+        self.input_layernorm = MtlmRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MtlmAttention(config, layer_idx)
-        self.post_attention_layernorm = MtlmRMSNorm(config)
+        self.post_attention_layernorm = MtlmRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MtlmMLP(config)
 
     def forward(self, x, slots, attention_mask, rotation, past_key_values=None, **kwargs):
@@ -133,7 +139,7 @@ class MtlmModel(MtlmPreTrainedModel):
         if c.positions == "learned":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(MtlmDecoderLayer(c, i) for i in range(c.num_hidden_layers))
-        self.norm = MtlmRMSNorm(c)
+        self.norm = MtlmRMSNorm(c.hidden_size, c.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -258,6 +264,8 @@ class MtlmForCausalLM(MtlmPreTrainedModel, GenerationMixin):
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
     """softmax(q k^T scaling + mask) v by its formula: [B, T, H, K], and the weights [B, H, T, S]."""
+    if module.num_key_value_groups > 1:
+        key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
     scores = (query @ key.mT) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
@@ -303,10 +311,14 @@ def causal_mask(config, embeds, attention_mask, slots, past_key_values, position
 
 def rotary_angles(positions, config):
     """cos and sin [B, 1, T, K/2] of position * theta^(-2i/K), float32; made anew, no buffer to load."""
-    half = config.hidden_size // config.num_attention_heads // 2
+    half = config.head_dim // 2
     step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    angle = (positions.float()[..., None] * config.rope_theta**-step)[:, None]
-    return angle.cos(), angle.sin()
+    frequency, scaled = config.rope_theta**-step, config.scaled_rope
+    if scaled is not None:
+        frequency = frequency * torch.tensor(scaled["multipliers"], device=frequency.device)
+    angle = (positions.float()[..., None] * frequency)[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scaled is None else (cos * scaled["amplitude"], sin * scaled["amplitude"])
 
 
 def rotate(x, cos, sin):

@@ -137,13 +137,13 @@ def test_config_is_read_back_and_refused_where_it_does_not_fit():
         assert model_config(hf_config(config, 256, 257, "float32")) == config
     given = hf_config(SMALL["llama"], 256, 257, "float32")
     for change, told in (
-        ({"num_key_value_heads": 2}, "grouped heads"),
+        ({"num_key_value_heads": 3}, "no multiple"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "scaled by 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling yarn needs factor=NUMBER"),
         ({"mlp_bias": True}, "biases in one of"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"model_type": "gpt2"}, "'gpt2' model"),
-        ({"head_dim": 8}, "heads of 8 elements"),
+        ({"head_dim": 9}, "even head size, not 9"),
     ):
         with pytest.raises(UserError, match=told):
             model_config(given | change)

@@ -1,5 +1,6 @@
 """config.json: what it may say, and that whatever it says is read or refused in one sentence."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from core.errors import UserError
 from port_torch.folder import open_folder, read_json
@@ -26,10 +27,11 @@ LLAMA3 = {
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 
 
-def test_every_key_of_transformers_llama_is_known():
-    """A release that adds one has to be looked at: does it change what a Llama computes?"""
+def test_every_key_of_transformers_classes_is_known():
+    """A release that adds one has to be looked at: does it change what the class computes?"""
     known = COMPUTED | FIXED.keys() | IRRELEVANT
-    assert not (LlamaConfig().to_dict().keys() | PretrainedConfig().to_dict().keys()) - known
+    for kind in (LlamaConfig, Qwen2Config, Qwen3Config, PretrainedConfig):
+        assert not kind().to_dict().keys() - known
     assert not (COMPUTED & FIXED.keys()) | (COMPUTED & IRRELEVANT) | (FIXED.keys() & IRRELEVANT)
     assert GIVEN["llama"].keys() <= known and GIVEN["gpt"].keys() <= known | {"auto_map"}
 
@@ -37,10 +39,16 @@ def test_every_key_of_transformers_llama_is_known():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        # transformers takes rope_scaling even where rope_parameters says that nothing is scaled.
-        ({"rope_parameters": DEFAULT, "rope_scaling": LLAMA3}, r"scaled by 'llama3' \(rope_scaling\)"),
-        ({"rope_parameters": LLAMA3, "rope_scaling": None}, r"scaled by 'llama3' \(rope_parameters\)"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled by 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"scaled by 'dynamic' \(rope_scaling\)"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, r"scaled by 'longrope' \(rope_parameters\)"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4 is not below high_freq"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of rope scaling linear is '2'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling linear needs factor=NUMBER"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}}, "has no 'finetuned'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "asks for layer_types"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True"),
+        ({"model_type": "qwen3", "attention_bias": True}, "biases in one of attention and MLP"),
+        ({"model_type": "gemma3_text"}, "'gemma3_text' model, which is not computed here"),
         ({"rope_parameters": {"full_attention": DEFAULT}}, "full_attention .* of rotary positions"),
         ({"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": DEFAULT, "rope_theta": 5e5}, "rope_theta 10000.0 and rope_theta 500000.0"),
@@ -78,6 +86,28 @@ def test_our_own_config_has_every_key(name: str):
         model_config(content)
     with pytest.raises(UserError, match="asks for 'sinus' positions"):
         model_config(GIVEN["gpt"] | {"positions": "sinus"})
+
+
+def test_transformers_takes_rope_scaling_before_rope_parameters():
+    both = {"rope_parameters": DEFAULT, "rope_scaling": LLAMA3}
+    for content in (both, {"rope_parameters": LLAMA3, "rope_scaling": None}):
+        config = model_config(GIVEN["llama"] | content)
+        theirs = LlamaConfig(**GIVEN["llama"] | content).rope_parameters
+        assert theirs["rope_type"] == config.rope.kind == "llama3"
+        assert config.rope["factor"] == theirs["factor"] and config.rope_theta == theirs["rope_theta"]
+
+
+def test_what_is_written_is_read_again():
+    """Of every class, and of what only ours computes."""
+    rope = ("linear,factor=2", "yarn,factor=4,original_context=24,truncate=0,attention_factor=1.25")
+    changes = (
+        {}, {"n_kv_heads": 2}, {"head_dim": 16}, {"qkv_biases": True}, {"qk_norm": True}, {"biases": True},
+        {"qk_norm": True, "qkv_biases": True}, {"qk_norm": True, "biases": True, "n_kv_heads": 1},
+        *({"rope_scaling": text} for text in rope), {"mlp": "gelu", "rope_scaling": rope[1]},
+    )  # fmt: skip
+    for change in changes:
+        config = dataclasses.replace(LLAMA, **change)
+        assert model_config(hf_config(config, 256, 257, "float32")) == config, change
 
 
 def test_a_llama_may_leave_out_what_has_a_default(capsys):

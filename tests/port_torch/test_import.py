@@ -161,11 +161,8 @@ def test_a_stock_llama_gives_its_own_logits(call, tmp_path, settings):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"num_key_value_heads": 2}, "grouped heads"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "scaled by 'linear'",
-        ),
+        ({"num_key_value_heads": 3}, "4 heads of queries for 3 of keys and values"),
+        ({"num_key_value_heads": 2}, r"k_proj.weight of shape \[48, 48\] where \[24, 48\]"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "scaled by 'dynamic'",

@@ -14,10 +14,15 @@ from port_torch.hf.modeling_mtlm import MtlmForCausalLM, eager_attention_forward
 from port_torch.hf_config import hf_config
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, tensors_of
+from tests.port_torch.test_model import flax_logits
 
 LEARNED = SMALL["gpt"]
 ROTARY = dataclasses.replace(LEARNED, positions="rope")
-KINDS = {"learned": LEARNED, "rope": ROTARY}
+GROUPED = dataclasses.replace(
+    ROTARY, n_kv_heads=2, head_dim=16, qk_norm=True, biases=False, qkv_biases=True,
+    rope_scaling="yarn,factor=4,original_context=16",
+)  # fmt: skip
+KINDS = {"learned": LEARNED, "rope": ROTARY, "grouped": GROUPED}
 
 
 def build(config: ModelConfig, attn_implementation: str = "sdpa") -> MtlmForCausalLM:
@@ -175,3 +180,11 @@ def test_beyond_the_context_is_a_clear_error():
         with pytest.raises(ValueError, match="is beyond this model's context"):
             model.generate(ids[:, :n], max_new_tokens=2, do_sample=False, pad_token_id=257)
         build(ROTARY)(ids)  # rotary positions have no end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_what_flax_computes(kind: str):
+    config, ids = KINDS[kind], random_ids(2, 40)
+    expected = torch.from_numpy(flax_logits(config, random_params(config), ids.numpy()).copy())
+    with torch.inference_mode():
+        assert_close(build(config)(ids).logits, expected)
