@@ -50,7 +50,8 @@ def for_help(config: Any, argv: Sequence[str]) -> Any:
     model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
     names = [field.name for field in dataclasses.fields(ModelOverrides)]
     names.remove("vocab_size")  # the tokenizer's, which the preset does not know
-    shown = dataclasses.replace(config, model=ModelOverrides(**{name: model[name] for name in names}))
+    overrides = dataclasses.replace(config.model, **{name: model[name] for name in names})
+    shown = dataclasses.replace(config, model=overrides)
     if shown.steps is None and shown.epochs is None:
         given = TRAINING_DEFAULTS[config.preset]
         shown = dataclasses.replace(shown, steps=given.get("steps"), epochs=given.get("epochs"))

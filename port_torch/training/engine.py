@@ -47,14 +47,14 @@ class TorchEngine:
     def __init__(
         self,
         train_step: TrainStep,
-        parts: int,
+        grad_accum_steps: int,
         rows: int,
         heldout: list[HeldOut],
         tasks: Any,
         checkpoints: Path,
         keep: Keep,
     ):
-        """parts: in which a rank computes its rows of a batch; rows: of one part.
+        """grad_accum_steps: micro-batches of a rank; rows: of one of them.
 
         tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
         """
@@ -62,7 +62,7 @@ class TorchEngine:
         self.alone = self._ranks.size == 1
         self.device = Device(device_name(self._ranks), self._ranks.size)
         self.heldout: Sequence[str] = [one.name for one in heldout]
-        self._parts, self._rows, self._tasks = parts, rows, tasks
+        self._grad_accum_steps, self._rows, self._tasks = grad_accum_steps, rows, tasks
         self._sets = {one.name: one for one in heldout}
         self._checkpoints, self._keep = checkpoints, keep
         self._flags = self._heard = (False, False)  # this rank's, and those that any rank had set
@@ -74,7 +74,7 @@ class TorchEngine:
 
     def dispatch(self, batch: Batch, step: int, lr: float) -> Pending:
         """See `Engine`."""
-        return Pending(self.train_step.update(batch.rows, self._parts, step, lr, self._flags))
+        return Pending(self.train_step.update(batch.rows, self._grad_accum_steps, step, lr, self._flags))
 
     def read(self, pending: Pending) -> Metrics:
         """See `Engine`."""

@@ -1,8 +1,8 @@
-"""One update: the loss of every part of the batch, gradients, clipping, AdamW. Nothing waits for the device.
+"""One update: the loss of every micro-batch, gradients, clipping, AdamW. Nothing waits for the device.
 
-Every part is divided by the targets of the whole global batch, so that parts and ranks sum up to the big
-batch's mean. An update that the guard refuses changes nothing; that is decided on the device.
-Parameters and gradients are float32; products run in bfloat16 under autocast.
+Every micro-batch's loss is divided by the targets of the whole global batch, so that micro-batches and ranks
+sum up to the mean of that batch. An update that the guard refuses changes nothing; that is decided on the
+device. Parameters and gradients are float32; products run in bfloat16 under autocast.
 """
 
 import contextlib
@@ -116,9 +116,11 @@ class TrainStep:
         """bfloat16 products, where that is the type of activations."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def update(self, rows: Rows, parts: int, step: int, lr: float, flags: tuple[bool, bool]) -> Tensor:
-        """Makes update `step` (0-based) on this rank's rows, in `parts`; gives `METRICS` and the norms of the
-        gradients, in the order of `parameters`, on the device.
+    def update(
+        self, rows: Rows, grad_accum_steps: int, step: int, lr: float, flags: tuple[bool, bool]
+    ) -> Tensor:
+        """Makes update `step` (0-based) on this rank's rows, in so many micro-batches; gives `METRICS` and
+        the norms of the gradients, in the order of `parameters`, on the device.
 
         flags: those of `core.run.cadence.Agreement`; from the sums every rank learns of them at the same
             step.
@@ -131,8 +133,8 @@ class TrainStep:
         sums = torch.zeros(2 + len(flags), device=device)
         for number, flag in enumerate(flags):
             sums[2 + number].fill_(float(flag))  # a kernel's argument; a copy could wait
-        for number, micro in enumerate(split(whole, parts)):
-            last = number == parts - 1
+        for number, micro in enumerate(split(whole, grad_accum_steps)):
+            last = number == grad_accum_steps - 1
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
                 with self.autocast():
                     total, nll = self._wrapped(*micro)
@@ -150,45 +152,45 @@ class TrainStep:
         told = (norm, ~skip, guard.streak, guard.skipped)
         return torch.cat([sums[:2], *(value[None] for value in told), sums[2:], norms])
 
-    def fit(self, rows: int, parts: int, example: Callable[[int], Rows]) -> int:
-        """The fewest parts, at least `parts`, in which `rows` rows fit into every rank's memory.
+    def fit(self, rows: int, grad_accum_steps: int, example: Callable[[int], Rows]) -> int:
+        """The fewest micro-batches, at least so many, in which `rows` rows fit into every rank's memory.
 
         Tried out before the first update, with all that one needs: shapes, and so the memory, are the same in
         every update. Finding out in one of them would leave the other ranks waiting.
 
         Args:
-            parts: a divisor of `rows`.
+            grad_accum_steps: a divisor of `rows`.
             example: makes that many rows as training has them.
 
         Raises:
             UserError: a single row does not fit.
         """
-        if rows % parts:
-            raise ValueError(f"{rows} rows have no {parts} equal parts")
+        if rows % grad_accum_steps:
+            raise ValueError(f"{rows} rows cannot be cut into {grad_accum_steps} equal micro-batches")
         while True:
             try:
-                self._rehearse(example(rows), parts)
-                needed = parts
+                self._rehearse(example(rows), grad_accum_steps)
+                needed = grad_accum_steps
             except torch.OutOfMemoryError:
-                larger = [n for n in range(2 * parts, rows + 1) if rows % n == 0]
+                larger = [n for n in range(2 * grad_accum_steps, rows + 1) if rows % n == 0]
                 needed = larger[0] if larger else rows + 1
             self._forget()
             needed = self.ranks.largest(needed)
-            if needed == parts:
-                return parts
+            if needed == grad_accum_steps:
+                return grad_accum_steps
             if needed > rows:
                 raise UserError(
                     f"a sequence of {example(1).tokens.shape[1]} tokens does not fit into this GPU's memory "
                     "next to the model: take a smaller model or a smaller --context"
                 )
-            parts = needed
+            grad_accum_steps = needed
 
-    def _rehearse(self, rows: Rows, parts: int) -> None:
-        """An update's memory without its effect: two parts, since from the second on a part's activations lie
-        next to the gradients of those before, and an update that is skipped."""
+    def _rehearse(self, rows: Rows, grad_accum_steps: int) -> None:
+        """An update's memory without its effect: two micro-batches, since from the second on the activations
+        lie next to the gradients of those before, and an update that is skipped."""
         self.decoder.train()
         device = self.ranks.device
-        for micro in itertools.islice(split(rows.on(device), parts), 2):
+        for micro in itertools.islice(split(rows.on(device), grad_accum_steps), 2):
             with self.autocast():
                 total, _ = self.losses(*micro)
             (total * 0.0).backward()
@@ -220,10 +222,12 @@ def parameter_groups(parameters: dict[str, Tensor], weight_decay: float) -> list
     return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
 
 
-def split(rows: tuple[Tensor, Tensor, Tensor | None], parts: int) -> Iterator[tuple[Tensor | None, ...]]:
-    """The rows in equal parts, in order."""
-    size = len(rows[0]) // parts
-    for start in range(0, size * parts, size):
+def split(
+    rows: tuple[Tensor, Tensor, Tensor | None], grad_accum_steps: int
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """The rows in equal micro-batches, in order."""
+    size = len(rows[0]) // grad_accum_steps
+    for start in range(0, size * grad_accum_steps, size):
         yield tuple(None if t is None else t[start : start + size] for t in rows)
 
 

@@ -35,8 +35,7 @@ def train(job: Job, ranks: Distributed) -> int:
     """Runs the job to its end or to an interruption; returns the exit code of `core.run.interrupt`."""
     config, out = job.config, job.out
     console = make_console(quiet=not ranks.first)
-    rows = ranks.rows(config.batch)
-    part = rows.stop - rows.start
+    rows = config.batch // ranks.size  # a batch that is not divisible was refused with the data
     with contextlib.ExitStack() as stack:
         tasks = open_tasks(config, job.tokenizer, ranks)
         if tasks:
@@ -58,23 +57,24 @@ def train(job: Job, ranks: Distributed) -> int:
             return EXIT_FINISHED
         load_kernels(config, ranks)
         with Activity("trying out an update", console=console):
-            parts = choose_parts(job, train_step, part)
+            grad_accum_steps = choose_grad_accum_steps(job, train_step, rows)
         if ranks.first:
             job.tokenizer.carry(out)
             write_config(out, job.record)
-        announce(job, ranks, console, how, part, parts)
+        announce(job, ranks, console, how, rows, grad_accum_steps)
         batches = job.batches(manifest.sequences)
         stack.callback(batches.close)
-        checkpoints = out / "checkpoints"
+        folder, micro_batch = out / "checkpoints", rows // grad_accum_steps
+        engine = TorchEngine(
+            train_step, grad_accum_steps, micro_batch, job.heldout, tasks, folder, config.keep
+        )
         code = run_loop(
             out=out,
             first=ranks.first,
             console=console,
             how=how,
             settings=config,
-            engine=TorchEngine(
-                train_step, parts, part // parts, job.heldout, tasks, checkpoints, config.keep
-            ),
+            engine=engine,
             batches=batches,
             manifest=manifest,
             steps=job.steps,
@@ -82,7 +82,7 @@ def train(job: Job, ranks: Distributed) -> int:
             prompts=job.prompts,
             tokenizer=job.tokenizer,
             interrupt=interrupt,
-            parts=parts,
+            parts=grad_accum_steps,
         )
     if code == EXIT_FINISHED and ranks.first:
         report_end(job, console)
@@ -115,29 +115,32 @@ def is_done(job: Job, step: int) -> bool:
     return is_finished(job.out, step, job.steps) or (job.end < job.steps and step >= job.end)
 
 
-def choose_parts(job: Job, train_step: TrainStep, part: int) -> int:
-    """In how many parts a rank computes its `part` rows: --grad-accum-steps, or more for the memory."""
-    parts = job.config.grad_accum_steps
-    if part % parts:
+def choose_grad_accum_steps(job: Job, train_step: TrainStep, rows: int) -> int:
+    """Micro-batches of a rank's `rows` rows: --grad-accum-steps, or more for the memory."""
+    given = job.config.grad_accum_steps
+    if rows % given:
         raise UserError(
-            f"--grad-accum-steps {parts} does not divide the {part} rows of a process evenly: give a "
-            f"divisor of {part}"
+            f"--grad-accum-steps {given} does not divide the {rows} rows of a process evenly: give a "
+            f"divisor of {rows}"
         )
-    return train_step.fit(part, parts, job.example) if train_step.ranks.device.type == "cuda" else parts
+    return train_step.fit(rows, given, job.example) if train_step.ranks.device.type == "cuda" else given
 
 
-def announce(job: Job, ranks: Distributed, console: Console, how: str, part: int, parts: int) -> None:
-    """Says what will run, where the state comes from (`how`), and whether a rank's `part` rows are cut more
-    often than was asked for."""
+def announce(
+    job: Job, ranks: Distributed, console: Console, how: str, rows: int, grad_accum_steps: int
+) -> None:
+    """Says what will run, where the state comes from (`how`), and whether a rank's `rows` rows make more
+    micro-batches than were asked for."""
     config = job.config
     console.print(describe(job, ranks))
     if note := check_room(config.optim, job.steps):
         console.print(f"note: {note}", markup=False, highlight=False)
     console.print(how, markup=False, highlight=False)
-    if parts != config.grad_accum_steps:
+    if grad_accum_steps != config.grad_accum_steps:
         console.print(
-            f"out of memory with {part // config.grad_accum_steps} sequences at once: continuing with "
-            f"{part // parts} (--grad-accum-steps {parts}); the batch stays {config.batch}"
+            f"out of memory with {rows // config.grad_accum_steps} sequences at once: continuing with "
+            f"{rows // grad_accum_steps} (--grad-accum-steps {grad_accum_steps}); the batch stays "
+            f"{config.batch}"
         )
 
 
