@@ -116,6 +116,20 @@ class ModelConfig:
         """How rotary frequencies are scaled."""
         return None if self.rope_scaling in (None, "none") else parse_scaling(self.rope_scaling)
 
+    @property
+    def summary(self) -> str:
+        """Sizes and parts in one line, for people."""
+        heads = f"{self.n_heads} heads"
+        if self.q_width != self.d_model:
+            heads += f" of {self.head_size}"
+        if self.kv_heads != self.n_heads:
+            heads += f" on {self.kv_heads} of keys and values"
+        parts = [self.positions, self.mlp, "tied head" if self.tied else "untied head"]
+        parts += ["queries and keys normed"] if self.qk_norm else []
+        parts += [f"positions scaled by {self.rope_scaling}"] if self.rope else []
+        sizes = [f"{self.n_layers} layers", f"width {self.d_model}", heads, f"MLP {self.d_mlp}"]
+        return f"{', '.join(sizes)}, context {self.context}; {', '.join(parts)}"
+
     def function(self) -> dict[str, Any]:
         """The fields that say what the model computes, and not how it was or will be trained.
 

@@ -139,6 +139,16 @@ def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, grad_accum_step
         )
 
 
+def describe_replication(model: ModelConfig, shape: MeshShape) -> str | None:
+    """What a run is told of heads of keys and values that `tensor` does not divide; None where it does."""
+    if model.kv_heads % shape.tensor == 0:
+        return None
+    return (
+        f"the {model.kv_heads} heads of keys and values cannot be divided over tensor={shape.tensor}: every "
+        "device holds the keys and values of all of them"
+    )
+
+
 def require_deterministic_operations() -> None:
     """Has XLA use only GPU operations that give the same bits every time; before JAX finds its devices.
 

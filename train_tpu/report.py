@@ -34,11 +34,9 @@ def describe(
     along = f", {config.mesh}" if splits_weights(mesh) else ""
     if jax.process_count() > 1:
         along += f", of {jax.process_count()} processes"
-    parts = f"{model.positions}, {model.mlp}, {'tied' if model.tied else 'untied'} head"
     heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
     rows = [
-        ("model", f"{config.preset}: {model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
-                  f"MLP {model.d_mlp}, context {model.context}; {parts}"),
+        ("model", f"{config.preset}: {model.summary}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
                        f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
         ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),

@@ -30,7 +30,14 @@ from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.schedule import check_room
 from core.run.settings import model_config
 from core.sampling import require_room
-from core.sharding import MeshShape, check_mesh, make_mesh, parse_mesh, require_deterministic_operations
+from core.sharding import (
+    MeshShape,
+    check_mesh,
+    describe_replication,
+    make_mesh,
+    parse_mesh,
+    require_deterministic_operations,
+)  # fmt: skip
 from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 from train_tpu.backend import choose_step, split_batch
@@ -102,7 +109,8 @@ def prepare_run(config: RunConfig) -> Setup:
     step, attention = choose_step(config, model, mesh)
     config = dataclasses.replace(config, dtype=step.compute.dtype)  # recorded as what it stands for here
     console.print(describe(config, model, dataset, steps, mesh, step.compute, attention))
-    for note in (check_room(config.optim, steps), describe_dtype(config.dtype, out)):
+    notes = (check_room(config.optim, steps), describe_dtype(config.dtype, out))
+    for note in (*notes, describe_replication(model, shape)):
         if note:
             console.print(f"note: {note}", markup=False, highlight=False)
 

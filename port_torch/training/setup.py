@@ -123,8 +123,7 @@ def describe(job: Job, ranks: Distributed) -> Table:
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
     rows = [
-        ("model", f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads, "
-                  f"MLP {model.d_mlp}, context {model.context}; {model.positions}, {model.mlp}"),
+        ("model", model.summary),
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
         *job.table,
         ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
