@@ -169,7 +169,8 @@ def _require_same(mark: Path, out: Path, settings: Json) -> None:
 
 
 def _keep_whole_batches(file: Any, out: Path, lines: list[Json], batch: int) -> int:
-    """Cuts the file after its last whole batch, so that the next one is made as ever; how many rows stay.
+    """Cuts the file off after its last whole batch, so that a resumed run forms the same batches; returns the
+    number of rows kept.
 
     Raises:
         UserError: a row is not that of its prompt.

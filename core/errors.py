@@ -40,7 +40,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def tell(error: BaseException) -> int | None:
-    """Says on stderr what a user is to know of an error, as `run_command` has it; the exit code.
+    """Prints an error for the user on stderr, as `run_command` does; returns the exit code.
 
     None, and nothing is said, for one that is to end with its traceback.
     """

@@ -53,7 +53,7 @@ def uses_gpus(environ: Mapping[str, str]) -> bool:
 
 
 def check_free_memory(listing: str, environ: Mapping[str, str]) -> None:
-    """Refuses what `nvidia-smi` lists ("index, free, total" a line, in MiB) if JAX could not take its share.
+    """Refuses what `nvidia-smi` lists ("index, free, total" per line, MiB) if JAX could not take its share.
 
     Raises:
         UserError: of the first GPU with too little.

@@ -275,7 +275,7 @@ class Decoder(nnx.Module):
 
 
 def rematerialized(layer: Callable, compute: Compute) -> Callable:
-    """A layer whose backward pass computes again what `compute.remat` says, and gathers weights again."""
+    """A layer whose backward pass recomputes what `compute.remat` says, and all-gathers weights again."""
     if compute.remat == "none" and not gathers_weights(compute.mesh):
         return layer
     policy = {
@@ -312,7 +312,7 @@ def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "
 def drop(
     x: Float[Array, "B S D"], rate: float, keys: Key[Array, " B"] | None, site: int
 ) -> Float[Array, "B S D"]:
-    """Dropout with one key a sequence: the mask does not depend on how sequences are batched."""
+    """Dropout with one key per sequence: the mask does not depend on how sequences are batched."""
     if keys is None or rate == 0:
         return x
 

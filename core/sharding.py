@@ -101,7 +101,7 @@ def resolved_mesh(text: str | None, n_devices: int) -> str:
 
 
 def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices (or those given); without a shape all of them lie along `data`.
+    """A mesh of all devices (or those given); without a shape, all of them on `data`.
 
     On a TPU the axes follow the links between the chips. They are `Auto`: XLA places what we do not, where
     JAX's new default would ask for a sharding at every gather.
@@ -339,7 +339,7 @@ _reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def keep_all_but_gathered(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: the backward pass computes nothing again but gathers weights again.
+    """A policy for `jax.checkpoint`: the backward pass recomputes nothing but the all-gathers of weights.
 
     Otherwise every layer's whole weights would be kept for it, which is what `fsdp` is to avoid.
     """

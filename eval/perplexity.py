@@ -52,15 +52,15 @@ class PerplexityConfig:
     text: Path | None = None
     """A text file (UTF-8, also .gz, .bz2, .xz or .zst) instead of WikiText-2."""
     data_dir: Path | None = None
-    """Where wikitext-2-raw/wiki.test.raw lies. Default: fetched from the Hugging Face hub."""
+    """Folder with wikitext-2-raw/wiki.test.raw. Default: downloaded from the Hugging Face Hub."""
     stride: int | None = None
-    """Tokens that the overlapping windows move on by. Default: 512, or half of a context below 1024."""
+    """Tokens from one overlapping window to the next. Default: 512, or half of a context below 1024."""
     out: Path | None = None
     """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
-    """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+    """For exported folders. auto: all GPUs if there are any. Checkpoints run where JAX runs."""
     tokenizer: str | None = None
     """The model's tokenizer.json, where neither the run or folder nor its old path has it."""
 

@@ -30,7 +30,7 @@ class EvalConfig:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
     tasks: str = DEFAULT_TASKS
-    """Names of tasks, groups or tags of lm-eval, with commas between."""
+    """Names of tasks, groups or tags of lm-eval, separated by commas."""
     data_dir: Path | None = None
     """A folder with the data of tasks (arc/, openbookqa/, truthfulqa/, wikitext-2-raw/, piqa/, winogrande/,
     lambada/, blimp/). Other tasks, and all without it, get theirs from the Hugging Face hub."""
@@ -39,13 +39,13 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
-    """For folders: auto is all GPUs where there are some. Checkpoints run where JAX runs."""
+    """For exported folders. auto: all GPUs if there are any. Checkpoints run where JAX runs."""
     tokenizer: str | None = None
     """The model's tokenizer.json, where neither the run or folder nor its old path has it."""
     shots: int | None = None
     """Solved examples before each question, from the task's training documents. Default: as the task says."""
     limit: int | None = None
-    """Only the first questions of each task: for a quick try; the table says so."""
+    """Only the first questions of each task, for a quick try; the table says so."""
     card: bool = False
     """Also write the results into the model card of the exported folder (README.md)."""
 

@@ -17,7 +17,7 @@ class BuildConfig:
     """Compile the CUDA kernels into the package. Needs nvcc, but no GPU."""
 
     architectures: Annotated[tuple[str, ...], tyro.conf.arg(metavar="X.Y [X.Y ...]")] = ARCHITECTURES
-    """Compute capabilities; +PTX behind one serves newer ones too."""
+    """Compute capabilities to compile for; with +PTX newer GPUs, too."""
 
 
 def main() -> None:

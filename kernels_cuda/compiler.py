@@ -195,7 +195,7 @@ def _version(nvcc: Path) -> str:
 
 
 def _put(data: bytes, path: Path) -> None:
-    """Written whole or not at all."""
+    """Writes a file, whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def facts() -> list[tuple[str, str]]:
-    """What there is, one line a fact; the last says what will be used."""
+    """What there is, one line per fact; the last says what will be used."""
     import torch  # slow
 
     from kernels_cuda import library

@@ -157,7 +157,7 @@ def _evaluation_rows(held_out: list[dict[str, Any]]) -> Iterator[tuple[str, ...]
 
 
 def _entry(entry: dict[str, Any]) -> str:
-    """One step of the lineage, paths shortened to their ends; the manifest has all of it."""
+    """One entry of the lineage, with paths cut to their last part; the manifest has all of it."""
     shown = {key: Path(value).name if key == "path" else value for key, value in entry.items()}
     operation = shown.pop("operation", "unknown")
     if operation == "grow":

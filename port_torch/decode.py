@@ -125,7 +125,7 @@ class Step:
 
     @torch.no_grad()
     def launch(self) -> None:
-        """The step's ops: five kernels a layer, and three."""
+        """The step's ops: five kernels per layer, and three more."""
         ops, config = torch.ops.mtlm, self.model.config
         eps, gated = config.norm_eps, config.mlp == "swiglu"
         learned = None if self.model.positions is None else self.model.positions.weight

@@ -1,4 +1,4 @@
-"""The files of an exported folder, whoever computed the parameters: Flax's checkpoint or the mirror."""
+"""The files of an exported folder, from Flax's checkpoint or from the mirror."""
 
 import contextlib
 import dataclasses
@@ -106,7 +106,7 @@ def write_rest(
 
 
 def without_local_paths(manifest: Manifest) -> Manifest:
-    """The manifest without the folders of whoever made it: of a path only the last part is told."""
+    """The manifest with every local path cut to its last part."""
 
     def shortened(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
@@ -132,7 +132,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """safetensors has a word of its own for what the disk refuses."""
+    """Turns safetensors' own error for a failed write into a UserError."""
     try:
         yield
     except SafetensorError as error:

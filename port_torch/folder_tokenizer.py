@@ -80,6 +80,6 @@ def _is_mistral(file: Path) -> bool:
 
 
 def _agree(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers, perhaps in other file formats, have the same ids as far as a probe shows."""
+    """Whether two tokenizers, perhaps in different file formats, give the same ids for some test texts."""
     same = (a.vocab_size, a.bos, a.eos) == (b.vocab_size, b.bos, b.eos)
     return same and a.encode(PROBE).tolist() == b.encode(PROBE).tolist()

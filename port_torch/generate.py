@@ -34,7 +34,7 @@ class GenerateConfig:
     prompt_format: Literal["plain", "instruction"] = "plain"
     """instruction: puts every prompt into the form that rows of instructions have in port_torch.finetune."""
     input: str | None = None
-    """What the instructions are applied to, with --prompt-format instruction."""
+    """The input that the instruction is applied to, with --prompt-format instruction."""
     files: BatchFile = BatchFile()
     max_new_tokens: int = 200
     """Most tokens to generate; a text that reaches its end is shorter."""

@@ -28,9 +28,9 @@ class ImportConfig:
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own; mistral where it has none."""
     n_heads: int | None = None
-    """Heads of an original MTLM1, which its file does not tell. Default: as many as make them 64 wide."""
+    """Attention heads of an original MTLM1, which its file does not record. Default: heads of 64 elements."""
     context: int | None = None
-    """Longest sequence of an original MTLM1, which its file does not tell. Default: 1024."""
+    """Longest sequence of an original MTLM1, which its file does not record. Default: 1024."""
 
     def __post_init__(self) -> None:
         checks.counts(**checks.fields(self, "n_heads", "context"))

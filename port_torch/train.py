@@ -49,7 +49,7 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""
     out: Path | None = None
-    """The run folder. Default: runs/PRESET-torch. The model comes to lie in its folder `model`."""
+    """The run folder. Default: runs/PRESET-torch. The trained model is written into its folder `model`."""
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """What the step is compiled to on the devices it runs on: micro-batches, dtype, attention, unrolling, chunks.
 
-A setting that is given counts; here is what holds for the others, and why. What holds on a TPU was chosen by
-estimates of memory traffic (docs/LOG.md). No TPU has confirmed them: what is fastest has yet to be measured.
+A setting that is given wins; the defaults of the others are here, with their reasons. Those for a TPU were
+chosen by estimates of memory traffic (docs/LOG.md) that no TPU has confirmed.
 """
 
 from jax.sharding import Mesh

@@ -74,7 +74,7 @@ def advice(config: StepConfig, rows: int, grad_accum_steps: int, missing: float)
 
 @contextlib.contextmanager
 def out_of_memory_explained(batch: int, grad_accum_steps: int) -> Iterator[None]:
-    """Says what to do where a device has not the memory for the step; JAX may find out when it runs.
+    """Turns JAX's out-of-memory error, from compiling or running the step, into advice.
 
     Raises:
         UserError: a device is out of memory.

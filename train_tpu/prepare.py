@@ -40,12 +40,12 @@ class PrepareConfig:
     """Fraction of the documents to hold out, by hash (default 0.01). With fewer than 1000 documents, the end
     of each instead (default 0.05)."""
     train_tokens: int | None = None
-    """Read no further than the document with which the train split reaches this many tokens; what is held out
-    of the sources is then that of the documents read. Sets of --valid are whole. Default: all text."""
+    """Stop reading once the train split has this many tokens, at the end of a document. What --valid-fraction
+    holds out comes from the documents read; sets of --valid are read whole. Default: all text."""
     field: str = "text"
     """JSON field, Parquet column or TFDS feature that holds the text."""
     format: Form | None = None
-    """What the files hold, whatever they are called: text for plain text such as .raw or .md."""
+    """Format of the files, whatever their names: text for plain text such as .raw or .md."""
     workers: int | None = None
     """Tokenising processes. Default: one per core."""
     verify: Path | None = None

@@ -125,14 +125,14 @@ def prepare_run(config: RunConfig) -> Setup:
 
 
 def refuse_alone(config: RunConfig) -> None:
-    """Refuses what only a process that is alone can do."""
+    """Refuses options that need a single process, where there are several."""
     for flag, given in (("--eval-tasks", config.eval_tasks), ("--fallback", config.fallback)):
         if given and processes.are_several():
             raise UserError(f"{flag} cannot be used with several processes: leave it out, or use one process")
 
 
 def mesh_shape(config: RunConfig, out: Path) -> MeshShape:
-    """The mesh of the devices that there are; a UserError where the settings' does not fit them."""
+    """The mesh over the devices found; a UserError if --mesh does not fit them."""
     n_devices = jax.device_count()
     saved = read_config(out)
     if saved and config.mesh and saved["run"].get("mesh") == config.mesh:
@@ -147,7 +147,7 @@ def mesh_shape(config: RunConfig, out: Path) -> MeshShape:
 
 
 def describe_dtype(dtype: str, out: Path) -> str | None:
-    """What to tell of a run that is resumed in another type than one started on this device would have."""
+    """A note for a run that is resumed with another dtype than a new run here would have; None otherwise."""
     here = compute_dtype("auto", jax.default_backend())
     if dtype == here or not list_steps(out / "checkpoints"):
         return None

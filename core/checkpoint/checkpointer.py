@@ -339,8 +339,8 @@ def _handler() -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of these logs is for our users: of Orbax's, neither progress, nor the tracebacks of
-    errors that it raises as well, nor its remark that without OCDBT there is none to merge."""
+    """Whether a log line should reach our users: not Orbax's progress, the tracebacks of errors that it
+    raises as well, or its remark that there are no OCDBT files to merge."""
     message = record.getMessage()
     if record.name == "asyncio":
         return not (record.exc_info and "orbax" in message)

@@ -87,7 +87,7 @@ class Plan:
             yield batch, documents
 
     def take(self, batch: DocumentBatch, lengths: np.ndarray) -> int:
-        """How many documents of the next batch are taken, all unless reading ends in it; counts them.
+        """How many documents of the next batch are used: all, unless reading ends within it; counts them.
 
         lengths: their tokens.
         """
@@ -133,7 +133,7 @@ class Plan:
                 yield split, packer.last(fill=eos)
 
     def done(self) -> float:
-        """The part of the work that is done, about: of the tokens asked for, or of the text."""
+        """Roughly the fraction of the work that is done: of the tokens asked for, or of the text."""
         limit = self.train_tokens
         asked = 0 if limit is None else self.packers[ds.TRAIN].tokens / max(limit, 1)
         return min(1.0, max(asked, self._position / max(self.size, 1)))

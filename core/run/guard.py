@@ -62,8 +62,9 @@ def can_judge(accepted: Any, window: int) -> Any:
 
 
 def changed_measure(old: Manifest, new: Manifest) -> list[str]:
-    """Names of what the level or noise of loss and gradient norm depend on and that has changed: the guard's
-    window is then emptied. A changed learning rate is none: the window protects from too high a one."""
+    """Names of the changed settings that the level or noise of loss and gradient norm depend on: the guard's
+    window is then emptied. The learning rate is not one of them: the window protects from one that is too
+    high."""
     before, after = _measure(old), _measure(new)
     return [name for name in after if before[name] != after[name]]
 

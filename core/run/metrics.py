@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 def model_flops_utilization(
     tokens_per_second: float, flops_per_token: int, device_kind: str, n_devices: int
 ) -> float | None:
-    """The part of the devices' peak that the model's own FLOPs take (MFU); None where the peak is unknown."""
+    """MFU: the model's own FLOPs as a fraction of the devices' peak; None where the peak is unknown."""
     peak = PEAK_FLOPS.get(device_kind)
     return None if peak is None else tokens_per_second * flops_per_token / (peak * n_devices)
 

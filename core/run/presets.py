@@ -1,4 +1,4 @@
-"""What each preset is trained with where nothing else is said, and how long."""
+"""The training defaults of each preset, and the number of steps of a run."""
 
 from typing import Any
 

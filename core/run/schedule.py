@@ -29,7 +29,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled, of matrices and tables; never of norms and biases."""
+    """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     beta1: float = 0.9
     """AdamW's decay of the mean of the gradients."""
     beta2: float = 0.95
@@ -37,22 +37,23 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added by AdamW to the root of that mean."""
     clip: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down to it. 0 turns it off."""
+    """Clip gradients to this global norm; 0: no clipping."""
     momentum: float = 0.95
     """Momentum of Muon."""
     schedule: Literal["cosine", "wsd"] = "wsd"
-    """Cosine to the last step, or warmup-stable-decay: constant, then linear over the last steps."""
+    """cosine: cosine decay to the last step. wsd: warmup-stable-decay, constant, then linear over the last
+    steps."""
     warmup: int = 200
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps of linear warmup of the learning rate."""
     decay: float = 0.2
     """wsd only: fraction of the steps spent in the final linear decay."""
     final_lr: float = 0.0
     """Learning rate at the end, as a fraction of the peak."""
     schedule_start: int = 0
-    """Step at which the schedule begins, warmup and all: the step at which a run is resumed, to train it on
-    under a new schedule."""
+    """Step at which the schedule begins, with its warmup: the step at which a run is resumed, to train it
+    further under a new schedule."""
     rewarm: int = 0
-    """Steps from --rewarm-at on in which the rate rises linearly to the schedule's. Growing sets both."""
+    """Steps of linear warmup back to the schedule's rate, from --rewarm-at on. Growing sets both."""
     rewarm_at: int = 0
     """Step from which the learning rate is warmed up again."""
 
@@ -176,7 +177,7 @@ def fewest_steps(old: OptimizerConfig, old_steps: int, new: OptimizerConfig, ste
 
 
 def check_room(config: OptimizerConfig, steps: int) -> str | None:
-    """What to tell of a warmup that leaves no room for the rest of the schedule; None where it does."""
+    """A warning about a warmup that leaves no room for the rest of the schedule; None if there is room."""
     length = steps - config.schedule_start
     decay_steps = round(config.decay * length) if config.schedule == "wsd" else 0
     if config.warmup < length and config.warmup <= length - decay_steps:

@@ -91,38 +91,39 @@ class TrainingSettings:
     """Activation dtype. auto: bfloat16 on GPU and TPU, float32 on CPU; a run keeps the one it was started
     with. Parameters and optimizer state are always float32."""
     deterministic: bool = False
-    """On a GPU: only operations whose result never varies, so that a resumed run is equal to the bit."""
+    """On a GPU: use deterministic operations only, so that a resumed run is equal to the bit."""
 
     eval_every: int | None = None
-    """Updates between evaluations, besides those before the first update and after the last; 0: only the
-    last. Default: a tenth of the run."""
+    """Steps between evaluations, besides those before the first step and after the last; 0: only the last.
+    Default: a tenth of the run."""
     eval_windows: int = 512
-    """Windows of each held-out set that evaluations read; the last, and one where a model grew, read all."""
+    """Windows per held-out set in evaluations during the run; the last one, and one where a model grew, use
+    all."""
     eval_tasks: str = ""
-    """Tasks of lm-evaluation-harness to evaluate along with the held-out sets: arc_easy,piqa."""
+    """Tasks of lm-evaluation-harness to run at each evaluation, for example arc_easy,piqa."""
     eval_data_dir: Path | None = None
-    """Where the tasks' data lies (see eval.run). Default: fetched from the Hugging Face hub."""
+    """Folder with the tasks' data (see eval.run). Default: downloaded from the Hugging Face Hub."""
     eval_questions: int = 200
-    """Questions of each task that evaluations during the run ask; the last asks all."""
+    """Questions per task in evaluations during the run; the last one asks all."""
     sample_every: int | None = None
-    """Updates between samples; 0: none. Default: as --eval-every."""
+    """Steps between samples; 0: none. Default: as --eval-every."""
     prompts: tuple[str, ...] = ("This function returns", "The", "In the early years of")
     """Prompts to sample from during training. Pass --prompts with no value to turn samples off."""
     save_every: int | None = None
-    """Updates between checkpoints. Default: a tenth of the run."""
+    """Steps between checkpoints. Default: a tenth of the run."""
     save_minutes: float = 10.0
     """Also save when this much time has passed since the last checkpoint."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_steps: tuple[int, ...] = ()
     """Also save and keep the checkpoints of these steps."""
     stop_at: int | None = None
-    """Stop when this step is reached, saved; the schedule stays that of all --steps. What is there then
-    has not been decayed: a trunk, to grow or to resume."""
+    """Save and stop at this step. The schedule stays that of all --steps, so the model has not been decayed
+    yet: a trunk, to grow or to resume."""
     log_every: int = 10
-    """Updates between lines where the output is not a terminal; metrics.jsonl has every update."""
+    """Steps between lines of output where it is not a terminal; metrics.jsonl has every step."""
 
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the run that is resumed, by name: --allow-change lr batch."""
@@ -169,7 +170,7 @@ class PretrainingSource:
     """The run folder. Default: runs/PRESET."""
     model: ModelOverrides = ModelOverrides()
     on_bad_record: Literal["fail", "skip"] = "fail"
-    """A damaged training record ends the run, or its sequence is left out of the loss."""
+    """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
 
 
 # Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are

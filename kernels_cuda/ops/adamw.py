@@ -33,7 +33,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimizer; a group added later begins at step 0.
+        """As in any optimizer; a group added later begins at step 0.
 
         Raises:
             ValueError: its settings make no AdamW.
@@ -105,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimizer; what it holds keeps float32, whatever the parameters' type."""
+        """As in any optimizer; the state stays float32, whatever the parameters' type."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

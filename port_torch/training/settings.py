@@ -40,8 +40,9 @@ class TrainerConfig(TrainingSettings):
     optim: AdamWConfig = AdamWConfig()
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is the GPU where there is one."""
+    """auto: the GPU if there is one."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
-    """Our CUDA kernels where they are, nothing but them, or plain PyTorch."""
+    """auto: our CUDA kernels where they can run, else plain PyTorch. cuda: only our kernels. torch: plain
+    PyTorch."""
     compile: bool | None = None
-    """torch.compile: a minute at the start for faster steps. Default: on a GPU."""
+    """Use torch.compile: up to a minute at the start, for faster steps. Default: on a GPU."""

@@ -38,7 +38,7 @@ class AotConfig:
     """Gradient accumulation: split each batch into this many micro-batches. Default: enough for 8,192
     tokens per chip."""
     mesh: str | None = None
-    """How the chips are arranged, as in train_tpu.run. Default: all along data."""
+    """Device mesh, as in train_tpu.run. Default: all chips on data."""
     model: ModelOverrides = ModelOverrides()
     optim: OptimizerConfig = OptimizerConfig()
     z_loss: float = 0.0
@@ -52,7 +52,8 @@ class AotConfig:
     remat: Literal["none", "dots", "full"] | None = None
     """Activation rematerialization. Default: dots."""
     loss_chunk: int | None = None
-    """Tokens per chip whose logits exist at once. Default: 256 if the output head fits in VMEM, else 8192."""
+    """Chunk size of the cross-entropy, in tokens per chip. Default: 256 if the output head fits in VMEM, else
+    8192."""
     json: bool = False
     """Print everything as one JSON object; sizes in bytes, per chip."""
 
