@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import port_torch.finetune
 import port_torch.train
@@ -16,7 +16,7 @@ from core.config import ModelConfig
 from core.loss import IGNORE
 from core.run.log import read_log
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
-from port_torch.hf_config import is_llama
+from port_torch.hf_config import stock_type
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
@@ -131,7 +131,7 @@ def plain_losses(
 
 def theirs_of(folder: Path, config: ModelConfig) -> nn.Module:
     """The model of transformers in a folder, or our own code for it."""
-    kind = LlamaForCausalLM if is_llama(config) else MtlmForCausalLM
+    kind = AutoModelForCausalLM if stock_type(config) else MtlmForCausalLM
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
