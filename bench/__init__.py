@@ -1,4 +1,4 @@
-"""What we measure ourselves and others by; one table a command."""
+"""What we measure ourselves and others by; one table per command."""
 
 from core.extras import require_extra
 

@@ -179,7 +179,7 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / statistics.median(begin.elapsed_time(end) for begin, end in times) * 1e3
 
 
-def bytes_a_step(config: ModelConfig, batch: int, mean_length: float) -> float:
+def bytes_per_step(config: ModelConfig, batch: int, mean_length: float) -> float:
     """Weights once (of the tables only the head), keys and values of every row."""
     weights = config.n_params - config.n_embedding_params + config.vocab_size * config.d_model
     return 2 * weights + 4 * config.n_layers * config.d_model * batch * mean_length
@@ -196,7 +196,7 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
         prompts = torch.randint(shape.vocab_size, (batch, config.prompt), generator=generator).tolist()
         times = [t / config.new for t in seconds(call, prompts, config.new, calls)]
         step = statistics.median(times)
-        moved = bytes_a_step(shape, batch, config.prompt + config.new / 2) / step
+        moved = bytes_per_step(shape, batch, config.prompt + config.new / 2) / step
         rows.append(
             {
                 "model": name,
@@ -281,7 +281,7 @@ def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One row a way; "ours" is how many times as long as ours it takes."""
+    """One row per way; "ours" is how many times as long as ours it takes."""
     table = Table("model", "batch", "", "us per step", "spread", "tokens/s", "TB/s", "of copy", "ours")
     for row in rows:
         of_ours = [

@@ -53,7 +53,7 @@ class EvalBenchConfig:
 
 
 def measure(config: EvalBenchConfig, row: str, dtype: str) -> dict[str, Any]:
-    """Seconds a task and every question's log-probabilities, of one row."""
+    """Seconds per task and every question's log-probabilities, of one row."""
     from eval.evaluate import evaluate_task
     from eval.harness import HarnessModel
     from eval.models import open_model

@@ -61,7 +61,7 @@ class Variant(NamedTuple):
 
 def ours(kernels: library.Backend, compiled: bool) -> Make:
     """The mirror, as port_torch.train runs it; batches come from the host. Without the kernels AdamW is the
-    plain formula, an operation at a time."""
+    plain formula, one operation at a time."""
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
         if kernels == "cuda" and device.type != "cuda":

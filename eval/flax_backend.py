@@ -1,4 +1,4 @@
-"""Scoring with the Flax model: all devices, one compiled function a width."""
+"""Scoring with the Flax model: all devices, one compiled function per width."""
 
 import functools
 from collections.abc import Iterator

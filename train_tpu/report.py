@@ -73,7 +73,7 @@ def describe_layout(state: TrainState, mesh: Mesh) -> Table:
         totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         axes = ", ".join(axis or "-" for axis in leaf.spec) or "replicated"
         table.add_row(leaf.path, " x ".join(map(str, leaf.shape)), axes, *(f"{size:,}" for size in sizes))
-    table.add_row("in all", "", "", *(f"{total:,}" for total in totals), end_section=True)
+    table.add_row("total", "", "", *(f"{total:,}" for total in totals), end_section=True)
     return table
 
 

@@ -123,7 +123,7 @@ def _last_line(log: Path) -> str:
 
 
 class Processes:
-    """Starts the processes of jobs, and stops those that are on."""
+    """Starts the processes of jobs, and stops those that are running."""
 
     def __init__(self, out: Path, memory: float) -> None:
         """memory: the part of a GPU that each process may take."""
