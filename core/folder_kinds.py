@@ -8,6 +8,7 @@ from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST
 from core.checkpoint.steps import list_steps, step_path
 from core.cli import command
 from core.errors import UserError
+from core.hub_models import is_hub_name, parse
 
 DATASET = "dataset.json"  # of prepared data
 TORCH_STATE = "state.safetensors"  # of a checkpoint of port_torch
@@ -57,12 +58,17 @@ ADVICE = {
 def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
     """A UserError that names the right command where `path` is of another kind than those that are taken.
 
-    A folder of no known kind passes: whoever opens it says what it lacks.
+    A folder of no known kind passes: whoever opens it says what it lacks. A name on the Hugging Face Hub is
+    of weights, and no one is asked for it.
 
     Args:
         purpose: what it was given for, as `ADVICE` has it.
     """
-    kind = kind_of(path)
+    if is_hub_name(path):
+        parse(path)  # refuses a misspelt one
+        kind = Kind.WEIGHTS
+    else:
+        kind = kind_of(path)
     if kind in (*kinds, Kind.OTHER):
         return
     what = f"{path} is {kind.value}"

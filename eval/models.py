@@ -11,6 +11,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import install_command
 from core.gpu_memory import require_free_memory
+from core.hub_models import origin
 from core.model import abstract_params
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
@@ -81,7 +82,7 @@ def _open_folder(path: Path, dtype: str, device: Device, given: str | None) -> M
     manifest = export_manifest(path)
     config = models[0].config
     tokenizer = folder_tokenizer(path, manifest, given, config.vocab_size)
-    name = path.absolute().name
+    name = origin(path) or path.absolute().name
     if manifest:
         identity = _known(name, config, manifest) | {"sha256": recorded_hash(path, EXPORT_MANIFEST)}
     else:

@@ -28,6 +28,7 @@ from core import checks, cli
 from core.data.text import read_text
 from core.errors import UserError, run_command
 from core.folders import write_atomically
+from core.hub_models import local
 from core.progress import Activity
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
@@ -48,7 +49,8 @@ class PerplexityConfig:
     """Perplexities of WikiText-2's test text, or of your own text: per token, per word, and bits per byte."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
+    """A run folder, one checkpoint in it, a folder that port_torch.convert wrote, or a model on the Hugging
+    Face Hub, as hf:OWNER/NAME[@REVISION]."""
     text: Path | None = None
     """A text file (UTF-8, also .gz, .bz2, .xz or .zst) instead of WikiText-2."""
     data_dir: Path | None = None
@@ -56,7 +58,8 @@ class PerplexityConfig:
     stride: int | None = None
     """Tokens from one overlapping window to the next. Default: 512, or half of a context below 1024."""
     out: Path | None = None
-    """Where perplexity.json goes. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
+    """Where perplexity.json goes. Default: eval/step-N in the run, FOLDER-eval next to the folder, or here
+    NAME-eval."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
@@ -212,7 +215,7 @@ def main() -> int:
     from eval.harness import HarnessModel  # slow: JAX and lm-eval
     from eval.models import describe, open_model
 
-    model = open_model(config.model, config.dtype, config.device, config.tokenizer)
+    model = open_model(local(config.model), config.dtype, config.device, config.tokenizer)
     context = model.backend.context
     stride = min(512, context // 2) if config.stride is None else config.stride
     if stride >= context:

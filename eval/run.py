@@ -14,6 +14,7 @@ import tyro
 
 from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
+from core.hub_models import is_hub_name, local, origin
 from eval.results import Record, Results, figures, shown
 from eval.settings import Device, is_checkpoint, require_model, task_names
 
@@ -28,14 +29,16 @@ class EvalConfig:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A run folder, one checkpoint in it, or a folder that port_torch.convert wrote."""
+    """A run folder, one checkpoint in it, a folder that port_torch.convert wrote, or a model on the Hugging
+    Face Hub, as hf:OWNER/NAME[@REVISION]."""
     tasks: str = DEFAULT_TASKS
     """Names of tasks, groups or tags of lm-eval, separated by commas."""
     data_dir: Path | None = None
     """A folder with the data of tasks (arc/, openbookqa/, truthfulqa/, wikitext-2-raw/, piqa/, winogrande/,
     lambada/, blimp/). Other tasks, and all without it, get theirs from the Hugging Face hub."""
     out: Path | None = None
-    """Where the results go. Default: eval/step-N in the run, or FOLDER-eval next to the folder."""
+    """Where the results go. Default: eval/step-N in the run, FOLDER-eval next to the folder, or here
+    NAME-eval."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
@@ -59,6 +62,9 @@ def main() -> int:
     config = cli.parse(EvalConfig, prog="python -m eval.run")
     names = task_names(config.tasks)
     require_model(config.model, config.device)
+    if config.card and (is_hub_name(config.model) or origin(config.model)):
+        raise UserError(f"--card: {config.model} is in the Hub's cache; give a folder of your own")
+    config = dataclasses.replace(config, model=local(config.model))
     if config.card:
         if is_checkpoint(config.model):
             raise UserError(

@@ -7,14 +7,18 @@ from core.checkpoint.manifest import MANIFEST, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
+from core.hub_models import is_hub_name, origin, parse
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 def require_model(path: Path, device: Device = "auto") -> None:
     """A UserError where there is no model, or where --device does not apply to it."""
-    if not path.exists():
-        raise UserError(f"{path} is not there: give a run, one checkpoint in it, or an exported folder")
+    if not is_hub_name(path) and not path.exists():
+        raise UserError(
+            f"{path} is not there: give a run, one checkpoint in it, an exported folder, or hf:OWNER/NAME "
+            "for a model on the Hugging Face Hub"
+        )
     require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
     if is_checkpoint(path) and device != "auto":
         raise UserError(
@@ -29,10 +33,13 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def results_folder(path: Path) -> Path:
-    """Default folder of results: eval/step-N in the run, or FOLDER-eval next to a folder."""
+    """Default folder of results: eval/step-N in the run, or FOLDER-eval next to a folder; for a model of the
+    Hugging Face Hub NAME-eval in the working directory, as no one looks for it in the cache."""
     if is_checkpoint(path):
         step_dir = find_step(path)
         return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
+    if published := origin(path):
+        return Path(f"{parse(Path(published)).repository.partition('/')[2]}-eval").absolute()
     return path.absolute().with_name(f"{path.absolute().name}-eval")
 
 

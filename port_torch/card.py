@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
+from core.hub_models import PREFIX, parse
 from core.run.log import read_log
 from port_torch.hf_config import STOCK, stock_type
 
@@ -53,8 +54,13 @@ def model_card(
         )
         for row in held_out for metric in METRICS
     ]  # fmt: skip
+    base = base_model(manifest)
+    made = "trained from scratch with MTLM."
+    if base:
+        made = f"made with MTLM from [{base}](https://huggingface.co/{base}), whose license applies."
     data = ModelCardData(
-        license=LICENSE,
+        license=None if base else LICENSE,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mtlm"],
@@ -63,7 +69,7 @@ def model_card(
     )
     lines = [
         f"# {name}",
-        f"A small language model trained from scratch with MTLM. {tuning.what if tuning else UNTUNED} "
+        f"A small language model {made} {tuning.what if tuning else UNTUNED} "
         "What it says may be wrong or offensive.",
         "## Use",
         _usage(model, tuning.prompt if tuning else "This function returns"),
@@ -79,6 +85,12 @@ def model_card(
     if held_out:
         lines += ["## Evaluation", _table(_evaluation_rows(held_out), header=("held-out", *METRICS.values()))]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def base_model(manifest: Manifest) -> str | None:
+    """The model of the Hugging Face Hub, OWNER/NAME, that the parameters come from."""
+    published = [entry["path"] for entry in manifest.lineage if entry.get("path", "").startswith(PREFIX)]
+    return parse(Path(published[-1])).repository if published else None
 
 
 def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
@@ -158,7 +170,9 @@ def _evaluation_rows(held_out: list[dict[str, Any]]) -> Iterator[tuple[str, ...]
 
 def _entry(entry: dict[str, Any]) -> str:
     """One entry of the lineage, with paths cut to their last part; the manifest has all of it."""
-    shown = {key: Path(value).name if key == "path" else value for key, value in entry.items()}
+    shown = dict(entry)
+    if not entry.get("path", PREFIX).startswith(PREFIX):
+        shown["path"] = Path(entry["path"]).name
     operation = shown.pop("operation", "unknown")
     if operation == "grow":
         before, after = shown["layers"]

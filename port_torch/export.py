@@ -22,6 +22,7 @@ from core.model import Params
 from core.progress import Activity
 from core.tokenizer import Tokenizer
 from port_torch import hf
+from port_torch.card import base_model
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
 from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import write_tokenizer
@@ -100,7 +101,8 @@ def write_rest(
             shutil.copy(Path(hf.__file__).with_name(name), folder)
     write_tokenizer(folder, tokenizer, model.context)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copy(LICENSE, folder)
+    if base_model(manifest) is None:  # else the base model's license applies
+        shutil.copy(LICENSE, folder)
     exported = dataclasses.replace(manifest, kind="params", files={})
     seal(folder, without_local_paths(exported), EXPORT_MANIFEST)
 

@@ -15,6 +15,7 @@ import tyro
 from core import checks, cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.hub_models import pinned
 from core.run.folder import require_folder
 from core.run.help import TRAINING_OPTIONS
 from port_torch.training.rows import read_rows
@@ -28,7 +29,8 @@ class FinetuneConfig(TrainerConfig):
     """Fine-tune an exported model on rows of text, or of prompts and responses; the same command resumes."""
 
     init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """The exported folder to start from, or a compatible Hugging Face Llama."""
+    """The exported folder to start from, or a compatible Hugging Face Llama's; or hf:OWNER/NAME[@REVISION], a
+    model on the Hugging Face Hub."""
     data: Path
     """A JSONL file: rows {"text"}, {"prompt", "response"} or {"instruction", "input", "output"}; only
     responses are learned. Dolly's `context` is an input; a response may be called `completion`."""
@@ -66,6 +68,7 @@ def main() -> int:
     require_kind(config.init_from, "start", Kind.WEIGHTS)
     require_folder(config.out)
     file = read_rows(config.data)
+    config = dataclasses.replace(config, init_from=pinned(config.init_from))
     from port_torch.training.finetuning import run  # slow: PyTorch, which a malformed row does not wait for
 
     return run(config, file)

@@ -18,11 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.errors import UserError
+from core.hub_models import CONFIG, INDEX, PICKLES, WEIGHTS, is_content_of
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -171,7 +168,8 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of that name, which must lie in the folder itself, by name and after every link.
+    """The file of that name, which must lie in the folder itself, by name and after every link, or, of a
+    snapshot in the cache of the Hugging Face Hub, among the cache's contents.
 
     Raises:
         UserError: it lies elsewhere, or the name is none that a file can have.
@@ -186,7 +184,7 @@ def inside(folder: Path, name: str) -> Path:
         raise UserError(
             f"{folder} names the file {reprlib.repr(name)}, which cannot be opened ({error})"
         ) from None
-    if not target.is_relative_to(folder.resolve()):
+    if not (target.is_relative_to(folder.resolve()) or is_content_of(folder, target)):
         raise UserError(
             f"{file} is a link to {target}, outside of its folder, and not opened: give a folder of real "
             f"files (`hf download REPOSITORY --local-dir FOLDER`, or `cp -rL` to copy this one)"

@@ -15,6 +15,7 @@ from core import checks, cli
 from core.batch_file import BatchFile, generation_settings, write_texts
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.hub_models import local
 from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room
 from port_torch.training.rows import instruction
 
@@ -27,7 +28,8 @@ class GenerateConfig:
     """Generate text with an exported model, or a compatible Hugging Face Llama."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A folder that port_torch.convert wrote, or a Hugging Face Llama."""
+    """A folder that port_torch.convert wrote, or a Hugging Face Llama's; or hf:OWNER/NAME[@REVISION], a model
+    on the Hugging Face Hub."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Prompt to continue; repeat the option for several. Default: asked for on a terminal, else read from
     stdin, else empty (the beginning of a document)."""
@@ -68,10 +70,11 @@ def main() -> int:
         prompts = [piped_prompt() or ""]
     prompts = [config.formatted(prompt) for prompt in prompts]
     require_kind(config.folder, "generate", Kind.WEIGHTS)
+    folder = local(config.folder)
     from port_torch.sampling import open_writer  # slow: PyTorch, which a malformed line does not wait for
 
     writer = open_writer(
-        config.folder, config.sampling, config.max_new_tokens, device=config.device, dtype=config.dtype,
+        folder, config.sampling, config.max_new_tokens, device=config.device, dtype=config.dtype,
         backend=config.backend, tokenizer=config.tokenizer,
     )  # fmt: skip
     if asks:

@@ -1,4 +1,4 @@
-"""`python -m port_torch.import_checkpoint FOLDER_OR_FILE OUT`: a checkpoint of weights from elsewhere.
+"""`python -m port_torch.import_checkpoint SOURCE OUT`: a checkpoint of weights from elsewhere.
 
 What it writes holds parameters alone; `python -m train_tpu.run --init-from OUT` trains on from them.
 What the command does is in port_torch/importing.py, which is imported once it is known that it can be done.
@@ -14,6 +14,7 @@ from core import checks, cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
+from core.hub_models import is_hub_name, local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ImportConfig:
     (.pt) or MTLM2 (Orbax) checkpoint."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """The folder or file to import."""
+    """The folder or file to import, or hf:OWNER/NAME[@REVISION], a model on the Hugging Face Hub."""
     out: Annotated[Path, tyro.conf.Positional]
     """The checkpoint to write; it must not exist."""
     tokenizer: str | None = None
@@ -40,6 +41,7 @@ def main() -> int:
     """Runs the command."""
     config = cli.parse(ImportConfig, prog="python -m port_torch.import_checkpoint")
     check(config)
+    config = dataclasses.replace(config, source=local(config.source))
     from port_torch.importing import import_weights  # slow: JAX and PyTorch
 
     import_weights(config)
@@ -49,8 +51,11 @@ def main() -> int:
 def check(config: ImportConfig) -> None:
     """Refuses what cannot be done before anything is read."""
     require_new(config.out)
-    if not config.source.exists():
-        raise UserError(f"{config.source} does not exist: give a folder or a file to import")
+    if not is_hub_name(config.source) and not config.source.exists():
+        raise UserError(
+            f"{config.source} does not exist: give a folder or a file to import, or hf:OWNER/NAME for a "
+            "model on the Hugging Face Hub"
+        )
     require_kind(config.source, "import", Kind.WEIGHTS)
 
 

@@ -12,6 +12,7 @@ from core.checkpoint.checkpointer import save_params
 from core.checkpoint.manifest import Manifest, code_version
 from core.config import training_flags
 from core.errors import UserError
+from core.hub_models import origin
 from core.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
@@ -40,7 +41,7 @@ def import_weights(config: "ImportConfig") -> None:
     manifest = make_manifest(imported, tokenizer_record(tokenizer), source.NAME, config.source)
     out = save_params(config.out, imported.params, manifest, tokenizer)
     model = imported.config
-    print(f"imported {config.source} ({source.NAME}): {model.n_params:,} parameters")
+    print(f"imported {origin(config.source) or config.source} ({source.NAME}): {model.n_params:,} parameters")
     if imported.assumed:
         print(f"assumed as in the original, since the file does not say: {imported.assumed}")
     name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
@@ -86,7 +87,7 @@ def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> Toke
 
 def make_manifest(imported: Imported, tokenizer: dict[str, Any], name: str, source: Path) -> Manifest:
     """The checkpoint's manifest; what was ours before keeps its counters and its history."""
-    entry = {"operation": "import", "format": name, "path": str(source.absolute())}
+    entry = {"operation": "import", "format": name, "path": origin(source) or str(source.absolute())}
     if imported.manifest:
         return dataclasses.replace(
             imported.manifest, kind="params", tokenizer=tokenizer, data=None, code=code_version(),

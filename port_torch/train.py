@@ -16,6 +16,7 @@ from core import cli
 from core.config import preset
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
+from core.hub_models import pinned
 from core.run.folder import require_folder, settings_of_run
 from core.run.help import TRAINING_OPTIONS, for_help
 from core.run.presets import TRAINING_DEFAULTS
@@ -44,7 +45,8 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     """
 
     init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start from this exported folder instead of a preset with random parameters."""
+    """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of a
+    preset with random parameters."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
     for the tiny presets and mistral for the others."""
@@ -56,6 +58,8 @@ def main() -> int:
     """Runs the command; core.run.interrupt says what its exit codes mean."""
     config = parse(sys.argv[1:])
     check(config)
+    if config.init_from:
+        config = dataclasses.replace(config, init_from=pinned(config.init_from))
     from port_torch.training.pretraining import run  # slow: JAX and PyTorch
 
     return run(config, out_folder(config))

@@ -5,6 +5,8 @@ port_torch need PyTorch alone to see one.
 """
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.several_devices import FAST_COMPILE
@@ -19,6 +21,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.hub import Hub, point_at  # noqa: E402
 from tests.train_tpu.processes import make_text  # noqa: E402
 
 jax.devices()  # reads the flags, once
@@ -64,3 +67,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(cache: Path) -> Path:
     """The text they train on."""
     return make_text(cache)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hugging Face Hub that the client asks, with its cache in tmp_path / "cache"."""
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    point_at(monkeypatch, hub.address, tmp_path / "cache")
+    yield hub
+    hub.shutdown()
+    hub.server_close()

@@ -210,6 +210,8 @@ def verify(step_dir: Path, name: str = MANIFEST) -> None:
     # Names are compared before anything is opened, and only names found on the disk are: a manifest that
     # says `../x` leads nowhere.
     for file in sorted(expected.keys() - set(present)):
+        if name == EXPORT_MANIFEST and file.endswith(".py"):
+            continue  # transformers' code, which we neither run nor download
         refuse(file, "is missing")
     for file in sorted(set(present) - expected.keys()):
         refuse(file, f"is not listed in {name}")

@@ -10,6 +10,7 @@ from core.data.file_source import FileSource
 from core.data.formats import FORMS, Form, format_of
 from core.data.source import Source
 from core.errors import UserError
+from core.hub import require_reachable
 
 
 class HubSource(Source):
@@ -48,6 +49,7 @@ def _choose_files(dataset: str, config: str, form: Form | None, heldout: bool) -
     """
     import huggingface_hub
 
+    require_reachable(f"hf:{dataset} is a dataset to be downloaded")
     try:
         info = huggingface_hub.HfApi().dataset_info(dataset, files_metadata=True)
     except Exception as error:  # httpx, offline mode, a missing or closed repository

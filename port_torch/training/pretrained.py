@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.hub_models import local, origin
 from core.tokenizer import Tokenizer
 from port_torch.folder import export_manifest, weights_hash
 from port_torch.folder_tokenizer import folder_tokenizer
@@ -23,15 +24,17 @@ def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pret
     """The model of a folder, to be trained.
 
     Args:
+        folder: its path, or its name on the Hugging Face Hub.
         operation: what the lineage calls the start from it.
         tokenizer: what the user says it is; None: the folder's own.
 
     Raises:
         UserError: the folder or its tokenizer is not what it should be.
     """
+    folder = local(folder)
     decoder = load(folder)
     manifest = export_manifest(folder)  # verified by `load`
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
     before = manifest.lineage if manifest else []
-    entry = {"operation": operation, "path": str(folder), "sha256": weights_hash(folder)}
+    entry = {"operation": operation, "path": origin(folder) or str(folder), "sha256": weights_hash(folder)}
     return Pretrained(decoder, found, [*before, entry])

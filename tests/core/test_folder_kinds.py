@@ -78,6 +78,26 @@ def test_the_right_command_is_named(module: str, given: str, advice: str, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        (
+            "train_tpu.run",
+            "import it first, with `python -m port_torch.import_checkpoint {} CHECKPOINT`",
+        ),
+        (
+            "stacking.grow",
+            "import it first, with `python -m port_torch.import_checkpoint {} CHECKPOINT`",
+        ),
+        ("core.generate", "use `python -m port_torch.generate {}`"),
+    ],
+)
+def test_a_name_on_the_hub_is_of_weights(module: str, advice: str, tmp_path: Path):
+    options = ("--init-from",) if module == "train_tpu.run" else ()
+    assert refusal(module, *options, "hf:me/tiny").endswith(advice.format("hf:me/tiny"))
+    assert "'hf:tiny' is no name on the Hugging Face Hub" in refusal(module, *options, "hf:tiny")
+
+
 def test_a_run_of_port_torch_is_told_where_its_model_is(finished: Path):
     quoted = f"'{finished}/model'"
     assert refusal("port_torch.generate", finished).endswith(f"use `python -m port_torch.generate {quoted}`")

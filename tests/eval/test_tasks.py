@@ -9,10 +9,9 @@ import huggingface_hub
 import pytest
 from lm_eval.tasks import TaskManager
 
-import eval.hub
 import eval.tasks
 from core.errors import UserError
-from eval.hub import go_offline_if_unreachable, reachable
+from eval.hub import go_offline_if_unreachable
 from eval.tasks import DEFINITIONS, open_tasks
 from tests.eval.small_sets import Sets
 
@@ -54,18 +53,3 @@ def test_a_hub_that_cannot_be_reached_is_said_soon(monkeypatch, tmp_path: Path, 
         tasks.load("arc_easy", None)
     assert huggingface_hub.constants.HF_HUB_OFFLINE and not capfd.readouterr().err
     go_offline_if_unreachable.cache_clear()
-
-
-def test_what_answers_is_reachable(monkeypatch):
-    assert not reachable(NOBODY)
-    for answer, expected in (
-        (eval.hub.urllib.error.HTTPError(NOBODY, 403, "no", {}, None), True),
-        (eval.hub.urllib.error.URLError(eval.hub.ssl.SSLError("unknown authority")), True),
-        (eval.hub.urllib.error.URLError(TimeoutError()), False),
-    ):
-
-        def answering(*_, answer=answer, **__):
-            raise answer
-
-        monkeypatch.setattr(eval.hub.urllib.request, "urlopen", answering)
-        assert reachable(NOBODY) is expected

@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 
-from core.data import file_source
+from core.data import file_source, hub_source
 from core.data.file_source import cut_point
 from core.data.sources import open_sources
 from core.errors import UserError
@@ -279,6 +279,7 @@ def test_hub(tmp_path, monkeypatch, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jsonl([name]))
     hub = FakeHub(tmp_path)
+    monkeypatch.setattr(hub_source, "require_reachable", lambda what: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
     assert texts("hf:someone/stories:one") == ["one/train-0.jsonl", "one/train-1.jsonl"]
