@@ -1,4 +1,4 @@
-"""The peer of `bench.step`: what one writes in an afternoon of plain JAX, for the same two models.
+"""The peer of `bench.step`: what one writes in an afternoon of plain JAX, for the same models.
 
 Layers stacked and unrolled, attention by cuDNN where it can be, a cross-entropy over the float32 logits of
 the whole batch, optax's AdamW with clipping; no guard, no checkpoints, no metrics.
@@ -29,11 +29,13 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
         layers = {
             "norm1": jnp.ones((n, d)),
             "norm2": jnp.ones((n, d)),
-            "qkv": normal(0, n, d, 3 * d),
-            "o": normal(1, n, d, d),
+            "qkv": normal(0, n, d, c.q_width + 2 * c.kv_width),
+            "o": normal(1, n, c.q_width, d),
             "up": normal(2, n, d, n_up * c.d_mlp),
             "down": normal(3, n, c.d_mlp, d),
         }
+        if c.qk_norm:
+            layers |= {"q_norm": jnp.ones((n, c.head_size)), "k_norm": jnp.ones((n, c.head_size))}
         params = {"embed": normal(4, c.vocab_size, d), "layers": layers, "norm": jnp.ones(d)}
         if c.positions == "learned":
             params["positions"] = normal(5, c.context, d)
@@ -55,13 +57,16 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
     def layer(x, p):
-        batch, length, d = x.shape
+        batch, length, _ = x.shape
         qkv = norm(x, p["norm1"]) @ p["qkv"].astype(x.dtype)
-        q, k, v = (t.reshape(batch, length, c.n_heads, c.head_size) for t in jnp.split(qkv, 3, -1))
+        parts = jnp.split(qkv, (c.q_width, c.q_width + c.kv_width), -1)
+        q, k, v = (t.reshape(batch, length, -1, c.head_size) for t in parts)
+        if c.qk_norm:
+            q, k = norm(q, p["q_norm"]), norm(k, p["k_norm"])
         if c.positions == "rope":
             q, k = rope(q), rope(k)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention)
-        x = x + y.reshape(batch, length, d) @ p["o"].astype(x.dtype)
+        x = x + y.reshape(batch, length, -1) @ p["o"].astype(x.dtype)
         up = norm(x, p["norm2"]) @ p["up"].astype(x.dtype)
         if c.mlp == "swiglu":
             gate, up = jnp.split(up, 2, -1)

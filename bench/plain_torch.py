@@ -1,4 +1,4 @@
-"""The peer of `bench.train`: what one writes in an afternoon of plain PyTorch, for the same two models.
+"""The peer of `bench.train`: what one writes in an afternoon of plain PyTorch, for the same models.
 
 nn.RMSNorm, one product for q, k and v and one for gate and up, PyTorch's attention, a cross-entropy over the
 float32 logits of the whole batch. No kernels of anybody's; `torch.compile` is left to fuse the rest.
@@ -20,20 +20,26 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         d, f = c.d_model, c.d_mlp
-        self.heads, self.gated = c.n_heads, c.mlp == "swiglu"
+        self.heads, self.gated = (c.n_heads, c.kv_heads, c.kv_heads), c.mlp == "swiglu"
         self.norm1, self.norm2 = nn.RMSNorm(d, c.norm_eps), nn.RMSNorm(d, c.norm_eps)
-        self.qkv = nn.Linear(d, 3 * d, bias=c.biases)
-        self.o = nn.Linear(d, d, bias=c.biases)
+        self.qkv = nn.Linear(d, c.q_width + 2 * c.kv_width, bias=c.biases or c.qkv_biases)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.o = nn.Linear(c.q_width, d, bias=c.biases)
         self.up = nn.Linear(d, 2 * f if self.gated else f, bias=c.biases)
         self.down = nn.Linear(f, d, bias=c.biases)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        b, s, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        b, s, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, s, sum(self.heads), -1).transpose(1, 2)
+        q, k, v = qkv.split(self.heads, dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(y.transpose(1, 2).reshape(b, s, d))
+        grouped = self.heads[0] != self.heads[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        x = x + self.o(y.transpose(1, 2).reshape(b, s, -1))
         up = self.up(self.norm2(x))
         if self.gated:
             gate, up = up.chunk(2, -1)
@@ -97,6 +103,9 @@ class GPT(nn.Module):
                 linear.weight.copy_(torch.cat([part.weight for part in parts]))
                 if linear.bias is not None:
                     linear.bias.copy_(torch.cat([part.bias for part in parts]))
+            if attn.q_norm is not None:
+                block.q_norm.weight.copy_(attn.q_norm.weight)
+                block.k_norm.weight.copy_(attn.k_norm.weight)
             block.norm1.weight.copy_(layer.attn_norm.weight)
             block.norm2.weight.copy_(layer.mlp_norm.weight)
         self.embed.weight.copy_(mirror.embed.weight)

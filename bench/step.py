@@ -21,7 +21,7 @@ from rich.table import Table
 from bench import plain_jax
 from core import checks, cli
 from core.attention import choose
-from core.config import preset
+from core.config import ModelConfig, preset
 from core.errors import run_command
 from core.model import Compute, compute_dtype
 from core.run.metrics import model_flops_utilization
@@ -55,12 +55,8 @@ class StepBenchConfig:
 BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
 
 
-def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
-    """One row: median seconds per step, compile seconds, peak device memory, last loss."""
-    model = preset(name)
-    if config.context is not None:
-        model = dataclasses.replace(model, context=config.context)
-    batch = BATCH.get(name, 32) if config.batch is None else config.batch
+def measure(config: StepBenchConfig, model: ModelConfig, batch: int, ours: bool) -> dict[str, Any]:
+    """One row: median seconds per step, compile seconds, peak device memory, first and last loss."""
     if ours and config.deterministic:
         require_deterministic_operations()
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -105,7 +101,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
             *carry, loss = plain_step(*carry, batches[i % 4])
             return loss
 
-    step(0).block_until_ready()
+    first_loss = float(step(0))
     compile_seconds = time.perf_counter() - started
     for i in range(2):
         step(i).block_until_ready()
@@ -125,6 +121,7 @@ def measure(config: StepBenchConfig, name: str, ours: bool) -> dict[str, Any]:
         "compile": compile_seconds,
         "peak": stats.get("peak_bytes_in_use", 0) / 2**30,
         "batch": batch,
+        "first_loss": first_loss,
         "loss": float(loss),
     }
 
@@ -137,7 +134,11 @@ def main() -> None:
     config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
     if row:
         name, who = row.split("/")
-        print("ROW " + json.dumps(measure(config, name, who == "ours")))
+        model = preset(name)
+        if config.context is not None:
+            model = dataclasses.replace(model, context=config.context)
+        batch = BATCH.get(name, 32) if config.batch is None else config.batch
+        print("ROW " + json.dumps(measure(config, model, batch, who == "ours")))
         return
     table = Table("model", "step", "batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "ratio")
     for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]:

@@ -17,14 +17,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bench.bars import draw_rates
-from bench.train_rows import VARIANTS, measure
+from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from kernels_cuda.bench_tasks import Clock, ceilings
 from port_torch.hf_config import stock_type
 
-BATCH = {"mtlm1-200m": 32, "mtlm2-40m": 64}
+CASES = ("mtlm1-200m", "mtlm2-40m")
+BATCH = {
+    "mtlm1-200m": 32, "mtlm2-40m": 64, "smollm2-135m": 16, "smollm2-360m": 8, "qwen3-0.6b": 2,
+}  # fmt: skip
 GOALS = {"mtlm1-200m": {"plain": 1.2, "hf-liger": 1.6}, "mtlm2-40m": {"plain": 1.35}}
 """How many times the peer's tokens/s ours shall have."""
 
@@ -33,20 +36,21 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TrainBenchConfig:
-    """Time whole training steps of the PyTorch mirror next to plain PyTorch, Hugging Face's Llama and Liger.
+    """Time whole training steps of both engines next to plain PyTorch, Hugging Face and Liger.
 
     bfloat16 under autocast with float32 weights; the same first weights, update and random tokens for all. A
     row is the median of the steps; MFU is the model's own operations over the GPU's dense bfloat16 peak.
     """
 
-    cases: tuple[str, ...] = tuple(BATCH)
-    """Presets. Hugging Face's Llama is timed next to those that are one."""
+    cases: tuple[str, ...] = CASES
+    """Presets. Hugging Face's class is timed next to those that have one there."""
     variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Ways to train; the ratios need plain and hf-liger."""
     steps: int = 20
     """Timed steps, after 5 of warming up."""
     batch: int | None = None
-    """Sequences per step. Default: 32 for mtlm1-200m, 64 for mtlm2-40m, 8 for others."""
+    """Sequences per step. Default: 32 for mtlm1-200m, 64 for mtlm2-40m, about 32,000 tokens for other large
+    ones, 8 for the rest."""
     context: int | None = None
     """Tokens per sequence. Default: the preset's."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -81,6 +85,8 @@ def run_row(config: TrainBenchConfig, row: str) -> Row:
             "product_tflop_per_second": product,
         }
     case, variant = row.split("/")
+    if variant == JAX:
+        return measure_jax(config.model(case), config.sequences(case), config.steps)
     profiled = config.profile is not None and VARIANTS[variant].profiled
     return measure(
         config.model(case),
@@ -95,7 +101,8 @@ def run_row(config: TrainBenchConfig, row: str) -> Row:
 def in_process(row: str, argv: list[str]) -> Row:
     """Its figures, or {"failed": why, in one line}; then its stderr is shown."""
     command = [sys.executable, "-m", "bench.train", "--row", row, *argv]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # JAX only draws the first weights
+    # Elsewhere JAX only draws the first weights.
+    environment = os.environ | ({} if row.endswith(f"/{JAX}") else {"JAX_PLATFORMS": "cpu"})
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.rpartition("ROW ")[2])

@@ -49,7 +49,8 @@ class Variant(NamedTuple):
     """A way to train."""
 
     title: str
-    make: Make
+    make: Make | None
+    """None: `measure_jax` does it."""
     stock: bool = False
     """Whether it is a class of transformers'."""
     profiled: bool = False
@@ -147,10 +148,12 @@ def peer(
     return step
 
 
+JAX = "ours-jax"
 VARIANTS = {
     "ours": Variant("ours: kernels, compiled", ours("cuda", compiled=True), profiled=True),
     "ours-eager": Variant("ours: kernels, not compiled", ours("cuda", compiled=False), profiled=True),
     "ours-no-kernels": Variant("ours: no kernels, compiled", ours("torch", compiled=True), profiled=True),
+    JAX: Variant("ours: JAX", None),
     "plain": Variant("plain torch, compiled", plain(narrow=False), profiled=True),
     "plain-bf16": Variant("plain torch, narrow, compiled", plain(narrow=True)),
     "hf": Variant("HF", hugging_face(compiled=False, liger=False), stock=True),
@@ -191,6 +194,19 @@ def measure(
     if profile is not None:
         write_profile(step, median, cuda, profile)
     return row
+
+
+def measure_jax(model: ModelConfig, batch: int, steps: int) -> dict[str, Any]:
+    """The row of JAX's step, as `bench.step` times it: with weights and tokens of its own."""
+    from bench.step import StepBenchConfig
+    from bench.step import measure as measure_step
+
+    row = measure_step(StepBenchConfig(steps=steps), model, batch, ours=True)
+    return {
+        "milliseconds": row["ms"], "tokens_per_second": row["rate"], "mfu": row["mfu"],
+        "peak_gib": row["peak"], "first_step_seconds": row["compile"], "first_loss": row["first_loss"],
+        "loss": row["loss"],
+    }  # fmt: skip
 
 
 def random_batches(model: ModelConfig, batch: int) -> list[Rows]:

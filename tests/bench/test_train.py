@@ -1,5 +1,6 @@
 """`bench.train`: the peers compute what ours does, and the command runs, fails and reports as it says."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain_torch import GPT
 from bench.train import goals
-from bench.train_rows import llama
+from bench.train_rows import stock_model
 from core.config import ModelConfig, preset
 from port_torch.model import Decoder
-from tests.models import BOTH, LLAMA
+from tests.models import BOTH, GROUPED, LLAMA
+
+MODELS = BOTH | {"grouped": GROUPED}
 
 UNIT = 2.0**-24  # of float32, relative
 
@@ -38,9 +41,9 @@ def mirror_loss(model: Decoder, tokens: torch.Tensor, targets: torch.Tensor) -> 
     return model.loss(model(tokens), targets).total / targets.numel()
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", MODELS)
 def test_plain_torch_is_the_same_function(kind: str):
-    config = BOTH[kind]
+    config = MODELS[kind]
     mirror = random_mirror(config)
     plain = GPT(config).take_weights(mirror).double()
     mirror.double()
@@ -54,15 +57,15 @@ def test_plain_torch_is_the_same_function(kind: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", MODELS)
 def test_plain_torch_has_the_same_size_and_operations(kind: str):
-    config = BOTH[kind]
+    config = MODELS[kind]
     mirror = random_mirror(config)
     plain = GPT(config).take_weights(mirror)
     for model in (mirror, plain):
         assert sum(p.numel() for p in model.parameters()) == config.n_params
     tokens, targets = random_tokens(config)
-    attention = 6 * config.n_layers * config.d_model * config.context  # not a product of matrices
+    attention = 6 * config.n_layers * config.q_width * config.context  # not a product of matrices
     for loss_of in (lambda *batch: mirror_loss(mirror, *batch), plain):
         with FlopCounterMode(display=False) as counter:
             loss_of(tokens, targets).backward()
@@ -82,11 +85,14 @@ def test_the_residual_stream_is_as_wide_as_said(narrow: bool):
 
 
 @pytest.mark.slow
-def test_hugging_face_is_the_same_function():
-    mirror = random_mirror(LLAMA)
-    model = llama(mirror, liger=False)
-    assert sum(p.numel() for p in model.parameters()) == LLAMA.n_params
-    tokens, _ = random_tokens(LLAMA)
+@pytest.mark.parametrize(
+    "config", [LLAMA, dataclasses.replace(GROUPED, qkv_biases=False)], ids=["llama", "qwen3"]
+)
+def test_hugging_face_is_the_same_function(config: ModelConfig):
+    mirror = random_mirror(config)
+    model = stock_model(mirror, liger=False)
+    assert sum(p.numel() for p in model.parameters()) == config.n_params
+    tokens, _ = random_tokens(config)
     expected = mirror_loss(mirror, tokens[:, :-1], tokens[:, 1:])
     # Logits of the two are 2e-5 apart at most (test_model.py), a loss is at most twice that.
     assert abs(model(input_ids=tokens, labels=tokens).loss - expected) <= 4e-5
