@@ -20,11 +20,13 @@ from train_tpu.aot.topology import open_slice
 from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
 
 CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
-heads, shape = int(sys.argv[1]), parse_mesh(sys.argv[2], 8)
+heads, kv_heads, shape = int(sys.argv[1]), int(sys.argv[2]), parse_mesh(sys.argv[3], 8)
 
 mesh = make_mesh(shape, open_slice("v5e:2x4"))
 require(mesh.size == 8 and mesh.devices.flat[0].platform == "tpu", mesh)
-model = ModelConfig(vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, d_mlp=512)
+model = ModelConfig(
+    vocab_size=VOCAB, context=CONTEXT, d_model=256, n_layers=2, n_heads=heads, n_kv_heads=kv_heads, d_mlp=512
+)
 attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_size, context=model.context)
 require(attention.name == "splash", attention)
 config = StepConfig(

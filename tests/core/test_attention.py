@@ -147,12 +147,15 @@ def test_splash_interpreted(length, heads, kv_heads):
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
-    "heads, mesh",  # of 64, as the presets have them, and of 32, as the tiny ones
-    [(4, "data=8"), (8, "data=8"), (4, "fsdp=4,tensor=2")],
+    "heads, kv_heads, mesh",  # of 64, as the presets have them, and of 32, as the tiny ones
+    [
+        *((4, 4, "data=8"), (8, 8, "data=8"), (4, 4, "fsdp=4,tensor=2")),
+        *((4, 2, "data=8"), (4, 1, "fsdp=4,tensor=2")),  # heads shared; not divided by tensor
+    ],
 )
-def test_the_training_step_compiles_for_a_tpu(heads, mesh):
+def test_the_training_step_compiles_for_a_tpu(heads, kv_heads, mesh):
     script = Path(__file__).with_name("compile_for_tpu.py")
-    printed = run_on_devices(1, script, str(heads), mesh, TPU_SKIP_MDS_QUERY="1")
+    printed = run_on_devices(1, script, str(heads), str(kv_heads), mesh, TPU_SKIP_MDS_QUERY="1")
     assert "compiled for 8 x TPU v5 lite" in printed
 
 
