@@ -29,6 +29,7 @@ from core.run.folder import read_config, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.schedule import check_room
 from core.run.settings import model_config
+from core.run.training_run import TrainingRun
 from core.sampling import require_room
 from core.sharding import (
     MeshShape,
@@ -49,7 +50,7 @@ Source = tuple[Path, Manifest, Params]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Setup(TrainingRun):
     """A run that can begin."""
 
     config: RunConfig
@@ -58,21 +59,13 @@ class Setup:
     dataset: Dataset
     tokenizer: Tokenizer
     prompts: list[list[int]]
-    """Ids to sample from."""
     steps: int
-    """Updates that the schedule is for."""
     mesh: Mesh
     step: StepConfig
     record: dict[str, Any]
-    """What config.json and the manifests say: `core.run.folder.run_record`."""
     source: Source | None
     """The checkpoint that --init-from names, its manifest and its parameters; None for a run that resumes."""
     console: Console
-
-    @property
-    def end(self) -> int:
-        """Updates after which to stop."""
-        return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
 
 
 def prepare_run(config: RunConfig) -> Setup:

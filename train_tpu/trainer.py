@@ -11,7 +11,6 @@ import jax
 from core import processes
 from core.checkpoint.checkpointer import Checkpointer, restore
 from core.checkpoint.manifest import Manifest, load_manifest
-from core.checkpoint.steps import find_start, leave_newer
 from core.compilation_cache import programs_found
 from core.data.dataset import train_batches
 from core.errors import UserError
@@ -23,8 +22,7 @@ from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
-from core.run.loop import is_finished, run_loop
-from core.run.schedule import require_continuous
+from core.run.training_run import run_loop
 from core.sharding import resolved_mesh, state_shardings
 from train_tpu.config import RunConfig
 from train_tpu.engine import JaxEngine, own_rows
@@ -64,25 +62,20 @@ def run(setup: Setup) -> int:
         if processes.is_first():
             setup.tokenizer.carry(setup.out)
             write_config(setup.out, setup.record)
-        checkpointer = stack.enter_context(Checkpointer(setup.out / "checkpoints", config.keep))
+        checkpointer = stack.enter_context(Checkpointer(setup.checkpoints, config.keep))
         engine = make_engine(setup, state, tasks, checkpointer)
         batches = open_batches(setup, manifest.sequences)
         stack.callback(batches.close)
         with out_of_memory_explained(config.batch, config.grad_accum_steps):
             code = run_loop(
-                out=setup.out,
-                first=processes.is_first(),
-                console=console,
-                how=how,
-                settings=config,
-                engine=engine,
-                batches=batches,
-                manifest=manifest,
-                steps=setup.steps,
-                end=setup.end,
-                prompts=setup.prompts,
-                tokenizer=setup.tokenizer,
+                setup,
+                engine,
+                batches,
+                manifest,
                 interrupt=interrupt,
+                console=console,
+                first=processes.is_first(),
+                how=how,
             )
     if code == EXIT_FINISHED and processes.is_first():
         report_end(setup)
@@ -103,7 +96,7 @@ def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
 def nothing_to_do(setup: Setup, step: int) -> str | None:
     """What to say of a run that has made all its updates; None where some are left. See `is_finished`."""
     out, steps = setup.out, setup.steps
-    if is_finished(out, step, steps):
+    if setup.is_finished(step):
         return f"{out} has finished ({step} of {steps} steps): start a new run with another --out"
     if setup.end < steps and step >= setup.end:
         return (
@@ -170,26 +163,16 @@ def open_tasks(setup: Setup) -> Any:
 def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
     """The state to start from: resumed, made of another checkpoint's parameters, or fresh. With its manifest
     (and so its counters), and in words where it comes from."""
-    config, out, record, mesh = setup.config, setup.out, setup.record, setup.mesh
+    out, mesh = setup.out, setup.mesh
     abstract = abstract_state(setup.step, mesh)
-    manifest = Manifest(
-        kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
-        tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
-    )  # fmt: skip
-    folder = out / "checkpoints"
+    manifest = setup.new_manifest()
     say = functools.partial(setup.console.print, markup=False, highlight=False)
-
-    def check(start: Manifest) -> None:
-        require_continuous(start.config["run"], record["run"], start.step, out)
-
-    step_dir = processes.in_turn(lambda: find_start(folder, config.from_step, config.fallback, check, say))
-    processes.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    step_dir = setup.find_start(processes, say)
     if step_dir:
         old = load_manifest(step_dir)
         state = restore(step_dir, abstract)
-        if config.from_step is not None and processes.is_first():
-            for left in leave_newer(folder, config.from_step):
-                say(f"a newer checkpoint is left, as {left}")
+        if processes.is_first():
+            setup.leave_newer(say)
         # A run that the guard halted resumes after the batches that halted it.
         state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
         changed = changed_measure(old, manifest)
@@ -213,5 +196,5 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
         entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
         manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
         return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
-    state = fresh_state(setup.step, mesh, config.seed)
-    return state, manifest, f"starting a new run in {out} from random parameters (seed {config.seed})"
+    state = fresh_state(setup.step, mesh, setup.config.seed)
+    return state, manifest, f"starting a new run in {out} from random parameters (seed {setup.config.seed})"

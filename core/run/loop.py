@@ -6,7 +6,6 @@ step, from its metrics, or from what the engines agree on.
 """
 
 import collections
-import contextlib
 import dataclasses
 import math
 import os
@@ -26,7 +25,7 @@ from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
 from core.run.engine import Engine, LoadedBatch, Metrics
 from core.run.guard import Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from core.run.log import NoLog, RunLog, read_log
+from core.run.log import NoLog, RunLog
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import learning_rate
 from core.run.settings import TrainingSettings
@@ -312,66 +311,6 @@ class Loop:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def run_loop(
-    *,
-    out: Path,
-    first: bool,
-    console: Console,
-    how: str,
-    settings: TrainingSettings,
-    engine: Engine,
-    batches: Iterator[LoadedBatch],
-    manifest: Manifest,
-    steps: int,
-    end: int,
-    prompts: list[list[int]],
-    tokenizer: Tokenizer,
-    interrupt: Interrupt,
-    **event: Any,
-) -> int:
-    """Runs the loop with the log of the run folder `out` and a progress display; returns its exit code.
-
-    Args:
-        first: whether this process is the first of the run, which alone writes the log.
-        how: where the state comes from. The log begins with it, the engine's device and `event`.
-        settings, engine, batches, manifest, steps, end, prompts, tokenizer, interrupt: as `Loop` has them.
-    """
-    log = RunLog(out, manifest.step) if first else NoLog()
-    with contextlib.closing(log):
-        if log.notice:
-            console.print(log.notice, markup=False, highlight=False)
-        device = engine.device
-        log.write(manifest.step, "event", what=how, device=device.kind, n=device.n, **event)
-        return Loop(
-            settings=settings,
-            engine=engine,
-            batches=batches,
-            manifest=manifest,
-            checkpoints=out / "checkpoints",
-            steps=steps,
-            end=end,
-            prompts=prompts,
-            tokenizer=tokenizer,
-            log=log,
-            console=console,
-            interrupt=interrupt,
-        ).run()
-
-
-def is_finished(out: Path, step: int, steps: int) -> bool:
-    """Whether the run in `out`, now at `step`, has made all of its `steps` updates and logged its end.
-
-    Raises:
-        UserError: it has made more than are asked for.
-    """
-    if step > steps:
-        raise UserError(
-            f"the run in {out} is at step {step} already, beyond the {steps} steps asked for: "
-            "resume it without them, or give another --out"
-        )
-    return step == steps and any(row["what"] == END for row in read_log(out, "event"))
 
 
 def blame_leaves(norms: Mapping[str, Any], most: int = 3) -> list[str]:

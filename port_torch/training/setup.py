@@ -21,6 +21,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.model import compute_dtype
 from core.run.folder import require_folder
+from core.run.training_run import TrainingRun
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch.card import Tuning
@@ -32,7 +33,7 @@ from port_torch.training.settings import TrainerConfig
 
 
 @dataclasses.dataclass
-class Job:
+class Job(TrainingRun):
     """What is trained, on what, and where."""
 
     config: TrainerConfig
@@ -43,7 +44,6 @@ class Job:
     """On its device; what needs no gradient is not trained."""
     tokenizer: Tokenizer
     record: dict[str, Any]
-    """What config.json and the manifests say: `core.run.folder.run_record`."""
     lineage: list[dict[str, Any]]
     """What the parameters come from."""
     steps: int
@@ -53,16 +53,10 @@ class Job:
     """That many rows as training has them, to try the memory with."""
     heldout: list[HeldOut]
     prompts: list[list[int]]
-    """Ids to sample from."""
     table: list[tuple[str, str]]
     """What is printed of model and data."""
     tuning: Tuning | None = None
     """What the card says of a fine-tuned model."""
-
-    @property
-    def end(self) -> int:
-        """Updates after which to stop: `steps`, or fewer."""
-        return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
 
 
 def begin(config: TrainerConfig, out: Path, ranks: Distributed) -> TrainerConfig:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from core.checkpoint.manifest import Manifest, code_version, load_manifest
-from core.checkpoint.steps import find_start, find_step, leave_newer, list_steps
+from core.checkpoint.steps import find_step, list_steps
 from core.cli import command
 from core.errors import UserError
 from core.extras import install_command
@@ -19,8 +19,9 @@ from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES, read_log
-from core.run.loop import END, is_finished, run_loop
-from core.run.schedule import check_room, require_continuous
+from core.run.loop import END
+from core.run.schedule import check_room
+from core.run.training_run import run_loop
 from core.tokenizer import Tokenizer
 from port_torch.training import checkpoint
 from port_torch.training.distributed import Distributed
@@ -64,24 +65,19 @@ def train(job: Job, ranks: Distributed) -> int:
         announce(job, ranks, console, how, rows, grad_accum_steps)
         batches = job.batches(manifest.sequences)
         stack.callback(batches.close)
-        folder, micro_batch = out / "checkpoints", rows // grad_accum_steps
+        folder, micro_batch = job.checkpoints, rows // grad_accum_steps
         engine = TorchEngine(
             train_step, grad_accum_steps, micro_batch, job.heldout, tasks, folder, config.keep
         )
         code = run_loop(
-            out=out,
-            first=ranks.first,
-            console=console,
-            how=how,
-            settings=config,
-            engine=engine,
-            batches=batches,
-            manifest=manifest,
-            steps=job.steps,
-            end=job.end,
-            prompts=job.prompts,
-            tokenizer=job.tokenizer,
+            job,
+            engine,
+            batches,
+            manifest,
             interrupt=interrupt,
+            console=console,
+            first=ranks.first,
+            how=how,
             parts=grad_accum_steps,
         )
     if code == EXIT_FINISHED and ranks.first:
@@ -112,7 +108,7 @@ def make_train_step(job: Job, ranks: Distributed) -> TrainStep:
 
 def is_done(job: Job, step: int) -> bool:
     """Whether a run at `step` has made its updates, all or those up to --stop-at; see `is_finished`."""
-    return is_finished(job.out, step, job.steps) or (job.end < job.steps and step >= job.end)
+    return job.is_finished(step) or (job.end < job.steps and step >= job.end)
 
 
 def choose_grad_accum_steps(job: Job, train_step: TrainStep, rows: int) -> int:
@@ -192,29 +188,17 @@ def model_alone(out: Path) -> bool:
 
 def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[Manifest, str]:
     """The manifest of the state that the train_step then has, and in words where that comes from."""
-    out, record, ranks = job.out, job.record, train_step.ranks
-    manifest = Manifest(
-        kind="train", step=0, sequences=0, tokens=0, config={name: record[name] for name in ("model", "run")},
-        tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
-        lineage=job.lineage, code=code_version() | {"torch": torch.__version__},
-    )  # fmt: skip
+    out, ranks = job.out, train_step.ranks
+    manifest = job.new_manifest(lineage=job.lineage, code=code_version() | {"torch": torch.__version__})
     say = functools.partial(console.print, markup=False, highlight=False)
-    folder = out / "checkpoints"
-
-    def check(start: Manifest) -> None:
-        require_continuous(start.config["run"], record["run"], start.step, out)
-
-    start = (job.config.from_step, job.config.fallback, check, say)
-    step_dir = ranks.in_turn(lambda: find_start(folder, *start))
-    ranks.require_equal(load_manifest(step_dir).to_json() if step_dir else "", f"checkpoint in {folder}")
+    step_dir = job.find_start(ranks, say)
     if step_dir is None:
         source = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {source} (seed {job.config.seed})"
     require_same_pretrained(job, load_manifest(step_dir).lineage)
     old = checkpoint.restore(step_dir, train_step)
-    if job.config.from_step is not None and ranks.first:
-        for left in leave_newer(folder, job.config.from_step):
-            say(f"a newer checkpoint is left, as {left}")
+    if ranks.first:
+        job.leave_newer(say)
     how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
     train_step.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
     changed = changed_measure(old, manifest)

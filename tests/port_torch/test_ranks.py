@@ -14,6 +14,7 @@ from rich.console import Console
 
 from core.checkpoint.checkpointer import find_step, load_manifest
 from core.errors import UserError
+from core.run.training_run import TrainingRun
 from port_torch.training.distributed import Distributed
 from port_torch.training.trainer import starting_state
 
@@ -73,16 +74,13 @@ def test_ranks_that_would_resume_from_other_states_are_refused(tmp_path: Path):
     record = {**saved.config, "tokenizer": saved.tokenizer, "data": saved.data}
 
     def resume(ranks: Distributed) -> Any:
-        job = SimpleNamespace(
-            out=RUN if ranks.first else tmp_path,
-            record=record,
-            lineage=[],
-            config=SimpleNamespace(from_step=None, fallback=False, seed=0),
-        )
+        job = TrainingRun()
+        config = SimpleNamespace(from_step=None, fallback=False, seed=0)
+        vars(job).update(out=RUN if ranks.first else tmp_path, record=record, lineage=[], config=config)
         return starting_state(job, SimpleNamespace(ranks=ranks), Console(file=io.StringIO()))
 
     first, second = both(resume)
-    assert isinstance(first, UserError) and "have not the same checkpoint" in str(first)
+    assert isinstance(first, UserError) and "do not have the same checkpoint" in str(first)
     assert isinstance(second, SystemExit) and second.code == 2
 
 

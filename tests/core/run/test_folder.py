@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.run.folder import check_run_folder, require_folder, run_record, write_config
 from core.run.settings import ModelOverrides, model_config, unflatten
+from core.run.training_run import TrainingRun
 from core.sharding import make_mesh, resolved_mesh
 from tests.several_devices import ROOT
 from train_tpu import run as command
@@ -222,13 +222,10 @@ def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
     config = dataclasses.replace(unflatten(saved.config["run"], RunConfig), attention="xla")
     mesh = make_mesh()
     step, _ = choose_step(config, ModelConfig(**saved.config["model"]), mesh)
-    setup = SimpleNamespace(
-        config=config,
-        out=run,
-        record={**saved.config, "tokenizer": saved.tokenizer, "data": saved.data},
-        mesh=mesh,
-        step=step,
-        console=Console(quiet=True),
+    setup = TrainingRun()
+    record = {**saved.config, "tokenizer": saved.tokenizer, "data": saved.data}
+    vars(setup).update(
+        config=config, out=run, record=record, mesh=mesh, step=step, console=Console(quiet=True)
     )
     with pytest.raises(UserError, match=r"^processes \[1\] have different checkpoint in .* from process 0: "):
         trainer.starting_state(setup)

@@ -1,0 +1,127 @@
+"""A training run around its loop: what both trainers know of it, where it starts, and its log."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import find_start, leave_newer
+from core.errors import UserError
+from core.run.engine import Engine, LoadedBatch
+from core.run.interrupt import Interrupt
+from core.run.log import NoLog, RunLog, read_log
+from core.run.loop import END, Loop
+from core.run.schedule import require_continuous
+from core.run.settings import TrainingSettings
+from core.tokenizer import Tokenizer
+
+
+class TrainingRun:
+    """What is trained and how long; the descriptions of a run in train_tpu and port_torch extend it."""
+
+    config: TrainingSettings
+    out: Path
+    record: dict[str, Any]
+    """What config.json and the manifests say: `core.run.folder.run_record`."""
+    steps: int
+    """Updates that the schedule is for."""
+    prompts: list[list[int]]
+    """Ids to sample from."""
+    tokenizer: Tokenizer
+
+    @property
+    def end(self) -> int:
+        """Updates after which to stop: `steps`, or fewer."""
+        return self.steps if self.config.stop_at is None else min(self.steps, self.config.stop_at)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.out / "checkpoints"
+
+    def new_manifest(self, **more: Any) -> Manifest:
+        """The manifest of the run before its first update; more: fields that are not the default."""
+        record = self.record
+        return Manifest(
+            kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
+            tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
+            **more,
+        )  # fmt: skip
+
+    def find_start(self, group: Any, say: Callable[[str], None]) -> Path | None:
+        """The checkpoint to resume from, the same one in every process; None for a new run.
+
+        group: the processes, with `in_turn` and `require_equal`: core.processes or PyTorch's `Distributed`.
+        """
+
+        def check(start: Manifest) -> None:
+            require_continuous(start.config["run"], self.record["run"], start.step, self.out)
+
+        folder, config = self.checkpoints, self.config
+        step_dir = group.in_turn(lambda: find_start(folder, config.from_step, config.fallback, check, say))
+        text = load_manifest(step_dir).to_json() if step_dir else ""
+        group.require_equal(text, f"checkpoint in {folder}")
+        return step_dir
+
+    def leave_newer(self, say: Callable[[str], None]) -> None:
+        """Renames the checkpoints after --from-step, if it is given; to be called by the first process."""
+        if self.config.from_step is not None:
+            for left in leave_newer(self.checkpoints, self.config.from_step):
+                say(f"a newer checkpoint is left, as {left}")
+
+    def is_finished(self, step: int) -> bool:
+        """Whether the run, now at `step`, has made all its updates and logged its end.
+
+        Raises:
+            UserError: it has made more than are asked for.
+        """
+        if step > self.steps:
+            raise UserError(
+                f"the run in {self.out} is at step {step} already, beyond the {self.steps} steps asked for: "
+                "resume it without them, or give another --out"
+            )
+        return step == self.steps and any(row["what"] == END for row in read_log(self.out, "event"))
+
+
+def run_loop(
+    run: TrainingRun,
+    engine: Engine,
+    batches: Iterator[LoadedBatch],
+    manifest: Manifest,
+    *,
+    interrupt: Interrupt,
+    console: Console,
+    first: bool,
+    how: str,
+    **event: Any,
+) -> int:
+    """Runs the loop with the log of the run folder; returns its exit code.
+
+    Args:
+        engine, batches, manifest, interrupt, console: as `Loop` has them.
+        first: whether this process is the first of the run, which alone writes the log.
+        how: where the state comes from. The log begins with it, the engine's device and `event`.
+    """
+    log = RunLog(run.out, manifest.step) if first else NoLog()
+    with contextlib.closing(log):
+        if log.notice:
+            console.print(log.notice, markup=False, highlight=False)
+        device = engine.device
+        log.write(manifest.step, "event", what=how, device=device.kind, n=device.n, **event)
+        return Loop(
+            settings=run.config,
+            engine=engine,
+            batches=batches,
+            manifest=manifest,
+            checkpoints=run.checkpoints,
+            steps=run.steps,
+            end=run.end,
+            prompts=run.prompts,
+            tokenizer=run.tokenizer,
+            log=log,
+            console=console,
+            interrupt=interrupt,
+        ).run()
