@@ -104,7 +104,7 @@ class Distributed:
         """Refuses, on every rank, to continue if the ranks do not have the same `value`."""
         digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
         if self.largest(digest) != -self.largest(-digest):
-            self.refuse(f"the processes do not have the same {what}: give all of them the same disk and files")
+            self.refuse(f"the processes do not have the same {what}: give all the same disk and files")
 
     def require_shared(self, folder: Path) -> None:
         """`core.run.folder.require_shared` among the ranks."""
