@@ -18,6 +18,7 @@ from core import checks, cli
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
 from core.data.packing import WindowWriter
 from core.errors import run_command
+from core.tokenizer import id_dtype
 
 
 @dataclasses.dataclass
@@ -45,9 +46,10 @@ class LoaderConfig:
 def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
     """A dataset of random tokens, frequent ids more often, about as compressible as text."""
     vocab_size = 32_000
+    dtype = id_dtype(vocab_size)
     tokens = np.random.default_rng(0).geometric(1 / 3000, size=(windows, context + 1)) % vocab_size
-    writer = WindowWriter(folder, context, [TRAIN])
-    writer.write(TRAIN, tokens.astype(np.uint16))
+    writer = WindowWriter(folder, context, [TRAIN], dtype)
+    writer.write(TRAIN, tokens.astype(dtype))
     writer.close()
     record = {"name": "random", "sha256": "0" * 64, "vocab_size": vocab_size}
     split = Split(TRAIN, documents=0, bytes=0, tokens=windows * context + 1, windows=windows)

@@ -27,6 +27,7 @@ from core.model import Compute, compute_dtype
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
 from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
+from core.tokenizer import id_dtype
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 
@@ -71,7 +72,8 @@ def measure(config: StepBenchConfig, model: ModelConfig, batch: int, ours: bool)
         deterministic=ours and config.deterministic,
     ).name
     rng = np.random.default_rng(0)
-    tokens = [rng.integers(0, model.vocab_size, (batch, model.context + 1), np.uint16) for _ in range(4)]
+    dtype = id_dtype(model.vocab_size)
+    tokens = [rng.integers(0, model.vocab_size, (batch, model.context + 1), dtype) for _ in range(4)]
     started = time.perf_counter()
     if ours:
         unroll = model.n_layers if config.unroll is None else config.unroll

@@ -7,16 +7,17 @@ such characters, so a tokenizer is accepted only if it has an id for everything.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from core.config import MAX_VOCAB
 from core.errors import UserError
+from core.special_tokens import ROLES, Named, join_name
 from core.tokenizer import Tokenizer, utf8
 
-MAX_VOCAB = 65_536  # token ids are stored as uint16
 PAIRS = (("<s>", "</s>"), ("<|endoftext|>",) * 2)
 """Tokens that open and close a document, in the order in which they are looked for."""
 
@@ -27,18 +28,18 @@ TEXT = f"The 3 quick  brown foxes;\n\tdef f(x): return x**2\n\n{VISIBLE} é Grü
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; `name` is its path.
+    """A tokenizer.json of the `tokenizers` library; `name` is its path, with the tokens that are named.
 
-    It must have the tokens `<s>` and `</s>`, or `<|endoftext|>`, which then serves as both. The ids are those
-    of the library with truncation and padding off and special tokens read as text. Where a text spells `<s>`
-    and the library makes `bos` of it nevertheless, its characters are encoded one by one.
+    `bos` and `eos` are named, or they are `<s>` and `</s>`, or `<|endoftext|>`, which then serves as both.
+    The ids are those of the library with truncation and padding off and special tokens read as text. Where a
+    text spells `<s>` and the library makes `bos` of it nevertheless, its characters are encoded one by one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, named: Named) -> None:
+        """named: the tokens for bos and eos, as `core.special_tokens` has them."""
         import tokenizers
 
         self.content = content = path.read_bytes()
-        self.name = str(path.resolve())
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -51,30 +52,39 @@ class FileTokenizer(Tokenizer):
         self.vocab_size = max(ids.values(), default=-1) + 1
         if self.vocab_size > MAX_VOCAB:
             raise UserError(
-                f"{path} has {self.vocab_size} ids, but token ids are stored in 16 bits: "
-                f"choose a tokenizer of at most {MAX_VOCAB}"
+                f"{path} has {self.vocab_size} ids: choose a tokenizer of at most {MAX_VOCAB}, which is "
+                "the largest vocabulary that is tested"
             )
-        pair = next((pair for pair in PAIRS if set(pair) <= ids.keys()), None)
-        if pair is None:
+        default = next((pair for pair in PAIRS if set(pair) <= ids.keys()), None)
+        pair = {role: named.get(role, default and default[i]) for i, role in enumerate(ROLES)}
+        unknown = [
+            f"no token {token} for its {role}" for role, token in pair.items() if token not in {None, *ids}
+        ]
+        if pair["eos"] is None or unknown:
             special = [token["content"] for token in description["added_tokens"] if token["special"]]
             listed = f"; its special tokens are {', '.join(special[:8])}" if special else ""
+            missing = unknown[0] if unknown else "neither the tokens <s> and </s> nor <|endoftext|>"
             raise UserError(
-                f"{path} has neither the tokens <s> and </s> nor <|endoftext|>, which open and close a "
-                f"document{listed}: other names are not supported yet, so add <s> and </s> as special tokens"
+                f"{path} has {missing}, to open and close a document{listed}: name those that do so, with "
+                f"--tokenizer '{path},bos=TOKEN,eos=TOKEN' (bos=none if documents begin with none)"
             )
-        self.bos, self.eos = (ids[token] for token in pair)
+        self.bos = None if pair["bos"] is None else ids[pair["bos"]]
+        self.eos = ids[pair["eos"]]
+        self.named = {} if default == tuple(pair.values()) else pair
+        self.name = join_name(path.resolve(), self.named)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<s>" in a document is text, not a token
-        flaw = _flaw(description, pair) or self._flaw_of_probe()
+        flaw = _flaw(description, pair.values()) or self._flaw_of_probe()
         if flaw:
             raise UserError(f"{path} {flaw}")
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)
         encoding = self._encode(text)
-        ids = np.array(encoding.ids, np.uint16)
-        spelled = np.flatnonzero((ids == self.bos) | (ids == self.eos))
+        ids = np.array(encoding.ids, self.dtype)
+        marks = [i for i in (self.bos, self.eos) if i is not None]
+        spelled = np.flatnonzero(np.isin(ids, marks))
         if not len(spelled):
             return ids
         parts, done = [], 0
@@ -82,8 +92,8 @@ class FileTokenizer(Tokenizer):
             parts += [text[done:start], *text[start:end]]
             done = end
         parts.append(text[done:])
-        ids = np.array([i for part in parts if part for i in self._encode(part).ids], np.uint16)
-        if {self.bos, self.eos} & set(ids.tolist()):
+        ids = np.array([i for part in parts if part for i in self._encode(part).ids], self.dtype)
+        if set(marks) & set(ids.tolist()):
             raise UserError(
                 f"the tokenizer {self.name} makes the token that opens or closes a document of text: choose "
                 "another one"
@@ -133,10 +143,11 @@ def keeps_text(tokenizer: Tokenizer) -> bool:
     return tokenizer.decode(tokenizer.encode(TEXT)).strip() == TEXT.strip()
 
 
-def _flaw(description: dict[str, Any], pair: tuple[str, str]) -> str | None:
-    """What makes the model of a tokenizer.json lose text or fail at it; None where nothing does."""
-    from tokenizers.pre_tokenizers import ByteLevel
+def _flaw(description: dict[str, Any], marks: Collection[str | None]) -> str | None:
+    """What makes the model of a tokenizer.json lose text or fail at it; None where nothing does.
 
+    marks: the tokens that open and close a document.
+    """
     model = description["model"]
     kind, vocab = model["type"], model["vocab"]
     known = {piece for piece, _ in vocab} if kind == "Unigram" else vocab.keys()
@@ -145,7 +156,7 @@ def _flaw(description: dict[str, Any], pair: tuple[str, str]) -> str | None:
     steps = [*_steps(description["normalizer"]), *_steps(description["pre_tokenizer"])]
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     of_bytes = "ByteLevel" in steps and kind in ("BPE", "Unigram") and not affixes
-    if of_bytes and set(ByteLevel.alphabet()) <= known:
+    if of_bytes and _letters_of_bytes() <= known:
         return None
     if kind == "BPE" and model["byte_fallback"] and all(f"<0x{byte:02X}>" in known for byte in range(256)):
         return None
@@ -159,9 +170,22 @@ def _flaw(description: dict[str, Any], pair: tuple[str, str]) -> str | None:
             f"has no id for characters outside its vocabulary, and its model ({kind}) {fate}: give it an "
             "unknown token that is in the vocabulary, or all 256 bytes"
         )
-    if unknown in pair:
+    if unknown in marks:
         return f"has {unknown} as its unknown token, which opens or closes a document: give it another one"
     return None
+
+
+def _letters_of_bytes() -> set[str]:
+    """What ByteLevel writes for the 243 bytes that UTF-8 has; 0xC0, 0xC1 and those from 0xF5 on never occur.
+
+    A vocabulary that was trained without an initial alphabet may lack the others.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # Every lead byte with every byte that may follow.
+    leads = [0x800, *range(0x1000, 0x10000, 0x1000), 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]
+    text = "".join(map(chr, [*range(0x800), *leads]))
+    return set(ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0])
 
 
 def _steps(node: dict[str, Any] | None) -> Iterator[str]:

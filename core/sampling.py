@@ -45,7 +45,7 @@ class Sampling:
         checks.above_zero_to_one(top_p=self.top_p)
         checks.seeds(seed=self.seed)
         # The same in numbers that float32 holds, so that it means the same in every implementation.
-        # The likeliest of 65,536 tokens has more than 1e-6, so that a smaller top_p keeps it alone, too.
+        # The likeliest of 262,144 tokens has more than 1e-6, so that a smaller top_p keeps it alone, too.
         object.__setattr__(self, "temperature", self.temperature if self.temperature >= SMALLEST else 0.0)
         object.__setattr__(self, "top_p", max(self.top_p, SMALLEST))
 
@@ -55,7 +55,7 @@ def require_room(prompts: list[list[int]], context: int) -> None:
     for number, prompt in enumerate(prompts, 1):
         which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         if not prompt:
-            raise UserError(f"{which} has no tokens; give at least the begin-of-sequence token")
+            raise UserError(f"{which} has no tokens; give at least one")
         if len(prompt) >= context:
             raise UserError(
                 f"{which} is {len(prompt)} tokens long, but the model's context is {context}: shorten it to "

@@ -1,8 +1,9 @@
 """Text to token ids and back: `mistral`, `bytes`, or the path of a tokenizer.json.
 
 A tokenizer is known by its content hash, not by its name or path: data, checkpoints and exports hold the
-record {name, sha256, vocab_size}, and `require_same` compares two of them. Prepared data, run folders and
-imported parameters also carry the file itself (`Tokenizer.carry`), so that it may be moved or deleted;
+record {name, sha256, vocab_size}, with {bos, eos} where the file's content alone does not say them
+(core/special_tokens.py), and `require_same` compares two of them. Prepared data, run folders and imported
+parameters also carry the file itself (`Tokenizer.carry`), so that it may be moved or deleted;
 `load_tokenizer_of` finds it.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.folders import write_atomically
+from core.special_tokens import Named, as_in_folder, join_name, named_in, split_name
 
 TOKENIZER_FILE = "tokenizer.json"
 """Name of the tokenizer's file in the folders that carry it."""
@@ -38,30 +40,56 @@ class Tokenizer(abc.ABC):
     name: str
     """What `load_tokenizer` takes to load it again."""
     vocab_size: int
-    """Number of ids, `bos` and `eos` included; at most 65,536."""
-    bos: int
-    """Id of `<s>`, which opens every document."""
+    """Number of ids, `bos` and `eos` included; at most core.config.MAX_VOCAB."""
+    bos: int | None
+    """Id of `<s>`, which opens every document; None: nothing does."""
     eos: int
     """Id of `</s>`, which closes every document."""
     sha256: str
     """Hash of the content that defines the ids."""
     content: bytes | None = None
     """The tokenizer.json; None for a built-in tokenizer."""
+    named: Named = {}  # noqa: RUF012 (nobody writes into it)
+    """`bos` and `eos` as texts, where they are not those that are taken of the content alone."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its ids."""
+        return id_dtype(self.vocab_size)
+
+    @property
+    def prefix(self) -> int:
+        """The id before a text that needs one: `bos`, else `eos`, behind which documents begin in training.
+
+        lm-evaluation-harness calls it prefix_token_id, and takes it in the same way.
+        """
+        return self.eos if self.bos is None else self.bos
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint16 [n], without `bos` and `eos`; `<s>` in the text is plain text.
+        """The ids of `text`, [n], of its `dtype`, without `bos` and `eos`; `<s>` in the text is plain text.
 
         A `UserError` where `text` holds a lone surrogate, which no UTF-8 text does.
         """
 
     def begin(self, text: str) -> list[int]:
-        """The ids of a document that begins with `text`: what a model is given to continue."""
-        return [self.bos, *self.encode(text).tolist()]
+        """The ids of a document that begins with `text`: what a model is given to continue.
+
+        They are never none: without a `bos`, an empty text is what follows the end of another document.
+        """
+        ids = self.encode(text).tolist()
+        return ids if self.bos is None and ids else [self.prefix, *ids]
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids`; `bos` and `eos` are skipped, bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        `bos`, `eos` and the ids at the end of a padded vocabulary, which the tokenizer lacks, are skipped.
+        """
+
+    def named_for(self, file: Path) -> str:
+        """What `load_tokenizer` takes to load it from a copy of its file; its name if it has none."""
+        return self.name if self.content is None else join_name(file, self.named)
 
     def carry(self, folder: Path) -> None:
         """Writes the tokenizer's file, if it has one, into `folder` as `TOKENIZER_FILE`."""
@@ -72,17 +100,32 @@ class Tokenizer(abc.ABC):
         return load_tokenizer, (self.name,)
 
 
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The type in which ids of such a vocabulary are stored."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def open_tokenizer(given: str | Path) -> Tokenizer:
+    """The tokenizer that a user names; the files next to a tokenizer.json may say its bos and eos."""
+    return load_tokenizer(as_in_folder(given))
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer `mistral`, `bytes`, or that of a tokenizer.json file; a `UserError` otherwise."""
+    """The tokenizer `mistral`, `bytes`, or that of a tokenizer.json file; a `UserError` otherwise.
+
+    A file may be followed by the tokens that open and close a document: `FILE,bos=TOKEN,eos=TOKEN`.
+    """
     if name == "mistral":
         return MistralTokenizer()
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name)
-    if path.is_file():
+    file, named = split_name(name)
+    if Path(file).is_file():
         from core.file_tokenizer import FileTokenizer  # which imports this module
 
-        return FileTokenizer(path)
+        return FileTokenizer(Path(file), named)
+    if file in BUILT_IN:
+        raise UserError(f"the tokenizer {file} has tokens of its own for bos and eos: give {file} alone")
     raise UserError(f"unknown tokenizer {str(name)!r}: give mistral, bytes or the path of a tokenizer.json")
 
 
@@ -94,10 +137,17 @@ def load_tokenizer_of(
     Raises:
         UserError: it is another tokenizer, or there is none.
     """
-    tokenizer = load_tokenizer(find_tokenizer(record, carriers, what) if given is None else given)
+    name = find_tokenizer(record, carriers, what) if given is None else as_recorded(given, record)
+    tokenizer = load_tokenizer(name)
     there = "this version of mtlm" if given is None else "--tokenizer"
     require_same(record, tokenizer_record(tokenizer), what, there)
     return tokenizer
+
+
+def as_recorded(given: str, record: dict) -> str:
+    """The name that a user gives the tokenizer of `record`, with its bos and eos if it is its file."""
+    file, named = split_name(given)
+    return given if named or file_hash(Path(file)) != record["sha256"] else join_name(file, named_in(record))
 
 
 def find_tokenizer(record: dict, carriers: Iterable[Path], what: str) -> str:
@@ -116,7 +166,7 @@ def find_tokenizer(record: dict, carriers: Iterable[Path], what: str) -> str:
     for file in (Path(record["name"]), *carried):
         found = file_hash(file)
         if found == record["sha256"]:
-            return str(file)
+            return join_name(file, named_in(record))
         if found:
             others.append(f"{file} is another one, {found[:12]}")
     raise UserError(
@@ -134,19 +184,30 @@ def file_hash(file: Path) -> str | None:
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict:
-    """What is stored with data and weights: {"name", "sha256", "vocab_size"}."""
+    """What is stored with data and weights: {"name", "sha256", "vocab_size"}, and {"bos", "eos"} where they
+    are not those that are taken of the content alone."""
     return {
-        "name": tokenizer.name,
+        "name": split_name(tokenizer.name)[0],
         "sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
+        **tokenizer.named,
     }
+
+
+def identity(record: dict) -> list:
+    """What makes the ids of documents: two records with the same are of one tokenizer."""
+    named = named_in(record)
+    return [record["sha256"], *([named] if named else [])]
 
 
 def require_same(record_a: dict, record_b: dict, what_a: str, what_b: str) -> None:
     """A `UserError` naming both sides unless the two records are of one tokenizer, whatever its names."""
-    if (record_a["sha256"], record_a["vocab_size"]) == (record_b["sha256"], record_b["vocab_size"]):
+    if (identity(record_a), record_a["vocab_size"]) == (identity(record_b), record_b["vocab_size"]):
         return
-    a, b = (f"{r['name']!r} ({r['vocab_size']} ids, {r['sha256'][:12]})" for r in (record_a, record_b))
+    a, b = (
+        f"{join_name(r['name'], named_in(r))!r} ({r['vocab_size']} ids, {r['sha256'][:12]})"
+        for r in (record_a, record_b)
+    )
     raise UserError(f"the tokenizers differ: {what_a} has {a}, {what_b} has {b}; use one tokenizer for both")
 
 
@@ -208,7 +269,8 @@ class MistralTokenizer(Tokenizer):
         return np.frombuffer(b"".join(map(self._unit_ids.__getitem__, units)), np.uint16)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        return self._whole.decode([int(i) for i in ids if i not in (self.bos, self.eos)])
+        known = (int(i) for i in ids if i < self.vocab_size)
+        return self._whole.decode([i for i in known if i not in (self.bos, self.eos)])
 
 
 def _require_independent_units(model) -> None:

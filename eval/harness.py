@@ -2,7 +2,8 @@
 
 How a context and a continuation become tokens is the harness's own code (`TemplateLM`); what is here says
 how tokens are scored. As with its `hf` model and a tokenizer that adds `<s>`, every text begins with `<s>`,
-and in rolling log-likelihoods `<s>` itself is scored once per document, after another `<s>`.
+and in rolling log-likelihoods `<s>` itself is scored once per document, after another `<s>`. With a tokenizer
+that has no `<s>`, texts begin with nothing, and `</s>` stands before what has no context.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class HarnessModel(TemplateLM):
         self.n_truncated = 0
         """Requests, since this was last set, that were longer than the context and lost their beginning."""
         self.bos_nats = 0.0
-        """What scoring `<s>` itself cost in the last rolling log-likelihoods, of each document."""
+        """What scoring `<s>` itself cost in the last rolling log-likelihoods, of each document; 0 without."""
 
     @property
     def eot_token_id(self) -> int:
@@ -53,8 +54,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """`<s>`, which stands before a continuation without a context."""
-        return self.mtlm_tokenizer.bos
+        """`<s>`, which stands before a continuation without a context; `</s>` where there is none."""
+        return self.mtlm_tokenizer.prefix
 
     @property
     def max_length(self) -> int:
@@ -67,9 +68,10 @@ class HarnessModel(TemplateLM):
         return self.mtlm_tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """The ids of a text, `<s>` before them unless `add_special_tokens` is False."""
-        bos = [] if add_special_tokens is False else [self.mtlm_tokenizer.bos]
-        return bos + self.mtlm_tokenizer.encode(string).tolist()
+        """The ids of a text, `<s>` before them unless there is none or `add_special_tokens` is False."""
+        bos = self.mtlm_tokenizer.bos
+        opening = [] if add_special_tokens is False or bos is None else [bos]
+        return opening + self.mtlm_tokenizer.encode(string).tolist()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether it is the likeliest) of each continuation after its context."""
@@ -90,7 +92,7 @@ class HarnessModel(TemplateLM):
                 f"{self.task} has a continuation of {len(targets)} tokens, longer than the model's context "
                 f"of {self.max_length}: it cannot be scored"
             )
-        whole = context + targets
+        whole = (context or [self.prefix_token_id]) + targets
         self.n_truncated += len(whole) > self.max_length + 1
         return Row(whole[-(self.max_length + 1) :][:-1], targets)
 
@@ -123,7 +125,9 @@ class HarnessModel(TemplateLM):
         totals = np.zeros(len(requests))
         np.add.at(totals, document, logprobs)
         bos = self.mtlm_tokenizer.bos
-        self.bos_nats = -float(score_rows(self.backend_model, [Row([bos], [bos])])[0][0])
+        self.bos_nats = 0.0
+        if bos is not None:
+            self.bos_nats = -float(score_rows(self.backend_model, [Row([bos], [bos])])[0][0])
         return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -163,7 +167,7 @@ class HarnessModel(TemplateLM):
                 f"{self.task} asks for {n_new} new tokens, and the model's context is {self.max_length}: it "
                 "leaves no room for the question"
             )
-        prompts = [self.tok_encode(context) for context in contexts]
+        prompts = [self.mtlm_tokenizer.begin(context) for context in contexts]
         self.n_truncated += sum(len(prompt) > room for prompt in prompts)
         prompts = [prompt[-room:] for prompt in prompts]
         steps = self.backend_model.stream(prompts, sampling, n_new, self.eot_token_id)

@@ -9,8 +9,8 @@ The same model has several on the same text, which people compare with each othe
                      detokenised, and everything else as one document
     byte             bits per byte: of each of these; the only one that compares between tokenizers
 
-The text begins with `<s>`, which the per-token numbers do not score; lm-evaluation-harness does (see
-eval.harness).
+The text begins with `<s>` (`</s>` with a tokenizer that has none), which the per-token numbers do not score;
+lm-evaluation-harness does (see eval.harness).
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def measure(
     backend: Backend, tokenizer: Tokenizer, text: str, stride: int
 ) -> dict[str, dict[str, float | int]]:
     """The per-token perplexities of a text, by name, with what they are made of."""
-    ids = tokenizer.begin(text)
+    ids = [tokenizer.prefix, *tokenizer.encode(text).tolist()]
     n_bytes = len(text.encode())
     context = backend.context
     if len(ids) < 2:

@@ -11,6 +11,7 @@ from core.checkpoint.manifest import Manifest
 from core.config import ModelConfig
 from core.hub_models import PREFIX, parse
 from core.run.log import read_log
+from core.special_tokens import named_in
 from port_torch.hf_config import STOCK, stock_type
 
 LICENSE = "mit"
@@ -72,7 +73,7 @@ def model_card(
         f"A small language model {made} {tuning.what if tuning else UNTUNED} "
         "What it says may be wrong or offensive.",
         "## Use",
-        _usage(model, tuning.prompt if tuning else "This function returns"),
+        _usage(model, manifest.tokenizer, tuning.prompt if tuning else "This function returns"),
         *([tuning.format] if tuning else []),
         "## Model",
         _table(_model_rows(model)),
@@ -100,7 +101,7 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in scores.values() if all(isinstance(row.get(metric), float) for metric in METRICS)]
 
 
-def _usage(model: ModelConfig, prompt: str) -> str:
+def _usage(model: ModelConfig, tokenizer: dict[str, Any], prompt: str) -> str:
     stock = stock_type(model)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
@@ -120,7 +121,13 @@ inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {why}
-The tokenizer puts `<s>` before a text, as every document in training had it; `<s>` inside a text is text."""
+The tokenizer puts {_opening(tokenizer)} before a text, as every document in training had it; special tokens
+that a text spells are text."""
+
+
+def _opening(tokenizer: dict[str, Any]) -> str:
+    token = named_in(tokenizer).get("bos", "<s>")
+    return "nothing" if token is None else f"`{token}`"
 
 
 def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:

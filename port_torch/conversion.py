@@ -54,7 +54,7 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
     require_finite(params, f"{step_dir}")
 
     # 2. What the folder must compute: the logits of the weights as they will be in it.
-    tokens = probe_tokens(model, tokenizer.bos)
+    tokens = probe_tokens(model, tokenizer.prefix)
     if config.dtype != "float32":
         before = flax_logits(model, params, tokens)
         params = rounded(params, config.dtype)

@@ -20,6 +20,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.model import Params
 from core.progress import Activity
+from core.special_tokens import join_name, split_name
 from core.tokenizer import Tokenizer
 from port_torch import hf
 from port_torch.card import base_model
@@ -113,7 +114,8 @@ def without_local_paths(manifest: Manifest) -> Manifest:
     def shortened(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
             return value
-        return Path(value).name
+        path, named = split_name(value)  # a tokenizer may name tokens
+        return join_name(Path(path).name, named)
 
     config = dict(manifest.config)
     if "run" in config:

@@ -5,7 +5,18 @@ from pathlib import Path
 
 from core.checkpoint.manifest import Manifest
 from core.errors import UserError
-from core.tokenizer import MISTRAL_SHA256, Tokenizer, file_hash, load_tokenizer, load_tokenizer_of
+from core.special_tokens import join_name, named_in, split_name
+from core.tokenizer import (
+    MISTRAL_SHA256,
+    Tokenizer,
+    as_recorded,
+    file_hash,
+    load_tokenizer,
+    load_tokenizer_of,
+    open_tokenizer,
+    require_same,
+    tokenizer_record,
+)
 from port_torch.folder import inside
 
 FILE, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -19,14 +30,14 @@ def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, 
     manifest: the folder's own, if it is an export of ours; name: what the user says; vocab_size: the model's.
 
     Raises:
-        UserError: none is found, or it has another number of ids than the model, or others than the folder's.
+        UserError: none is found, or it has more ids than the model, or others than the folder's.
     """
     file, model_file = inside(folder, FILE), inside(folder, SENTENCEPIECE)
     if manifest:
         tokenizer = _recorded(folder, manifest, name)
     elif name:
-        tokenizer = load_tokenizer(name)
-        if file.is_file() and not _agree(tokenizer, load_tokenizer(file)):
+        tokenizer = open_tokenizer(name)
+        if file.is_file() and not _agree(tokenizer, open_tokenizer(join_name(file, split_name(name)[1]))):
             raise UserError(
                 f"the tokenizer {name!r} does not give the ids of {file}, so it is not the model's: leave "
                 "--tokenizer out, or name the right one"
@@ -34,24 +45,19 @@ def folder_tokenizer(folder: Path, manifest: Manifest | None, name: str | None, 
     elif _is_mistral(model_file):
         tokenizer = load_tokenizer("mistral")
     elif file.is_file():
-        tokenizer = load_tokenizer(file)
+        tokenizer = open_tokenizer(file)
     else:
         raise UserError(f"{folder} holds no {FILE}: name the model's tokenizer with --tokenizer")
-    # With a file, the tokenizer named agrees with it.
-    if tokenizer.vocab_size < vocab_size and (name is None or file.is_file()):
-        n = tokenizer.vocab_size
-        raise UserError(
-            f"{folder} has {vocab_size} rows of embeddings for the {n} ids of its tokenizer, and such a "
-            f"padded vocabulary is not read: cut it with transformers, `model.resize_token_embeddings({n})` "
-            f"and `model.save_pretrained(NEW)`, copy the tokenizer's files to NEW, and give NEW"
-        )
     require_vocabulary(folder, tokenizer, vocab_size)
     return tokenizer
 
 
 def require_vocabulary(where: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """A UserError unless the tokenizer has as many ids as the model in `where`."""
-    if tokenizer.vocab_size != vocab_size:
+    """A UserError unless the model in `where` has an embedding for every id of the tokenizer.
+
+    It may have more: those at the end of a padded vocabulary are never given and always computed.
+    """
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{where} is a model of {vocab_size} token ids, and the tokenizer {tokenizer.name!r} has "
             f"{tokenizer.vocab_size}: name the model's own with --tokenizer"
@@ -65,14 +71,17 @@ def _recorded(folder: Path, manifest: Manifest, name: str | None) -> Tokenizer:
     """
     record, file = manifest.tokenizer, folder / FILE
     own = file_hash(file)
-    if own and name is not None and file_hash(Path(name)) == own:
-        return load_tokenizer(name)
+    if own and name is not None and file_hash(Path(split_name(name)[0])) == own:
+        there = record | {"sha256": own}
+        tokenizer = load_tokenizer(as_recorded(name, there))
+        require_same(there, tokenizer_record(tokenizer), str(folder), "--tokenizer")
+        return tokenizer
     try:
         return load_tokenizer_of(record, [folder], str(folder), name)
     except UserError:
         if name is not None or not own:
             raise
-    return load_tokenizer(file)
+    return load_tokenizer(join_name(file, named_in(record)))
 
 
 def _is_mistral(file: Path) -> bool:

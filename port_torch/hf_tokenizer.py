@@ -18,9 +18,9 @@ from core.tokenizer import MISTRAL_FILE, ORIGINAL, SPACE, MistralTokenizer, Toke
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     """Writes the files of `tokenizer` for a model of that context.
 
-    What they give for a text is `<s>` and the ids of `tokenizer.encode`, also where the text itself has
-    `<s>`, which stays text; nothing is cut or padded unless asked for. A tokenizer.json that gives this
-    already is copied byte for byte.
+    What they give for a text is `<s>` (if there is one) and the ids of `tokenizer.encode`, also where the
+    text itself has `<s>`, which stays text; nothing is cut or padded unless asked for. A tokenizer.json that
+    gives this already is copied byte for byte.
     """
     if isinstance(tokenizer, MistralTokenizer):
         model_file = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
@@ -34,14 +34,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     settled = built.truncation is None and padding is None
     built.no_truncation()
     built.no_padding()
-    bos, eos = built.id_to_token(tokenizer.bos), built.id_to_token(tokenizer.eos)
-    opened = built.encode("a").ids == [tokenizer.bos, *built.encode("a", add_special_tokens=False).ids]
+    opening = [] if tokenizer.bos is None else [tokenizer.bos]
+    bos, eos = (built.id_to_token(opening[0]) if opening else None), built.id_to_token(tokenizer.eos)
+    opened = built.encode("a").ids == [*opening, *built.encode("a", add_special_tokens=False).ids]
     if opened and settled and isinstance(tokenizer, FileTokenizer):
         (folder / "tokenizer.json").write_bytes(tokenizer.content)
     else:
         if isinstance(tokenizer, FileTokenizer):
             (folder / ORIGINAL).write_bytes(tokenizer.content)
-        if not opened:
+        if not opened and not opening:
+            built.post_processor = processors.Sequence([])
+        elif not opened:
             built.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
             )
@@ -61,7 +64,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def pad_token(built: tokenizers.Tokenizer, bos: str, eos: str, padding: dict | None) -> str:
+def pad_token(built: tokenizers.Tokenizer, bos: str | None, eos: str, padding: dict | None) -> str:
     """The token that fills up the shorter rows of a batch, so that no id has to be added for it.
 
     A tokenizer's own, or the unknown token, as the field does for Llama. Not `</s>` where it can be avoided:
@@ -74,7 +77,16 @@ def pad_token(built: tokenizers.Tokenizer, bos: str, eos: str, padding: dict | N
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:  # of a Unigram model
         unknown = model["vocab"][model["unk_id"]][0]
-    candidates = [padding and padding["pad_token"], "<pad>", "[PAD]", "<|pad|>", unknown, "<unk>", bos]
+    candidates = [
+        padding and padding["pad_token"],
+        "<pad>",
+        "[PAD]",
+        "<|pad|>",
+        unknown,
+        "<unk>",
+        bos,
+        "<|endoftext|>",
+    ]
     taken = (token for token in candidates if token and token != eos and built.token_to_id(token) is not None)
     return next(taken, eos)
 

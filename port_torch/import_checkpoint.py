@@ -27,7 +27,8 @@ class ImportConfig:
     out: Annotated[Path, tyro.conf.Positional]
     """The checkpoint to write; it must not exist."""
     tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json. Default: the folder's own; mistral where it has none."""
+    """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
+    the folder's own; mistral where it has none."""
     n_heads: int | None = None
     """Attention heads of an original MTLM1, which its file does not record. Default: heads of 64 elements."""
     context: int | None = None

@@ -13,7 +13,7 @@ from core.checkpoint.manifest import Manifest, code_version
 from core.config import training_flags
 from core.errors import UserError
 from core.hub_models import origin
-from core.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_record
+from core.tokenizer import TOKENIZER_FILE, Tokenizer, open_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
@@ -44,9 +44,10 @@ def import_weights(config: "ImportConfig") -> None:
     print(f"imported {origin(config.source) or config.source} ({source.NAME}): {model.n_params:,} parameters")
     if imported.assumed:
         print(f"assumed as in the original, since the file does not say: {imported.assumed}")
-    name = tokenizer.name if tokenizer.content is None else out / TOKENIZER_FILE
+    if tokenizer.vocab_size < model.vocab_size:
+        print(f"its vocabulary is padded: {model.vocab_size:,} rows, {tokenizer.vocab_size:,} token ids")
     flags = training_flags(model, tokenizer.vocab_size).split()
-    flags += ["--tokenizer", str(name), "--data", "TEXT", "--out", "RUN"]
+    flags += ["--tokenizer", tokenizer.named_for(out / TOKENIZER_FILE), "--data", "TEXT", "--out", "RUN"]
     print(f"wrote {out}; train it further with\n  {cli.command('train_tpu.run', '--init-from', out, *flags)}")
 
 
@@ -80,7 +81,7 @@ def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> Toke
     if imported.tokenizer_folder:
         tokenizer = folder_tokenizer(imported.tokenizer_folder, imported.manifest, name, vocab_size)
     else:
-        tokenizer = load_tokenizer(name or "mistral")
+        tokenizer = open_tokenizer(name or "mistral")
         require_vocabulary(source, tokenizer, vocab_size)
     return tokenizer
 

@@ -22,11 +22,11 @@ PROBE = (2, 128)  # sequences, tokens: enough to tell every convention apart, se
 EPSILON = 2.0**-24  # a float32 result is off by up to this part of itself
 
 
-def probe_tokens(model: ModelConfig, bos: int) -> np.ndarray:
-    """The same random ids every time behind `<s>`, int64 [2, up to 128]."""
+def probe_tokens(model: ModelConfig, first: int) -> np.ndarray:
+    """The same random ids every time behind `first`, int64 [2, up to 128]."""
     shape = (PROBE[0], min(PROBE[1], model.context))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape)
-    tokens[:, 0] = bos
+    tokens[:, 0] = first
     return tokens
 
 

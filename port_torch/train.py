@@ -48,8 +48,8 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of a
     preset with random parameters."""
     tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's or the folder's; else bytes
-    for the tiny presets and mistral for the others."""
+    """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
+    the prepared data's or the folder's; else bytes for the tiny presets and mistral for the others."""
     out: Path | None = None
     """The run folder. Default: runs/PRESET-torch. The trained model is written into its folder `model`."""
 

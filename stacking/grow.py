@@ -90,7 +90,7 @@ def next_command(growth: Growth) -> str:
     """The command that trains what was grown."""
     if growth.runs:
         return cli.command("train_tpu.run", "--out", growth.out)
-    tokenizer = growth.tokenizer.name if growth.tokenizer.content is None else growth.out / TOKENIZER_FILE
+    tokenizer = growth.tokenizer.named_for(growth.out / TOKENIZER_FILE)
     model_flags = training_flags(growth.models[1], growth.tokenizer.vocab_size).split()
     flags = (*model_flags, "--tokenizer", tokenizer, "--data", "DATA")
     return cli.command("train_tpu.run", "--init-from", growth.out, *flags)

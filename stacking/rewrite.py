@@ -100,7 +100,7 @@ def choose_probe(growth: Growth) -> tuple[Int[Array, "B S1"], str]:
             if dataset.fingerprint == manifest.data["fingerprint"]:
                 batches = train_batches(
                     dataset, seed=run.seed, batch=PROBE_ROWS, start=manifest.sequences,
-                    vocab_size=model.vocab_size,
+                    vocab_size=growth.tokenizer.vocab_size,
                 )  # fmt: skip
                 tokens = jnp.asarray(next(batches).tokens, jnp.int32)
                 batches.close()

@@ -17,6 +17,7 @@ from core.config import PRESETS
 from core.data.formats import Form
 from core.data.prepare import open_prepared, prepare
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
+from core.special_tokens import as_in_folder
 
 
 @dataclasses.dataclass
@@ -31,7 +32,9 @@ class PrepareConfig:
     out: Path | None = None
     """The folder to write; it must not exist."""
     tokenizer: str = "mistral"
-    """`mistral`, `bytes` or the path of a tokenizer.json."""
+    """`mistral`, `bytes` or the path of a tokenizer.json, which `FILE,bos=TOKEN,eos=TOKEN` follows where
+    others than `<s>` and `</s>`, or `<|endoftext|>`, open and close a document (bos=none: nothing opens it).
+    What a tokenizer_config.json next to it says need not be named."""
     context: int = 1024
     """Length of a training window, in tokens."""
     valid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=PATH")] = ()
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise UserError("two --valid sets have the same name: give each its own")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "verify"}
+    options["tokenizer"] = as_in_folder(config.tokenizer)
     options |= {"sources": list(config.sources), "valid": {name: path for name, _, path in pairs}}
     try:
         prepare(**options)

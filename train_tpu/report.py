@@ -39,7 +39,7 @@ def describe(
         ("model", f"{config.preset}: {model.summary}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
                        f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
-        ("tokenizer", f"{dataset.tokenizer_record['name']}, {model.vocab_size:,} ids"),
+        ("tokenizer", "{name}, {vocab_size:,} ids".format(**dataset.tokenizer_record)),
         ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
                  f"{train.bytes / train.tokens:.2f} bytes per token"),
         ("held-out", ", ".join(heldout) or "none"),

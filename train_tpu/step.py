@@ -34,6 +34,7 @@ from core.sharding import (
     splits_weights,
     state_shardings,
 )
+from core.tokenizer import id_dtype
 from train_tpu.optimizer import make_optimizer
 
 
@@ -249,7 +250,7 @@ def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:
     )
 
 
-def abstract_batch(rows: int, grad_accum_steps: int, context: int, mesh: Mesh) -> Batch:
+def abstract_batch(rows: int, grad_accum_steps: int, model: ModelConfig, mesh: Mesh) -> Batch:
     """Shapes, types and shardings of a step's batch of `rows` sequences in `grad_accum_steps` parts."""
     sharding = batch_sharding(mesh)
 
@@ -258,13 +259,13 @@ def abstract_batch(rows: int, grad_accum_steps: int, context: int, mesh: Mesh) -
             (grad_accum_steps, rows // grad_accum_steps, *more), dtype, sharding=sharding
         )
 
-    return Batch(leaf(jnp.uint16, context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
+    return Batch(leaf(id_dtype(model.vocab_size), model.context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
 
 
 def lower_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Lowered:
     """`train_step` for batches of `rows` sequences over a mesh, before it is compiled; no arrays are made."""
     state = abstract_state(config, mesh)
-    batch = abstract_batch(rows, grad_accum_steps, config.model.context, mesh)
+    batch = abstract_batch(rows, grad_accum_steps, config.model, mesh)
     types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
     controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in types))
     step = jax.jit(

@@ -24,6 +24,7 @@ from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
 from core.run.training_run import run_loop
 from core.sharding import resolved_mesh, state_shardings
+from core.tokenizer import id_dtype
 from train_tpu.config import RunConfig
 from train_tpu.engine import JaxEngine, own_rows
 from train_tpu.evaluate import Evaluator
@@ -133,8 +134,9 @@ def open_batches(setup: Setup, start: int) -> Any:
         batch=config.batch,
         start=start,
         rows=own_rows(config.batch, config.grad_accum_steps, setup.mesh).ravel().tolist(),
-        vocab_size=setup.step.model.vocab_size,
+        vocab_size=setup.tokenizer.vocab_size,
         on_bad=config.on_bad_record,
+        dtype=id_dtype(setup.step.model.vocab_size),
     )
 
 

@@ -199,7 +199,7 @@ class Batch:
     """This process's rows of one global batch."""
 
     tokens: np.ndarray
-    """uint16 [rows, context + 1]."""
+    """[rows, context + 1], of the type in which they are stored or that was asked for."""
     first: int
     """Index of the global batch's first window in the endless sequence."""
     records: np.ndarray
@@ -229,13 +229,15 @@ def train_batches(
     rows: slice | Sequence[int] = slice(None),
     vocab_size: int,
     on_bad: Literal["fail", "skip"] = "fail",
+    dtype: np.dtype | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `batch` windows, the first one beginning at window `start` of the sequence.
 
     rows: which rows of every global batch this process reads; default: all.
-    vocab_size: ids at or above it make a record unusable.
+    vocab_size: of the tokenizer; ids at or above it make a record unusable.
     on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row. A file
         that the system cannot read is no such record: that raises in both cases.
+    dtype: of the tokens, where it is not the one in which they are stored.
 
     Batches are read ahead in threads; closing the generator ends these.
     """
@@ -251,6 +253,7 @@ def train_batches(
             tokens, bad = windows.read_or_skip(records, vocab_size)
         else:
             tokens, bad = windows.read(records, vocab_size), np.zeros(len(records), bool)
+        tokens = tokens if dtype is None else tokens.astype(dtype, copy=False)
         return Batch(tokens, first, np.array(records, np.int64), bad)
 
     # Four batches of 256 x 1025 tokens are 2 MB.
@@ -277,7 +280,7 @@ def record_at(index: int, n_records: int, seed: int) -> int:
 
 
 def heldout_windows(dataset: Dataset, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens uint16 [n, context + 1], mask bool [n, context]) of a held-out split.
+    """(tokens [n, context + 1], mask bool [n, context]) of a held-out split.
 
     The mask is False where the last window is filled up. All windows, or `limit` of them spread evenly.
     """

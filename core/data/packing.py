@@ -32,13 +32,14 @@ WINDOWS_PER_SHARD = 1 << 14
 
 
 def encode_batches(
-    batches: Iterable[tuple[object, list[bytes]]], tokenizer: str, workers: int
+    batches: Iterable[tuple[object, list[bytes]]], tokenizer: str, dtype: np.dtype, workers: int
 ) -> Iterator[tuple[object, np.ndarray, np.ndarray]]:
-    """(label, documents in UTF-8) -> (label, ids uint16, lengths int64), in the order given, whatever
-    `workers` is.
+    """(label, documents in UTF-8) -> (label, ids, lengths int64), in the order given, whatever `workers` is.
 
     The ids are those of `<s>` document `</s>` for every document, joined; a length for each. At most two
     batches for every worker are held at a time.
+
+    dtype: of the tokenizer's ids.
     """
     processes = [_start_worker(tokenizer) for _ in range(workers)]
     idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
@@ -50,7 +51,7 @@ def encode_batches(
         try:
             _send(process.stdin, np.array([len(d) for d in documents], np.int64), b"".join(documents))
             lengths = np.frombuffer(_receive(process.stdout), np.int64)
-            ids = np.frombuffer(_receive(process.stdout), np.uint16)
+            ids = np.frombuffer(_receive(process.stdout), dtype)
             if message := _receive(process.stdout).decode():
                 raise UserError(message)
             return ids, lengths
@@ -98,7 +99,7 @@ def _start_worker(tokenizer: str) -> subprocess.Popen:
 def _work(tokenizer_name: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     tokenizer = load_tokenizer(tokenizer_name)
-    bos, eos = (np.array([i], np.uint16) for i in (tokenizer.bos, tokenizer.eos))
+    bos, eos = (np.array([] if i is None else [i], tokenizer.dtype) for i in (tokenizer.bos, tokenizer.eos))
     while True:
         try:
             lengths = np.frombuffer(_receive(sys.stdin.buffer), np.int64)
@@ -106,7 +107,7 @@ def _work(tokenizer_name: str) -> None:
         except EOFError:
             return
         ends = np.cumsum(lengths)
-        ids, message = [np.empty(0, np.uint16)], ""
+        ids, message = [np.empty(0, tokenizer.dtype)], ""
         try:
             ids = [
                 np.concatenate([bos, tokenizer.encode(text[start:end].decode()), eos])
@@ -139,20 +140,24 @@ class Packer:
     """Cuts one split's stream into windows."""
 
     context: int
+    dtype: np.dtype
+    """Of the ids."""
     tokens: int = 0
     """Length of the stream so far."""
     windows: int = 0
-    _rest: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint16))
+
+    def __post_init__(self) -> None:
+        self._rest = np.empty(0, self.dtype)
 
     def add(self, ids: np.ndarray) -> np.ndarray:
-        """Appends `ids` [n] to the stream; the windows this completes, [m, context + 1] uint16."""
+        """Appends `ids` [n] to the stream; the windows this completes, [m, context + 1]."""
         self.tokens += len(ids)
         stream = np.concatenate([self._rest, ids])
         n = max(len(stream) - 1, 0) // self.context
         self._rest = stream[n * self.context :]
         self.windows += n
         if n == 0:
-            return np.empty((0, self.context + 1), np.uint16)
+            return np.empty((0, self.context + 1), self.dtype)
         views = np.lib.stride_tricks.sliding_window_view(stream, self.context + 1)
         return views[:: self.context][:n]
 
@@ -164,8 +169,8 @@ class Packer:
     def last(self, fill: int) -> np.ndarray:
         """The window of what is left, filled up with `fill`: [1 or 0, context + 1]."""
         if self.rest == 0:
-            return np.empty((0, self.context + 1), np.uint16)
-        window = np.full((1, self.context + 1), fill, np.uint16)
+            return np.empty((0, self.context + 1), self.dtype)
+        window = np.full((1, self.context + 1), fill, self.dtype)
         window[0, : len(self._rest)] = self._rest
         self.windows += 1
         return window
@@ -174,7 +179,8 @@ class Packer:
 class WindowWriter:
     """Writes windows of several splits into one folder that TFDS reads."""
 
-    def __init__(self, folder: Path, context: int, splits: list[str]) -> None:
+    def __init__(self, folder: Path, context: int, splits: list[str], dtype: np.dtype) -> None:
+        """dtype: of the ids, as the folder records it."""
         import tensorflow_datasets as tfds
 
         identity = tfds.core.dataset_info.DatasetIdentity(
@@ -184,14 +190,14 @@ class WindowWriter:
             module_name=__name__,
         )
         features = tfds.features.FeaturesDict(
-            {"tokens": tfds.features.Tensor(shape=(context + 1,), dtype=np.uint16)}
+            {"tokens": tfds.features.Tensor(shape=(context + 1,), dtype=dtype.type)}
         )
         info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
         self._writer = tfds.core.SequentialWriter(info, WINDOWS_PER_SHARD, file_format="array_record")
         self._writer.initialize_splits(splits)
 
     def write(self, split: str, windows: np.ndarray) -> None:
-        """Appends windows [n, context + 1] uint16 to a split."""
+        """Appends windows [n, context + 1] to a split."""
         if len(windows):
             with _disk_errors():
                 self._writer.add_examples({split: [{"tokens": window} for window in windows]})

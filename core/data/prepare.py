@@ -34,8 +34,10 @@ from core.progress import Activity
 from core.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
+    identity,
     load_tokenizer,
     load_tokenizer_of,
+    open_tokenizer,
     require_same,
     tokenizer_record,
 )
@@ -102,7 +104,7 @@ def choose_tokenizer(given: str | None, data: str, default: str) -> Tokenizer:
     if given is None and is_prepared(data):
         dataset = ds.open_dataset(data)
         return load_tokenizer_of(dataset.tokenizer_record, [dataset.path], f"the data {data}")
-    return load_tokenizer(default if given is None else given)
+    return open_tokenizer(default if given is None else given)
 
 
 def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.Dataset:
@@ -122,7 +124,7 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
         return dataset
     identities = [source.identity() for source in open_sources([data], say=lambda _: None)]
     key = json.dumps(
-        [ds.FORMAT, record["sha256"], context, VALID_FRACTION, VALID_FRACTION_OF_FEW, identities]
+        [ds.FORMAT, *identity(record), context, VALID_FRACTION, VALID_FRACTION_OF_FEW, identities]
     )
     label = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name).strip("-") or "text"
     out = cache / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -167,10 +169,10 @@ def _prepared_by_one(out: Path) -> Iterator[None]:
 def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers: int) -> None:
     """Tokenises and writes all splits, and counts them in `plan`."""
     names = list(plan.documents)
-    plan.packers = {name: Packer(context) for name in names}
-    writer = WindowWriter(folder, context, names)
-    name = tokenizer.name if tokenizer.content is None else str(folder / TOKENIZER_FILE)
-    encoded = encode_batches(plan.batches(), name, workers)
+    plan.packers = {name: Packer(context, tokenizer.dtype) for name in names}
+    writer = WindowWriter(folder, context, names, tokenizer.dtype)
+    name = tokenizer.named_for(folder / TOKENIZER_FILE)
+    encoded = encode_batches(plan.batches(), name, tokenizer.dtype, workers)
     with Activity("tokenizing", 1.0) as progress, contextlib.closing(encoded):
         for batch, ids, lengths in encoded:
             n = plan.take(batch, lengths)

@@ -114,7 +114,7 @@ class Windows:
         return len(self._shards)
 
     def read(self, records: list[int], vocab_size: int) -> np.ndarray:
-        """The windows, uint16 [n, context + 1].
+        """The windows, [n, context + 1] of the type in which they were written (`core.tokenizer.id_dtype`).
 
         Raises:
             BadRecord: the first record that is damaged, or that holds an id beyond `vocab_size`.
@@ -134,7 +134,7 @@ class Windows:
             return self.read(records, vocab_size), np.zeros(len(records), bool)
         except BadRecord:
             pass
-        tokens = np.zeros((len(records), self._context + 1), np.uint16)
+        tokens = np.zeros((len(records), self._context + 1), self._features["tokens"].np_dtype)
         bad = np.zeros(len(records), bool)
         for i, record in enumerate(records):
             try:
@@ -185,8 +185,8 @@ class Windows:
     def _check(self, record: int, row: np.ndarray, vocab_size: int) -> None:
         if (top := int(row.max())) >= vocab_size:
             raise BadRecord(
-                f"{self._place(record)} holds the token id {top}, but the model's vocabulary has "
-                f"{vocab_size} ids: prepare the data again with the model's tokenizer"
+                f"{self._place(record)} holds the token id {top}, but the tokenizer has "
+                f"{vocab_size} ids: prepare the data again with it"
             )
 
     def _place(self, record: int) -> str:

@@ -164,8 +164,9 @@ class PretrainingSource:
     """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
     a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
     tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's, or that of the model to
-    start from; else bytes for the tiny presets and mistral for the others."""
+    """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
+    the prepared data's, or that of the model to start from; else bytes for the tiny presets and mistral for
+    the others."""
     out: Path | None = None
     """The run folder. Default: runs/PRESET."""
     model: ModelOverrides = ModelOverrides()

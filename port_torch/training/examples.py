@@ -1,7 +1,8 @@
 """Rows as tokens: what the model is given, and what it is to predict.
 
-Every row is `<s>` prompt response `</s>`; the response and its end are learned, of a text everything. Prompt
-and response are encoded apart, so that their border is where it is when the model answers.
+Every row is `<s>` prompt response `</s>`; the response and its end are learned, of a text everything. With a
+tokenizer that has no `<s>`, a text stands behind `</s>`, as documents do in pretraining, and a prompt behind
+nothing. Prompt and response are encoded apart, so that their border is where it is when the model answers.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ from core.errors import UserError
 from core.loss import IGNORE
 from core.run.folder import run_record
 from core.sampling import require_room
-from core.tokenizer import Tokenizer, tokenizer_record
+from core.tokenizer import Tokenizer, identity, tokenizer_record
 from port_torch.training.batches import HeldOut, Rows, empty_rows
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.examples import examples_of
@@ -55,7 +55,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         epochs = EPOCHS if config.epochs is None else config.epochs
         steps = max(1, round(epochs * n / config.batch))
     record = tokenizer_record(tokenizer)
-    contents = [file.sha256, record["sha256"], model.context, config.validation, config.seed]
+    contents = [file.sha256, *identity(record), model.context, config.validation, config.seed]
     if file.has_context:  # runs from before it was read did not learn from the same rows
         contents.append("context")
     fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()

@@ -76,13 +76,13 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         steps=steps,
         batches=lambda start: pretraining_batches(
             dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
-            vocab_size=model.vocab_size, on_bad=config.on_bad_record,
+            vocab_size=tokenizer.vocab_size, on_bad=config.on_bad_record,
         ),
         example=lambda n: empty_rows(n, model.context, packed=False),
         heldout=heldout_sets(dataset),
         prompts=prompts,
         table=[
-            ("tokenizer", f"{tokenizer.name}, {model.vocab_size:,} ids"),
+            ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
             ("data", f"{config.data}: {tokens:,} tokens"),
             ("held out", heldout or "none"),
         ],

@@ -54,7 +54,7 @@ def write_result(
             return folder
         shutil.rmtree(folder)
     model = decoder.config
-    tokens = probe_tokens(model, tokenizer.bos)
+    tokens = probe_tokens(model, tokenizer.prefix)
     with torch.inference_mode():
         # What is compared is the live model, so that a fault of the merging shows, too.
         expected = decoder.eval()(torch.from_numpy(tokens).to(decoder.table.device))

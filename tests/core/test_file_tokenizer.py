@@ -156,13 +156,36 @@ def test_every_kind_was_used_and_some_were_refused():
         (models.WordPiece({"<s>": 0, "</s>": 1}, unk_token="<unk>"), r"\(WordPiece\) fails at them"),
         (models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"), "has <s> as its unknown token"),
         (models.BPE({"<s>": 0, "</s>": 1, "u": 2}, [], unk_token="u", dropout=0.1), "dropout of 0.1"),
-        (models.BPE({"<im_start>": 0, "u": 1}, [], unk_token="u"), "other names are not supported yet"),
+        (models.BPE({"<im_start>": 0, "u": 1}, [], unk_token="u"), "name those that do so, with --tokenizer"),
     ],
 )
 def test_what_loses_text_is_refused(tmp_path, model, message):
     tokenizers.Tokenizer(model).save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path / "t.json")
+
+
+def test_bytes_that_no_text_has_need_no_ids(tmp_path):
+    """Vocabularies trained without ByteLevel's whole alphabet lack the bytes that UTF-8 never has."""
+    letters = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(2, 258), strict=True))
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    every = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    absent = set(range(256)) - set(every.encode())
+    assert len(absent) == 13
+    occurring = letters.keys() - set(map(chr, absent))  # GPT-2's letters of these bytes are Latin-1's
+
+    def saved(known: set[str]) -> str:
+        made = tokenizers.Tokenizer(
+            models.BPE({"<s>": 0, "</s>": 1} | {k: v for k, v in letters.items() if k in known}, [])
+        )
+        made.pre_tokenizer, made.decoder = split, decoders.ByteLevel()
+        made.save(str(tmp_path / "t.json"))
+        return str(tmp_path / "t.json")
+
+    tokenizer = load_tokenizer(saved(occurring))
+    assert tokenizer.decode(tokenizer.encode("a\U00100000é\0")) == "a\U00100000é\0"
+    with pytest.raises(UserError, match="leaves them out silently"):
+        load_tokenizer(saved(occurring - {max(occurring)}))
 
 
 def test_removed_characters_are_named(tmp_path):

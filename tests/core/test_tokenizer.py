@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import core.file_tokenizer as file_module
 import core.tokenizer as module
 from core.errors import UserError
 from core.tokenizer import (
@@ -128,6 +129,17 @@ def test_round_trip_and_stream(name, tmp_path_factory, text):
     assert "".join(pieces) + stream.flush() == expected
 
 
+@pytest.mark.parametrize("name", ["mistral", "bytes", "file"])
+def test_ids_beyond_the_tokenizer_decode_to_nothing(name, tmp_path):
+    """Those of a padded vocabulary, which a model may draw."""
+    tokenizer = load_tokenizer(bpe_file(tmp_path, ["<s>", "</s>"]) if name == "file" else name)
+    a, b = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
+    beyond = [tokenizer.vocab_size, np.int64(tokenizer.vocab_size + 270)]
+    assert tokenizer.decode([*a, *beyond, *b]) == tokenizer.decode([*a, *b])
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.push, [*a, *beyond, *b])) + stream.flush() == tokenizer.decode([*a, *b])
+
+
 def test_stream_holds_back_an_incomplete_character():
     stream = TextStream(load_tokenizer("bytes"))
     assert [stream.push(i) for i in "é!".encode()] == ["", "é", "!"]
@@ -195,7 +207,7 @@ def test_a_tokenizer_is_found_by_its_hash_wherever_its_file_is(tmp_path):
     assert load_tokenizer_of(record, [carrier], "the data").sha256 == first.sha256
 
 
-def test_wrong_names_and_files(tmp_path):
+def test_wrong_names_and_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown tokenizer 'mistrel'"):
         load_tokenizer("mistrel")
     (tmp_path / "broken.json").write_text("{")
@@ -203,13 +215,14 @@ def test_wrong_names_and_files(tmp_path):
         load_tokenizer(tmp_path / "broken.json")
     with pytest.raises(
         UserError,
-        match=r"neither the tokens <s> and </s> nor <\|endoftext\|>.*special tokens are <s>: other names",
+        match=r"neither the tokens <s> and </s> nor <\|endoftext\|>.*special tokens are <s>: name those",
     ):
         load_tokenizer(bpe_file(tmp_path, ["<s>"]))
-    big = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(65_537)}))
-    big.save(str(tmp_path / "big.json"))
-    with pytest.raises(UserError, match="65537 ids"):
-        load_tokenizer(tmp_path / "big.json")
+    file = bpe_file(tmp_path, ["<s>", "</s>"])
+    n = load_tokenizer(file).vocab_size
+    monkeypatch.setattr(file_module, "MAX_VOCAB", n - 1)
+    with pytest.raises(UserError, match=f"has {n} ids: choose a tokenizer of at most {n - 1}"):
+        load_tokenizer(file)
 
 
 @pytest.mark.parametrize("name", ["mistral", "bytes"])

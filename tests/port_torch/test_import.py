@@ -23,7 +23,8 @@ from core.checkpoint.manifest import EXPORT_MANIFEST, seal
 from core.config import ModelConfig, preset, training_flags
 from core.data.dataset import heldout_windows, open_dataset
 from core.errors import UserError
-from core.model import abstract_params, forward, logits
+from core.loss import cross_entropy
+from core.model import abstract_params, forward, head_table, logits
 from core.run.log import read_log
 from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
@@ -202,23 +203,36 @@ def test_what_says_nothing_is_left_out(call, tmp_path):
             opens()
 
 
-def test_a_padded_vocabulary_is_refused_with_advice_that_works(call, tmp_path):
-    """More rows than the tokenizer has ids, as Qwen's models have them; the advice is carried out here."""
+def test_a_padded_vocabulary(call, tmp_path):
+    """More rows than the tokenizer has ids, as Qwen's models have them, all the way to another folder."""
     padded = dataclasses.replace(LLAMA, vocab_size=320)
-    folder = write_folder(tmp_path / "padded", padded, tensors_of(padded, random_params(padded)))
+    params = random_params(padded)
+    folder = write_folder(tmp_path / "padded", padded, tensors_of(padded, params))
     write_tokenizer(folder, load_tokenizer("bytes"), padded.context)
-    advice = r"320 rows of embeddings for the 258 ids of its tokenizer.*resize_token_embeddings\(258\)"
-    with pytest.raises(UserError, match=advice):
-        call(folder, tmp_path / "out")
-    model = transformers.LlamaForCausalLM.from_pretrained(folder)
-    model.resize_token_embeddings(258)
-    model.save_pretrained(tmp_path / "new")
-    for path in folder.glob("tokenizer*"):
-        shutil.copy(path, tmp_path / "new")
-    call(tmp_path / "new", tmp_path / "out")
-    expected = random_params(padded)
-    expected["embed"]["table"] = expected["embed"]["table"][:258]
-    assert_same_bits(opened(tmp_path / "out")[1], expected)
+    printed = call(folder, tmp_path / "out")
+    assert "320 rows, 258 token ids" in printed and " --vocab-size 320 " in printed
+    config, read = opened(tmp_path / "out")
+    assert config.vocab_size == 320
+    assert_same_bits(read, params)
+    call(tmp_path / "out", tmp_path / "exported", main=port_torch.convert.main)
+    exported = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.get_input_embeddings().weight.shape[0] == 320 and len(tokenizer) == 258
+    # The loss counts the logits of every row, as transformers does.
+    tokens = np.random.default_rng(0).integers(0, 258, (2, 20))
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        theirs = float(exported(ids, labels=ids).loss)
+    hidden = forward(config, read, jnp.asarray(tokens[:, :-1]))
+    found = cross_entropy(hidden, head_table(config, read), jnp.asarray(tokens[:, 1:]), chunk=7)
+    # float32 sums of 320 terms in another order, of a loss near 6.
+    assert float(found.nll) / tokens[:, 1:].size == pytest.approx(theirs, abs=2e-5)
+    # Fewer rows than ids stay refused.
+    few = dataclasses.replace(LLAMA, vocab_size=257)
+    folder = write_folder(tmp_path / "few", few, tensors_of(few, random_params(few)))
+    write_tokenizer(folder, load_tokenizer("bytes"), few.context)
+    with pytest.raises(UserError, match=r"few is a model of 257 token ids, and the tokenizer .* has 258"):
+        call(folder, tmp_path / "never")
 
 
 # --- what is refused, and leaves nothing behind ---

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from core.config import ModelConfig
 from core.data.dataset import Batch as LoadedBatch
 from core.sharding import make_mesh, replicated
 from tests.compilations import listen
@@ -43,7 +44,8 @@ def engine() -> JaxEngine:
     controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=whole) for t in types))
     state = jax.device_put(np.float32(0), whole)
     abstract = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    lowered = jax.jit(step, out_shardings=whole).lower(abstract, abstract_batch(2, 1, 8, mesh), controls)
+    small = ModelConfig(vocab_size=258, context=8, d_model=8, n_layers=1, n_heads=1, d_mlp=8)
+    lowered = jax.jit(step, out_shardings=whole).lower(abstract, abstract_batch(2, 1, small, mesh), controls)
     evaluator = SimpleNamespace(dataset=SimpleNamespace(heldout=[]))
     config = RunConfig(batch=2, grad_accum_steps=1)
     return JaxEngine(config, mesh, state, lowered.compile(), evaluator, None, None, None)

@@ -35,7 +35,7 @@ def make(folder: Path, tokens: np.ndarray, heldout: np.ndarray | None = None, pr
     """A dataset whose train windows are the rows of `tokens`."""
     folder.mkdir()
     splits = {"train": tokens} | ({} if heldout is None else {"held-out": heldout})
-    writer = packing.WindowWriter(folder, CONTEXT, list(splits))
+    writer = packing.WindowWriter(folder, CONTEXT, list(splits), tokens.dtype)
     for name, windows in splits.items():
         writer.write(name, windows)
     writer.close()

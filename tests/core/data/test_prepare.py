@@ -102,7 +102,7 @@ def test_every_token_is_predicted_once_in_order(tmp_path, name):
 def test_packer_at_the_borders(length):
     rng = np.random.default_rng(length)
     stream = rng.integers(0, 100, length).astype(np.uint16)
-    packer = packing.Packer(CONTEXT)
+    packer = packing.Packer(CONTEXT, stream.dtype)
     cuts = np.sort(rng.integers(0, length + 1, 3))
     windows = [packer.add(part) for part in np.split(stream, cuts)]
     left = packer.rest

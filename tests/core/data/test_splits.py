@@ -38,7 +38,7 @@ SUFFIXES = {"parquet": ".parquet", "array": ".json", "lines": ".NDJSON", "packed
 
 def take_all(plan: Plan) -> list[tuple[str, str]]:
     """(split, text) of all that the plan gives; a document has as many tokens as bytes here."""
-    plan.packers = {name: Packer(8) for name in plan.documents}
+    plan.packers = {name: Packer(8, np.dtype(np.uint16)) for name in plan.documents}
     taken = []
     for batch, documents in plan.batches():
         assert plan.take(batch, np.array([len(d) for d in documents])) == len(documents)
