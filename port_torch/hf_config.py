@@ -82,7 +82,7 @@ def stock_type(config: ModelConfig) -> str | None:
     return "llama" if not (config.qkv_biases or config.qk_norm) else kinds.get(parts)
 
 
-def hf_config(config: ModelConfig, bos: int, eos: int, dtype: str) -> Json:
+def hf_config(config: ModelConfig, bos: int | None, eos: int, dtype: str) -> Json:
     """The content of config.json. bos, eos: token ids; dtype: of the weights in the folder."""
     c, stock = config, stock_type(config)
     rope: Json = {"rope_type": "default"} if c.rope is None or stock is None else written_scaling(c.rope)

@@ -9,9 +9,10 @@ import sentencepiece
 import tokenizers
 
 from core.errors import UserError
-from core.tokenizer import MISTRAL_FILE, ORIGINAL, load_tokenizer, tokenizer_record
+from core.tokenizer import MISTRAL_FILE, ORIGINAL, load_tokenizer, open_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.hf_tokenizer import write_tokenizer
+from tests.core.test_special_tokens import CHAT
 from tests.core.test_tokenizer import bpe_file
 from tests.port_torch.folders import SMALL, manifest_of
 from tests.port_torch.texts import encode_and_decode, fuzzed_texts
@@ -88,6 +89,43 @@ def test_batches_are_padded_and_no_end_is_taken_out_of_the_loss(tmp_path: Path, 
     labels = DataCollatorForLanguageModeling(tokenizer, mlm=False)(documents)["labels"]
     # GPT-2's kind has one token for both ends and padding, as the field has it.
     assert kind == "gpt2" or (labels[:, -1] == ours.eos).all()
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos"),
+    [
+        (None, "<|endoftext|>"),  # Qwen
+        (None, "<|im_end|>"),  # Qwen, for chats
+        ("<|endoftext|>", "<|endoftext|>"),  # SmolLM2
+        ("<|im_start|>", "<|im_end|>"),  # SmolLM2, for chats
+    ],
+)
+def test_bos_and_eos_of_a_folder_are_those_of_transformers(tmp_path: Path, bos: str | None, eos: str):
+    """A folder that transformers wrote, opened here and exported again."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(tokenizer_file=str(bpe_file(tmp_path, CHAT)), bos_token=bos, eos_token=eos)
+    made.save_pretrained(tmp_path / "theirs")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    ours = open_tokenizer(tmp_path / "theirs" / "tokenizer.json")
+    assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours, 96)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (again.bos_token, again.eos_token) == (bos, eos)
+    opening = [] if bos is None else [theirs.bos_token_id]
+    for text in fuzzed_texts(50):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert again(text)["input_ids"] == [*opening, *ids]
+        assert ours.encode(text).tolist() == ids and ours.begin(text) == ([*opening, *ids] or [ours.eos])
+    assert again("<|im_end|>")["input_ids"][len(opening) :] == ours.encode("<|im_end|>").tolist() != [2]
+    # The exported folder's file is that tokenizer again, of the same record but for its name.
+    found = open_tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert (found.bos, found.eos) == (ours.bos, ours.eos)
+    manifest = dataclasses.replace(manifest_of(SMALL["llama"]), tokenizer=tokenizer_record(ours))
+    for name in (None, str(tmp_path / "out" / "tokenizer.json")):
+        found = folder_tokenizer(tmp_path / "out", manifest, name, ours.vocab_size + 9)
+        assert (found.bos, found.eos) == (ours.bos, ours.eos)
 
 
 def test_truncation_and_padding_of_the_file_are_left_out(tmp_path: Path):
