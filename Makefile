@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist worksteal
+# Bytecode is kept whatever the shell says: the tests start many processes.
+PYTEST = PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 .PHONY: train test test-slow lint clean
 

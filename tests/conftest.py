@@ -5,38 +5,60 @@ port_torch need PyTorch alone to see one.
 """
 
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tests.several_devices import FAST_COMPILE
+import pytest
+
+from tests.several_devices import devices_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_flags = os.environ.get("XLA_FLAGS", "")
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = f"{_flags} {FAST_COMPILE}"
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
+HAS_WORKERS = not IS_WORKER and "-n auto" in " ".join(sys.argv)  # and runs no test itself
 
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+# What a test prepares or compiles is kept for all later ones of this session, in whichever process they run.
+# The kernels of a machine with a GPU stay where they are: building them takes minutes.
+_kept = None
+if ON_CPU and not IS_WORKER:
+    _kept = tempfile.TemporaryDirectory(prefix="mtlm-tests-")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ["MTLM_CACHE"] = f"{_kept.name}/data"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_kept.name}/compiled"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-from tests.hub import Hub, point_at  # noqa: E402
-from tests.train_tpu.processes import make_text  # noqa: E402
+if not HAS_WORKERS:
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if ON_CPU:
+        os.environ["XLA_FLAGS"] = f"{_flags} {devices_flags(1)}"
 
-jax.devices()  # reads the flags, once
-os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
+    import jax
+    import jaxtyping
 
-# Before the first import of these packages: every call in the tests checks types and shapes. An int
-# will do for a float, as Python has it.
-jaxtyping.install_import_hook(
-    ["core", "stacking.transform", "train_tpu.step", "train_tpu.optimizer"],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+    jax.devices()  # reads the flags, once
+    os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
+
+    # Before the first import of these packages: every call in the tests checks types and shapes. An int
+    # will do for a float, as Python has it.
+    jaxtyping.install_import_hook(
+        ["core", "stacking.transform", "train_tpu.step", "train_tpu.optimizer"],
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    )
+
+
+def pytest_unconfigure() -> None:
+    if _kept:
+        _kept.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs a GPU says so where there is none."""
+    import torch
+
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
@@ -59,19 +81,23 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the training runs that tests start keep prepared data and compiled functions."""
+    """Where the runs lie that several tests of this process look at."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def text(cache: Path) -> Path:
     """The text they train on."""
+    from tests.train_tpu.processes import make_text
+
     return make_text(cache)
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hugging Face Hub that the client asks, with its cache in tmp_path / "cache"."""
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hugging Face Hub (`tests.hub.Hub`) that the client asks, with its cache in tmp_path / "cache"."""
+    from tests.hub import Hub, point_at
+
     hub = Hub()
     threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     point_at(monkeypatch, hub.address, tmp_path / "cache")

@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[1]
 # two layers in 0.5 s instead of 4.4 s on two cores).
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):  # a version that does not know a flag ends the process
-    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def devices_flags(devices: int) -> str:
+    """XLA_FLAGS of a process that simulates so many devices and compiles quickly.
+
+    The same in all tests: what is kept of compilations is looked up by them."""
+    return f"{FAST_COMPILE} --xla_force_host_platform_device_count={devices}"
 
 
 def run_on_devices(devices: int, script: Path, *arguments: str, **environment: str) -> str:
@@ -25,7 +32,7 @@ def run_on_devices(devices: int, script: Path, *arguments: str, **environment: s
     variables = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}",
+        "XLA_FLAGS": devices_flags(devices),
         "PYTHONPATH": str(ROOT),
         **environment,
     }

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from core import compilation_cache
@@ -13,7 +15,7 @@ from core.compilation_cache import keep_compiled, programs_found
 compilation_cache.WORTH_KEEPING = 0.0  # every program, however fast this machine compiles it
 
 def long_to_compile(x):
-    for size in range(8, 24):
+    for size in range(8, 12):
         x = jnp.tanh(x @ jnp.ones((x.shape[1], size))) + jnp.sort(x, axis=0).sum()
     return x
 
@@ -47,6 +49,7 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path: Path):
     assert start(tmp_path) == (kept(tmp_path), value)
 
 
+@pytest.mark.slow
 def test_an_entry_half_written_is_made_again(tmp_path: Path):
     """As a process leaves it that is killed while JAX writes: cut short, and without its time of use."""
     _, value = start(tmp_path)
@@ -58,6 +61,7 @@ def test_an_entry_half_written_is_made_again(tmp_path: Path):
     assert start(tmp_path) == (whole, value)
 
 
+@pytest.mark.slow
 def test_the_environment_can_keep_it_elsewhere_or_not_at_all(tmp_path: Path):
     start(tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="false")
     elsewhere = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "elsewhere")}

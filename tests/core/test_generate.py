@@ -23,7 +23,7 @@ SMALL = {
 LENGTHS = (1, 5, 16, 21)  # the longest passes the smallest padding, 16
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.slow), "gpt"])
 def case(request):
     """(config, params, generator, prompts of several lengths) of both kinds of model."""
     config = SMALL[request.param]

@@ -166,5 +166,6 @@ def test_no_logits_of_a_whole_batch_are_held():
     assert shapes(naive) & whole  # the search does find them where they are
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     run_on_devices(8, Path(__file__).with_name("loss_on_devices.py"))

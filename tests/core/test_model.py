@@ -17,7 +17,9 @@ from tests.reference import logits64
 torch.set_num_threads(1)  # small products: threads only wait for each other
 Leaves = dict[str, np.ndarray]
 SLOW_LLAMA = pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
-
+LENGTHS = pytest.mark.parametrize(
+    "length", [64, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 7, 96))]
+)
 
 FLOAT32_RUN = Compute()
 
@@ -117,7 +119,7 @@ def errors(scores, gradients: Leaves, true_scores, true_gradients: Leaves) -> di
 FLOAT32 = 1e-5
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, pytest.param(96, marks=pytest.mark.slow)])
+@LENGTHS
 def test_llama_equals_transformers(length):
     params, tokens = random_params(LLAMA), random_tokens(LLAMA, 2, length)
     scores, _, gradients = ours(LLAMA, params, tokens)
@@ -132,8 +134,8 @@ def test_llama_equals_transformers(length):
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(GPT, 1), (GPT, 64), (GROUPED, 64), pytest.param(GPT, 96, marks=pytest.mark.slow)],
-    ids=["gpt-1", "gpt-64", "grouped-64", "gpt-96"],
+    [(GPT, 64), (GROUPED, 64), *(pytest.param(GPT, n, marks=pytest.mark.slow) for n in (1, 96))],
+    ids=["gpt-64", "grouped-64", "gpt-1", "gpt-96"],
 )
 def test_others_equal_the_formulas(config, length):
     params, tokens = random_params(config), random_tokens(config, 2, length)
@@ -158,7 +160,8 @@ def test_every_part_can_be_exchanged(change):
         assert error < FLOAT32, (name, error)
 
 
-@SLOW_LLAMA
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BOTH)
 def test_unrolling_and_rematerialisation_change_nothing(kind):
     config = dataclasses.replace(BOTH[kind], d_model=32, d_mlp=48, dropout=0.1)
     params, tokens = random_params(config), random_tokens(config, 2, 16)
@@ -203,8 +206,7 @@ def test_no_token_sees_the_future(kind):
         assert (after[:, t:] != before[:, t:]).any(axis=(0, 2)).all()  # and every later one sees it
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("kind", "scaled"), [("gpt", False), ("llama", True)])
 def test_init(kind, scaled):
     config = dataclasses.replace(
         BOTH[kind], d_model=64, d_mlp=128, n_layers=8, vocab_size=500, scaled_residual_init=scaled
@@ -247,7 +249,7 @@ def test_dropout_masks_differ_by_sequence_and_site():
     assert len(set(rows)) == len(rows)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@SLOW_LLAMA
 def test_dropout_does_not_depend_on_batching(kind):
     config = dataclasses.replace(BOTH[kind], dropout=0.3)
     params, tokens = random_params(config), random_tokens(config, 4, 16)

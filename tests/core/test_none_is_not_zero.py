@@ -14,13 +14,15 @@ def test_no_optional_number_is_asked_for_its_truth():
     trees = {path: ast.parse(path.read_text()) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     fields = {name for tree in trees.values() for name in optional_fields(tree)}
     assert {"steps", "stop_at", "context", "n_heads"} <= fields
-    found = [
-        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
-        for path, tree in trees.items()
-        for node in asked(tree)
-        if (isinstance(node, ast.Attribute) and node.attr in fields - other_fields(tree))
-        or (isinstance(node, ast.Name) and node.id in optional_arguments(tree))
-    ]
+    found = []
+    for path, tree in trees.items():
+        attributes, names = fields - other_fields(tree), optional_arguments(tree)
+        found += [
+            f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+            for node in asked(tree)
+            if (isinstance(node, ast.Attribute) and node.attr in attributes)
+            or (isinstance(node, ast.Name) and node.id in names)
+        ]
     assert not found, "\n".join(found)
 
 

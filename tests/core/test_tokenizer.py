@@ -69,6 +69,7 @@ def test_mistral_equals_sentencepiece(mistral, reference, text):
     assert mistral.encode(text).tolist() == reference.encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wikipedia-en-2015/valid.jsonl.xz", "books-pd/valid.jsonl.xz"])
 def test_mistral_equals_sentencepiece_on_real_documents(mistral, reference, name):
     if not (DATA / name).exists():

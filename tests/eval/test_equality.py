@@ -13,7 +13,7 @@ from tests.eval.conftest import TASKS, Evaluated, Made, evaluate
 from tests.eval.shared_data import DATA, needs_data
 from tests.eval.small_sets import Sets
 from tests.port_torch.trained import KINDS, train
-from tests.train_tpu.processes import run as run_command
+from tests.train_tpu.processes import run_here
 
 LOGPROB = 1e-3  # summed over a continuation, in float32; what the issue asks for
 PERPLEXITY = 1e-4  # relative
@@ -141,7 +141,7 @@ def test_full_sets(kind, cache: Path, text: Path):
     """
     run = train(cache, text, kind, context=1024)
     folder = cache / f"full-{kind}"
-    run_command(cache, run, folder, module="port_torch.convert")
+    run_here(run, folder, module="port_torch.convert")
     theirs: dict[str, Record] = {}
     ours = [Evaluated(None, {}, {}), Evaluated(None, {}, {})]
     for task, limit in FULL.items():

@@ -24,7 +24,7 @@ SHA256 = {
     ("arc_easy",): "ffa6e39a35a16299dcb015f17f986aaa598ad8b4840c4cebe0339a7042232741",
     ("truthfulqa_mc1", "truthfulqa_mc2"): "1e07020e9cf41d46ed65312eb39d2b8e6599673d4f0d6b67c0d0eba0efb493bb",
 }
-QUICK = {"wikitext", "openbookqa"}
+QUICK = {"openbookqa"}
 # All 67 of BLiMP as one list; the harness's own hash of its first part is the one below.
 ADJUNCT_ISLAND = "976a5cac4bdb724632eebd4cb9e522203ce3da8d5525288a597c86e80469f3f2"
 
@@ -70,6 +70,7 @@ def test_requests(names):
 
 
 @needs_data
+@pytest.mark.slow
 def test_requests_of_blimp():
     """One of the 67 as the harness has it."""
     ((name, found),) = instances(("blimp_adjunct_island",)).items()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.port_torch.trained import KINDS, train
-from tests.train_tpu.processes import run
+from tests.train_tpu.processes import run_here
 
 torch.set_num_threads(1)  # small products: threads only wait for each other
 
@@ -43,5 +43,5 @@ def exported_1024(trained_1024: Path, cache: Path) -> Path:
 def export(cache: Path, source: Path) -> Path:
     """What the command makes of a run."""
     folder = cache / f"export-{source.name}"
-    run(cache, source, folder, module="port_torch.convert")
+    run_here(source, folder, module="port_torch.convert")
     return folder

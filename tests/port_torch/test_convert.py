@@ -26,7 +26,7 @@ from tests.models import random_params
 from tests.port_torch.folders import SMALL, manifest_of, tensors_of, write_checkpoint
 from tests.port_torch.test_model import MIXED
 from tests.port_torch.trained import open_run, transformers_model
-from tests.train_tpu.processes import refusal, run
+from tests.train_tpu.processes import refusal_here, run
 
 NAMES = {
     "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors",
@@ -104,7 +104,7 @@ def test_the_lines_of_the_card_and_a_pipeline_of_batches(exported: Path, monkeyp
     assert [row[0]["generated_text"] for row in together] == alone
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_narrow_types_and_shards(tmp_path: Path, monkeypatch, capsys, dtype: str):
     config = SMALL["gpt"]
     params = random_params(config)
@@ -122,7 +122,10 @@ def test_narrow_types_and_shards(tmp_path: Path, monkeypatch, capsys, dtype: str
     assert load(tmp_path / "out", torch.bfloat16).embed.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("rope gelu", "relu2"))) for kind in MIXED],
+)
 def test_every_mixture_of_parts_is_exported(tmp_path: Path, monkeypatch, kind: str):
     import dataclasses
 
@@ -176,8 +179,8 @@ def test_refusals(tmp_path: Path, monkeypatch):
         assert names_in(tmp_path) == {"source", "there", "nan", "big"}
 
 
-def test_a_refusal_is_one_sentence(tmp_path: Path, cache: Path):
-    assert "no checkpoint in" in refusal(cache, tmp_path / "a", tmp_path / "b", module="port_torch.convert")
+def test_a_refusal_is_one_sentence(tmp_path: Path):
+    assert "no checkpoint in" in refusal_here(tmp_path / "a", tmp_path / "b", module="port_torch.convert")
 
 
 def test_what_computes_something_else_is_removed(tmp_path: Path, monkeypatch):
@@ -263,6 +266,7 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     assert uploads[2:] == [("me/model", True, True)]
 
 
+@pytest.mark.slow
 def test_the_training_half_needs_no_torch():
     code = "import sys, train_tpu.run, core.generate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

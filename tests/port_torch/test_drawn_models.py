@@ -63,7 +63,7 @@ def check(config: ModelConfig) -> None:
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=5, **SETTINGS)
+@settings(max_examples=3, **SETTINGS)
 @given(models())
 def test_drawn_models(config: ModelConfig):
     check(config)

@@ -41,7 +41,7 @@ from tests.port_torch.folders import (
     write_folder,
 )
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
-from tests.train_tpu.processes import refusal, run
+from tests.train_tpu.processes import refusal_here, run_here
 from train_tpu.config import RunConfig
 
 LLAMA = SMALL["llama"]
@@ -299,16 +299,16 @@ TRAINING = ("--steps", "2", "--batch", "4", "--log-every", "1", "--prompts", "a"
 
 
 @pytest.fixture(scope="module")
-def prepared(cache, text, tmp_path_factory) -> Path:
+def prepared(text, tmp_path_factory) -> Path:
     """The tests' text as windows of 32 bytes."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", out, module="train_tpu.prepare")
+    run_here(text, "--tokenizer", "bytes", "--context", "32", "--out", out, module="train_tpu.prepare")
     return out
 
 
-def import_by_command(cache: Path, *arguments: str | Path) -> list[str]:
+def import_by_command(*arguments: str | Path) -> list[str]:
     """Runs the import; gives the flags that it prints for training."""
-    printed, err = run(cache, *arguments, "--tokenizer", "bytes", module="port_torch.import_checkpoint")
+    printed, err = run_here(*arguments, "--tokenizer", "bytes", module="port_torch.import_checkpoint")
     assert not err
     command = printed.splitlines()[-1].split()
     return command[command.index("--init-from") : command.index("--data")]
@@ -326,23 +326,23 @@ def assert_first_loss(folder: Path, prepared: Path, scores: Callable[[np.ndarray
 
 
 @pytest.mark.slow
-def test_an_original_mtlm1_trains_here(cache, prepared, tmp_path):
+def test_an_original_mtlm1_trains_here(prepared, tmp_path):
     weights = mtlm1_weights(258, 64, 2, 128, std=0.1)
     torch.save({"model": weights, "step": 9}, tmp_path / "original.pt")
     out, trained = tmp_path / "imported", tmp_path / "run"
     unknown = ("--n-heads", "2", "--context", "32")
-    flags = import_by_command(cache, tmp_path / "original.pt", out, *unknown)
+    flags = import_by_command(tmp_path / "original.pt", out, *unknown)
     common = (*flags, "--data", prepared, "--out", trained, *TRAINING)
     # What no shape shows is refused all the same, with the flags that are right.
-    message = refusal(cache, *common, "--n-heads", "4")
+    message = refusal_here(*common, "--n-heads", "4")
     assert (
         "is a model with n_heads 2, not 4" in message
         and training_flags(opened(out)[0], opened(out)[0].vocab_size) in message
     )
-    message = refusal(cache, *common, "--rope-theta", "5000")
+    message = refusal_here(*common, "--rope-theta", "5000")
     assert "is a model with rope_theta 10000.0, not 5000.0" in message
     assert not trained.exists()
-    started, _ = run(cache, *common)
+    started, _ = run_here(*common)
     assert f"from the parameters of {out}" in started
     lineage = load_manifest(find_step(trained)).lineage
     assert [entry["operation"] for entry in lineage] == ["import", "init_from"]
@@ -352,12 +352,12 @@ def test_an_original_mtlm1_trains_here(cache, prepared, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_original_mtlm2_trains_here(cache, prepared, tmp_path):
+def test_an_original_mtlm2_trains_here(prepared, tmp_path):
     state = mtlm2_state(TinyGPT(258, 32, 48, 2, 4), std=0.1)
     with ocp.CheckpointManager(tmp_path / "original") as manager:
         manager.save(5, args=ocp.args.StandardSave(state))
     trained = tmp_path / "run"
-    flags = import_by_command(cache, tmp_path / "original", tmp_path / "imported")
-    run(cache, *flags, "--data", prepared, "--out", trained, *TRAINING)
+    flags = import_by_command(tmp_path / "original", tmp_path / "imported")
+    run_here(*flags, "--data", prepared, "--out", trained, *TRAINING)
     variables = {"params": state.params}
     assert_first_loss(trained, prepared, lambda tokens: np.asarray(state.apply_fn(variables, tokens)))

@@ -16,7 +16,7 @@ from core.model import forward, logits
 from port_torch.formats import mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
-from tests.train_tpu.processes import refusal
+from tests.train_tpu.processes import refusal_here
 
 VOCAB, D, LAYERS, HEADS, D_MLP, CONTEXT = 61, 48, 3, 4, 80, 24
 GPT = TinyGPT(VOCAB, CONTEXT, D, LAYERS, HEADS)
@@ -56,7 +56,12 @@ def saved(folder: Path, content: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("length", [1, 7, CONTEXT])
+LENGTHS = pytest.mark.parametrize(
+    "length", [CONTEXT, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 7))]
+)
+
+
+@LENGTHS
 def test_mtlm1_gives_the_logits_of_its_own_forward_pass(weights, tmp_path, length):
     imported = mtlm1_torch.read(saved(tmp_path, weights), n_heads=HEADS)
     config = imported.config
@@ -162,7 +167,7 @@ def checkpoint(state, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("length", [1, 7, CONTEXT])
+@LENGTHS
 def test_mtlm2_gives_the_logits_of_its_own_forward_pass(state, checkpoint, length):
     imported = mtlm2_orbax.read(checkpoint)
     config = imported.config
@@ -218,5 +223,5 @@ def test_mtlm2_a_file_that_is_gone(checkpoint, tmp_path):
     shutil.rmtree(copy / "d")
     with pytest.raises(UserError, match="copy it again"):
         mtlm2_orbax.read(copy)
-    sentence = refusal(tmp_path, copy, tmp_path / "out", module="port_torch.import_checkpoint")
+    sentence = refusal_here(copy, tmp_path / "out", module="port_torch.import_checkpoint")
     assert "copy it again" in sentence and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.config import ModelConfig
 from core.model import Params, abstract_params
-from tests.train_tpu.processes import TINY, run, without
+from tests.train_tpu.processes import TINY, run_here, without
 
 KINDS = ("llama", "gpt")
 
@@ -21,9 +21,10 @@ def train(cache: Path, text: Path, kind: str, tokenizer: str = "bytes", context:
     for flag in ("--preset", "--steps", "--dropout", "--context", "--window", "--tokenizer"):
         arguments = without(arguments, flag)
     preset = {"llama": "mtlm1-tiny", "gpt": "mtlm2-tiny"}[kind]
-    run(
-        cache, *arguments, "--preset", preset, "--tokenizer", tokenizer, "--context", str(context),
-        "--steps", "40", "--save-every", "40", "--data", text, "--out", out,
+    run_here(
+        *arguments, "--preset", preset, "--tokenizer", tokenizer, "--context", str(context),
+        "--steps", "40", "--save-every", "40", "--eval-every", "40", "--sample-every", "0",
+        "--data", text, "--out", out,
     )  # fmt: skip
     return out
 

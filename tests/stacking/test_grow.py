@@ -19,6 +19,7 @@ from core.checkpoint.steps import step_path
 from core.config import ModelConfig
 from core.data.dataset import open_dataset, train_batches
 from core.errors import UserError
+from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
 from core.run.log import read_log
@@ -30,7 +31,7 @@ from stacking.growth import source_model, with_model
 from stacking.plan import make_plan
 from stacking.transform import grow
 from tests.stacking import oracle
-from tests.train_tpu.processes import ROOT, TINY, losses, run
+from tests.train_tpu.processes import ROOT, TINY, losses, run_here
 from train_tpu.backend import choose_step
 from train_tpu.config import RunConfig, defaults
 from train_tpu.engine import place_batch
@@ -43,7 +44,8 @@ GROWN_AT = 6
 def base(cache, text):
     """A run of 12 steps, its trunk kept at step 6."""
     folder = cache / "grow-base"
-    run(cache, *TINY, "--data", text, "--out", folder, "--keep-steps", str(GROWN_AT), "--n-layers", "3")
+    kept = ("--keep-steps", str(GROWN_AT), "--n-layers", "3", "--sample-every", "0")
+    run_here(*TINY, "--data", text, "--out", folder, *kept)
     return folder
 
 
@@ -56,16 +58,15 @@ def trunk(base):
 def stacked(cache, trunk):
     """The trunk, grown as the command grows by default, and trained to its end."""
     folder = cache / "grow-stacked"
-    out, _ = run(cache, trunk, "--out", folder, module="stacking.grow")
+    out, _ = run_here(trunk, "--out", folder, module="stacking.grow")
     shutil.copytree(folder, cache / "grow-untrained")
-    trained, _ = run(cache, "--out", folder)
+    trained, _ = run_here("--out", folder)
     return folder, out, trained
 
 
 @pytest.fixture
-def grow_here(monkeypatch, cache):
+def grow_here(monkeypatch):
     """Runs the command in this process: quicker, and its parts can be replaced."""
-    monkeypatch.setattr(stacking.rewrite, "CACHE", cache / "data")
 
     def call(*arguments) -> int:
         monkeypatch.setattr(sys, "argv", ["grow", *map(str, arguments)])
@@ -84,9 +85,9 @@ def open_state(folder):
     return restore(step_dir, abstract_state(step, step.compute.mesh)), manifest, settings_of, step
 
 
-def train_here(cache, state, manifest, run_config, step_config, end=None) -> list[tuple[int, float, float]]:
+def train_here(state, manifest, run_config, step_config, end=None) -> list[tuple[int, float, float]]:
     """The rest of a run, or that until `end`, by the compiled step alone: (step, loss, gradient norm)."""
-    prepared = map(open_dataset, (cache / "data").glob("text-jsonl-*"))  # other tests have theirs there, too
+    prepared = map(open_dataset, CACHE.glob("text-jsonl-*"))  # other tests have theirs there, too
     data = next(found for found in prepared if found.fingerprint == manifest.data["fingerprint"])
     mesh = step_config.compute.mesh
     compiled = compile_step(step_config, run_config.batch, 1, mesh)
@@ -104,11 +105,11 @@ def train_here(cache, state, manifest, run_config, step_config, end=None) -> lis
 
 
 def test_grow_save_restore_train_equals_grow_train(stacked, base, trunk, cache):
-    """The run that went through files and processes, against the same in memory, to the bit."""
+    """The run that went through files and commands, against the same in memory, to the bit."""
     folder, _, _ = stacked
     state, manifest, _, _ = open_state(trunk)
     _, _, grown_run, grown_step = open_state(cache / "grow-untrained")
-    expected = train_here(cache, grow(state, make_plan("stack", 3)), manifest, grown_run, grown_step)
+    expected = train_here(grow(state, make_plan("stack", 3)), manifest, grown_run, grown_step)
     own = [row for row in losses(folder) if row[0] >= GROWN_AT]
     assert own == expected and len(own) == 6
 
@@ -177,7 +178,7 @@ def test_identity_growth_continues_with_the_loss_of_the_ungrown_run(cache, base,
     assert before == after
     # The next batch, with its dropout masks, through the same function. Compiled with the layers unrolled,
     # six instead of three may be fused otherwise, so the last bit of a float32 sum is free.
-    ((_, loss, _),) = train_here(cache, *open_state(out), end=GROWN_AT + 1)
+    ((_, loss, _),) = train_here(*open_state(out), end=GROWN_AT + 1)
     np.testing.assert_allclose(loss, losses(base)[GROWN_AT][1], rtol=3e-7)
 
 
@@ -196,7 +197,7 @@ def test_growing_again_and_by_any_plan(grow_here, trunk, tmp_path, cache):
     manifest = load_manifest(find_step(second))
     assert [entry["layers"] for entry in manifest.lineage] == [[3, 6], [6, 12]]
     assert manifest.lineage[1]["flops"] == manifest.lineage[0]["flops"]  # nothing was trained in between
-    out, _ = run(cache, "--out", second, "--stop-at", "8")
+    out, _ = run_here("--out", second, "--stop-at", "8")
     assert "12 layers" in out
 
 
@@ -237,7 +238,7 @@ def test_parameters_alone_grow_and_train(cache, text, imported, grow_here, tmp_p
     assert grow_here(imported, "--op", "identity", "--out", out) == 0
     assert load_manifest(out).kind == "params"
     more = ("--n-layers", "6", "--init-from", out, "--stop-at", "1", "--out", tmp_path / "run")
-    run(cache, *TINY, "--data", text, *more)
+    run_here(*TINY, "--data", text, *more)
     assert load_manifest(find_step(tmp_path / "run")).lineage[0]["operation"] == "grow"
 
 

@@ -48,8 +48,13 @@ def leaves(state) -> oracle.Leaves:
     return {path: np.array(leaf) for path, leaf in flatten(state)[0].items()}
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["copy", "reset"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "reset"),
+    [
+        *(("muon", False), ("adamw", True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("adamw", False), ("muon", True))),
+    ],
+)
 @pytest.mark.parametrize("operator", oracle.OPERATORS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_leaf_is_the_oracles(model, operator, optimizer, reset):
@@ -105,8 +110,16 @@ def test_a_reset_optimizer_is_that_of_a_start(optimizer):
             np.testing.assert_array_equal(ends[path], leaf, err_msg=path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        ("mtlm1", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("mtlm1", "bfloat16"), ("mtlm2", "float32"), ("mtlm2", "bfloat16"))
+        ),
+    ],
+)
 def test_identity_growth_keeps_logits_and_gradients_to_the_bit(model, dtype):
     plan = custom_plan("0,1:identity,1,2,0-2:identity", 3)
     copies = [layer for layer, how in enumerate(plan.how) if how == "copy"]
@@ -138,6 +151,7 @@ def test_identity_growth_keeps_logits_and_gradients_to_the_bit(model, dtype):
         assert learns == (path.split("/")[-2] in ("o", "down")), path
 
 
+@pytest.mark.slow
 def test_one_update_after_identity_growth_is_that_of_ungrown_training():
     """Unclipped: the global norm would couple old and new leaves. Adam is elementwise, so to the bit."""
     config, plan = LLAMA, make_plan("identity", 3)

@@ -1,15 +1,21 @@
-"""Training runs as users start them: in processes of their own, on a model of seconds."""
+"""Commands as users start them, on a model of seconds: in processes of their own, or in this one."""
 
+import contextlib
+import importlib
+import io
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
+from core.errors import run_command
 from core.run.log import read_log
 from tests.checks import require
-from tests.several_devices import FAST_COMPILE
+from tests.several_devices import devices_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,15 +44,23 @@ def make_text(folder: Path, repeats: int = 60) -> Path:
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Where the process keeps prepared data and compiled functions, and how many devices it sees."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
+    """Where the process keeps prepared data and compiled functions, and how many devices it sees.
+
+    The tests of a session have one place for all (conftest.py), which comes before the one given here."""
+    kept = {
         "MTLM_CACHE": str(cache / "data"),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    return (
+        kept
+        | os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": devices_flags(devices),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+    )
 
 
 def start(cache: Path, *arguments: str | Path, module: str = "train_tpu.run", **kwargs) -> subprocess.Popen:
@@ -67,6 +81,52 @@ def run(cache: Path, *arguments: str | Path, expect: int = 0, **kwargs) -> tuple
     code = process.returncode
     require(code == expect, f"exit code {code}, not {expect}:\n{out[-2000:]}\n{err}")
     return out, err
+
+
+class Said(io.StringIO):
+    """What a command in this process prints. `then` is called once, when a line with `moment` is complete."""
+
+    def __init__(self, moment: str | None = None, then: Callable[[], None] = lambda: None):
+        super().__init__()
+        self._moment, self._then = moment, then
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self._moment and "\n" in text and re.search(self._moment, self.getvalue()):
+            self._moment = None
+            self._then()
+        return written
+
+
+def run_here(
+    *arguments: str | Path,
+    module: str = "train_tpu.run",
+    expect: int = 0,
+    moment: str | None = None,
+    then: Callable[[], None] = lambda: None,
+) -> tuple[str, str]:
+    """As `run`, in this process, which spares the imports. `then` is called when it has said `moment`."""
+    main = importlib.import_module(module).main
+    out, err = Said(moment, then), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
+        mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_command(main)
+        except SystemExit as end:
+            code = end.code
+    said = f"{out.getvalue()[-2000:]}\n{err.getvalue()}"
+    require(code == expect, f"exit code {code}, not {expect}:\n{said}")
+    require(moment is None or out._moment is None, f"{moment!r} was not said:\n{said}")
+    return out.getvalue(), err.getvalue()
+
+
+def refusal_here(*arguments: str | Path, **kwargs) -> str:
+    """As `refusal`, in this process."""
+    return sentence(run_here(*arguments, expect=2, **kwargs)[1])
 
 
 def start_two(
@@ -95,7 +155,11 @@ def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[
 
 def refusal(cache: Path, *arguments: str | Path, **kwargs) -> str:
     """Runs a command that must refuse: exit code 2 and one sentence, no traceback. Gives the sentence."""
-    _, err = run(cache, *arguments, expect=2, **kwargs)
+    return sentence(run(cache, *arguments, expect=2, **kwargs)[1])
+
+
+def sentence(err: str) -> str:
+    """The one line of stderr, which says what was refused."""
     lines = [line for line in err.splitlines() if line.strip()]
     require(len(lines) == 1 and lines[0].startswith("error: "), err)
     return lines[0]

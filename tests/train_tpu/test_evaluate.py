@@ -31,11 +31,11 @@ def test_score_is_the_mean_over_every_predicted_token_of_the_text(tmp_path):
 
     # The stream is <s>, the bytes, </s>; window i predicts positions 16 i + 1 to 16 i + 16 of it.
     stream = np.array([256, *heldout.encode(), 257])
+    run = jax.jit(lambda tokens: logits(config, params, forward(config, params, tokens)))
     nll = []
     for start in range(0, len(stream) - 1, 16):
         window = stream[start : start + 17]
-        hidden = forward(config, params, jnp.asarray(window[None, :-1]))
-        scores = np.asarray(logits(config, params, hidden)[0], np.float64)
+        scores = np.asarray(run(jnp.asarray(window[None, :-1]))[0], np.float64)
         log_z = np.log(np.exp(scores).sum(-1))
         nll += list(log_z - scores[np.arange(len(window) - 1), window[1:]])
     assert score.tokens == len(nll) == 1002

@@ -1,5 +1,7 @@
-"""Faults of notes on reliability, against real processes: kills, signals, damaged files, full disks."""
+"""Faults against real runs: kills, signals, damaged files, full disks."""
 
+import functools
+import os
 import random
 import re
 import resource
@@ -13,12 +15,24 @@ import pytest
 
 from core.checkpoint.checkpointer import find_step, list_steps, verify
 from core.data.dataset import open_dataset
+from core.run.folder import lock_folder
 from core.run.interrupt import EXIT_KEPT, EXIT_SAVED
 from core.run.log import read_log
-from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, start, without
+from tests.train_tpu.processes import (
+    TINY,
+    losses,
+    make_text,
+    refusal,
+    refusal_here,
+    run,
+    run_here,
+    start,
+    without,
+)
 
 # A window of 16 steps, so that the guard's memory is part of what must survive without refusing updates.
 LONG = (*TINY, "--steps", "150", "--eval-every", "50", "--save-every", "7", "--window", "16", "--lr", "0.003")
+SHORT = (*LONG, "--steps", "30", "--eval-every", "10", "--sample-every", "0")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +40,25 @@ def uninterrupted(cache, text):
     folder = cache / "uninterrupted"
     run(cache, *LONG, "--data", text, "--out", folder)
     return losses(folder)
+
+
+@pytest.fixture(scope="module")
+def short(cache, text):
+    """The losses of a short run that nothing interrupts."""
+    folder = cache / "short"
+    run_here(*SHORT, "--data", text, "--out", folder)
+    return losses(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(cache, text):
+    """A short run that SIGTERM stopped, and what it said."""
+    folder = cache / "stopped"
+    said = run_here(
+        *SHORT, "--data", text, "--out", folder, expect=EXIT_SAVED,
+        moment="step 10/30", then=functools.partial(os.kill, os.getpid(), signal.SIGTERM),
+    )  # fmt: skip
+    return folder, *said
 
 
 def wait_for(process: subprocess.Popen, pattern: str) -> str:
@@ -70,10 +103,29 @@ def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     return resumed
 
 
-def test_killed_runs_resume_to_the_same_losses(cache, text, uninterrupted):
+def test_a_killed_run_resumes_to_the_same_losses(cache, text, short):
+    """In a process of its own, as users start it."""
     folder = cache / "killed"
-    kill_at_random(cache, text, folder, kills=2)
-    assert losses(folder) == uninterrupted
+    process = start(cache, *SHORT, "--data", text, "--out", folder)
+    wait_for(process, "step 20/30")
+    process.kill()
+    process.communicate()
+    assert not (folder / "checkpoints" / "00000030").exists()
+    verify(find_step(folder))
+    (begun,) = [row for row in read_log(folder, "event") if row["what"] == "first update"]
+    assert 0 < begun["seconds"] < 300
+    out, _ = run_here(*SHORT, "--data", text, "--out", folder)
+    assert "resuming" in out and losses(folder) == short
+
+
+def test_a_signal_between_steps_saves_and_the_run_goes_on(text, short, stopped, tmp_path):
+    folder, out, err = stopped
+    step = int(re.search(r"saved step (\d+)", out)[1])
+    assert step >= 10 and find_step(folder).name == f"{step:08d}"
+    assert "SIGTERM" in err
+    shutil.copytree(folder, tmp_path / "run")
+    run_here(*SHORT, "--data", text, "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == short
 
 
 @pytest.mark.slow
@@ -83,8 +135,9 @@ def test_twenty_kills_leave_the_losses_equal_to_the_bit(cache, text, uninterrupt
     assert losses(folder) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "called"), [("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")])
-def test_a_signal_between_steps_saves_and_the_run_goes_on(cache, text, uninterrupted, name, called):
+def test_a_signal_to_a_process_saves_and_the_run_goes_on(cache, text, uninterrupted, name, called):
     folder = cache / name
     process = start(cache, *LONG, "--data", text, "--out", folder)
     wait_for(process, r"step 5/150")
@@ -98,6 +151,7 @@ def test_a_signal_between_steps_saves_and_the_run_goes_on(cache, text, uninterru
     assert losses(folder) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_signal_while_compiling_or_evaluating_keeps_what_there_is(cache, text, uninterrupted):
     folder = cache / "early"
     for moment in ("starting a new run", "compiled the step"):  # what follows is compilation, evaluation
@@ -137,6 +191,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(cache, text
     assert "has finished" in out
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_damages_nothing(cache, text, uninterrupted):
     folder = cache / "twice"
     process = start(cache, *LONG, "--data", text, "--out", folder)
@@ -157,30 +212,29 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(cache, text, uninterrupted):
-    folder = cache / "damaged"
-    command = (*LONG, "--data", text, "--out", folder)
-    stop_at(30, cache, command)
+def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(text, short, stopped, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(stopped[0], folder)
+    command = (*SHORT, "--data", text, "--out", folder)
     newest = find_step(folder)
     victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     flip_bit(victim)
-    message = refusal(cache, *command)
+    message = refusal_here(*command)
     assert victim.name in message and "--fallback" in message
     assert find_step(folder) == newest  # nothing was removed
-    out, _ = run(cache, *command, "--fallback")
+    out, _ = run_here(*command, "--fallback")
     assert f"damaged-{newest.name}" in out and "resuming" in out
-    assert losses(folder) == uninterrupted
+    assert losses(folder) == short
 
 
-def test_a_second_process_on_the_same_folder_is_refused(cache, text):
-    folder = cache / "locked"
-    process = start(cache, *LONG, "--data", text, "--out", folder)
-    wait_for(process, "compiled the step")
-    assert "another process" in refusal(cache, *LONG, "--data", text, "--out", folder)
-    process.kill()
-    process.communicate()
+def test_a_second_process_on_the_same_folder_is_refused(text, tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    with lock_folder(folder):
+        assert "another process" in refusal_here(*SHORT, "--data", text, "--out", folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(cache, text, uninterrupted):
     folder = cache / "full"
     command = (*LONG, "--data", text, "--out", folder)

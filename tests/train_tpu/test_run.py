@@ -1,8 +1,12 @@
-"""`python -m train_tpu.run` end to end, as processes: what it writes, that it resumes, what it refuses."""
+"""The command train_tpu.run end to end: what it writes, that it resumes, what it refuses.
+
+In this process; test_faults.py starts it as users do."""
 
 import dataclasses
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,16 +17,18 @@ from core.run.log import read_log
 from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
 from tests.core.test_tokenizer import bpe_file
-from tests.train_tpu.processes import TINY, losses, make_text, refusal, run, without
+from tests.train_tpu.processes import TINY, losses, make_text, refusal, refusal_here, run, run_here, without
 from train_tpu.config import RunConfig, defaults
 from train_tpu.run import parse
+
+UNSAMPLED = (*TINY, "--sample-every", "0")
 
 
 @pytest.fixture(scope="module")
 def finished(cache, text):
     """An uninterrupted run."""
     folder = cache / "finished"
-    out, _ = run(cache, *TINY, "--data", text, "--out", folder)
+    out, _ = run_here(*TINY, "--data", text, "--out", folder)
     return folder, out
 
 
@@ -41,7 +47,7 @@ def test_a_run_writes_what_it_promises_and_says_what_to_do_next(finished, cache)
     assert manifest.data["cursor"] == 48
     for what in ("parameters", "attention", "xla: the reference", "bits per byte", "python -m core.generate"):
         assert what in out
-    generated, _ = run(cache, folder, "--prompt", "Document", "--temperature", "0", module="core.generate")
+    generated, _ = run_here(folder, "--prompt", "Document", "--temperature", "0", module="core.generate")
     assert generated.startswith("Document") and len(generated) > len("Document\n")
 
 
@@ -60,35 +66,34 @@ def test_held_out_loss_falls(finished):
 
 def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
     folder = cache / "often"
-    run(cache, *TINY, "--data", text, "--out", folder, "--eval-every", "1", "--sample-every", "2")
+    run_here(*TINY, "--data", text, "--out", folder, "--eval-every", "1", "--sample-every", "2")
     assert losses(folder) == losses(finished[0])
 
 
 def test_a_second_start_takes_the_compiled_step_and_says_how_long_it_took(finished, cache, text):
     folder = cache / "again"
-    out, _ = run(cache, *TINY, "--data", text, "--out", folder)
+    out, _ = run_here(*UNSAMPLED, "--data", text, "--out", folder)
     assert "kept from an earlier start" in out
     assert "the first update was made" in out
     (start,) = [row for row in read_log(folder, "event") if row["what"] == "first update"]
-    assert 0 < start["aside"] < start["seconds"] < 300
+    assert 0 < start["aside"] < start["seconds"]
     assert losses(folder) == losses(finished[0])
 
 
 def test_the_same_command_resumes_and_a_finished_run_is_left_alone(finished, cache, text):
     folder = cache / "parts"
-    arguments = (*TINY, "--data", text, "--out", folder)
-    # Stopped half-way by a changed total; a schedule of other length would change the rates: cosine has none
-    # here, since wsd is constant until its decay, and the decay begins at step 10 of 12 and 6 of 7.
-    run(cache, *arguments, "--steps", "7", "--decay", "0")
-    out, _ = run(cache, *arguments, "--decay", "0", "--allow-change", "steps")
+    arguments = (*UNSAMPLED, "--data", text, "--out", folder)
+    # Stopped half-way by a changed total; without a decay the rates are those of the whole run up to its own,
+    # which begins at step 10.
+    run_here(*arguments, "--steps", "7", "--decay", "0")
+    out, _ = run_here(*arguments, "--decay", "0", "--allow-change", "steps")
     assert "resuming" in out and "at step 7" in out
-    whole = cache / "whole"
-    run(cache, *TINY, "--data", text, "--out", whole, "--decay", "0")
-    assert losses(folder) == losses(whole)
-    out, _ = run(cache, *arguments, "--decay", "0")
+    assert losses(folder)[:11] == losses(finished[0])[:11] and len(losses(folder)) == 12
+    out, _ = run_here(*arguments, "--decay", "0")
     assert "has finished" in out
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_agree(cache, text):
     folders = []
     for devices in (1, 8):
@@ -100,46 +105,62 @@ def test_one_and_eight_devices_agree(cache, text):
     np.testing.assert_allclose(folders[0], folders[1], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_big_batch(finished, cache, text):
     folder = cache / "accumulated"
-    run(cache, *TINY, "--data", text, "--out", folder, "--grad-accum-steps", "2")
+    run_here(*UNSAMPLED, "--data", text, "--out", folder, "--grad-accum-steps", "2")
     # The dropout masks are the same, so only the order of sums differs; see the test above.
     np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(finished[0])), rtol=2e-5)
 
 
-def test_the_step_is_compiled_once_whatever_happens(cache, text):
+def test_the_step_is_compiled_once_whatever_happens(cache, text, caplog):
     """Over a start and a resume with skipped updates, evaluations and a changing learning rate."""
     folder = cache / "compilations"
-    # Batches of one sequence have noisy losses: a limit of 0.01 standard deviations skips many of them.
-    noisy = ("--batch", "1", "--sigma", "0.01", "--window", "2", "--halt-after", "99")
-    arguments = (*TINY, *noisy, "--data", text, "--out", folder, "--decay", "0")
+    # At such a rate losses jump: a limit of 0.01 standard deviations skips many updates.
+    noisy = ("--sigma", "0.01", "--lr", "0.5", "--halt-after", "99")
+    arguments = (*UNSAMPLED, *noisy, "--data", text, "--out", folder, "--decay", "0")
     for steps, allowed in (("8", ()), ("12", ("--allow-change", "steps"))):
-        _, err = run(cache, *arguments, "--steps", steps, *allowed, environ={"JAX_LOG_COMPILES": "1"})
-        compiled = [line for line in err.splitlines() if "Compiling" in line and "train_step" in line]
+        caplog.clear()
+        with jax.log_compiles():
+            run_here(*arguments, "--steps", steps, *allowed)
+        compiled = [line for line in caplog.messages if "Compiling" in line and "train_step" in line]
         assert len(compiled) == 1, compiled
     skips = read_log(folder, "skip")
     assert len(skips) >= 2
     assert len({row["lr"] for row in read_log(folder, "train")}) >= 4
     # A skip names the batch: the records, and the leaves that the gradient's norm came from.
-    assert len(skips[0]["records"]) == 1 and skips[0]["sequences"][1] - skips[0]["sequences"][0] == 1
+    assert len(skips[0]["records"]) == 4 and skips[0]["sequences"][1] - skips[0]["sequences"][0] == 4
     assert any("layers/" in leaf or "embed" in leaf for leaf in skips[0]["blame"])
 
 
 def test_a_diverged_run_is_halted_with_its_last_good_state(cache, text):
     folder = cache / "diverged"
-    arguments = (*TINY, "--data", text, "--out", folder, "--lr", "1e30", "--warmup", "0", "--halt-after", "3")
-    out, _ = run(cache, *arguments, expect=5)
+    arguments = (
+        *UNSAMPLED,
+        "--data",
+        text,
+        "--out",
+        folder,
+        "--lr",
+        "1e30",
+        "--warmup",
+        "0",
+        "--halt-after",
+        "3",
+    )
+    out, _ = run_here(*arguments, expect=5)
     assert "halted: 3 updates in a row were not applied" in out
     assert [row["streak"] for row in read_log(folder, "skip")] == [1, 2, 3]
     assert any("nan" in leaf or "inf" in leaf for leaf in read_log(folder, "skip")[0]["blame"])
-    out, _ = run(cache, folder, "--max-new-tokens", "3", module="core.generate")  # it opens and verifies
+    out, _ = run_here(folder, "--max-new-tokens", "3", module="core.generate")  # it opens and verifies
 
 
+@pytest.mark.slow
 def test_a_changed_batch_goes_on_at_the_same_sequence(finished, cache, text):
     folder = cache / "batch"
-    arguments = (*TINY, "--data", text, "--out", folder, "--decay", "0")
-    run(cache, *arguments, "--steps", "4")
-    run(cache, *arguments, "--batch", "8", "--steps", "6", "--allow-change", "batch", "steps")
+    arguments = (*UNSAMPLED, "--data", text, "--out", folder, "--decay", "0")
+    run_here(*arguments, "--steps", "4")
+    run_here(*arguments, "--batch", "8", "--steps", "6", "--allow-change", "batch", "steps")
     rows = read_log(folder, "train")
     assert [row["tokens"] // 32 for row in rows] == [0, 4, 8, 12, 16, 24]
     assert load_manifest(find_step(folder)).sequences == 32
@@ -148,7 +169,7 @@ def test_a_changed_batch_goes_on_at_the_same_sequence(finished, cache, text):
 def test_init_from_starts_with_the_parameters_alone(finished, cache, text):
     folder = cache / "continued"
     whole = ("--eval-windows", "1000")  # as the last evaluation has it
-    run(cache, *TINY, "--data", text, "--out", folder, "--init-from", finished[0], "--steps", "2", *whole)
+    run_here(*UNSAMPLED, "--data", text, "--out", folder, "--init-from", finished[0], "--steps", "2", *whole)
     last = read_log(finished[0], "eval")[-1]["nll"]
     first = read_log(folder, "eval")[0]["nll"]
     assert first == last  # the same parameters, data and code
@@ -158,40 +179,47 @@ def test_init_from_starts_with_the_parameters_alone(finished, cache, text):
 
 def test_refusals(finished, cache, text, tmp_path):
     folder = finished[0]
-    tiny = (*TINY, "--data", text, "--out", tmp_path / "new")
-    assert "did you mean 'mtlm1-tiny'" in refusal(cache, "--preset", "mtlm1-tinny")
-    assert "nowhere.txt" in refusal(cache, *TINY, "--data", "nowhere.txt", "--out", tmp_path / "new")
+    tiny = (*UNSAMPLED, "--data", text, "--out", tmp_path / "new")
+    assert "did you mean 'mtlm1-tiny'" in refusal_here("--preset", "mtlm1-tinny")
+    assert "nowhere.txt" in refusal_here(*UNSAMPLED, "--data", "nowhere.txt", "--out", tmp_path / "new")
     (tmp_path / "empty.txt").write_text("")
-    assert "empty" in refusal(cache, *TINY, "--data", tmp_path / "empty.txt", "--out", tmp_path / "new")
-    assert "not divisible by 8 devices" in refusal(cache, *tiny, "--batch", "12", devices=8)
-    message = refusal(cache, *TINY, "--data", text, "--out", folder, "--lr", "0.5")
+    assert "empty" in refusal_here(*UNSAMPLED, "--data", tmp_path / "empty.txt", "--out", tmp_path / "new")
+    message = refusal_here(*UNSAMPLED, "--data", text, "--out", folder, "--lr", "0.5")
     assert "--lr 0.01, not 0.5" in message and "--allow-change lr" in message
-    assert "--n-layers 2, not 3" in refusal(cache, *TINY, "--data", text, "--out", folder, "--n-layers", "3")
+    assert "--n-layers 2, not 3" in refusal_here(
+        *UNSAMPLED, "--data", text, "--out", folder, "--n-layers", "3"
+    )
     fewer = ("--steps", "5", "--allow-change", "steps")
-    assert "is at step 12 already" in refusal(cache, *TINY, "--data", text, "--out", folder, *fewer)
+    assert "is at step 12 already" in refusal_here(*UNSAMPLED, "--data", text, "--out", folder, *fewer)
     other = make_text(tmp_path, repeats=50)
-    assert "--allow-change data" in refusal(cache, *TINY, "--data", other, "--out", folder)
-    assert "not an MTLM run" in refusal(cache, *TINY, "--data", text, "--out", text.parent)
-    assert "cannot be used" in refusal(cache, *tiny, "--attention", "cudnn")
-    assert "no checkpoint in" in refusal(cache, *tiny, "--init-from", tmp_path)
-    assert "not both" in refusal(cache, *tiny, "--epochs", "1")
-    assert "fewer than one batch" in refusal(
-        cache, *without(tiny, "--steps"), "--batch", "8000", "--epochs", "1"
+    assert "--allow-change data" in refusal_here(*UNSAMPLED, "--data", other, "--out", folder)
+    assert "not an MTLM run" in refusal_here(*UNSAMPLED, "--data", text, "--out", text.parent)
+    assert "cannot be used" in refusal_here(*tiny, "--attention", "cudnn")
+    assert "no checkpoint in" in refusal_here(*tiny, "--init-from", tmp_path)
+    assert "not both" in refusal_here(*tiny, "--epochs", "1")
+    assert "fewer than one batch" in refusal_here(
+        *without(tiny, "--steps"), "--batch", "8000", "--epochs", "1"
     )
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_a_batch_that_eight_devices_cannot_share_is_refused(cache, text, tmp_path):
+    arguments = (*TINY, "--data", text, "--out", tmp_path / "new", "--batch", "12")
+    assert "not divisible by 8 devices" in refusal(cache, *arguments, devices=8)
+
+
 def test_a_tokenizer_that_does_not_match_is_refused(finished, cache, text, tmp_path):
     prepared = tmp_path / "prepared"
-    run(cache, text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
+    run_here(text, "--tokenizer", "bytes", "--context", "32", "--out", prepared, module="train_tpu.prepare")
     arguments = without(TINY, "--tokenizer")
-    message = refusal(
-        cache, *arguments, "--tokenizer", "mistral", "--data", prepared, "--out", tmp_path / "new"
+    message = refusal_here(
+        *arguments, "--tokenizer", "mistral", "--data", prepared, "--out", tmp_path / "new"
     )
     assert "mistral" in message and "bytes" in message
-    message = refusal(cache, *arguments, "--data", text, "--tokenizer", "mistral", "--out", finished[0])
+    message = refusal_here(*arguments, "--data", text, "--tokenizer", "mistral", "--out", finished[0])
     assert "mistral" in message and "bytes" in message
-    message = refusal(cache, *TINY, "--context", "16", "--data", prepared, "--out", tmp_path / "new")
+    message = refusal_here(*TINY, "--context", "16", "--data", prepared, "--out", tmp_path / "new")
     assert "16" in message and "32" in message
 
 
@@ -199,30 +227,30 @@ def test_out_alone_resumes_a_run_as_it_is(finished, cache, text):
     """A trunk stopped half-way, the steps named that are to be kept, and the rest by --out alone."""
     folder = cache / "trunk"
     kept = ("--keep-steps", "2", "5", "--keep-last", "1", "--save-every", "100")
-    out, _ = run(cache, *TINY, "--data", text, "--out", folder, "--stop-at", "7", *kept)
+    out, _ = run_here(*UNSAMPLED, "--data", text, "--out", folder, "--stop-at", "7", *kept)
     assert list_steps(folder / "checkpoints") == [2, 5, 7]
     assert "python -m stacking.grow" in out and "--schedule restart" not in out
-    again, _ = run(cache, "--out", folder, "--stop-at", "7")
+    again, _ = run_here("--out", folder, "--stop-at", "7")
     assert "is already at step 7 (--stop-at 7): drop --stop-at to continue" in again
-    out, _ = run(cache, f"--out={folder}")
+    out, _ = run_here(f"--out={folder}")
     assert "resuming" in out and "--schedule restart" in out
     assert losses(folder) == losses(finished[0])
     assert list_steps(folder / "checkpoints") == [2, 5, 12]
 
 
-def test_settings_younger_than_a_run_have_their_defaults(finished, cache, text):
-    folder = cache / "older"
-    run(cache, *TINY, "--data", text, "--out", folder, "--stop-at", "3")
+def test_settings_younger_than_a_run_have_their_defaults(finished, text, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(finished[0], folder)
     path = folder / "config.json"
     record = json.loads(path.read_text())
     for name in ("rewarm", "rewarm_at", "schedule_start", "keep_steps", "stop_at"):
         del record["run"][name]
     del record["sha256"]  # older runs are not sealed
     path.write_text(json.dumps(record))
-    run(cache, *TINY, "--data", text, "--out", folder)
-    assert losses(folder) == losses(finished[0])
+    out, _ = run_here(*TINY, "--data", text, "--out", folder)
+    assert "resuming" in out and "has finished" in out
     path.write_text("{")
-    assert "config.json is damaged" in refusal(cache, "--out", folder)
+    assert "config.json is damaged" in refusal_here("--out", folder)
 
 
 def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_path):
@@ -260,14 +288,14 @@ def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_
 def test_a_deleted_tokenizer_is_not_missed(cache, text, tmp_path):
     file, folder = bpe_file(tmp_path, ["<s>", "</s>"]), tmp_path / "run"
     arguments = (*without(TINY, "--tokenizer"), "--tokenizer", file, "--data", text, "--out", folder)
-    run(cache, *arguments, "--stop-at", "3")
+    run_here(*arguments, "--stop-at", "3")
     file.unlink()
-    out, _ = run(cache, "--out", folder)
+    out, _ = run_here("--out", folder)
     assert "resuming" in out and "at step 3" in out
-    generated, _ = run(cache, folder, "--prompt", "the cat", module="core.generate")
+    generated, _ = run_here(folder, "--prompt", "the cat", module="core.generate")
     assert generated.startswith("the cat")
     grown = tmp_path / "grown"
     command = (folder, "--out", grown, "--steps", "14", "--schedule", "restart")
-    out, _ = run(cache, *command, module="stacking.grow")
+    out, _ = run_here(*command, module="stacking.grow")
     assert "the next sequence of the run's data" in out
     assert (grown / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

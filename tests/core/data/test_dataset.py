@@ -115,10 +115,10 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(dataset):
 def test_seeds_do_not_share_epochs():
     orders = {
         (seed, epoch): tuple(record_at(epoch * 50 + i, 50, seed) for i in range(50))
-        for seed in range(5)
-        for epoch in range(5)
+        for seed in range(3)
+        for epoch in range(3)
     }
-    assert len(set(orders.values())) == 25
+    assert len(set(orders.values())) == 9
 
 
 def test_order_is_the_one_of_earlier_versions():

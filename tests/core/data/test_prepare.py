@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,12 @@ from train_tpu import prepare as command
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data"
 CONTEXT = 32
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch) -> None:
+    """One tokenising process where a test does not say how many: starting them takes most of the time."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
 
 def documents(n: int, seed: int = 0) -> list[str]:
@@ -116,7 +123,7 @@ def test_packer_at_the_borders(length):
 
 def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(splits_module, "BATCH_BYTES", 500)  # so that there are many batches
-    source = write_jsonl(tmp_path / "t.jsonl", documents(1200))
+    source = write_jsonl(tmp_path / "t.jsonl", documents(300))
     outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
     monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 100)
     outs.append(prepare([source], tmp_path / "shards", "bytes", CONTEXT))
@@ -149,7 +156,9 @@ def up_to(texts: list[str], train_tokens: int, held: set[str] = frozenset()) -> 
     return texts
 
 
-@pytest.mark.parametrize("train_tokens", [1500, 20_000, 50_001])
+@pytest.mark.parametrize(
+    "train_tokens", [20_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (1500, 50_001))]
+)
 def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkeypatch, train_tokens):
     texts, valid = documents(300), documents(9, seed=1)
     texts[3] = ""
@@ -158,7 +167,7 @@ def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkey
     sources = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(files)]
     held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
     manifests = []
-    for workers, size in ((1, 300), (3, 300), (2, 5000), (3, 1 << 20)):
+    for workers, size in ((3, 300), (1, 1 << 20)):
         monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
         out = tmp_path / f"{workers}-{size}"
         prepare(sources, out, "bytes", CONTEXT, valid=held, workers=workers, train_tokens=train_tokens)
@@ -186,7 +195,7 @@ def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch)
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     read = up_to(texts, 50_000, held)
     assert 3 < len(held & set(read)) < len(held) - 20
-    for workers, size in ((1, 700), (3, 700), (2, 1 << 20)):
+    for workers, size in ((3, 700), (1, 1 << 20)):
         monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
         out = tmp_path / f"{workers}-{size}"
         prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=50_000)
@@ -601,6 +610,7 @@ def test_two_runs_of_one_out(slow_run, tmp_path):
     assert len(left_in(tmp_path / "made")) == 1
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", documents(20_000))
     (tmp_path / "made").mkdir()

@@ -332,6 +332,7 @@ def torch_engine(data, settings, checkpoints: Path):
     return engine, reader
 
 
+@pytest.mark.slow
 def test_both_engines_log_the_same_of_a_run_that_diverges(cache: Path, text: Path, tmp_path: Path):
     """Rows of the same kinds, steps and fields with the same losses up to rounding until the parameters are
     not finite; the same checkpoints are kept, and the guard halts at the same step, in the same words."""
