@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 TICK = 0.25  # seconds between two looks at what is going on
-SHORT = 0.5, 2.0  # seconds: what is over sooner is not shown on a terminal, and leaves no line elsewhere
-LINE_EVERY = 10.0  # seconds between lines; a tenth of an activity's age if that is more
+SEEN = 0.5  # seconds: what is over sooner is not shown on a terminal
+SHORT = 2.0  # seconds: what is over sooner leaves no line elsewhere
+LINE_EVERY = 10.0  # seconds between lines; a tenth of an activity's time if that is more
 RECENT = 30.0  # seconds of work from which its rate is taken
 
 
 class Activity:
     """Something that takes time, such as evaluating. A context manager; it is shown while it is entered.
 
-    One within another is shown below it. The time that it takes counts neither for the rate nor for the time
-    left of the outer one, and it is shown where the outer one is. In threads of their own nothing is shown.
+    One within another is shown below it, and where the other is. In threads of their own nothing is shown.
     """
 
     def __init__(
@@ -36,37 +36,48 @@ class Activity:
     ):
         """name: what is going on; it may change. total: units of it, if known; done: those done earlier.
 
-        unit: what is counted. Without a unit the numbers are not shown, but for the time left.
-        left: what is said behind the time left.
+        unit: what is counted. Without one the numbers are not shown, but for the time left.
+        left: what is said after the time left.
         console: where the outermost activity is shown. Default: standard error.
         """
         self.name, self.total, self.unit, self.done = name, total, unit, done
-        self._left, self._console = left, console
-        self._text = ""
-        self._aside = 0.0  # seconds spent on activities within this one
+        self.aside = 0.0
+        """Seconds spent on activities within this one."""
+        self.last_line: float | None = None
+        """After how many seconds of work a line was printed."""
+        self._left, self._console, self._text = left, console, ""
         self._marks: deque[tuple[float, float]] = deque()  # (seconds of work, units done then)
-        self._rate: float | None = None  # units per second, once it is known
+        self._rate: float | None = None  # units per second of work, once it is known
+        self._inner: Activity | None = None
         self._paced = True  # whether lines are printed as time passes
-        self._last_line: float | None = None
 
     def __enter__(self) -> "Activity":
         self._began = time.monotonic()
         self._outer = _current.get()
-        self._display = self._outer._display if self._outer else _Display(self._console)
+        self._display = self._outer._display if self._outer else _open_display(self._console)
         _current.set(self)
-        self._display.add(self)
+        if self._outer:
+            self._outer._inner = self
+        if self._display:
+            self._display.add(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         _current.set(self._outer)
-        self._display.remove(self, failed=kind is not None)
+        if self._display:
+            self._display.remove(self)
         if self._outer:
-            self._outer._aside += self.seconds
+            self._outer.aside, self._outer._inner = self._outer.aside + self.seconds, None
 
     @property
     def seconds(self) -> float:
         """Seconds since it began."""
         return time.monotonic() - self._began
+
+    @property
+    def work(self) -> float:
+        """Seconds since it began without those spent aside: its times and its rate are of these."""
+        return self.seconds - self.aside - (self._inner.seconds if self._inner else 0)
 
     def advance(self, n: float = 1, text: str = "", line: bool | None = None) -> None:
         """Counts `n` more units as done.
@@ -77,11 +88,12 @@ class Activity:
         self.done += n
         self._text, self._paced = text, line is None
         self._measure()
-        self._display.show(self, line)
+        if self._display:
+            self._display.show(self, self.is_due() if line is None else line)
 
     def _measure(self) -> None:
         """From the end of the first unit on: what it waits for, compilation say, does not come again."""
-        now, marks = self.seconds - self._aside, self._marks
+        now, marks = self.work, self._marks
         if marks and now - marks[-1][0] < TICK:
             return
         marks.append((now, self.done))
@@ -93,41 +105,30 @@ class Activity:
 
     def describe(self) -> str:
         """Its name, what is done, how fast, and the time left; the time taken while none of that is known."""
-        rate, parts = self._rate, [self._text] if self._text else []
+        name, rate, parts = self.name, self._rate, [self._text] if self._text else []
+        if self.unit and (self.total or self.done):
+            name += f" {self.done:,.0f}{f'/{self.total:,.0f}' if self.total else ''} {self.unit}"
         if rate and self.unit and not self._text:
             parts.append(f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s")
         if rate and self.total:
             parts.append(f"{_duration((self.total - self.done) / rate)} {self._left}")
-        return f"{self._count()}: {', '.join(parts) or _duration(self.seconds)}"
+        return f"{name}: {', '.join(parts) or _duration(self.work)}"
 
-    def _count(self) -> str:
-        if not self.unit or not (self.total or self.done):
-            return self.name
-        of = f"/{self.total:,.0f}" if self.total else ""
-        return f"{self.name} {self.done:,.0f}{of} {self.unit}"
-
-    def line(self) -> str | None:
-        """The line that is due now where there is no terminal."""
-        age, last = self.seconds, self._last_line
-        due = age >= SHORT[1] if last is None else age - last >= max(LINE_EVERY, age / 10)
-        return self.describe() if self._paced and due else None
-
-    def last_line(self) -> str | None:
-        """The line at the end of an activity that has taken long."""
-        long = self._paced and self._last_line is not None and self.seconds >= LINE_EVERY
-        return f"{self._count()}: took {_duration(self.seconds)}" if long else None
+    def is_due(self) -> bool:
+        """Whether a line is to be printed now where there is no terminal."""
+        now, last = self.work, self.last_line
+        due = now >= SHORT if last is None else now - last >= max(LINE_EVERY, now / 10)
+        return self._paced and due
 
 
 _current: ContextVar[Activity | None] = ContextVar("activity", default=None)
 
 
 class _Display:
-    """Shows the activities of the main thread, from the beginning of the outermost to its end."""
+    """Shows activities of the main thread, from the beginning of the outermost to its end."""
 
-    def __init__(self, console: Console | None):
-        self._console = console = console or Console(stderr=True)
-        self._open: dict[Activity, TaskID] = {}
-        self._silent = console.quiet or threading.current_thread() is not threading.main_thread()
+    def __init__(self, console: Console):
+        self._console = console
         self._live = console.is_terminal and not console.is_dumb_terminal
         self._bars = Progress(
             BarColumn(bar_width=10),
@@ -137,56 +138,52 @@ class _Display:
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # else what is printed into a file would go to the terminal
             redirect_stderr=sys.stderr.isatty(),
+            disable=not self._live,
         )
+        self._open: dict[Activity, TaskID] = {}
         self._lock = threading.RLock()
         self._ended = threading.Event()
+        if self._live:
+            self._bars.start()
+            console.show_cursor(True)  # a process that is killed would leave it hidden
+        threading.Thread(target=self._run, name="progress", daemon=True).start()
 
     def add(self, activity: Activity) -> None:
         with self._lock:
             self._open[activity] = self._bars.add_task(activity.name, total=activity.total, visible=False)
-            if len(self._open) == 1 and not self._silent:
-                if self._live:
-                    self._bars.start()
-                    self._console.show_cursor(True)  # a process that is killed would leave it hidden
-                threading.Thread(target=self._run, name="progress", daemon=True).start()
 
-    def remove(self, activity: Activity, failed: bool) -> None:
+    def remove(self, activity: Activity) -> None:
         with self._lock:
             self._bars.remove_task(self._open.pop(activity))
-            if not (failed or self._silent or self._live):
-                self._print(activity, activity.last_line())
             if not self._open:
                 self._ended.set()
-                if self._bars.live.is_started:
-                    self._bars.stop()
+                self._bars.stop()
 
-    def show(self, activity: Activity, line: bool | None) -> None:
-        """Prints the activity's line, if there is no terminal: the one that is due where `line` is None."""
-        if self._silent or self._live or line is False:
-            return
-        with self._lock:
-            self._print(activity, activity.describe() if line else activity.line())
-
-    def _print(self, activity: Activity, line: str | None) -> None:
-        if line is not None:
-            activity._last_line = activity.seconds
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def show(self, activity: Activity, line: bool) -> None:
+        """Prints the activity's line, if `line`, where there is no terminal."""
+        if line and not self._live:
+            with self._lock:
+                activity.last_line = activity.work
+                self._console.print(activity.describe(), markup=False, highlight=False, soft_wrap=True)
 
     def _run(self) -> None:
         while not self._ended.wait(TICK):
             with self._lock, contextlib.suppress(OSError, ValueError):  # the main thread will meet them, too
-                if self._open and not self._ended.is_set():
+                if self._open:
                     self._refresh()
 
     def _refresh(self) -> None:
-        if not self._live:
-            innermost = list(self._open)[-1]
-            self._print(innermost, innermost.line())
-            return
         for activity, task in self._open.items():
-            visible = activity.seconds >= SHORT[0]
+            visible = activity.seconds >= SEEN
             self._bars.update(task, description=activity.describe(), completed=activity.done, visible=visible)
         self._bars.refresh()
+        self.show(activity, activity.is_due())
+
+
+def _open_display(console: Console | None) -> _Display | None:
+    console = console or Console(stderr=True)
+    shown = not console.quiet and threading.current_thread() is threading.main_thread()
+    return _Display(console) if shown else None
 
 
 def make_console(quiet: bool = False) -> Console:

@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
 
     def _score(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         tokens = sum(len(row.inputs) for row in rows)
-        with Activity(f"asking {self.task}", tokens, "tokens") as progress:
+        with Activity(f"scoring {self.task}", tokens, "tokens") as progress:
 
             def report(tokens: int) -> None:
                 progress.advance(tokens)

@@ -109,7 +109,7 @@ def stride_rows(ids: list[int], context: int, stride: int) -> Iterator[Row]:
 
 def score_text(backend: Backend, rows: list[Row], what: str) -> TokenScore:
     """The rows' targets, scored."""
-    with Activity(what, sum(len(row.inputs) for row in rows), "tokens") as progress:
+    with Activity(f"scoring {what}", sum(len(row.inputs) for row in rows), "tokens") as progress:
         logprobs, _ = score_rows(backend, rows, progress.advance)
     return TokenScore(-float(logprobs.sum()), sum(len(row.targets) for row in rows))
 

@@ -180,7 +180,7 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers
             for owner in np.unique(owners):
                 split = names[owner]
                 writer.write(split, plan.packers[split].add(ids[: len(owners)][owners == owner]))
-            done, seconds = plan.done(), progress.seconds
+            done, seconds = plan.done(), progress.work
             thousands = sum(packer.tokens for packer in plan.packers.values()) / seconds / 1e3
             megabytes = sum(plan.bytes.values()) / seconds / 1e6
             text = f"{done:.0%}, {thousands:,.0f}k tokens/s, {megabytes:.1f} MB/s"

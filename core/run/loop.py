@@ -89,8 +89,7 @@ class Loop:
         self._health = Health(self.checkpoints, self.manifest)
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
-        self._clock = time.monotonic()
-        self._aside = 0.0  # seconds spent on other things than updates
+        self._worked = 0.0  # seconds of work, without evaluations and the like, at the newest metrics
         self._progress = Activity(
             "waiting for the first update", self.end, done=self.step, left="of updates left",
             console=self.console,
@@ -154,7 +153,6 @@ class Loop:
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)
-        began = time.monotonic()
         if evaluate:
             self._evaluate(limit=None if last or grown else self.settings.eval_windows)
             if not self._stopping:
@@ -163,8 +161,6 @@ class Loop:
             self._sample()
         if save:
             self._save()
-        self._clock = time.monotonic()
-        self._aside += self._clock - began
 
     def _dispatch(self) -> None:
         try:
@@ -185,11 +181,11 @@ class Loop:
         while len(self._in_flight) > leave:
             done = self._in_flight.popleft()
             metrics = self.engine.read(done.pending)
-            now = time.monotonic()
+            now = self._progress.work
             if done.step == self._first_step + 1:
                 self._durations.clear()  # of the first update, which may have waited for compilation
-            self._durations.append(now - self._clock)
-            self._clock = now
+            self._durations.append(now - self._worked)
+            self._worked = now
             if done.step == self._first_step:
                 self._report_start()
             self._report(done, metrics)
@@ -202,12 +198,10 @@ class Loop:
                 )
 
     def _report_start(self) -> None:
-        seconds = round(process_age(), 1)
-        self.log.write(
-            self._first_step, "event", what="first update", seconds=seconds, aside=round(self._aside, 1)
-        )
-        aside = f", {self._aside:.1f} s of them evaluating and sampling" if self._aside else ""
-        self._say(f"the first update was made {seconds} s after the start{aside}")
+        seconds, aside = round(process_age(), 1), round(self._progress.aside, 1)
+        self.log.write(self._first_step, "event", what="first update", seconds=seconds, aside=aside)
+        of_them = f", {aside} s of them evaluating and sampling" if aside else ""
+        self._say(f"the first update was made {seconds} s after the start{of_them}")
 
     def _report(self, done: InFlight, metrics: Metrics) -> None:
         seconds = sum(self._durations) / len(self._durations)

@@ -99,28 +99,26 @@ def test_without_a_terminal_what_is_short_leaves_no_line_and_what_is_long_leaves
         tick(clock, long, 25)
     assert lines(out) == [
         "compiling the step: 0:00:02", "compiling the step: 0:00:12", "compiling the step: 0:00:22",
-        "compiling the step: took 0:00:25",
     ]  # fmt: skip
     with Activity("tokenizing", console=out) as hours:
         tick(clock, hours, 7200)
-    assert len(lines(out)) < 4 + 60
+    assert len(lines(out)) < 3 + 60
 
 
-def test_lines_name_what_is_going_on_and_a_failure_is_not_said_to_be_the_end(clock):
+def test_lines_name_what_is_going_on(clock):
     out = console()
-    with pytest.raises(KeyError), Activity("waiting for the first update", 9, console=out) as outer:
+    with Activity("waiting for the first update", 9, console=out) as outer:
         with Activity("evaluating valid", 4, "windows") as inner:
             tick(clock, inner, 3)
-        tick(clock, outer, 0.25)
+        tick(clock, outer, 2)
         outer.name = "step 0/9"
         outer.advance(text="loss 5.0", line=True)
         outer.advance(text="loss 4.0", line=False)
         tick(clock, outer, 60)  # its lines are the caller's
         with Activity("saving step 2") as inner:
             tick(clock, inner, 11)
-            raise KeyError
     assert lines(out) == [
-        "evaluating valid 0/4 windows: 0:00:02", "waiting for the first update: 0:00:03",
+        "evaluating valid 0/4 windows: 0:00:02", "waiting for the first update: 0:00:02",
         "step 0/9: loss 5.0", "saving step 2: 0:00:02",
     ]  # fmt: skip
 
@@ -132,6 +130,7 @@ def test_a_terminal_shows_all_that_goes_on_and_keeps_nothing(clock):
         tick(clock, outer, 1)
         with Activity("evaluating valid") as inner:
             tick(clock, inner, 1)
+            assert (outer.work, inner.work) == (1, 1)
         shown = out.file.getvalue()
         out.print("said")
     assert "step 3/9" in shown and "loss [5.0]" in shown and "evaluating valid" in shown
