@@ -34,7 +34,7 @@ class Activity:
         left: str = "left",
         console: Console | None = None,
     ):
-        """name: what is going on; it may change. total: units of it, if known; done: those done earlier.
+        """name, total: what goes on, and units of it, if known; both may change. done: those done earlier.
 
         unit: what is counted. Without one the numbers are not shown, but for the time left.
         left: what is said after the time left.
@@ -175,7 +175,10 @@ class _Display:
     def _refresh(self) -> None:
         for activity, task in self._open.items():
             visible = activity.seconds >= SEEN
-            self._bars.update(task, description=activity.describe(), completed=activity.done, visible=visible)
+            self._bars.update(
+                task, description=activity.describe(), completed=activity.done, total=activity.total,
+                visible=visible,
+            )  # fmt: skip
         self._bars.refresh()
         self.show(activity, activity.is_due())
 

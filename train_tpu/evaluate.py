@@ -38,9 +38,10 @@ class Evaluator:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Score | None:
         """The loss on `split`, or on `limit` windows spread over it; None if interrupted on the way."""
-        tokens, mask = heldout_windows(self.dataset, split, limit)
         total, count = 0.0, 0
-        with Activity(f"evaluating {split}", len(tokens), "windows") as progress:
+        with Activity(f"evaluating {split}", unit="windows") as progress:
+            tokens, mask = heldout_windows(self.dataset, split, limit)
+            progress.total = len(tokens)
             for start in range(0, len(tokens), self.rows):
                 if interrupted():
                     return None

@@ -25,11 +25,13 @@ def score(
     size: rows scored at once. Every rank takes its part of them; they are not interrupted, since each would
     have to be at the same place.
     """
-    ranks, rows = train_step.ranks, heldout.read(limit)
+    ranks = train_step.ranks
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     n_targets = 0
     train_step.decoder.eval()
-    with Activity(f"evaluating {heldout.name}", len(rows.tokens), "rows") as progress:
+    with Activity(f"evaluating {heldout.name}", unit="rows") as progress:
+        rows = heldout.read(limit)
+        progress.total = len(rows.tokens)
         for start in range(0, len(rows.tokens), size * ranks.size):
             if ranks.size == 1 and interrupted():
                 return None
