@@ -67,8 +67,10 @@ run_command(main)
         ("processes.UserError('no')", 2, "error: no\n"),
         ("OSError(28, 'No space left', 'f')", 2,
          "error: the disk is full writing f: free some space and run the command again\n"),
-        ("KeyboardInterrupt()", 130, "interrupted\n"),
-        ("BrokenPipeError()", 1, ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("KeyboardInterrupt()", 130, "interrupted\n"), ("BrokenPipeError()", 1, ""))
+        ),
     ],
 )  # fmt: skip
 def test_one_process_of_several_ends_as_one_alone_but_at_once(error: str, code: int, said: str):

@@ -148,7 +148,7 @@ def test_others_equal_the_formulas(config, length):
     "change",
     [
         {"positions": "rope", "n_heads": 1, "rope_theta": 100.0},
-        {"mlp": "swiglu", "n_layers": 1, "norm_eps": 0.1},
+        pytest.param({"mlp": "swiglu", "n_layers": 1, "norm_eps": 0.1}, marks=pytest.mark.slow),
         {"tied": True, "biases": False, "mlp": "relu2"},
     ],
 )

@@ -1,3 +1,4 @@
+import functools
 import importlib.resources
 import json
 import lzma
@@ -110,6 +111,9 @@ def test_special_ids(mistral, reference, tmp_path):
     assert (one.bos, one.eos) == (0, 0)
 
 
+loaded = functools.cache(load_tokenizer)  # once for all examples
+
+
 @pytest.mark.parametrize("name", ["mistral", "bytes", "file"])
 @settings(max_examples=60, deadline=None)
 @given(text=awkward)
@@ -117,7 +121,7 @@ def test_round_trip_and_stream(name, tmp_path_factory, text):
     folder = tmp_path_factory.getbasetemp()
     if name == "file" and not (folder / "tokenizer.json").exists():
         bpe_file(folder, ["<s>", "</s>"])
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json") if name == "file" else name)
+    tokenizer = loaded(str(folder / "tokenizer.json") if name == "file" else name)
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint16
     assert tokenizer.bos not in ids and tokenizer.eos not in ids  # "<s>" in the text is text

@@ -154,6 +154,7 @@ def test_a_file_of_prompts(case, call, tmp_path):
         call(main, *common, "--out", tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
 @ONE_KIND
 def test_a_file_of_prompts_as_core_makes_it(case, call, tmp_path):
     """Greedy texts are the same; batches of core are filled up, and its rows drawn as single prompts are."""
@@ -188,7 +189,7 @@ def test_instructions(folder, call):
 
 
 @ONE_KIND
-@pytest.mark.parametrize("generate", [main, core.generate.main])
+@pytest.mark.parametrize("generate", [main, pytest.param(core.generate.main, marks=pytest.mark.slow)])
 def test_what_is_piped_in_is_the_prompt(generate, case, call, tmp_path, monkeypatch):
     folder = case[3] if generate is main else case[4]
     greedy = ("--max-new-tokens", "5", "--temperature", "0")
@@ -204,6 +205,7 @@ def test_what_is_piped_in_is_the_prompt(generate, case, call, tmp_path, monkeypa
         call(generate, folder, *greedy)
 
 
+@pytest.mark.slow
 @ONE_KIND
 def test_tiny_temperatures_and_shares_mean_the_same(case, call):
     """The likeliest token, in JAX and in PyTorch; in float32 1e-310 is 0, and PyTorch divided by it."""

@@ -74,7 +74,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
 # --- our own exports ---
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 def test_an_export_comes_back_to_the_bit(call, tmp_path, kind):
     config, params = SMALL[kind], PARAMS[kind]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", config, params)
@@ -92,6 +92,7 @@ def test_an_export_comes_back_to_the_bit(call, tmp_path, kind):
     assert new.lineage[-1]["format"] == "mtlm-export"
 
 
+@pytest.mark.slow
 def test_an_export_in_bfloat16_comes_back_rounded(call, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", LLAMA, PARAMS["llama"])
     call(checkpoint, tmp_path / "folder", "--dtype", "bfloat16", main=port_torch.convert.main)

@@ -177,6 +177,7 @@ def test_mtlm2_gives_the_logits_of_its_own_forward_pass(state, checkpoint, lengt
     assert_close(ours(imported, tokens), np.asarray(state.apply_fn({"params": state.params}, tokens)))
 
 
+@pytest.mark.slow
 def test_mtlm2_from_a_manager_takes_the_newest_step(state, checkpoint, tmp_path):
     newer = state.replace(params=jax.tree.map(lambda x: 2 * x, state.params))
     with ocp.CheckpointManager(tmp_path / "run") as manager:

@@ -326,6 +326,7 @@ def test_from_a_folder_and_on_with_a_finished_run(
     assert (folder / "model" / "model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_an_older_step_is_resumed_and_newer_ones_are_left(
     finished: Path, data32: Path, tmp_path: Path, monkeypatch, capsys
 ):
