@@ -24,18 +24,25 @@ from tests.reference import logits64
 @st.composite
 def models(draw) -> ModelConfig:
     """Any mixture of parts, with sizes that no power of two divides among them."""
-    heads, positions = draw(st.integers(1, 5)), draw(st.sampled_from(["rope", "learned"]))
+    kv_heads, positions = draw(st.integers(1, 5)), draw(st.sampled_from(["rope", "learned"]))
+    heads = kv_heads * draw(st.sampled_from([1, 1, 2, 3]))
     head_dim = draw(st.integers(1, 12)) * (2 if positions == "rope" else 1)
+    biased = draw(st.sampled_from(["none", "all", "qkv"]))
     return ModelConfig(
         vocab_size=draw(st.integers(2, 99)),
         context=draw(st.integers(1, 40)),
-        d_model=heads * head_dim,
+        # transformers' Llama asks for a width that the heads divide.
+        d_model=heads * draw(st.sampled_from([head_dim, head_dim, 2])),
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
         n_layers=draw(st.integers(1, 3)),
         n_heads=heads,
         d_mlp=draw(st.integers(1, 70)),
         positions=positions,
         mlp=draw(st.sampled_from(get_args(Mlp))),
-        biases=draw(st.booleans()),
+        biases=biased == "all",
+        qkv_biases=biased == "qkv",
+        qk_norm=draw(st.booleans()),
         tied=draw(st.booleans()),
         rope_theta=draw(st.sampled_from([2.0, 1e3, 1e4, 123_456.7, 1e6])),
         norm_eps=draw(st.sampled_from([1e-8, 1e-6, 1e-5, 1e-2])),
