@@ -12,11 +12,14 @@ import pytest
 
 from core.tokenizer import load_tokenizer
 from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.model_folder import open_model
 from tests.models import random_tokens
+from tests.port_torch.folders import write_folder
+from tests.port_torch.test_field_models import MODELS, close, make, tokens_of
 from tests.port_torch.test_hf_tokenizer import expected_of
 from tests.port_torch.test_model import flax_logits
 from tests.port_torch.texts import fuzzed_texts
-from tests.port_torch.trained import open_run, transformers_model
+from tests.port_torch.trained import open_run, transformers_logits, transformers_model
 
 pytestmark = pytest.mark.slow
 RELEASE = "4.57.3"
@@ -39,6 +42,19 @@ with torch.inference_mode():
         cache_implementation="static", disable_compile=True,
     ).numpy()
 np.savez(out, greedy=greedy, static=static, **logits)
+"""
+
+FIELD_PROGRAM = """
+import sys, numpy as np, torch, transformers
+from transformers import AutoModelForCausalLM
+if transformers.__version__ != sys.argv[3]:
+    sys.exit(f"this is transformers {transformers.__version__}")
+tokens, found = torch.from_numpy(np.load(sys.argv[1])), {}
+for folder in sys.argv[4:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        found[f"{len(found)}-{type(model).__name__}"] = model(tokens).logits.numpy()
+np.savez(sys.argv[2], **found)
 """
 
 
@@ -117,3 +133,21 @@ def test_1000_texts_are_encoded_and_decoded_alike(python: Path, tmp_path: Path, 
     got = json.loads((tmp_path / "out.json").read_text())
     for text, (ids, decoded), expected in zip(texts, got, expected_of(name, texts), strict=True):
         assert (ids, decoded) == expected, repr(text)
+
+
+def test_the_stock_classes_read_what_is_exported(python: Path, tmp_path: Path):
+    """Heads, norms and scaled positions are those of the newer release, under the older one's names."""
+    tokens, folders, expected = tokens_of(2, 100), [], []
+    for name in MODELS:
+        make(name, tmp_path / "theirs" / name)
+        opened = open_model(tmp_path / "theirs" / name)
+        tensors = {tensor: opened.folder.read(tensor) for tensor in opened.leaves}
+        folders.append(write_folder(tmp_path / name, opened.config, tensors))
+        expected.append(transformers_logits(folders[-1], tokens))
+    np.save(tmp_path / "tokens.npy", tokens)
+    (tmp_path / "program.py").write_text(FIELD_PROGRAM)
+    run_there(python, tmp_path, "program.py", "tokens.npy", "out.npz", RELEASE, *folders)
+    out = np.load(tmp_path / "out.npz")
+    assert len(out.files) == len(expected)
+    for key, logits in zip(out.files, expected, strict=True):
+        assert close(out[key], logits), key
