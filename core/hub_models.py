@@ -85,15 +85,22 @@ def local(path: Path) -> Path:
     The model is taken from the cache if it is whole there, and no one is asked whether there is a newer one.
 
     Raises:
-        UserError: there is no such model, it may not be read, its weights are not safetensors, or it is not
-            in the cache and the Hub cannot be reached.
+        UserError: there is no such folder or model, it may not be read, its weights are not safetensors, or
+            it is not in the cache and the Hub cannot be reached.
     """
-    return _fetch(parse(path)) if is_hub_name(path) else path
+    if is_hub_name(path):
+        return _fetch(parse(path))
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there: give a folder, or hf:OWNER/NAME for a model on the Hugging Face Hub"
+        )
+    return path
 
 
 def pinned(path: Path) -> Path:
-    """A name on the Hub with its commit, for the settings that a run records; another path as it is."""
-    return Path(origin(local(path)) or path) if is_hub_name(path) else path
+    """What `local` takes, for the settings that a run records: a name on the Hub gets its commit."""
+    folder = local(path)
+    return Path(origin(folder) or path) if is_hub_name(path) else path
 
 
 def origin(folder: Path) -> str | None:

@@ -11,10 +11,10 @@ from typing import Annotated
 import tyro
 
 from core import checks, cli
-from core.errors import UserError, run_command
+from core.errors import run_command
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
-from core.hub_models import is_hub_name, local
+from core.hub_models import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,6 @@ def main() -> int:
 def check(config: ImportConfig) -> None:
     """Refuses what cannot be done before anything is read."""
     require_new(config.out)
-    if not is_hub_name(config.source) and not config.source.exists():
-        raise UserError(
-            f"{config.source} does not exist: give a folder or a file to import, or hf:OWNER/NAME for a "
-            "model on the Hugging Face Hub"
-        )
     require_kind(config.source, "import", Kind.WEIGHTS)
 
 

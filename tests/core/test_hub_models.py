@@ -69,10 +69,13 @@ def test_what_the_hub_does_not_take_is_refused(name: str):
         parse(Path(name))
 
 
-def test_names():
+def test_names(tmp_path: Path):
     assert parse(Path("hf:me/tiny-1.5B_x")) == ("me/tiny-1.5B_x", "main")
     assert parse(Path("hf:me/tiny@refs/pr/3")) == ("me/tiny", "refs/pr/3")
-    assert local(Path("a/folder")) == pinned(Path("a/folder")) == Path("a/folder")
+    assert local(tmp_path) == pinned(tmp_path) == tmp_path
+    for find in (local, pinned):
+        with pytest.raises(UserError, match="is not there: give a folder, or hf:OWNER/NAME"):
+            find(tmp_path / "me" / "tiny")
 
 
 def test_a_model_is_downloaded_without_pickles_and_code(served: Hub, tmp_path: Path, capsys):

@@ -224,7 +224,7 @@ def test_refusals(folder: Path, small: Made, sets: Sets, tmp_path: Path):
     for arguments, said in (
         (
             (tmp_path / "no", "--tasks", "arc_easy", *data),
-            "is not there: give a run, one checkpoint in it, or an exported folder",
+            "is not there: give a run, one checkpoint in it, an exported folder, or hf:OWNER/NAME",
         ),
         ((folder, "--tasks", " , "), "does not name a task"),
         ((folder, "--limit", "0"), "--limit is 0"),

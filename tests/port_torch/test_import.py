@@ -251,7 +251,7 @@ def test_refusals(call, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out"
     for arguments, sentence in (
-        ((tmp_path / "nothing", out), "does not exist"),
+        ((tmp_path / "nothing", out), "is not there"),
         ((tmp_path, out), "has no known format"),
         ((checkpoint, out), "give it to `train_tpu.run --init-from` as it is"),
         ((folder, checkpoint), "exists already"),
