@@ -66,12 +66,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
 @pytest.fixture(scope="session", params=[pytest.param("llama", marks=pytest.mark.slow), "gpt"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A model, of both kinds in turn; the one with 32,000 ids takes longer than quick tests may."""
-    return make(tmp_path_factory.mktemp("made"), request.param)
+    return make(tmp_path_factory.mktemp("made"), request.param, *KINDS[request.param])
 
 
-def make(folder: Path, kind: str) -> Made:
-    """Random parameters as a run and as the folder that the command exports."""
-    config, name = KINDS[kind]
+def make(folder: Path, kind: str, config: ModelConfig, name: str) -> Made:
+    """Random parameters as a run and as the folder that the command exports; name: of the tokenizer."""
     params, tokenizer = random_params(config), load_tokenizer(name)
     manifest = dataclasses.replace(manifest_of(config), tokenizer=tokenizer_record(tokenizer))
     run, out = folder / f"run-{kind}", folder / f"folder-{kind}"

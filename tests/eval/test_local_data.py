@@ -10,7 +10,7 @@ import pytest
 from core.errors import UserError
 from eval.local_data import local_source, read_local, read_text, wikitext_pages
 from eval.tasks import open_tasks
-from tests.eval.conftest import make
+from tests.eval.conftest import KINDS, make
 from tests.eval.small_sets import Sets, write
 from tests.train_tpu.processes import refusal
 
@@ -198,7 +198,7 @@ def test_shots_come_from_the_training_file(sets: Sets, tmp_path):
 @pytest.mark.slow
 def test_neither_network_nor_data(tmp_path):
     """One sentence that says so, for a task of the hub and for one that could be local."""
-    made = make(tmp_path, "gpt")
+    made = make(tmp_path, "gpt", *KINDS["gpt"])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     for task in ("hellaswag", "arc_easy"):
         said = refusal(

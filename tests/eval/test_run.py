@@ -17,7 +17,7 @@ from core.errors import UserError
 from eval import run
 from eval.results import plot, read_results
 from port_torch.folder import open_folder
-from tests.eval.conftest import Made, make
+from tests.eval.conftest import KINDS, Made, make
 from tests.eval.small_sets import Sets, write_sets
 from tests.train_tpu.processes import refusal, start
 from tests.train_tpu.processes import run as run_process
@@ -35,7 +35,7 @@ def command(*arguments: str | Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One model is enough here: the kind that fits TruthfulQA's prompts into its context only in part."""
-    return make(tmp_path_factory.mktemp("small"), "gpt")
+    return make(tmp_path_factory.mktemp("small"), "gpt", *KINDS["gpt"])
 
 
 @pytest.fixture
