@@ -5,9 +5,9 @@ from pathlib import Path
 
 from core.checkpoint.manifest import Manifest
 from core.errors import UserError
+from core.mistral_tokenizer import MISTRAL_SHA256
 from core.special_tokens import join_name, named_in, split_name
 from core.tokenizer import (
-    MISTRAL_SHA256,
     Tokenizer,
     as_recorded,
     file_hash,

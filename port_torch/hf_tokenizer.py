@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from core.file_tokenizer import FileTokenizer
-from core.tokenizer import MISTRAL_FILE, ORIGINAL, SPACE, MistralTokenizer, Tokenizer
+from core.mistral_tokenizer import MISTRAL_FILE, SPACE, MistralTokenizer
+from core.tokenizer import ORIGINAL, Tokenizer
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import core.file_tokenizer as file_module
-import core.tokenizer as module
+import core.mistral_tokenizer as module
 from core.errors import UserError
 from core.tokenizer import (
     TextStream,

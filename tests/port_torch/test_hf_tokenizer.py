@@ -9,7 +9,8 @@ import sentencepiece
 import tokenizers
 
 from core.errors import UserError
-from core.tokenizer import MISTRAL_FILE, ORIGINAL, load_tokenizer, open_tokenizer, tokenizer_record
+from core.mistral_tokenizer import MISTRAL_FILE
+from core.tokenizer import ORIGINAL, load_tokenizer, open_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.hf_tokenizer import write_tokenizer
 from tests.core.test_special_tokens import CHAT

@@ -80,9 +80,7 @@ def test_a_padded_vocabulary_without_bos_from_command_to_command(cache, text, tm
     run(cache, *flags, *TRAINING, "--data", text, "--out", trained)
     record = load_manifest(find_step(trained)).tokenizer
     assert (record["bos"], record["eos"]) == (None, "<|im_end|>")
-    grown, _ = run(
-        cache, imported, "--plan", "interleave", "--out", tmp_path / "grown", module="stacking.grow"
-    )
+    grown, _ = run(cache, imported, "--op", "interleave", "--out", tmp_path / "grown", module="stacking.grow")
     assert "--vocab-size 400" in grown and ",bos=none,eos=<|im_end|>'" in grown
 
     run(cache, trained, exported, module="port_torch.convert")
