@@ -133,7 +133,7 @@ def test_the_command_says_what_it_did_and_records_it(cache, stacked, trunk):
     for n_layers in (3, 6):
         assert f"{n_layers * (4 * 32**2 + 3 * 32 * 64 + 2 * 32) + 32 + 258 * 32:,}" in out
     n_leaves = len(load_manifest(trunk).tree)
-    for words in ("3 -> 6 layers (0-2,0-2)", f"verified: {n_leaves} leaves", "loss of the probe"):
+    for words in ("3 -> 6 layers (0-2,0-2)", f"verified: {n_leaves} leaves", "loss on the probe batch"):
         assert words in out, words
     assert f"next: python -m train_tpu.run --out {folder}" in out
     assert "grown here from 3 to 6 layers (stack)" in trained
