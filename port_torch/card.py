@@ -112,10 +112,12 @@ def _usage(model: ModelConfig, tokenizer: dict[str, Any], prompt: str) -> str:
             "`AutoTokenizer` opens the model's configuration first, and `PreTrainedTokenizerFast` does not.\n"
         )
     )
+    # transformers 5 opens the tokenizer of every Qwen2 folder as Qwen2's own.
+    opener = "PreTrainedTokenizerFast" if stock == "qwen2" else "AutoTokenizer"
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {opener}
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
+tokenizer = {opener}.from_pretrained(FOLDER{trust})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from port_torch import hf
 from port_torch.card import base_model
 from port_torch.folder import CONFIG, INDEX, WEIGHTS
 from port_torch.hf_config import hf_config, stock_type
-from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
 from port_torch.names import Place, exported_tensors
 
 CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
@@ -101,6 +102,12 @@ def write_rest(
         for name in CODE:
             shutil.copy(Path(hf.__file__).with_name(name), folder)
     write_tokenizer(folder, tokenizer, model.context)
+    if stock_type(model) == "qwen2" and not opens_with_auto_tokenizer(folder, tokenizer):
+        print(
+            "note: transformers 5 opens the tokenizer of every Qwen2 folder as Qwen2's own, which gives "
+            "other ids than this one: open it with PreTrainedTokenizerFast, as the model card says",
+            file=sys.stderr,
+        )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if base_model(manifest) is None:  # else the base model's license applies
         shutil.copy(LICENSE, folder)

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from core.file_tokenizer import FileTokenizer
 from core.mistral_tokenizer import MISTRAL_FILE, SPACE, MistralTokenizer
 from core.tokenizer import ORIGINAL, Tokenizer
+from port_torch.folder_tokenizer import PROBE
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
@@ -63,6 +64,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         "split_special_tokens": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def opens_with_auto_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether transformers' AutoTokenizer gives this tokenizer's ids: config.json may lead it to another."""
+    from transformers import AutoTokenizer  # slow
+
+    text = f"{PROBE}e\u0301 1234"  # Qwen2's composes accents and splits digits
+    return AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"] == tokenizer.begin(text)
 
 
 def pad_token(built: tokenizers.Tokenizer, bos: str | None, eos: str, padding: dict | None) -> str:

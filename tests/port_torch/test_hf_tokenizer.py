@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from core.errors import UserError
 from core.mistral_tokenizer import MISTRAL_FILE
 from core.tokenizer import ORIGINAL, load_tokenizer, open_tokenizer, tokenizer_record
 from port_torch.folder_tokenizer import folder_tokenizer
-from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.hf_config import hf_config
+from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
 from tests.core.test_special_tokens import CHAT
 from tests.core.test_tokenizer import bpe_file
 from tests.port_torch.folders import SMALL, manifest_of
@@ -127,6 +129,25 @@ def test_bos_and_eos_of_a_folder_are_those_of_transformers(tmp_path: Path, bos: 
     for name in (None, str(tmp_path / "out" / "tokenizer.json")):
         found = folder_tokenizer(tmp_path / "out", manifest, name, ours.vocab_size + 9)
         assert (found.bos, found.eos) == (ours.bos, ours.eos)
+
+
+def test_auto_tokenizer_of_a_qwen2_is_its_own(tmp_path: Path):
+    """Which is why the model card of one names another class."""
+    from transformers import PreTrainedTokenizerFast
+
+    ours = load_tokenizer(f"{bpe_file(tmp_path, CHAT)},bos=none,eos=<|im_end|>")
+    for name, parts, alike in (("qwen2", {"qkv_biases": True}, False), ("qwen3", {"qk_norm": True}, True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = dataclasses.replace(SMALL["llama"], vocab_size=400, **parts)
+        content = hf_config(model, ours.bos, ours.eos, "float32")
+        assert content["model_type"] == name
+        (folder / "config.json").write_text(json.dumps(content))
+        write_tokenizer(folder, ours, model.context)
+        assert opens_with_auto_tokenizer(folder, ours) is alike
+        opened = PreTrainedTokenizerFast.from_pretrained(folder)
+        assert all(opened(text)["input_ids"] == ours.encode(text).tolist() for text in fuzzed_texts(50))
+        assert (opened.bos_token_id, opened.eos_token_id) == (None, 2)
 
 
 def test_truncation_and_padding_of_the_file_are_left_out(tmp_path: Path):
