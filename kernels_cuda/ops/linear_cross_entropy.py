@@ -70,11 +70,11 @@ def all_logits_at_once(
     """The plain formula: sums over the targets [N] of total and nll, from hidden [N, D] and head [V, D]."""
     logits = F.linear(hidden, table.to(hidden.dtype))
     logits = logits.to(wide_type(logits.dtype))
-    valid = targets != IGNORE
+    scored = targets != IGNORE
     lse = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(1, torch.where(valid, targets, 0)[:, None])[:, 0]
-    nll = torch.where(valid, lse - picked, 0)
-    return (nll + torch.where(valid, z_loss * lse**2, 0)).sum(), nll.detach().sum()
+    picked = logits.gather(1, torch.where(scored, targets, 0)[:, None])[:, 0]
+    nll = torch.where(scored, lse - picked, 0)
+    return (nll + torch.where(scored, z_loss * lse**2, 0)).sum(), nll.detach().sum()
 
 
 @torch.compiler.assume_constant_result

@@ -24,15 +24,15 @@ def _softmax_loss_plain(
     one outside of the vocabulary makes its row NaN.
     """
     x = logits.to(wide_type(logits.dtype))
-    valid = targets != IGNORE
+    scored = targets != IGNORE
     valid = (targets >= 0) & (targets < logits.shape[1])
     index = torch.where(valid, targets, 0)[:, None]
     lse = torch.logsumexp(x, dim=-1)
     rows = torch.where(valid, lse - x.gather(1, index)[:, 0], torch.nan)
-    nll.copy_(torch.where(valid, rows, 0))
-    total.copy_(torch.where(valid, rows + z_loss * lse**2, 0))
+    nll.copy_(torch.where(scored, rows, 0))
+    total.copy_(torch.where(scored, rows + z_loss * lse**2, 0))
     if gradients:
         d = (1 + 2 * z_loss * lse)[:, None] * torch.exp(x - lse[:, None])
         d.scatter_add_(1, index, d.new_full(index.shape, -1))
         d = torch.where(valid[:, None], d, torch.nan)
-        logits.copy_(torch.where(valid[:, None], d, 0))
+        logits.copy_(torch.where(scored[:, None], d, 0))

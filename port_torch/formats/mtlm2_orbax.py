@@ -105,7 +105,7 @@ def _load(item: Path) -> dict[str, np.ndarray]:
             params = checkpointer.restore(item.absolute(), args=args)["params"]
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{item} Orbax cannot read it ({reason}): copy it again from its source") from error
+        raise UserError(f"{item}: Orbax cannot read it ({reason}): copy it again from its source") from error
     arrays, _ = flatten(params.get("params", params))  # the former where all of `init`'s result was kept
     # Learned positions are a table or a bare parameter, with or without an axis for the batch.
     if "pos_emb/embedding" in arrays:

@@ -129,7 +129,10 @@ def test_gradients_are_those_of_differences():
     assert check(lambda *a: RMSNorm.apply(*a, EPS, F64), (x, weight))
     packed, bias = random(24, 8, grad=True), random(24, grad=True)
     cos, sin = angles(3, 2)
-    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, 2), (x, packed, bias))
+    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (2, 2, 2)), (x, packed, bias))
+    packed, bias = random(20, 8, grad=True), random(20, grad=True)  # the first heads: an odd number
+    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (2, 1, 1)), (x, packed[:16], bias[:16]))
+    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (3, 1, 1)), (x, packed, bias))
     hidden, table = random(5, 4, grad=True), random(7, 4, grad=True)
     targets = torch.tensor([0, 6, -1, 3, 3])
     assert check(lambda *a: loss.LinearCrossEntropy.apply(*a, targets, 0.1)[0], (hidden, table))
@@ -161,7 +164,7 @@ def a_layer(x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, table: Te
     b, s, d = x.shape
     cos, sin = (t.float() for t in angles(s, d // 4))
     normed, x = AddRMSNorm.apply(x, branch, weight, EPS)
-    q, k, v = (t.transpose(1, 2) for t in RotatedProjections.apply(normed, packed, None, cos, sin, 2))
+    q, k, v = (t.transpose(1, 2) for t in RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2)))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
     normed, _ = AddRMSNorm.apply(x, y, weight, EPS)
     targets = torch.arange(b * s) % table.shape[0]

@@ -97,26 +97,25 @@ def test_bad_inputs_are_refused_with_the_numbers():
         torch.ops.mtlm.rotary_(q[..., :63], q[..., :63], cos, sin, False)
 
 
-def test_projections_and_their_gradients():
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_projections_and_their_gradients(kv_heads: int):
     b, s, h, k = 2, 96, 6, 64
-    d = h * k
+    d, heads = h * k, (h, kv_heads, kv_heads)
     cos, sin = angles(1, s, k // 2)
     x = torch.randn(b, s, d, device="cuda", dtype=torch.bfloat16)
-    weights = [torch.randn(d, d, device="cuda", dtype=torch.bfloat16) / d**0.5 for _ in range(3)]
-    biases = [torch.randn(d, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    gradients = [
-        torch.randn(b, h, s, k, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
-    ]
+    weights = [torch.randn(n * k, d, device="cuda", dtype=torch.bfloat16) / d**0.5 for n in heads]
+    biases = [torch.randn(n * k, device="cuda", dtype=torch.bfloat16) for n in heads]
+    gradients = [torch.randn(b, n, s, k, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for n in heads]
 
     def run(function, *tensors):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        out = function(leaves[0], tuple(leaves[1:4]), tuple(leaves[4:]), cos.to(x.device), sin, h)
+        out = function(leaves[0], tuple(leaves[1:4]), tuple(leaves[4:]), cos.to(x.device), sin, heads)
         return [*out, *torch.autograd.grad(out, leaves, [g.to(out[0].dtype) for g in gradients])]
 
     def plain(x, weights, biases, cos, sin, heads):
         parts = [
-            torch.nn.functional.linear(x, w, bias).view(b, s, heads, k)
-            for w, bias in zip(weights, biases, strict=True)
+            torch.nn.functional.linear(x, w, bias).view(b, s, n, k)
+            for w, bias, n in zip(weights, biases, heads, strict=True)
         ]
         return rotate(parts[0], cos, sin), rotate(parts[1], cos, sin), parts[2]
 

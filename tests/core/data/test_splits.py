@@ -53,7 +53,7 @@ def test_what_is_read_ahead_is_not_done(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", ["the same text"] * 10, "lines")
     monkeypatch.setattr(splits, "BATCH_BYTES", 1)
     plan = make_plan([str(tmp_path)], {}, 0, None, "text", None)
-    plan.packers = {name: Packer(8) for name in plan.documents}
+    plan.packers = {name: Packer(8, np.dtype(np.uint16)) for name in plan.documents}
     done = []
     for batch, documents in list(plan.batches()):
         done.append(plan.done())
