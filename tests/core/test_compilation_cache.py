@@ -43,6 +43,7 @@ def kept(cache: Path) -> int:
     return len(list(cache.glob("compiled/*/*-cache")))
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_what_the_first_compiled(tmp_path: Path):
     number, value = start(tmp_path)
     assert number == 0

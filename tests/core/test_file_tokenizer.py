@@ -105,7 +105,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(made=tokenizer_files(), some=st.lists(texts, min_size=1, max_size=4))
 def test_drawn_tokenizers(made, some, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "drawn.json"
@@ -134,8 +134,7 @@ def test_drawn_tokenizers(made, some, tmp_path_factory):
 
 
 def test_every_kind_was_used_and_some_were_refused():
-    """That the test above is not one of refusals alone. Half of the draws can be used, a fourth of these is
-    of one kind: none of a hundred has odds of 2e-6."""
+    """That the test above, whose draws are always the same, is not one of refusals alone."""
     if not outcomes:
         pytest.skip("no tokenizers were drawn")
     assert outcomes == {"refused", "BPE", "Unigram", "WordPiece", "WordLevel"}

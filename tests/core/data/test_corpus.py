@@ -85,6 +85,7 @@ def test_clean():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_whole_corpus_is_several_megabytes(monkeypatch):
     monkeypatch.setattr(corpus, "_files", ALL_FILES)
     documents = list(corpus.documents())
