@@ -18,6 +18,8 @@ from core.config import ModelConfig
 def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(init, step): init(key) -> (params, optimizer state); step(params, state, tokens) -> both, loss."""
     c = config
+    if c.mlp not in ("swiglu", "gelu"):
+        raise ValueError(f"plain JAX has no MLP {c.mlp}")
     n_up = 2 if c.mlp == "swiglu" else 1
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))
 

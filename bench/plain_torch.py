@@ -19,6 +19,8 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
+        if c.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"plain PyTorch has no MLP {c.mlp}")
         d, f = c.d_model, c.d_mlp
         self.heads, self.gated = (c.n_heads, c.kv_heads, c.kv_heads), c.mlp == "swiglu"
         self.norm1, self.norm2 = nn.RMSNorm(d, c.norm_eps), nn.RMSNorm(d, c.norm_eps)

@@ -72,10 +72,11 @@ class ModelConfig:
             raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
             raise UserError(
-                f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.kv_heads}"
+                f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.kv_heads}: "
+                f"{', '.join(str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0)} divide it"
             )
         if self.biases and self.qkv_biases:
-            raise UserError("model.biases has those of model.qkv_biases: give one of them")
+            raise UserError("model.biases already includes model.qkv_biases: give only one of them")
         if self.positions == "rope" and self.head_size % 2:
             raise UserError(f"rotary positions need an even head size, not {self.head_size}")
         if self.rope is not None and self.positions != "rope":

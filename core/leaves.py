@@ -27,6 +27,8 @@ SIZES: dict[Axis, str] = {
 }
 # `hidden_act` of transformers for every kind of MLP. GELU is the tanh form.
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}
+if len(set(HIDDEN_ACT.values())) != len(HIDDEN_ACT):
+    raise ValueError("two kinds of MLP have the same hidden_act: a folder would be read as the wrong one")
 
 
 def _always(config: "ModelConfig") -> bool:

@@ -25,6 +25,12 @@ KINDS: dict[str, dict[str, float | None]] = {
     },
 }  # fmt: skip
 
+EXAMPLES = {
+    "linear": "linear,factor=2",
+    "llama3": "llama3,factor=32,low_freq_factor=1,high_freq_factor=4,original_context=8192",
+    "yarn": "yarn,factor=4,original_context=2048",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
@@ -102,7 +108,7 @@ def make_scaling(kind: str, given: dict[str, Any]) -> Scaling:
     values = known | {name: float(value) for name, value in given.items()}
     for name, value in values.items():
         if value is None:
-            raise UserError(f"rope scaling {kind} needs {name}=NUMBER")
+            raise UserError(f"rope scaling {kind} needs {name}=NUMBER: write it like {EXAMPLES[kind]}")
         if value == 0 and known[name] is None:
             raise UserError(f"{name} of rope scaling {kind} is 0, but must be positive")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
