@@ -83,8 +83,12 @@ class Attention(nn.Module):
             k, v = cache
             visible = torch.arange(k.shape[1], device=x.device) <= positions[:, None, :, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        shared = q.shape[1] // k.shape[1]
+        if visible is not None and shared > 1:
+            # The attention that PyTorch has for a mask on a GPU takes as many heads of keys as of queries.
+            k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=visible is None and shared > 1
         )
         return self.o(y.transpose(1, 2).reshape(b, s, -1))
 

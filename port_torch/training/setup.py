@@ -136,9 +136,8 @@ def describe(job: Job, ranks: Distributed) -> Table:
 def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
     """Which of PyTorch's attentions will run."""
     like = {"device": device, "dtype": torch.bfloat16 if bf16 else torch.float32, "requires_grad": True}
-    q, k = (
-        torch.zeros(1, n, model.context, model.head_size, **like) for n in (model.n_heads, model.kv_heads)
-    )
+    kv_heads = model.n_heads if packed else model.kv_heads  # with a mask they are repeated
+    q, k = (torch.zeros(1, n, model.context, model.head_size, **like) for n in (model.n_heads, kv_heads))
     mask = torch.ones(model.context, model.context, dtype=torch.bool, device=device) if packed else None
     backend = SDPBackend(
         torch._fused_sdp_choice(q, k, k, mask, 0.0, not packed, enable_gqa=q.shape != k.shape)
