@@ -21,7 +21,8 @@ for name, preset in PRESETS.items():
     for text in MESHES:
         shape = parse_mesh(text, 2 if text == "tensor=2" else 8)
         if preset.n_heads % shape.tensor:
-            with pytest.raises(UserError, match=f"heads {preset.n_heads} cannot be divided over tensor=4"):
+            refusal = f"heads {preset.n_heads} cannot be divided over tensor={shape.tensor}"
+            with pytest.raises(UserError, match=refusal):
                 check_mesh(preset, shape, ROWS)
             refused += 1
             continue

@@ -141,8 +141,8 @@ def test_memory_falls_and_a_checkpoint_opens_under_any_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_every_preset_lowers_on_every_mesh():
-    # tensor=4 is refused where there are 2 heads (the tiny ones) or 6.
-    assert run_on_devices(8, HERE / "lower_on_devices.py") == "27 lowered, 3 refused\n"
+    # tensor=4 is refused where there are 2 heads (the tiny ones) or 6, and any tensor where they are 9 or 15.
+    assert run_on_devices(8, HERE / "lower_on_devices.py") == "37 lowered, 11 refused\n"
 
 
 @pytest.mark.slow
