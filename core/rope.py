@@ -6,6 +6,7 @@ papers, as `transformers` has them; kinds that change with the length read (dyna
 """
 
 import dataclasses
+import functools
 import math
 import reprlib
 from typing import Any
@@ -119,6 +120,7 @@ def make_scaling(kind: str, given: dict[str, Any]) -> Scaling:
     return Scaling(kind, tuple((name, float(value)) for name, value in values.items()))
 
 
+@functools.cache  # a config asks for it at every forward pass
 def parse_scaling(text: str) -> Scaling:
     """`Scaling` as it is written in settings.
 
@@ -134,6 +136,6 @@ def parse_scaling(text: str) -> Scaling:
         except ValueError:
             raise UserError(
                 f"rope scaling {reprlib.repr(text)} cannot be read at {reprlib.repr(part)}: write it like "
-                "linear,factor=2"
+                f"{EXAMPLES['linear']}"
             ) from None
     return make_scaling(kind, given)

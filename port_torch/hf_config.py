@@ -77,9 +77,11 @@ def stock_type(config: ModelConfig) -> str | None:
     """The `model_type` of transformers that computes this model; None: only the code of ours does."""
     if config.positions != "rope" or config.mlp != "swiglu":
         return None
-    parts = (config.biases, config.qkv_biases, config.qk_norm)
-    kinds = {(False, True, False): "qwen2", (False, False, True): "qwen3"}
-    return "llama" if not (config.qkv_biases or config.qk_norm) else kinds.get(parts)
+    kinds = {
+        (False, False, False): "llama", (True, False, False): "llama",
+        (False, True, False): "qwen2", (False, False, True): "qwen3",
+    }  # fmt: skip
+    return kinds.get((config.biases, config.qkv_biases, config.qk_norm))
 
 
 def hf_config(config: ModelConfig, bos: int | None, eos: int, dtype: str) -> Json:

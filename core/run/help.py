@@ -8,7 +8,7 @@ from core.cli import asks_for_help
 from core.config import preset
 from core.help import Groups
 from core.run.presets import TRAINING_DEFAULTS
-from core.run.settings import ModelOverrides, model_config
+from core.run.settings import FROM_PRESET, model_config
 
 TRAINING_OPTIONS: Groups = {
     "options": ("preset", "data", "out", "steps", "batch", "lr"),
@@ -48,9 +48,7 @@ def for_help(config: Any, argv: Sequence[str]) -> Any:
     if not asks_for_help(argv):
         return config
     model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
-    names = [field.name for field in dataclasses.fields(ModelOverrides)]
-    names.remove("vocab_size")  # the tokenizer's, which the preset does not know
-    overrides = dataclasses.replace(config.model, **{name: model[name] for name in names})
+    overrides = dataclasses.replace(config.model, **{name: model[name] for name in FROM_PRESET})
     shown = dataclasses.replace(config, model=overrides)
     if shown.steps is None and shown.epochs is None:
         given = TRAINING_DEFAULTS[config.preset]

@@ -174,6 +174,8 @@ class PretrainingSource:
     """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
 
 
+# Overrides that a preset has the values of; the vocabulary is the tokenizer's.
+FROM_PRESET = tuple(f.name for f in dataclasses.fields(ModelOverrides) if f.name != "vocab_size")
 # Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are
 # compared by what they hold and not by their names.
 FREE_SETTINGS = frozenset((
@@ -237,8 +239,7 @@ def unflatten(flat: dict[str, Any], kind: type) -> Any:
 def resolved(run: dict[str, Any]) -> dict[str, Any]:
     """A recorded run's settings as they are compared: the preset's values where the model's are not given."""
     model = PRESETS.get(run.get("preset", ""))
-    names = [field.name for field in dataclasses.fields(ModelOverrides)] if model else []
-    names = [name for name in names if name != "vocab_size"]  # the preset's is not what holds
+    names = FROM_PRESET if model else ()
     return run | {name: getattr(model, name) for name in names if run.get(name) is None}
 
 
