@@ -6,7 +6,6 @@ papers, as `transformers` has them; kinds that change with the length read (dyna
 """
 
 import dataclasses
-import functools
 import math
 import reprlib
 from typing import Any
@@ -120,7 +119,6 @@ def make_scaling(kind: str, given: dict[str, Any]) -> Scaling:
     return Scaling(kind, tuple((name, float(value)) for name, value in values.items()))
 
 
-@functools.cache  # a config asks for it at every forward pass
 def parse_scaling(text: str) -> Scaling:
     """`Scaling` as it is written in settings.
 
