@@ -110,10 +110,12 @@ def is_compiled(config: TrainerConfig, ranks: Distributed) -> bool:
     return ranks.device.type == "cuda" if config.compile is None else config.compile
 
 
-def describe(job: Job, ranks: Distributed) -> Table:
-    """The table a run begins with."""
+def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
+    """The table a run begins with; recorded: whether an update is one CUDA graph."""
     model, config = job.decoder.config, job.config
-    bf16, compiled = config.dtype == "bfloat16", is_compiled(config, ranks)
+    bf16 = config.dtype == "bfloat16"
+    how = ", compiled" if is_compiled(config, ranks) else ""
+    how += ", an update recorded as one CUDA graph" if recorded else ""
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
     rows = [
@@ -123,8 +125,7 @@ def describe(job: Job, ranks: Distributed) -> Table:
         ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
         ("optimizer", f"AdamW for all parameters, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
-        ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}"
-                    f"{', compiled' if compiled else ''}"),
+        ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}{how}"),
         ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -1,11 +1,15 @@
 """One update: the loss of every micro-batch, gradients, clipping, AdamW. Nothing waits for the device.
 
+Where it is compiled for one GPU it is recorded as a CUDA graph: launching its thousand kernels one by one
+takes the host longer than the GPU needs to run them (docs/LOG.md).
+
 Every micro-batch's loss is divided by the targets of the whole global batch, so that micro-batches and ranks
 sum up to the mean of that batch. An update that the guard refuses changes nothing; that is decided on the
 device. Parameters and gradients are float32; products run in bfloat16 under autocast.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -24,9 +28,11 @@ from port_torch.model import Decoder, leaf_of
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
+from port_torch.training.recorded import Recorded
 from port_torch.training.settings import AdamWConfig
 
-METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", "stop", "late")
+FLAGS = ("stop", "late")
+METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", *FLAGS)
 """What an update reports first, in this order: those of `core.run.engine.Metrics`, and in how many ranks the
 flags are set. The norms of the gradients of all parameters follow."""
 
@@ -111,6 +117,10 @@ class TrainStep:
         if ranks.size > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(self.losses, device_ids=ids)
+        self._flags = torch.zeros(len(FLAGS), device=ranks.device)
+        self.recorded = compiled and ranks.size == 1 and ranks.device.type == "cuda"
+        """Whether updates run as one CUDA graph; `fit` may find no memory for it."""
+        self._recordings: dict[int, Recorded] = {}  # by micro-batches
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products, where that is the type of activations."""
@@ -127,13 +137,22 @@ class TrainStep:
         """
         self.decoder.train()
         seed_dropout(self._seed, step, self.ranks.rank)
-        device, ranks = self.ranks.device, self.ranks
-        whole = rows.on(device)
-        n_targets = ranks.sum((whole[1] != IGNORE).sum().float()).clamp(min=1)
-        sums = torch.zeros(2 + len(flags), device=device)
-        for number, flag in enumerate(flags):
-            sums[2 + number].fill_(float(flag))  # a kernel's argument; a copy could wait
-        for number, micro in enumerate(split(whole, grad_accum_steps)):
+        for place, flag in zip(self._flags, flags, strict=True):
+            place.fill_(float(flag))  # a kernel's argument; a copy could wait
+        self.optimizer.set_lr(lr)
+        inputs = rows.on(self.ranks.device)
+        if not self.recorded:
+            return self._update(grad_accum_steps, *inputs)
+        if grad_accum_steps not in self._recordings:
+            self._recordings[grad_accum_steps] = Recorded(functools.partial(self._update, grad_accum_steps))
+        return self._recordings[grad_accum_steps](*inputs)
+
+    def _update(self, grad_accum_steps: int, *inputs: Tensor | None) -> Tensor:
+        """What of `update` runs on the device; inputs: tokens, targets and documents of all micro-batches."""
+        ranks, guard = self.ranks, self.guard
+        n_targets = ranks.sum((inputs[1] != IGNORE).sum().float()).clamp(min=1)
+        sums = torch.cat([torch.zeros(2, device=ranks.device), self._flags])
+        for number, micro in enumerate(split(inputs, grad_accum_steps)):
             last = number == grad_accum_steps - 1
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
                 with self.autocast():
@@ -143,10 +162,8 @@ class TrainStep:
         ranks.sum(sums)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters.values()]))
         norm = torch.linalg.vector_norm(norms)
-        guard = self.guard
         skip = guard.refuses(sums[0], norm)
         scale = clip_scale(norm, self._clip) if self._clip else None
-        self.optimizer.set_lr(lr)
         self.optimizer.step(grad_scale=scale, skip=skip)
         self.optimizer.zero_grad()
         told = (norm, ~skip, guard.streak, guard.skipped)
@@ -177,6 +194,7 @@ class TrainStep:
             self._forget()
             needed = self.ranks.largest(needed)
             if needed == grad_accum_steps:
+                self.recorded = self.recorded and self._room_to_record()
                 return grad_accum_steps
             if needed > rows:
                 raise UserError(
@@ -184,6 +202,14 @@ class TrainStep:
                     "next to the model: take a smaller model or a smaller --context"
                 )
             grad_accum_steps = needed
+
+    def _room_to_record(self) -> bool:
+        """Whether what an update needs for itself fits into the memory twice: a recording keeps it, and
+        evaluation and samples need no more than that."""
+        if self.ranks.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.ranks.device)
+        return free >= 2 * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
 
     def _rehearse(self, rows: Rows, grad_accum_steps: int) -> None:
         """An update's memory without its effect: two micro-batches, since from the second on the activations

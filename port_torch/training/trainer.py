@@ -62,7 +62,7 @@ def train(job: Job, ranks: Distributed) -> int:
         if ranks.first:
             job.tokenizer.carry(out)
             write_config(out, job.record)
-        announce(job, ranks, console, how, rows, grad_accum_steps)
+        announce(job, train_step, console, how, rows, grad_accum_steps)
         batches = job.batches(manifest.sequences)
         stack.callback(batches.close)
         folder, micro_batch = job.checkpoints, rows // grad_accum_steps
@@ -123,12 +123,12 @@ def choose_grad_accum_steps(job: Job, train_step: TrainStep, rows: int) -> int:
 
 
 def announce(
-    job: Job, ranks: Distributed, console: Console, how: str, rows: int, grad_accum_steps: int
+    job: Job, train_step: TrainStep, console: Console, how: str, rows: int, grad_accum_steps: int
 ) -> None:
     """Says what will run, where the state comes from (`how`), and whether a rank's `rows` rows make more
     micro-batches than were asked for."""
     config = job.config
-    console.print(describe(job, ranks))
+    console.print(describe(job, train_step.ranks, train_step.recorded))
     if note := check_room(config.optim, job.steps):
         console.print(f"note: {note}", markup=False, highlight=False)
     console.print(how, markup=False, highlight=False)
