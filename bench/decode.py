@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bars import draw_rates
+from bench.stock import stock_model
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from core.sampling import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator
+from port_torch.hf_config import stock_type
 from port_torch.model import Decoder
 from port_torch.sampling import stream
 
@@ -42,7 +44,7 @@ class DecodeBenchConfig:
     """Time generation on one GPU."""
 
     preset: Annotated[list[str], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
-    """Default: mtlm1-200m. Hugging Face's Llama is timed next to those that are one."""
+    """Default: mtlm1-200m. Transformers' class is timed next to those that have one."""
     batch: Annotated[list[int], tyro.conf.UseAppendAction] = dataclasses.field(default_factory=list)
     """Default: 1 and 64."""
     prompt: int = 32
@@ -138,15 +140,8 @@ def graphed(model: Decoder) -> Call:
 
 
 def hugging_face(config: ModelConfig, **how: str) -> Call:
-    """Its Llama of the same shape with its generate."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    llama = LlamaConfig(
-        hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_heads, intermediate_size=config.d_mlp, vocab_size=config.vocab_size,
-        tie_word_embeddings=config.tied, max_position_embeddings=config.context, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(llama).to("cuda", torch.bfloat16).eval()
+    """Its class of the same shape with its generate."""
+    model = stock_model(config, use_cache=True).to("cuda", torch.bfloat16).eval()
 
     @torch.inference_mode()
     def call(prompts: list[list[int]], new: int) -> None:
@@ -182,7 +177,7 @@ def copy_bandwidth() -> float:
 def bytes_per_step(config: ModelConfig, batch: int, mean_length: float) -> float:
     """Weights once (of the tables only the head), keys and values of every row."""
     weights = config.n_params - config.n_embedding_params + config.vocab_size * config.d_model
-    return 2 * weights + 4 * config.n_layers * config.d_model * batch * mean_length
+    return 2 * weights + 4 * config.n_layers * config.kv_width * batch * mean_length
 
 
 def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
@@ -221,7 +216,7 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
         for batch in batches:
             add(name, batch, "plain PyTorch", eager(model), 1)
             add(name, batch, "plain PyTorch, CUDA graph", graphed(model), config.calls)
-            for way, how in HUGGING_FACE.items() if config.peers and shape.mlp == "swiglu" else ():
+            for way, how in HUGGING_FACE.items() if config.peers and stock_type(shape) else ():
                 try:
                     add(name, batch, way, hugging_face(shape, **how), 1)
                 except Exception as error:  # a peer's affair: it is left out

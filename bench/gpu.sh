@@ -38,8 +38,8 @@ step doctor python -m kernels_cuda.doctor
 step tests env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q -m gpu
 step kernels python -m kernels_cuda.bench --json "$out/kernels.json" --plot "$out/kernels.png"
 step train python -m bench.train --json "$out/train.json" --plot "$out/train.png" --profile "$out/train-profile"
-step decode python -m bench.decode --preset mtlm1-200m --preset mtlm2-40m --json "$out/decode.json" \
-    --plot "$out/decode.png" --profile "$out/decode-profile"
+step decode python -m bench.decode --preset mtlm1-200m --preset mtlm2-40m --preset smollm2-135m \
+    --json "$out/decode.json" --plot "$out/decode.png" --profile "$out/decode-profile"
 step jax python -m bench.step
 (($# == 1)) || step mirror python -m bench.train_mirror --data "$2" --rows "$3" --out "$out/mirror"
 

@@ -20,11 +20,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.plain_torch import GPT
+from bench.stock import stock_model
 from core.config import ModelConfig
 from core.errors import UserError
 from core.run.metrics import model_flops_utilization
 from kernels_cuda import library
-from port_torch.hf_config import STOCK, hf_config, stock_type
+from port_torch.hf_config import stock_type
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import Rows
@@ -94,27 +95,20 @@ def hugging_face(compiled: bool, liger: bool) -> Make:
     """Its class, with labels as its users give them: the last place of a row predicts nothing."""
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
-        model = stock_model(mirror, liger).to(device)
+        model = stock_mirror(mirror, liger).to(device)
         call = torch.compile(model) if compiled else model
         return peer(model, lambda tokens, _: call(input_ids=tokens, labels=tokens).loss, batches, device)
 
     return make
 
 
-def stock_model(mirror: Decoder, liger: bool) -> nn.Module:
+def stock_mirror(mirror: Decoder, liger: bool) -> nn.Module:
     """Transformers' class with the mirror's weights, float32; Liger changes it for this process."""
-    import transformers
-
-    kind = stock_type(mirror.config)
     if liger:
         from liger_kernel import transformers as liger_kernels
 
-        getattr(liger_kernels, f"apply_liger_kernel_to_{kind}")()
-    architecture = getattr(transformers, STOCK[kind])
-    content = hf_config(mirror.config, 1, 2, "float32") | {"use_cache": False}
-    config = architecture.config_class.from_dict(content)
-    config._attn_implementation = "sdpa"
-    model = architecture(config)
+        getattr(liger_kernels, f"apply_liger_kernel_to_{stock_type(mirror.config)}")()
+    model = stock_model(mirror.config, use_cache=False)
     leaves, weights = exported_tensors(mirror.config), mirror.state_dict()
     missing, unexpected = model.load_state_dict(
         {name: weights[parameter_name(leaf)] for name, leaf in leaves.items()}, strict=False

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.sampling import Sampling, require_room, until_ended
-from port_torch.model import Decoder, KVCache, rotary_angles
+from port_torch.model import Decoder, KVCache, RMSNorm
 
 MOST_ROWS = 64  # of a step, see kernels_cuda/csrc/decode_project.cu; more prompts are several steps
 CACHE_UNIT = 128  # a cache's length is a multiple of it, so that a graph serves requests of like lengths
@@ -34,9 +34,11 @@ class Layer(NamedTuple):
     """A block's weights as the kernels read them."""
 
     attn_norm: Float[Tensor, " D"]
-    qkv: Float[Tensor, "3*D D"]
-    qkv_bias: Float[Tensor, " 3*D"] | None
-    o: Float[Tensor, "D D"]
+    qkv: Float[Tensor, "H*K+2*G*K D"]
+    qkv_bias: Float[Tensor, " H*K+2*G*K"] | None
+    q_norm: Float[Tensor, " K"] | None
+    k_norm: Float[Tensor, " K"] | None
+    o: Float[Tensor, "D H*K"]
     o_bias: Float[Tensor, " D"] | None
     mlp_norm: Float[Tensor, " D"]
     up: Float[Tensor, "F_or_2*F D"]
@@ -56,16 +58,22 @@ def packed(parts: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 def layers_of(model: Decoder) -> list[Layer]:
     """Every block's weights, packed."""
+
+    def weight(norm: RMSNorm | None) -> Tensor | None:
+        return None if norm is None else norm.weight.detach()
+
     layers = []
     for block in model.layers:
         attn, mlp = block.attn, block.mlp
         up = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
         layers.append(
             Layer(
-                block.attn_norm.weight.detach(),
+                weight(block.attn_norm),
                 *packed([attn.q, attn.k, attn.v]),
+                weight(attn.q_norm),
+                weight(attn.k_norm),
                 *packed([attn.o]),
-                block.mlp_norm.weight.detach(),
+                weight(block.mlp_norm),
                 *packed(up),
                 *packed([mlp.down]),
             )
@@ -111,8 +119,8 @@ class Step:
         self.angles = (None, None)
         if config.positions == "rope":
             positions = torch.arange(length, device=like.device)[None]
-            self.angles = tuple(t[0].contiguous() for t in rotary_angles(positions, config))
-        hidden = (config.d_model, config.d_model, config.d_model, config.d_mlp)
+            self.angles = tuple(t[0].contiguous() for t in model.rotary_angles(positions))
+        hidden = (config.d_model, config.q_width, config.q_width, config.d_mlp)
         self.x, self.q, self.y, self.h = (like.new_zeros(batch, width) for width in hidden)
         self.scores = like.new_zeros(batch, config.vocab_size, dtype=torch.float32)
         self.token, self.position = like.new_zeros(2, batch, dtype=torch.int64).unbind()
@@ -125,15 +133,16 @@ class Step:
 
     @torch.no_grad()
     def launch(self) -> None:
-        """The step's ops: five kernels per layer, and three more."""
+        """The step's ops: five kernels per layer, six where queries and keys are normed, and three more."""
         ops, config = torch.ops.mtlm, self.model.config
         eps, gated = config.norm_eps, config.mlp == "swiglu"
         learned = None if self.model.positions is None else self.model.positions.weight
         ops.decode_embed_(self.token, self.position, self.model.embed.weight, learned, self.x)
         for w, k, v in zip(self.layers, *self.cache, strict=True):
-            ops.decode_qkv_(
-                self.x, w.attn_norm, eps, w.qkv, w.qkv_bias, *self.angles, self.position, self.q, k, v
-            )
+            angles = self.angles if w.q_norm is None else (None, None)  # they are rotated once normed
+            ops.decode_qkv_(self.x, w.attn_norm, eps, w.qkv, w.qkv_bias, *angles, self.position, self.q, k, v)
+            if w.q_norm is not None:
+                ops.decode_qk_norm_(w.q_norm, w.k_norm, eps, *self.angles, self.position, self.q, k)
             ops.decode_attention_(self.q, k, v, self.position, self.y)
             ops.decode_add_projection_(self.y, w.o, w.o_bias, self.x)
             ops.decode_mlp_(self.x, w.mlp_norm, eps, w.up, w.up_bias, gated, self.h)
@@ -186,7 +195,7 @@ class PromptPass:
     def __init__(self, model: Decoder, width: int, cache: KVCache, pool: tuple[int, int] | None):
         """
         Args:
-            cache: what the pass fills, [L, rows, width, H, K].
+            cache: what the pass fills, [L, rows, width, G, K].
             pool: of the graphs' memory; None where there are none.
         """
         self.model, self.width, self.cache = model, width, cache

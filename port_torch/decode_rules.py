@@ -38,18 +38,6 @@ def _head_size(name: str, config: ModelConfig) -> str | None:
     return f"the head size is {config.head_size}, not one of {', '.join(map(str, HEAD_SIZES))}"
 
 
-def _not_grouped(name: str, config: ModelConfig) -> str | None:
-    if config.kv_heads == config.n_heads:
-        return None
-    return f"{config.n_heads} heads of queries share {config.kv_heads} of keys and values"
-
-
-def _whole_width(name: str, config: ModelConfig) -> str | None:
-    if config.q_width == config.d_model:
-        return None
-    return f"{config.n_heads} heads of {config.head_size} are not as wide as d_model, {config.d_model}"
-
-
 def _any(name: str, config: ModelConfig) -> str | None:
     return None
 
@@ -61,14 +49,14 @@ RULES: dict[str, Callable[[str, ModelConfig], str | None]] = {
     "d_model": _multiple_of_8,
     "n_layers": _any,
     "n_heads": _head_size,
-    "n_kv_heads": _not_grouped,
-    "head_dim": _whole_width,
+    "n_kv_heads": _any,
+    "head_dim": _any,  # the head size that follows has its rule at n_heads
     "d_mlp": _multiple_of_8,
     "positions": _one_of("rope", "learned"),
     "mlp": _one_of("swiglu", "gelu"),
     "biases": _one_of(False, True),
-    "qkv_biases": _one_of(False),
-    "qk_norm": _one_of(False),
+    "qkv_biases": _one_of(False, True),
+    "qk_norm": _one_of(False, True),
     "tied": _one_of(False, True),
     "rope_theta": _any,
     "rope_scaling": _any,  # the angles are given to the kernels

@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -181,6 +182,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.dropout = nn.Dropout(c.dropout)
+        # Made here, so that torch.compile does not trace how scaled positions are read and computed.
+        self.register_buffer("rope_multipliers", rope_multipliers(c), persistent=False)
+        self.rope_amplitude = 1.0 if c.rope is None else c.rope.amplitude
 
     def forward(
         self,
@@ -220,7 +224,7 @@ class Decoder(nn.Module):
             x = x + self.positions(index)
         # Rows are cast after the look-up, so that their gradients are summed in the table's type.
         x, branch = self.dropout(x.to(compute_type(x))), None
-        rotation = rotary_angles(index, self.config) if self.config.positions == "rope" else None
+        rotation = self.rotary_angles(index) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
             x, branch = layer(x, branch, rotation, of_layer, positions, visible)
@@ -247,18 +251,28 @@ class Decoder(nn.Module):
         shape = (c.n_layers, batch, length, c.kv_heads, c.head_size)
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
+    def rotary_angles(self, positions: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, K/2] of position * theta^(-2i/K) (Su et al. 2021), scaled or not; float32."""
+        half = self.config.head_size // 2
+        step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+        frequency = self.config.rope_theta**-step
+        if self.rope_multipliers is not None:
+            frequency = frequency * self.rope_multipliers.view(torch.float32)
+        angle = positions.float()[..., None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        if self.rope_multipliers is None:
+            return cos, sin
+        return cos * self.rope_amplitude, sin * self.rope_amplitude
 
-def rotary_angles(positions: Int[Tensor, "B S"], config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, K/2] of position * theta^(-2i/K) (Su et al. 2021), scaled or not; float32."""
-    half = config.head_size // 2
-    step = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    frequency, scaling = config.rope_theta**-step, config.rope
-    if scaling is not None:
-        multipliers = scaling.multipliers(config.head_size, config.rope_theta)
-        frequency = frequency * torch.from_numpy(multipliers).to(frequency.device)
-    angle = positions.float()[..., None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return (cos, sin) if scaling is None else (cos * scaling.amplitude, sin * scaling.amplitude)
+
+def rope_multipliers(config: ModelConfig) -> Int[Tensor, " half"] | None:
+    """What scaled positions multiply the rotary frequencies by: the bits of float32 numbers, as int32.
+
+    A module's type changes its floating-point buffers, and in bfloat16 they would be other numbers.
+    """
+    if config.rope is None:
+        return None
+    return torch.as_tensor(config.rope.multipliers(config.head_size, config.rope_theta).view(np.int32))
 
 
 def documents_start(documents: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
@@ -283,6 +297,16 @@ def leaf_of(parameter: str) -> Leaf:
     return _BY_PARAMETER[module, suffix]
 
 
+def decoder_of(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
+    """A decoder whose parameters are these tensors themselves, which are on one device."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(weights, assign=True)
+    if (multipliers := rope_multipliers(config)) is not None:
+        model.rope_multipliers = multipliers.to(model.embed.weight.device)
+    return model
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
     """The model of an exported folder, or of any Llama's that fits, ready to run.
 
@@ -290,11 +314,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device 
         UserError: the folder is damaged, or of a model that this decoder is not (see `open_model`).
     """
     opened = open_model(folder)
-    with torch.device("meta"):
-        model = Decoder(opened.config)
     weights = {
         parameter_name(leaf): opened.folder.read(name).to(device, dtype)
         for name, leaf in opened.leaves.items()
     }
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return decoder_of(opened.config, weights).eval()

@@ -4,8 +4,9 @@
 //
 // Before `wait_for_previous` a kernel reads only what no kernel writes that may still run: the weights.
 // The kernels of embedding and qkv let the next one be launched only after their own wait: so when qkv begins the
-// step before is over, and when attention begins, so are the layers before. Positions can be read before every wait
-// but the embedding's, and by attention the older entries of the cache.
+// step before is over, and when attention (or the norm of queries and keys before it) begins, so are the layers
+// before. Positions can be read before every wait but the embedding's, and by attention the older entries of the
+// cache.
 #pragma once
 
 #include <utility>
@@ -129,14 +130,16 @@ inline int check_batch(const View& x, const char* name) {
   return static_cast<int>(x.sizes[0]);
 }
 
-// Keys and values [batch, positions, heads, head size] for q [batch, d]: heads and their elements are contiguous;
-// rows and positions lie anywhere, at multiples of 16 bytes, in both alike.
+// Keys and values [batch, positions, kv heads, head size] for q [batch, heads * head size]: heads and their elements
+// are contiguous; rows and positions lie anywhere, at multiples of 16 bytes, in both alike. A head of keys and values
+// serves as many neighbouring heads of q as there are for each.
 inline void check_caches(const View& keys, const View& values, const View& q) {
   for (const auto& [cache, name] : {std::pair(&keys, "k_cache"), std::pair(&values, "v_cache")}) {
-    REQUIRE(cache->dims == 4, name, " must be [batch, positions, heads, head size], not ", shape(*cache));
+    REQUIRE(cache->dims == 4, name, " must be [batch, positions, kv heads, head size], not ", shape(*cache));
     const int64_t heads = keys.sizes[2], size = keys.sizes[3];
     check(*cache, name, q, {q.sizes[0], keys.sizes[1], heads, size});
-    REQUIRE(heads * size == q.sizes[1], name, " has ", heads, " heads of ", size, "; d is ", q.sizes[1]);
+    REQUIRE(heads * size > 0 && q.sizes[1] > 0 && q.sizes[1] % (heads * size) == 0, name, " has ", heads,
+            " heads of ", size, ", of which the width of q, ", q.sizes[1], ", is no multiple");
     REQUIRE(size % 16 == 0, "the head size must be a multiple of 16, not ", size);
     REQUIRE(cache->type == Type::bfloat16, name, " must be bfloat16, not ", name_of(cache->type));
     const int64_t* strides = cache->strides;
@@ -146,6 +149,18 @@ inline void check_caches(const View& keys, const View& values, const View& q) {
     REQUIRE(strides[0] == keys.strides[0] && strides[1] == keys.strides[1],
             "k_cache and v_cache must have the same strides");
   }
+}
+
+// cos and sin of every position of a cache [batch, positions, kv heads, head size]; or neither, where nothing is
+// rotated.
+inline void check_angles(const std::optional<View>& cos, const std::optional<View>& sin, const View& cache) {
+  REQUIRE(cos.has_value() == sin.has_value(), "cos and sin go together");
+  if (!cos) return;
+  const int64_t positions = cache.sizes[1], half = cache.sizes[3] / 2;
+  REQUIRE(cos->dims == 2 && cos->sizes[0] >= positions, "cos must be [", positions, " or more, ", half, "], not ",
+          shape(*cos));
+  check_dense(*cos, "cos", cache, {cos->sizes[0], half}, Type::float32);
+  check_dense(*sin, "sin", cache, {cos->sizes[0], half}, Type::float32);
 }
 
 }  // namespace mtlm

@@ -21,12 +21,12 @@ namespace {
 
 struct DecodeAttention {
   const void* q;            // [batch, heads, head size]
-  const void* k_cache;      // [batch, positions, heads, head size], heads and their elements contiguous
+  const void* k_cache;      // [batch, positions, kv heads, head size], heads and their elements contiguous
   const void* v_cache;
   const int64_t* position;  // [batch]: the last one that is seen
   void* out;                // [batch, heads, head size]
   float scale;              // log2(e) / sqrt(head size)
-  int batch, heads;
+  int batch, heads, group;  // heads of q; how many neighbours share one of keys and values
   int64_t cache_batch, cache_position;  // elements from row to row, from position to position
 };
 
@@ -69,7 +69,7 @@ __global__ __launch_bounds__(32 * ALL_SHARES / BLOCKS / SHARES) void attend(cons
   const int part = lane % LANES, group = lane / LANES;
   const int pair = blockIdx.x / BLOCKS, n = pair / a.heads, head = pair % a.heads;
   const int64_t position = read_fresh(a.position + n);
-  const int64_t offset = n * a.cache_batch + head * SIZE + part * 8;
+  const int64_t offset = n * a.cache_batch + head / a.group * SIZE + part * 8;
   const bf16* keys = static_cast<const bf16*>(a.k_cache) + offset;
   const bf16* values = static_cast<const bf16*>(a.v_cache) + offset;
   constexpr uint4 ZERO = {0, 0, 0, 0};
@@ -211,16 +211,18 @@ cudaError_t by_size(const DecodeAttention& a, cudaStream_t stream) {
 
 cudaError_t decode_attention_(cudaStream_t stream, View q, View k_cache, View v_cache, View position, Out out) {
   const int batch = check_batch(q, "q");
-  const int64_t d = q.sizes[1];
-  check_dense(q, "q", q, {batch, d});
-  check_dense(out, "out", q, {batch, d});
+  const int64_t width = q.sizes[1];
+  check_dense(q, "q", q, {batch, width});
+  check_dense(out, "out", q, {batch, width});
   check_caches(k_cache, v_cache, q);
   check(position, "position", q, {batch}, Type::int64);
-  const int64_t size = k_cache.sizes[3];
-  const auto scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(size)));
-  const auto heads = static_cast<int>(k_cache.sizes[2]);
-  const DecodeAttention a = {q.data, k_cache.data, v_cache.data, position.as<int64_t>(), out.out(),
-                             scale,  batch,        heads,        k_cache.strides[0],     k_cache.strides[1]};
+  const int64_t kv_heads = k_cache.sizes[2], size = k_cache.sizes[3];
+  DecodeAttention a = {};
+  a.q = q.data, a.k_cache = k_cache.data, a.v_cache = v_cache.data, a.out = out.out();
+  a.position = position.as<int64_t>();
+  a.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(size)));
+  a.batch = batch, a.heads = static_cast<int>(width / size), a.group = static_cast<int>(width / size / kv_heads);
+  a.cache_batch = k_cache.strides[0], a.cache_position = k_cache.strides[1];
   cudaError_t error = cudaSuccess;
   const bool known = dispatch<32, 64, 128>(size, [&](auto of) { error = by_size<decltype(of)::value>(a, stream); });
   REQUIRE(known, "the head size must be 32, 64 or 128, not ", size);

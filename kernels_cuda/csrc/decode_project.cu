@@ -37,14 +37,14 @@ struct Projection {
   float eps;
   const void* weight;  // [rows, columns]: q, k, v; or gate, up for `gated`
   const void* bias;    // [rows] or null; null for `logits`
-  void* out;           // q [batch, rows / 3]; x; hidden [batch, rows, or half of it]; float32 logits
+  void* out;           // q [batch, q_rows]; x; hidden [batch, rows, or half of it]; float32 logits
   int batch, rows, columns;
-  // Of `qkv` alone; the head size a multiple of 16.
-  int head_size;
+  // Of `qkv` alone; the head size a multiple of 16. The rows: q_rows of q, kv_rows of k, as many of v; whole heads.
+  int head_size, q_rows, kv_rows;
   const int64_t* position;  // [batch]
   const float* cos;         // [positions, head size / 2] or null
   const float* sin;
-  void* k_cache;            // [batch, positions, heads, head size], heads and their elements contiguous
+  void* k_cache;            // [batch, positions, kv heads, head size], heads and their elements contiguous
   void* v_cache;
   int64_t cache_batch, cache_position;  // elements from row to row, from position to position
 };
@@ -105,7 +105,7 @@ __device__ __forceinline__ Epilogue read_epilogue(const Projection& a, int tile,
   }
   if constexpr (INTO == Into::qkv) {
     epilogue.position = read_fresh(a.position + n);
-    if (a.cos != nullptr && rows[0] < a.rows / 3 * 2) {  // of q and k
+    if (a.cos != nullptr && rows[0] < a.q_rows + a.kv_rows) {  // of q and k
       const int64_t angle = epilogue.position * (a.head_size / 2) + rows[0] % a.head_size;
       epilogue.cos = a.cos[angle];
       epilogue.sin = a.sin[angle];
@@ -122,16 +122,21 @@ __device__ __forceinline__ void finish(const Projection& a, int tile, int pair, 
   first += epilogue.bias[0];
   second += epilogue.bias[1];
   if constexpr (INTO == Into::qkv) {
-    const int d = a.rows / 3, part = rows[0] / d, at = rows[0] - part * d;
-    if (part < 2 && a.cos != nullptr) {  // of the rounded values, as a model that stores them has it
+    const bool of_q = rows[0] < a.q_rows, of_v = rows[0] >= a.q_rows + a.kv_rows;
+    if (!of_v && a.cos != nullptr) {  // of the rounded values, as a model that stores them has it
       const float x = rounded<bf16>(first), y = rounded<bf16>(second);
       // Which product an fma takes in is said here: left to the compiler, kernels of other shapes differ in bits.
       first = __fmaf_rn(x, epilogue.cos, -__fmul_rn(y, epilogue.sin));
       second = __fmaf_rn(y, epilogue.cos, __fmul_rn(x, epilogue.sin));
     }
-    bf16* out = part == 0 ? static_cast<bf16*>(a.out) + static_cast<int64_t>(n) * d
-                          : static_cast<bf16*>(part == 1 ? a.k_cache : a.v_cache) + n * a.cache_batch +
-                                epilogue.position * a.cache_position;
+    bf16* out;
+    int at = rows[0];
+    if (of_q) {
+      out = static_cast<bf16*>(a.out) + static_cast<int64_t>(n) * a.q_rows;
+    } else {
+      out = static_cast<bf16*>(of_v ? a.v_cache : a.k_cache) + n * a.cache_batch + epilogue.position * a.cache_position;
+      at -= of_v ? a.q_rows + a.kv_rows : a.q_rows;
+    }
     out[at] = from_float<bf16>(first);
     out[at + a.head_size / 2] = from_float<bf16>(second);
   } else if constexpr (INTO == Into::gated) {
@@ -392,19 +397,16 @@ cudaError_t decode_qkv_(cudaStream_t stream, View x, View norm, double eps, View
                         std::optional<View> cos, std::optional<View> sin, View position, Out q, Out k_cache,
                         Out v_cache) {
   Projection a = arguments(x, norm, eps, weight, bias);
-  check(weight, "weight", x, {3 * a.columns, a.columns});
-  check_dense(q, "q", x, {a.batch, a.columns});
-  check_caches(k_cache, v_cache, x);
+  check_batch(q, "q");
+  check_dense(q, "q", x, {a.batch, q.sizes[1]});
+  check_caches(k_cache, v_cache, q);
+  const int64_t kv_rows = k_cache.sizes[2] * k_cache.sizes[3];
+  check(weight, "weight", x, {q.sizes[1] + 2 * kv_rows, a.columns});
+  a.q_rows = static_cast<int>(q.sizes[1]), a.kv_rows = static_cast<int>(kv_rows);
   check(position, "position", x, {a.batch}, Type::int64);
-  REQUIRE(cos.has_value() == sin.has_value(), "cos and sin go together");
+  check_angles(cos, sin, k_cache);
   a.head_size = static_cast<int>(k_cache.sizes[3]);
-  if (cos) {
-    REQUIRE(cos->dims == 2 && cos->sizes[0] >= k_cache.sizes[1], "cos must be [", k_cache.sizes[1], " or more, ",
-            a.head_size / 2, "], not ", shape(*cos));
-    check_dense(*cos, "cos", x, {cos->sizes[0], a.head_size / 2}, Type::float32);
-    check_dense(*sin, "sin", x, {cos->sizes[0], a.head_size / 2}, Type::float32);
-    a.cos = cos->as<float>(), a.sin = sin->as<float>();
-  }
+  if (cos) a.cos = cos->as<float>(), a.sin = sin->as<float>();
   a.position = position.as<int64_t>();
   a.out = q.out(), a.k_cache = k_cache.out(), a.v_cache = v_cache.out();
   a.cache_batch = k_cache.strides[0], a.cache_position = k_cache.strides[1];

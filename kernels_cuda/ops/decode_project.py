@@ -3,8 +3,8 @@
 One new token per row. Every op writes into what it is given, so that a CUDA graph can capture a step. Nothing
 is differentiated.
 
-Shapes: B batch, D d_model, F d_mlp, H heads, K head size, S positions of
-the cache, V vocabulary.
+Shapes: B batch, D d_model, F d_mlp, H heads, G heads of keys and values, K head size, S positions of the
+cache, V vocabulary.
 """
 
 import torch
@@ -37,26 +37,27 @@ def _qkv(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """Queries q [B, D] of the normed x [B, D]; keys and values go to `position` [B] of caches [B, S, H, K].
+    """Queries q [B, H K] of the normed x [B, D]; keys and values go to `position` [B] of caches [B, S, G, K].
 
     Args:
-        weight, bias: of q, k and v concatenated: [3 D, D], [3 D] or None.
-        cos, sin: [S or more, K/2], or None where nothing is rotated.
+        weight, bias: of q, k and v concatenated: [(H + 2 G) K, D], [(H + 2 G) K] or None.
+        cos, sin: [S or more, K/2], or None where nothing is rotated here.
     """
-    batch, _, heads, size = k_cache.shape
-    parts = F.linear(_normed(x, norm, eps), weight, bias).view(batch, 3, 1, heads, size).unbind(1)
+    batch, _, kv_heads, size = k_cache.shape
+    packed = F.linear(_normed(x, norm, eps), weight, bias).view(batch, 1, -1, size)
+    queries, keys, values = packed.split((packed.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
     if cos is not None:
         angles = cos[position][:, None], sin[position][:, None]
-        parts = rotate(parts[0], *angles), rotate(parts[1], *angles), parts[2]
+        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
     rows = torch.arange(batch, device=x.device)
-    q.copy_(parts[0].reshape(q.shape))
-    k_cache[rows, position] = parts[1][:, 0]
-    v_cache[rows, position] = parts[2][:, 0]
+    q.copy_(queries.reshape(q.shape))
+    k_cache[rows, position] = keys[:, 0]
+    v_cache[rows, position] = values[:, 0]
 
 
 @declare("decode_add_projection_(Tensor a, Tensor weight, Tensor? bias, Tensor(a!) x) -> ()")
 def _add_projection(a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    """x [B, D] += weight a + bias, of a [B, F or D]."""
+    """x [B, D] += weight a + bias, of a [B, F or H K]."""
     x.add_(F.linear(a, weight, bias))
 
 

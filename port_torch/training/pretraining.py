@@ -18,7 +18,7 @@ from core.run.settings import model_config
 from core.sampling import require_room
 from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
-from port_torch.model import Decoder, parameter_name
+from port_torch.model import Decoder, decoder_of, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
 from port_torch.training.distributed import Distributed, open_distributed
@@ -98,10 +98,7 @@ def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:
     """The mirror with the parameters that `train_tpu.run` starts from: drawn by JAX, the same to the bit."""
     params = jax.jit(lambda seed: init_params(model, make_key(seed, Purpose.INIT)))(jax.numpy.uint32(seed))
     read = reader(params)
-    with torch.device("meta"):
-        decoder = Decoder(model)
     leaves = exported_tensors(model).values()
     copied = {"memory_format": torch.contiguous_format}  # of JAX's memory, which is not to be written to
     weights = {parameter_name(leaf): read(leaf).clone(**copied) for leaf in leaves}
-    decoder.load_state_dict(weights, assign=True)
-    return decoder
+    return decoder_of(model, weights)

@@ -116,7 +116,8 @@ class TrainStep:
         self._wrapped = self.losses
         if ranks.size > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(self.losses, device_ids=ids)
+            # The one buffer that there may be is a constant.
+            self._wrapped = DistributedDataParallel(self.losses, device_ids=ids, broadcast_buffers=False)
         self._flags = torch.zeros(len(FLAGS), device=ranks.device)
         self.recorded = compiled and ranks.size == 1 and ranks.device.type == "cuda"
         """Whether updates run as one CUDA graph; `fit` may find no memory for it."""

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain_torch import GPT
 from bench.train import goals
-from bench.train_rows import stock_model
+from bench.train_rows import stock_mirror
 from core.config import ModelConfig, preset
 from port_torch.model import Decoder
 from tests.models import BOTH, GROUPED, LLAMA
@@ -90,7 +90,7 @@ def test_the_residual_stream_is_as_wide_as_said(narrow: bool):
 )
 def test_hugging_face_is_the_same_function(config: ModelConfig):
     mirror = random_mirror(config)
-    model = stock_model(mirror, liger=False)
+    model = stock_mirror(mirror, liger=False)
     assert sum(p.numel() for p in model.parameters()) == config.n_params
     tokens, _ = random_tokens(config)
     expected = mirror_loss(mirror, tokens[:, :-1], tokens[:, 1:])

@@ -11,12 +11,16 @@ from core.config import ModelConfig
 from core.sampling import Sampling
 from port_torch import decode
 from port_torch.model import Decoder
-from tests.models import GPT, LLAMA
+from tests.models import GPT, GROUPED, LLAMA
 
 GREEDY = Sampling(temperature=0)
 # Heads of 64, as the kernels take them.
 FIT = {"context": 48, "d_model": 64, "n_heads": 1, "d_mlp": 80, "n_layers": 2}
 SMALL = {name: dataclasses.replace(base, **FIT) for name, base in (("llama", LLAMA), ("gpt", GPT))}
+# All that Qwen2, Qwen3 and Llama 3 have beyond these: 6 heads on 2 of keys and values, wider than the model.
+SMALL["grouped"] = dataclasses.replace(
+    GROUPED, context=48, d_model=72, n_layers=2, head_dim=64, rope_scaling="yarn,factor=4,original_context=16"
+)
 
 
 def random_decoder(config: ModelConfig, dtype: torch.dtype, device: str = "cpu", std: float = 0.2) -> Decoder:
@@ -33,17 +37,25 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: str = "cpu",
 @st.composite
 def configs(draw: st.DrawFn, head_sizes: tuple[int, ...]) -> ModelConfig:
     """Models of every kind of part together, of widths that the kernels take and that they refuse."""
-    n_heads = draw(st.integers(1, 3))
+    kv_heads, positions = draw(st.integers(1, 3)), draw(st.sampled_from(["rope", "learned"]))
+    n_heads, head_size = kv_heads * draw(st.integers(1, 4)), draw(st.sampled_from(head_sizes))
+    scalings = (None, "linear,factor=2", "yarn,factor=4,original_context=16")
+    biases = draw(st.booleans())
     return ModelConfig(
         vocab_size=draw(st.integers(40, 300)),
         context=draw(st.integers(24, 150)),
-        d_model=n_heads * draw(st.sampled_from(head_sizes)),
+        d_model=draw(st.one_of(st.just(n_heads * head_size), st.integers(1, 40).map(lambda n: 8 * n))),
         n_layers=draw(st.integers(1, 3)),
         n_heads=n_heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_size,
         d_mlp=draw(st.one_of(st.integers(1, 20).map(lambda eighths: 8 * eighths), st.integers(1, 99))),
-        positions=draw(st.sampled_from(["rope", "learned"])),
+        positions=positions,
+        rope_scaling=draw(st.sampled_from(scalings)) if positions == "rope" else None,
         mlp=draw(st.sampled_from(["swiglu", "gelu"])),
-        biases=draw(st.booleans()),
+        biases=biases,
+        qkv_biases=draw(st.booleans()) and not biases,
+        qk_norm=draw(st.booleans()),
         tied=draw(st.booleans()),
         rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
         norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])),

@@ -1,5 +1,6 @@
 """The ops of a decoding step and the generation on them, on a CPU: against formulas written another way."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -15,7 +16,7 @@ from kernels_cuda.ops.decode_sample import uniform
 from kernels_cuda.registry import reference
 from port_torch import decode
 from port_torch.decode_rules import why_not
-from port_torch.model import Decoder, rotary_angles
+from port_torch.model import Decoder, decoder_of
 from port_torch.sampling import choose_generator, stream
 from tests.kernels_cuda.decoding import GREEDY, SMALL, complete, random_decoder
 from tests.kernels_cuda.test_ops import EPS, F64, MTLM, random
@@ -50,22 +51,31 @@ def test_embedding_and_projections():
     torch.testing.assert_close(scores, normed(x, norm) @ table.T)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_sequence_in_steps_is_causal_attention(turned: bool):
+@pytest.mark.parametrize(("d", "h", "g"), [(24, 3, 3), (16, 6, 2)])
+def test_a_sequence_in_steps_is_causal_attention(d: int, h: int, g: int, turned: bool, qk_norm: bool):
     """Seven positions one by one, in a cache full of NaN, against one pass over all of them."""
-    b, s, h, k = 2, 7, 3, 8
-    x, norm, weight, bias = random(s, b, h * k), random(h * k), random(3 * h * k, h * k), random(3 * h * k)
+    b, s, k = 2, 7, 8
+    rows = (h + 2 * g) * k
+    x, norm, weight, bias = random(s, b, d), random(d), random(rows, d), random(rows)
+    norms = random(2, k)
     angle = torch.arange(s, dtype=F64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=F64)
     cos, sin = (angle.cos(), angle.sin()) if turned else (None, None)
-    caches = [torch.full((b, s, h, k), torch.nan, dtype=F64) for _ in range(2)]
+    caches = [torch.full((b, s, g, k), torch.nan, dtype=F64) for _ in range(2)]
     q, out, outs = random(b, h * k), random(b, h * k), []
     for at in range(s):
         position = torch.full((b,), at)
-        MTLM.decode_qkv_(x[at], norm, EPS, weight, bias, cos, sin, position, q, *caches)
+        now = (None, None) if qk_norm else (cos, sin)
+        MTLM.decode_qkv_(x[at], norm, EPS, weight, bias, *now, position, q, *caches)
+        if qk_norm:
+            MTLM.decode_qk_norm_(*norms, EPS, cos, sin, position, q, caches[0])
         MTLM.decode_attention_(q, *caches, position, out)
         outs.append(out.clone())
-    qkv = (normed(x, norm) @ weight.T + bias).view(s, b, 3, h, k).permute(2, 1, 3, 0, 4)
-    queries, keys, values = qkv.unbind()
+    qkv = (normed(x, norm) @ weight.T + bias).view(s, b, -1, k).permute(1, 2, 0, 3)
+    queries, keys, values = qkv[:, :h], qkv[:, h : h + g], qkv[:, h + g :]
+    if qk_norm:
+        queries, keys = normed(queries, norms[0]), normed(keys, norms[1])
     if turned:
         turn = torch.polar(torch.ones_like(angle), angle)
 
@@ -75,6 +85,7 @@ def test_a_sequence_in_steps_is_causal_attention(turned: bool):
 
         queries, keys = rotate(queries), rotate(keys)
     torch.testing.assert_close(caches[0].transpose(1, 2), keys)
+    keys, values = (t.repeat_interleave(h // g, dim=1) for t in (keys, values))
     weights = (queries @ keys.mT / k**0.5 + torch.full((s, s), -torch.inf, dtype=F64).triu(1)).softmax(-1)
     expected = (weights @ values).permute(2, 0, 1, 3).reshape(s, b, h * k)
     torch.testing.assert_close(torch.stack(outs), expected)
@@ -142,6 +153,7 @@ def test_ops_keep_pytorchs_contracts():
     cases = {
         "decode_embed_": (token, at, random(4, 16).float(), None, x),
         "decode_qkv_": (x, norm, EPS, random(48, 16).float(), None, cos, sin, at, y, *caches),
+        "decode_qk_norm_": (random(8).float(), norm[:8], EPS, cos, sin, at, wide[:, :16], caches[0]),
         "decode_attention_": (x, *caches, at, y),
         "decode_add_projection_": (wide, random(16, 24).float(), norm, x),
         "decode_mlp_": (x, norm, EPS, square, None, False, y),
@@ -222,13 +234,23 @@ def test_the_presets_fit_the_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with torch.device("meta"):
         for name, config in PRESETS.items():
-            reason = why_not(Decoder(config).bfloat16())
-            assert (reason is None) == name.startswith("mtlm"), (name, reason)
-            assert reason is None or "share" in reason  # grouped heads
+            assert why_not(Decoder(config).bfloat16()) is None, name
 
 
 def test_angles_of_a_table_are_those_of_positions():
-    config = SMALL["llama"]
-    table = rotary_angles(torch.arange(40)[None], config)
-    one = rotary_angles(torch.tensor([[17]]), config)
-    assert all(torch.equal(a[0, 17], b[0, 0]) for a, b in itertools.zip_longest(table, one))
+    for config in SMALL["llama"], SMALL["grouped"]:
+        model = Decoder(config)
+        table = model.rotary_angles(torch.arange(40)[None])
+        one = model.rotary_angles(torch.tensor([[17]]))
+        assert all(torch.equal(a[0, 17], b[0, 0]) for a, b in itertools.zip_longest(table, one))
+
+
+def test_scaled_positions_are_no_weights_and_keep_their_float32():
+    """As what a model is loaded, moved, cast and compared by: its parameters alone."""
+    plain = dataclasses.replace(SMALL["grouped"], rope_scaling=None)
+    model, positions = Decoder(SMALL["grouped"]), torch.arange(40)[None]
+    assert model.state_dict().keys() == Decoder(plain).state_dict().keys()
+    angles = model.rotary_angles(positions)
+    assert not torch.equal(angles[0], Decoder(plain).rotary_angles(positions)[0])
+    for other in (copy.deepcopy(model).bfloat16(), decoder_of(model.config, model.state_dict()).double()):
+        assert all(torch.equal(a, b) for a, b in zip(angles, other.rotary_angles(positions), strict=True))

@@ -13,7 +13,7 @@ from core.config import PRESETS
 from core.sampling import Sampling
 from kernels_cuda.registry import reference
 from port_torch import decode
-from port_torch.model import Decoder, rotary_angles
+from port_torch.model import Decoder
 from port_torch.sampling import choose_generator
 from tests.kernels_cuda.decoding import GREEDY, SMALL, complete, random_decoder
 from tests.kernels_cuda.gpu import POISON, Guarded, assert_as_good, assert_equal_bits, run_twice, wide
@@ -82,30 +82,67 @@ def test_products_at_every_batch(size: str):
         judge("decode_logits_", [x, norm, EPS, head, nothing[1003].float()], [4], what)
 
 
+# d_model, heads, heads of keys and values, head size: the presets', smaller ones, one that all share.
+HEADS = {
+    "200m": (768, 12, 12, 64),
+    "40m": (384, 6, 6, 64),
+    "two of 128": (256, 2, 2, 128),
+    "three of 32": (96, 3, 3, 32),
+    "one of 16": (16, 1, 1, 16),
+    "smollm2-135m": (576, 9, 3, 64),
+    "smollm2-360m": (960, 15, 5, 64),
+    "qwen3-0.6b": (1024, 16, 8, 128),
+    "shared by all": (40, 7, 1, 32),
+}
+
+
 @pytest.mark.parametrize("rotary", [True, False])
-@pytest.mark.parametrize(("heads", "k"), [(12, 64), (6, 64), (2, 128), (3, 32), (1, 16)])
-def test_qkv_and_the_cache(heads: int, k: int, rotary: bool):
-    d, length = heads * k, 70
-    norm, weight, bias = bf16(d, around=1), bf16(3 * d, d, scale=d**-0.5), bf16(3 * d)
+@pytest.mark.parametrize("name", HEADS)
+def test_qkv_and_the_cache(name: str, rotary: bool):
+    d, heads, kv_heads, k = HEADS[name]
+    length, rows = 70, (heads + 2 * kv_heads) * k
+    norm, weight, bias = bf16(d, around=1), bf16(rows, d, scale=d**-0.5), bf16(rows)
     angle = torch.rand(length, k // 2, device="cuda") * 6
     angles = (angle.cos(), angle.sin()) if rotary else (None, None)
     for batch in BATCHES:
         x, position = bf16(batch, d), torch.randint(length, (batch,), device="cuda")
-        q = torch.full((batch, d), POISON, device="cuda", dtype=BF16)
-        caches = [bf16(batch, length, heads, k) for _ in range(2)]
+        q = torch.full((batch, heads * k), POISON, device="cuda", dtype=BF16)
+        caches = [bf16(batch, length, kv_heads, k) for _ in range(2)]
         judge(
             "decode_qkv_", [x, norm, EPS, weight, None, *angles, position, q, *caches], [8, 9, 10], "no bias"
         )
         arguments = [x, norm, EPS, weight, bias, *angles, position, q, *caches]
-        got = judge("decode_qkv_", arguments, [8, 9, 10], f"{heads} heads of {k}, batch {batch}")
-        other = torch.ones(batch, length, dtype=torch.bool, device="cuda")
-        other[torch.arange(batch), position] = False
-        for cache, after in zip(caches, got[1:], strict=True):
-            assert torch.equal(cache[other], after[other])  # nothing but the position is written
+        got = judge("decode_qkv_", arguments, [8, 9, 10], f"{name}, batch {batch}")
+        assert_only_written_at(position, caches, got[1:])
 
 
-@pytest.mark.parametrize(("heads", "k"), [(12, 64), (6, 64), (2, 128), (3, 32)])
-def test_attention_over_every_length(heads: int, k: int):
+def assert_only_written_at(position: Tensor, caches: list[Tensor], after: list[Tensor]) -> None:
+    batch, length = caches[0].shape[:2]
+    other = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    other[torch.arange(batch), position] = False
+    for cache, written in zip(caches, after, strict=True):
+        assert torch.equal(cache[other], written[other])
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("name", [name for name, (*_, k) in HEADS.items() if k >= 32])
+def test_norm_of_queries_and_keys(name: str, rotary: bool):
+    _, heads, kv_heads, k = HEADS[name]
+    length, norms = 70, [bf16(k, scale=0.3, around=1) for _ in range(2)]
+    angle = torch.rand(length, k // 2, device="cuda") * 6
+    angles = (angle.cos(), angle.sin()) if rotary else (None, None)
+    for batch in BATCHES:
+        position = torch.randint(length, (batch,), device="cuda")
+        q, keys = bf16(batch, heads * k, scale=3), bf16(batch, length, kv_heads, k, scale=3)
+        q[:, :k] *= 1e-3  # a head whose squares are about eps
+        arguments = [*norms, EPS, *angles, position, q, keys]
+        got = judge("decode_qk_norm_", arguments, [6, 7], f"{name}, batch {batch}")
+        assert_only_written_at(position, [keys], got[1:])
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, k) in HEADS.items() if k >= 32])
+def test_attention_over_every_length(name: str):
+    _, heads, kv_heads, k = HEADS[name]
     length = 1024
     positions = (
         0,
@@ -132,7 +169,7 @@ def test_attention_over_every_length(heads: int, k: int):
         1023,
     )
     for batch in (1, 3, 22, 64):
-        caches = [bf16(batch, length, heads, k) for _ in range(2)]
+        caches = [bf16(batch, length, kv_heads, k) for _ in range(2)]
         for first in range(0, len(positions), batch):
             position = torch.tensor([positions[(first + i) % len(positions)] for i in range(batch)]).cuda()
             hidden = torch.arange(length, device="cuda") > position[:, None]
@@ -150,24 +187,27 @@ def test_attention_of_large_scores():
     judge("decode_attention_", [q, k, v, torch.tensor([299, 5]).cuda(), out], [4], "large")
 
 
-@pytest.mark.parametrize("size", ["200m", "40m", "wide"])
-def test_a_row_does_not_depend_on_the_batch(size: str):
-    d, f = SIZES[size]
-    heads, length, batch = d // 64, 300, 64
-    norm, qkv, up = bf16(d, around=1), bf16(3 * d, d, scale=0.05), bf16(2 * f, d, scale=0.05)
-    o, head = bf16(d, d, scale=0.05), bf16(2000, d, scale=0.05)
+@pytest.mark.parametrize("name", ["200m", "40m", "wide", "smollm2-135m", "smollm2-360m", "qwen3-0.6b"])
+def test_a_row_does_not_depend_on_the_batch(name: str):
+    d, heads, kv_heads, size = HEADS.get(name, (1536, 24, 24, 64))
+    f = SIZES[name][1] if name in SIZES else PRESETS[name].d_mlp
+    length, batch, width = 300, 64, heads * size
+    norm, up = bf16(d, around=1), bf16(2 * f, d, scale=0.05)
+    qkv, norms = bf16(width + 2 * kv_heads * size, d, scale=0.05), [bf16(size, around=1) for _ in range(2)]
+    o, head = bf16(d, width, scale=0.05), bf16(2000, d, scale=0.05)
     x, position = bf16(batch, d), torch.randint(length, (batch,), device="cuda")
-    caches = [bf16(batch, length, heads, 64) for _ in range(2)]
-    angles = torch.rand(length, 32, device="cuda") * 6
+    caches = [bf16(batch, length, kv_heads, size) for _ in range(2)]
+    angles = torch.rand(length, size // 2, device="cuda") * 6
     cos, sin = angles.cos(), angles.sin()
 
     def step(rows: slice) -> list[Tensor]:
         given, at = x[rows].clone(), position[rows].clone()
-        q, y, h = torch.empty_like(given), torch.empty_like(given), given.new_empty(len(given), f)
+        q, y, h = (given.new_empty(len(given), n) for n in (width, width, f))
         k, v = (cache[rows].clone() for cache in caches)
         scores = torch.empty(len(given), 2000, device="cuda")
         settle()
         MTLM.decode_qkv_(given, norm, EPS, qkv, None, cos, sin, at, q, k, v)
+        MTLM.decode_qk_norm_(*norms, EPS, cos, sin, at, q, k)
         MTLM.decode_attention_(q, k, v, at, y)
         MTLM.decode_add_projection_(y, o, None, given)
         MTLM.decode_mlp_(given, norm, EPS, up, None, True, h)
@@ -206,7 +246,7 @@ DRAWS = [
 
 
 @pytest.mark.parametrize("sampling", DRAWS, ids=str)
-@pytest.mark.parametrize("vocab", [1, 3, 97, 4096, 32000, 32001, 50257, 65536])
+@pytest.mark.parametrize("vocab", [1, 3, 97, 4096, 32000, 32001, 50257, 65536, 151936])
 @pytest.mark.parametrize("grid", [0, 0.25, 2])
 def test_draws_are_the_references(vocab: int, sampling: Sampling, grid: float):
     """Also of scores on a grid: with few or very many equal ones at the cut."""
@@ -240,7 +280,7 @@ def test_draws_from_rows_with_few_or_neighbouring_tokens():
         assert (draw(scores, sampling, 0, 30) != token).sum() <= 1
 
 
-@pytest.mark.parametrize("vocab", [3, 97, 32000, 32001, 65536])
+@pytest.mark.parametrize("vocab", [3, 97, 32000, 32001, 65536, 262144])
 @pytest.mark.parametrize(
     "sampling", [GREEDY, *DRAWS[1:5], Sampling(temperature=1e-7, top_k=5, top_p=0.5)], ids=str
 )
@@ -283,14 +323,27 @@ MODELS = {
     "small llama": SMALL["llama"],
     "biased llama": dataclasses.replace(SMALL["llama"], biases=True),
     "small gpt": SMALL["gpt"],
+    "small grouped": SMALL["grouped"],
+    "small qwen2": dataclasses.replace(
+        SMALL["llama"], d_model=56, n_heads=7, n_kv_heads=1, head_dim=32, qkv_biases=True
+    ),
+    "small llama3": dataclasses.replace(
+        SMALL["llama"], n_heads=4, n_kv_heads=2, head_dim=128, vocab_size=128_256,
+        rope_scaling="llama3,factor=32,low_freq_factor=1,high_freq_factor=4,original_context=16",
+    ),
     "200m": dataclasses.replace(PRESETS["mtlm1-200m"], context=512),
     "40m": dataclasses.replace(PRESETS["mtlm2-40m"], context=512),
-}
+    "smollm2-135m": dataclasses.replace(PRESETS["smollm2-135m"], context=512),
+    "qwen3-0.6b": dataclasses.replace(
+        PRESETS["qwen3-0.6b"], context=512, n_layers=6, rope_scaling="yarn,factor=4,original_context=256"
+    ),
+}  # fmt: skip
 
 
 def gpu_decoder(kind: str) -> Decoder:
     """Of random weights, whose scores differ enough to be told apart in bfloat16."""
-    return random_decoder(MODELS[kind], BF16, "cuda", std=0.05 if kind[-1] == "m" else 0.2)
+    config = MODELS[kind]
+    return random_decoder(config, BF16, "cuda", std=0.2 if config.d_model < 100 else 0.05)
 
 
 def prompts_of(model: Decoder, batch: int) -> list[list[int]]:
@@ -355,13 +408,14 @@ def test_greedy_text_is_pytorchs_up_to_rounding(kind: str):
         assert (exact.argmax(-1).tolist() == text) or spread > 0
 
 
+@pytest.mark.parametrize("kind", ["40m", "qwen3-0.6b"])
 @torch.inference_mode()
-def test_the_prompts_graph_is_the_mirror_to_the_bit():
+def test_the_prompts_graph_is_the_mirror_to_the_bit(kind: str):
     """Widths captured in one pool, each replayed behind the others: the same kernels, the same bits.
 
     The scores are float32 sums, as those of later tokens are, and not rounded to bfloat16 in between.
     """
-    model = gpu_decoder("40m")
+    model = gpu_decoder(kind)
     generator = decode.Generator(model)
     step = decode.Step(model, generator.layers, 6, 256)
     texts = [[prompt * (1 + 9 * i) for i in range(6)] for prompt in ([3], [5], [7, 11, 2])]
@@ -461,10 +515,11 @@ def test_chosen_where_it_fits():
     assert choose_generator(model.float(), "auto") is None
 
 
-def test_angles_are_those_of_the_mirror():
-    config = MODELS["200m"]
-    table = rotary_angles(torch.arange(128, device="cuda")[None], config)
-    alone = rotary_angles(torch.tensor([[99]], device="cuda"), config)
+@pytest.mark.parametrize("kind", ["small llama", "small llama3"])
+def test_angles_are_those_of_the_mirror(kind: str):
+    model = gpu_decoder(kind)
+    table = model.rotary_angles(torch.arange(128, device="cuda")[None])
+    alone = model.rotary_angles(torch.tensor([[99]], device="cuda"))
     assert all(torch.equal(a[0, 99], b[0, 0]) for a, b in itertools.zip_longest(table, alone))
 
 
@@ -485,5 +540,13 @@ def test_bad_inputs_are_refused_with_the_numbers():
     cache, at = bf16(4, 9, 4, 16), torch.zeros(4, dtype=torch.int64, device="cuda")
     with pytest.raises(RuntimeError, match="32, 64 or 128, not 16"):
         MTLM.decode_attention_(x, cache, cache, at, x)
+    with pytest.raises(RuntimeError, match="32, 64 or 128, not 16"):
+        MTLM.decode_qk_norm_(norm[:16], norm[:16], EPS, None, None, at, x, cache)
+    three = bf16(4, 9, 3, 32)
+    with pytest.raises(RuntimeError, match="3 heads of 32, of which the width of q, 64, is no multiple"):
+        MTLM.decode_attention_(x, three, three, at, x)
+    with pytest.raises(RuntimeError, match=r"weight must be \[192, 64\], not \[80, 64\]"):
+        one = bf16(4, 9, 1, 64)
+        MTLM.decode_qkv_(x, norm, EPS, weight, None, None, None, at, x, one, one)
     with pytest.raises(RuntimeError, match="int64"):
         MTLM.decode_attention_(x, *2 * [bf16(4, 9, 1, 64)], at.int(), x)
