@@ -72,8 +72,8 @@ def measure(config: StepBenchConfig, model: ModelConfig, batch: int, ours: bool)
         deterministic=ours and config.deterministic,
     ).name
     rng = np.random.default_rng(0)
-    dtype = id_dtype(model.vocab_size)
-    tokens = [rng.integers(0, model.vocab_size, (batch, model.context + 1), dtype) for _ in range(4)]
+    shape, ids = (batch, model.context + 1), id_dtype(model.vocab_size)
+    tokens = [rng.integers(0, model.vocab_size, shape, ids) for _ in range(4)]
     started = time.perf_counter()
     if ours:
         unroll = model.n_layers if config.unroll is None else config.unroll
