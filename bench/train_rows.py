@@ -128,7 +128,7 @@ def peer(
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, LR, (optim.beta1, optim.beta2), optim.eps, fused=True)
-    on_device = [rows.on(device)[:2] for rows in batches]
+    on_device = [next(rows.on(device).micro_batches())[:2] for rows in batches]
 
     def step(i: int) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -75,6 +75,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
         positions: Int[Tensor, "B S"] | None,
         visible: Bool[Tensor, "B 1 S S"] | None = None,
+        starts: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         b, s, _ = x.shape
         q, k, v = self.projections(x, rotation, stepwise=cache is not None)
@@ -83,6 +84,9 @@ class Attention(nn.Module):
             cache.k[rows, positions], cache.v[rows, positions] = k, v
             k, v = cache
             visible = torch.arange(k.shape[1], device=x.device) <= positions[:, None, :, None]
+        if starts is not None:
+            y = attend_by_lengths(*(t.flatten(0, 1) for t in (q, k, v)), starts, s)
+            return self.o(y.view(b, s, -1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         shared = q.shape[1] // k.shape[1]
         if visible is not None and shared > 1:
@@ -114,6 +118,30 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
+
+
+def attend_by_lengths(
+    q: Float[Tensor, "T H K"],
+    k: Float[Tensor, "T G K"],
+    v: Float[Tensor, "T G K"],
+    starts: Int[Tensor, " M"],
+    longest: int,
+) -> Float[Tensor, "T H K"]:
+    """Causal attention within each document: of places starts[i] up to starts[i + 1]; none has more than
+    `longest`.
+
+    PyTorch's flash attention, which reads no more than a document's own keys. `varlen_attn`, its public name,
+    takes other arguments in every version since 2.10; the operation below has not changed.
+    """
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(q, k, v, starts, starts, longest, longest, 0.0, True, False)[0]
+
+
+def attends_by_lengths(config: ModelConfig, device: torch.device, bf16: bool) -> bool:
+    """Whether `attend_by_lengths` runs for a model there."""
+    if device.type != "cuda" or not bf16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return config.head_size <= 256 and config.head_size % 8 == 0
 
 
 def relu2(x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
@@ -163,9 +191,10 @@ class Block(nn.Module):
         cache: KVCache | None,
         positions: Int[Tensor, "B S"] | None,
         visible: Bool[Tensor, "B 1 S S"] | None = None,
+        starts: Int[Tensor, " M"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
         normed, x = self.attn_norm(x, branch)
-        branch = self.dropout(self.attn(normed, rotation, cache, positions, visible))
+        branch = self.dropout(self.attn(normed, rotation, cache, positions, visible, starts))
         normed, x = self.mlp_norm(x, branch)
         return x, self.dropout(self.mlp(normed))
 
@@ -192,6 +221,7 @@ class Decoder(nn.Module):
         positions: Int[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
         documents: Int[Tensor, "B S"] | None = None,
+        starts: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Hidden states after the final norm, of whole sequences or of what comes after a cache.
 
@@ -200,9 +230,10 @@ class Decoder(nn.Module):
         padded on the right and decoded on from their own ends.
 
         With `documents`, numbers that rise along a row, each stretch of one number is a sequence of its own:
-        it sees nothing of the others, and its positions begin at 0.
+        it sees nothing of the others, and its positions begin at 0. `starts` says the same in another way,
+        as `attend_by_lengths` takes it; without, every place is compared with every other.
         """
-        return self.norm(*self.residual(tokens, positions, cache, documents))[0]
+        return self.norm(*self.residual(tokens, positions, cache, documents, starts))[0]
 
     def residual(
         self,
@@ -210,6 +241,7 @@ class Decoder(nn.Module):
         positions: Int[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
         documents: Int[Tensor, "B S"] | None = None,
+        starts: Int[Tensor, " M"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
         """What the final norm is of: the residual stream, and what the last branch adds to it."""
         if (positions is None) != (cache is None):
@@ -217,7 +249,8 @@ class Decoder(nn.Module):
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         visible = None
         if documents is not None:
-            visible = (documents[:, None, :, None] == documents[:, None, None, :]) & (index.mT >= index)
+            if starts is None:
+                visible = (documents[:, None, :, None] == documents[:, None, None, :]) & (index.mT >= index)
             index = index - documents_start(documents)
         x = self.embed(tokens)
         if self.positions is not None:
@@ -227,7 +260,7 @@ class Decoder(nn.Module):
         rotation = self.rotary_angles(index) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
-            x, branch = layer(x, branch, rotation, of_layer, positions, visible)
+            x, branch = layer(x, branch, rotation, of_layer, positions, visible, starts)
         return x, branch
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:

@@ -27,17 +27,58 @@ class Rows(NamedTuple):
         """Some of the rows, in the order given."""
         return Rows(*(None if array is None else array[rows] for array in self))
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The three as int64 on a device; the host waits for no copy."""
+    def on(self, device: torch.device, parts: int = 1, by_lengths: bool = False) -> "Inputs":
+        """The rows as int64 on a device, in equal micro-batches; the host waits for no copy.
 
-        def move(array: np.ndarray | None) -> Tensor | None:
-            if array is None:
-                return None
+        by_lengths: with where the documents begin.
+        """
+
+        def move(array: np.ndarray) -> Tensor:
             held = torch.from_numpy(array.astype(np.int32))
             held = held.pin_memory() if device.type == "cuda" else held
-            return held.to(device, non_blocking=True).long()
+            return held.to(device, non_blocking=True)
 
-        return move(self.tokens), move(self.targets), move(self.documents)
+        def cut(array: np.ndarray | None) -> Tensor | None:
+            return None if array is None else move(array).long().view(parts, -1, array.shape[1])
+
+        starts = None
+        if by_lengths and self.documents is not None:
+            starts = move(document_starts(self.documents, parts))
+        return Inputs(cut(self.tokens), cut(self.targets), cut(self.documents), starts)
+
+
+class Inputs(NamedTuple):
+    """Rows on a device, cut into N micro-batches."""
+
+    tokens: Tensor
+    """[N, R, S], int64, as are targets and documents."""
+    targets: Tensor
+    documents: Tensor | None
+    starts: Tensor | None
+    """[N, M + 1], int32: see `document_starts`."""
+
+    def micro_batches(self) -> Iterator["Inputs"]:
+        """Tokens, targets, documents and starts of one after the other."""
+        for number in range(len(self.tokens)):
+            micro = Inputs(*(None if tensor is None else tensor[number] for tensor in self))
+            if micro.starts is not None:
+                torch._dynamo.maybe_mark_dynamic(micro.starts, 0)  # compiled once for every length
+            yield micro
+
+
+def document_starts(documents: np.ndarray, parts: int = 1) -> np.ndarray:
+    """Where the documents of each micro-batch begin, counted through its rows, and where the last one ends.
+
+    [parts, M + 1], int32. M is a power of two, so that there are few shapes to compile; where there are fewer
+    documents, empty ones follow.
+    """
+    begins = np.ones(documents.shape, bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    places = [np.flatnonzero(part) for part in np.split(begins, parts)]
+    starts = np.full((parts, (1 << (max(map(len, places)) - 1).bit_length()) + 1), begins.size // parts)
+    for number, found in enumerate(places):
+        starts[number, : len(found)] = found
+    return starts.astype(np.int32)
 
 
 class Batch(NamedTuple):

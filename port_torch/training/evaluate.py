@@ -39,7 +39,7 @@ def score(
             part = filled(rows.part(slice(first, first + size)), size)
             with train_step.autocast():
                 # z-loss is no part of the figure; `nll` is.
-                _, nll = train_step.losses(*part.on(ranks.device))
+                _, nll = train_step.losses(*next(train_step.place(part).micro_batches()))
             total += nll
             n_targets += int((part.targets != IGNORE).sum())
             progress.advance(min(size * ranks.size, len(rows.tokens) - start))

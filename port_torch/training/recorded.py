@@ -1,6 +1,8 @@
 """A function of GPU tensors recorded as a CUDA graph: one launch instead of a thousand from Python."""
 
+import collections
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,46 +11,54 @@ WARM_UP = 2
 """Calls before the one that is recorded: they compile, and load what cannot be loaded during a recording."""
 
 Inputs = tuple[Tensor | None, ...]
+Shapes = tuple[torch.Size | None, ...]
+
+
+class Recording(NamedTuple):
+    """A CUDA graph and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    output: Tensor
+
+    def replay(self, inputs: Inputs) -> Tensor:
+        """What the function gives for these inputs; the tensor is the caller's."""
+        for held, given in zip(self.inputs, inputs, strict=True):
+            if held is not None:
+                held.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
 
 
 class Recorded:
-    """`function(*inputs)` on one GPU, which from its third call on is replayed.
+    """`function(*inputs)` on one GPU, replayed from its third call with inputs of the same shapes on.
 
     The function waits for nothing, calls no other device, and finds all it needs but its inputs at the same
-    addresses in every call. Random numbers continue those of the default generator, as in a plain call.
-    A recording keeps the memory it needs for itself. Inputs of other shapes are not recorded.
+    addresses in every call. Random numbers continue those of the default generator, as in a plain call. The
+    recordings, one for each shapes of inputs, keep the memory that the largest needs.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
-        self._function, self._calls = function, 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: Inputs = ()
-        self._output: Tensor | None = None
+        self._function = function
+        self._calls: collections.Counter[Shapes] = collections.Counter()
+        self._recordings: dict[Shapes, Recording] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """What the function gives; the tensor is the caller's."""
-        if self._graph is None:
-            self._calls += 1
-            if self._calls <= WARM_UP:
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in inputs)
+        if shapes not in self._recordings:
+            self._calls[shapes] += 1
+            if self._calls[shapes] <= WARM_UP:
                 return self._function(*inputs)
-            self._record(inputs)
-        elif shapes(inputs) != shapes(self._inputs):
-            return self._function(*inputs)
-        for held, given in zip(self._inputs, inputs, strict=True):
-            if held is not None:
-                held.copy_(given)
-        self._graph.replay()
-        return self._output.clone()
+            self._recordings[shapes] = self._record(inputs)
+        return self._recordings[shapes].replay(inputs)
 
-    def _record(self, inputs: Inputs) -> None:
-        self._inputs = tuple(None if given is None else given.clone() for given in inputs)
+    def _record(self, inputs: Inputs) -> Recording:
+        held = tuple(None if given is None else given.clone() for given in inputs)
         graph = torch.cuda.CUDAGraph()
+        # One is replayed at a time and gives nothing away, so all can use the same memory.
+        pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
         # Only this thread's calls can spoil it: others may prepare batches meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._output = self._function(*self._inputs)
-        self._graph = graph
-
-
-def shapes(tensors: Inputs) -> list[torch.Size | None]:
-    """Of each tensor; None where there is none."""
-    return [None if tensor is None else tensor.shape for tensor in tensors]
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = self._function(*held)
+        return Recording(graph, held, output)

@@ -25,7 +25,7 @@ from core.run.training_run import TrainingRun
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch.card import Tuning
-from port_torch.model import Decoder
+from port_torch.model import Decoder, attends_by_lengths
 from port_torch.training.batches import Batch, HeldOut, Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.engine import device_name
@@ -136,6 +136,8 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
 
 def attention_name(model: ModelConfig, device: torch.device, bf16: bool, packed: bool) -> str:
     """Which of PyTorch's attentions will run."""
+    if packed and attends_by_lengths(model, device, bf16):
+        return "PyTorch's flash (causal, each document by its length)"
     like = {"device": device, "dtype": torch.bfloat16 if bf16 else torch.float32, "requires_grad": True}
     kv_heads = model.n_heads if packed else model.kv_heads  # with a mask they are repeated
     q, k = (torch.zeros(1, n, model.context, model.head_size, **like) for n in (model.n_heads, kv_heads))

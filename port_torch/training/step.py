@@ -9,10 +9,9 @@ device. Parameters and gradients are float32; products run in bfloat16 under aut
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from core.errors import UserError
 from core.loss import IGNORE
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
-from port_torch.model import Decoder, leaf_of
-from port_torch.training.batches import Rows
+from port_torch.model import Decoder, attends_by_lengths, leaf_of
+from port_torch.training.batches import Inputs, Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
 from port_torch.training.recorded import Recorded
@@ -44,8 +43,11 @@ class Losses(nn.Module):
         super().__init__()
         self.decoder, self.z_loss = decoder, z_loss
 
-    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.decoder.loss(self.decoder(tokens, documents=documents), targets, self.z_loss)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden = self.decoder(tokens, documents=documents, starts=starts)
+        return self.decoder.loss(hidden, targets, self.z_loss)
 
 
 class Guard:
@@ -121,7 +123,8 @@ class TrainStep:
         self._flags = torch.zeros(len(FLAGS), device=ranks.device)
         self.recorded = compiled and ranks.size == 1 and ranks.device.type == "cuda"
         """Whether updates run as one CUDA graph; `fit` may find no memory for it."""
-        self._recordings: dict[int, Recorded] = {}  # by micro-batches
+        self._recording = Recorded(self._update)
+        self._by_lengths = attends_by_lengths(decoder.config, ranks.device, bf16)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products, where that is the type of activations."""
@@ -141,20 +144,20 @@ class TrainStep:
         for place, flag in zip(self._flags, flags, strict=True):
             place.fill_(float(flag))  # a kernel's argument; a copy could wait
         self.optimizer.set_lr(lr)
-        inputs = rows.on(self.ranks.device)
-        if not self.recorded:
-            return self._update(grad_accum_steps, *inputs)
-        if grad_accum_steps not in self._recordings:
-            self._recordings[grad_accum_steps] = Recorded(functools.partial(self._update, grad_accum_steps))
-        return self._recordings[grad_accum_steps](*inputs)
+        inputs = self.place(rows, grad_accum_steps)
+        return self._recording(*inputs) if self.recorded else self._update(*inputs)
 
-    def _update(self, grad_accum_steps: int, *inputs: Tensor | None) -> Tensor:
-        """What of `update` runs on the device; inputs: tokens, targets and documents of all micro-batches."""
-        ranks, guard = self.ranks, self.guard
-        n_targets = ranks.sum((inputs[1] != IGNORE).sum().float()).clamp(min=1)
+    def place(self, rows: Rows, parts: int = 1) -> Inputs:
+        """Rows on the device, in so many micro-batches."""
+        return rows.on(self.ranks.device, parts, self._by_lengths)
+
+    def _update(self, *tensors: Tensor | None) -> Tensor:
+        """What of `update` runs on the device; tensors: those of `Inputs`."""
+        ranks, guard, inputs = self.ranks, self.guard, Inputs(*tensors)
+        n_targets = ranks.sum((inputs.targets != IGNORE).sum().float()).clamp(min=1)
         sums = torch.cat([torch.zeros(2, device=ranks.device), self._flags])
-        for number, micro in enumerate(split(inputs, grad_accum_steps)):
-            last = number == grad_accum_steps - 1
+        for number, micro in enumerate(inputs.micro_batches()):
+            last = number == len(inputs.tokens) - 1
             with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
                 with self.autocast():
                     total, nll = self._wrapped(*micro)
@@ -217,7 +220,7 @@ class TrainStep:
         lie next to the gradients of those before, and an update that is skipped."""
         self.decoder.train()
         device = self.ranks.device
-        for micro in itertools.islice(split(rows.on(device), grad_accum_steps), 2):
+        for micro in itertools.islice(self.place(rows, grad_accum_steps).micro_batches(), 2):
             with self.autocast():
                 total, _ = self.losses(*micro)
             (total * 0.0).backward()
@@ -247,15 +250,6 @@ def parameter_groups(parameters: dict[str, Tensor], weight_decay: float) -> list
         (decayed if LORA in name or leaf_of(name).is_matrix else others).append(parameter)
     groups = ((decayed, weight_decay), (others, 0.0))
     return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
-
-
-def split(
-    rows: tuple[Tensor, Tensor, Tensor | None], grad_accum_steps: int
-) -> Iterator[tuple[Tensor | None, ...]]:
-    """The rows in equal micro-batches, in order."""
-    size = len(rows[0]) // grad_accum_steps
-    for start in range(0, size * grad_accum_steps, size):
-        yield tuple(None if t is None else t[start : start + size] for t in rows)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

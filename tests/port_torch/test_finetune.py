@@ -21,7 +21,7 @@ from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer
 from port_torch.model import Decoder, load
-from port_torch.training.batches import Rows
+from port_torch.training.batches import Rows, document_starts
 from port_torch.training.examples import Example, examples_of
 from port_torch.training.lora import add_adapters, merged
 from port_torch.training.packing import PADDING, pack, packed_batches
@@ -127,6 +127,26 @@ def test_packing_holds_every_example_once(lengths: list[int]):
                 assert (targets[inside] == IGNORE).all()
     assert sorted(found) == list(range(len(lengths)))
     assert sum(2 * (row == 0).sum() > 12 for row in packed.tokens) <= 1  # no two rows would fit into one
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_where_documents_begin(parts: int, rows: int, length: int, seed: int):
+    """Counted one place after the other."""
+    documents = np.sort(np.random.default_rng(seed).integers(4, size=(parts * rows, length)))
+    starts = document_starts(documents, parts)
+    assert starts.dtype == np.int32 and (starts.shape[1] - 1).bit_count() == 1
+    most = 0
+    for part, found in enumerate(starts):
+        expected = []
+        for place in range(rows * length):
+            row, column = part * rows + place // length, place % length
+            if column == 0 or documents[row, column] != documents[row, column - 1]:
+                expected.append(place)
+        assert found[: len(expected)].tolist() == expected
+        assert set(found[len(expected) :].tolist()) == {rows * length}  # nothing, and then empty documents
+        most = max(most, len(expected))
+    assert starts.shape[1] - 1 < 2 * most
 
 
 def test_an_epoch_holds_every_row_once_in_another_order_each():
