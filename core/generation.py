@@ -1,6 +1,6 @@
 """Text from a trained model, token by token.
 
-A prompt is read in one pass that fills the cache of keys and values; then one compiled step makes a
+A prompt is read in large pieces that fill the cache of keys and values; then one compiled step makes a
 token for every row of the batch. How to sample is an input of that step, so that nothing is compiled
 twice, and each row draws from keys of its own: its text does not depend on what else is in the batch.
 """
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from core.generate import GenerateConfig
 
 MIN_PREFILL = 16  # prompts are padded to a power of two from here on, so that few shapes are compiled
+PREFILL = 2048
+"""Positions of a prompt that are read at once: scores are of all of them by the whole context, so a prompt of
+32,768 tokens in one piece would have 48 GiB of them in a layer of 12 heads."""
 
 
 class Rows(NamedTuple):
@@ -98,10 +101,20 @@ class Generator:
 
     def _prefill_pass(self, params, tokens, lengths, knobs) -> tuple[Rows, KVCache]:
         batch, width = tokens.shape
+        size = min(width, PREFILL)
+        tokens = jnp.pad(tokens, ((0, 0), (0, -width % size)))  # what is written beyond the cache is dropped
+        starts = jnp.arange(0, tokens.shape[1], size)
+
+        def read(cache: KVCache, start: Int[Array, ""]) -> tuple[KVCache, Float[Array, "B S D"]]:
+            positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+            part = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+            hidden, cache = forward_cached(self.config, params, part, positions, cache, self.compute)
+            return cache, hidden
+
         cache = empty_cache(self.config, batch, self.config.context, self.compute.dtype)
-        positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-        hidden, cache = forward_cached(self.config, params, tokens, positions, cache, self.compute)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        cache, hidden = jax.lax.scan(read, cache, starts)  # hidden: [pieces, B, S, D]
+        piece, place = (lengths - 1) // size, (lengths - 1) % size
+        last = hidden[piece, jnp.arange(batch), place]
         token = sample(logits(self.config, params, last), lengths, knobs)
         return Rows(token, lengths), cache
 

@@ -76,6 +76,18 @@ def test_greedy_is_the_likeliest_token_of_the_whole_pass(case):
         assert text == greedy_by_hand(config, params, prompt, 15)
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_prompt_read_in_pieces(kind, monkeypatch: pytest.MonkeyPatch):
+    """Of a length that divides neither prompts nor context, so that the last piece reaches beyond both."""
+    monkeypatch.setattr("core.generation.PREFILL", 7)
+    config, params = SMALL[kind], random_params(SMALL[kind])
+    tokens = np.asarray(random_tokens(config, 3, config.context - 2))
+    prompts = [row[:n].tolist() for row, n in zip(tokens, (config.context - 2, 15, 3), strict=True)]
+    texts = Generator(config, Compute()).complete(params, prompts, Sampling(temperature=0), max_new_tokens=2)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text == greedy_by_hand(config, params, prompt, 2)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_the_others(case, temperature):
     _, params, generator, prompts = case
