@@ -16,10 +16,12 @@ from jaxtyping import Array, Bool, Float
 from core.errors import UserError
 from core.sharding import BATCH_AXES, is_parallel
 
-Implementation = Literal["xla", "cudnn", "splash"]
+Implementation = Literal["xla", "cudnn", "triton", "splash"]
 
 SPLASH_BLOCK = 512  # queries and keys per tile; others report 128 slower than plain XLA, 512 to 1024 faster
 SPLASH_LANES = 128  # the smallest tile the kernel takes
+TRITON_BLOCK = 64  # queries and keys per tile of the gradient
+TRITON_QUERIES = 128  # of the forward pass
 RESIDUALS = "attention"  # the name of splash's output and normaliser, for a rematerialisation that keeps them
 
 
@@ -31,7 +33,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    requested: Literal["auto", "xla", "cudnn", "splash"],
+    requested: Literal["auto", "xla", "cudnn", "triton", "splash"],
     *,
     platform: str,
     dtype: str,
@@ -49,18 +51,21 @@ def choose(
     obstacles = {
         "xla": None,
         "cudnn": _cudnn_obstacle(platform, dtype, head_dim, context, deterministic),
+        "triton": _triton_obstacle(platform, dtype, head_dim, context),
         "splash": _splash_obstacle(platform, context),
     }
     if requested != "auto":
         if obstacles[requested]:
             raise UserError(f"attention {requested!r} cannot be used: {obstacles[requested]}")
         return Choice(requested, "as requested")
-    fast: Implementation | None = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    on_gpu: Implementation = "triton" if deterministic else "cudnn"
+    fast: Implementation | None = {"gpu": on_gpu, "tpu": "splash"}.get(platform)
     if fast is None:
         return Choice("xla", f"the reference; there is no faster one for a {platform.upper()}")
     if obstacles[fast]:
         return Choice("xla", f"the reference, since {fast} cannot be used: {obstacles[fast]}")
-    return Choice(fast, f"the fastest on a {platform.upper()}")
+    of_those = " whose gradients do not vary" if deterministic and platform == "gpu" else ""
+    return Choice(fast, f"the fastest on a {platform.upper()}{of_those}")
 
 
 def _cudnn_obstacle(
@@ -76,6 +81,18 @@ def _cudnn_obstacle(
         return f"it needs a head size that is a multiple of 8 up to 128, not {head_dim}"
     if context % 2:
         return f"it needs an even context, not {context}"
+    return None
+
+
+def _triton_obstacle(platform: str, dtype: str, head_dim: int, context: int) -> str | None:
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16, not in {dtype}"
+    if not 16 <= head_dim <= 128:
+        return f"it needs a head size of 16 to 128, not {head_dim}"
+    if context % TRITON_QUERIES:
+        return f"it needs a context that is a multiple of {TRITON_QUERIES}, not {context}"
     return None
 
 
@@ -128,6 +145,8 @@ def _attend(implementation: Implementation, q: Array, k: Array, v: Array) -> Arr
         return _splash(q, k, v)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if implementation == "triton":
+        return _triton(q, k, v)
     length = q.shape[1]
     return masked_attention(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
 
@@ -144,11 +163,29 @@ def masked_attention(
 
     On a CPU its gradient takes half the time of `jax.nn.dot_product_attention`'s.
     """
-    if (shared := q.shape[2] // k.shape[2]) > 1:
-        k, v = jnp.repeat(k, shared, axis=2), jnp.repeat(v, shared, axis=2)
+    k, v = _for_all_heads(q, k, v)
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
+
+
+def _for_all_heads(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values repeated, one head for each head of queries."""
+    shared = q.shape[2] // k.shape[2]
+    return (k, v) if shared == 1 else (jnp.repeat(k, shared, axis=2), jnp.repeat(v, shared, axis=2))
+
+
+def _triton(q, k, v):
+    # JAX's own kernel (Dao et al. 2022). A block adds up its gradients alone: there are no atomic additions.
+    from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    block = TRITON_BLOCK
+    sizes = kernel.BlockSizes(
+        block_q=TRITON_QUERIES, block_k=block,
+        block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    k, v = _for_all_heads(q, k, v)
+    return kernel.mha(q, k, v, None, q.shape[-1] ** -0.5, True, sizes)
 
 
 def _splash(q, k, v):

@@ -30,8 +30,9 @@ class RunConfig(TrainingSettings, PretrainingSource):
     to rounding. Default: all devices on data."""
     show_sharding: bool = False
     """Print how every parameter lies on the devices, and stop before training."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention implementation. auto: cudnn on a GPU and splash on a TPU where they can be used, else xla."""
+    attention: Literal["auto", "xla", "cudnn", "triton", "splash"] = "auto"
+    """Attention implementation. auto: cudnn on a GPU (with --deterministic triton) and splash on a TPU where
+    they can be used, else xla."""
     unroll: int | None = None
     """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
     faster)."""

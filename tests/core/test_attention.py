@@ -89,6 +89,9 @@ SHAPE = {"dtype": "bfloat16", "head_dim": 64, "context": 1024}
     [
         ("cpu", "xla", {}, "no faster one for a CPU"),
         ("gpu", "cudnn", {}, "fastest on a GPU"),
+        ("gpu", "triton", {"deterministic": True}, "fastest on a GPU whose gradients do not vary"),
+        ("gpu", "xla", {"deterministic": True, "context": 1000}, "triton cannot.*multiple of 128, not 1000"),
+        ("gpu", "xla", {"deterministic": True, "head_dim": 8}, "triton cannot.*16 to 128, not 8"),
         ("tpu", "splash", {}, "fastest on a TPU"),
         ("tpu", "splash", {"dtype": "float32", "head_dim": 32, "context": 128}, "fastest"),
         ("gpu", "xla", {"dtype": "float32"}, "cudnn cannot be used.*bfloat16, not in float32"),
@@ -122,6 +125,8 @@ def test_what_is_asked_for_is_used(platform):
         ("cudnn", "gpu", {"head_dim": 20}, "not 20"),
         ("cudnn", "gpu", {"context": 129}, "even context, not 129"),
         ("cudnn", "gpu", {"deterministic": True}, "vary in the last bits"),
+        ("triton", "gpu", {"dtype": "float32"}, "float32"),
+        ("triton", "cpu", {}, "this is a CPU"),
         ("splash", "tpu", {"context": 64}, "not 64"),
     ],
 )
@@ -148,6 +153,16 @@ def test_splash_interpreted(length, heads, kv_heads):
         assert relative(one, exact) < 3e-6
 
 
+def test_triton_interpreted(monkeypatch: pytest.MonkeyPatch):
+    """JAX's kernel, interpreted: its mask, scale and heads are right, forward and backward."""
+    from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    monkeypatch.setattr(kernel, "mha", functools.partial(kernel.mha, interpret=True))
+    inputs = example(b=1, s=256, h=2, k=16, kv_heads=1)
+    for one, exact in zip(values_and_gradients("triton", *inputs), truth(*inputs), strict=True):
+        assert relative(one, exact) < 3e-6  # as splash
+
+
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     "heads, kv_heads, mesh",  # of 64, as the presets have them, and of 32, as the tiny ones
@@ -162,19 +177,26 @@ def test_the_training_step_compiles_for_a_tpu(heads, kv_heads, mesh):
     assert "compiled for 8 x TPU v5 lite" in printed
 
 
+GPU_SHAPES = [
+    *(("cudnn", *shape) for shape in ((1024, 64, 6), (256, 32, 6), (1000, 64, 6), (130, 128, 6), (16, 8, 6))),
+    *(("cudnn", *shape) for shape in ((1024, 64, 2), (256, 128, 1))),
+    *(("triton", *shape) for shape in ((1024, 64, 6), (256, 32, 6), (384, 128, 2), (128, 48, 3))),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("length", "head_dim", "kv_heads"),
-    [(1024, 64, 6), (256, 32, 6), (1000, 64, 6), (130, 128, 6), (16, 8, 6), (1024, 64, 2), (256, 128, 1)],
-)
-def test_cudnn(length, head_dim, kv_heads):
+@pytest.mark.parametrize(("implementation", "length", "head_dim", "kv_heads"), GPU_SHAPES)
+def test_on_a_gpu(implementation, length, head_dim, kv_heads):
     inputs = example(b=4, s=length, h=6, k=head_dim, kv_heads=kv_heads)
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in inputs)
     exact = truth(q, k, v, cotangent)
     reference = values_and_gradients("xla", q, k, v, cotangent)
-    for one, other, right in zip(
-        values_and_gradients("cudnn", q, k, v, cotangent), reference, exact, strict=True
-    ):
+    found = values_and_gradients(implementation, q, k, v, cotangent)
+    for one, other, right in zip(found, reference, exact, strict=True):
         assert one.dtype == jnp.bfloat16
         # The reference rounds its weights to bfloat16 and back to a result; so may the kernel.
         assert relative(one, right) < 2 * relative(other, right) + 2**-9
+    if implementation == "triton":
+        for _ in range(5):
+            again = values_and_gradients(implementation, q, k, v, cotangent)
+            assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
