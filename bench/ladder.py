@@ -1,0 +1,129 @@
+"""`python -m bench.ladder`: what a call of a small operation costs, in PyTorch and in JAX, compiled or not.
+
+The original of these models said that JAX is 10 to 50 times faster than eager PyTorch in small operations.
+Here is where that holds: a ladder of operations (bench/ladder_rows.py) and sizes, each library in a process
+of its own.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
+from core import cli
+from core.errors import UserError, run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderConfig:
+    """Time small operations, call by call, in PyTorch and JAX."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    sizes: tuple[int, ...] = SIZES
+    """Elements of the array, multiples of 256."""
+    pieces: tuple[Literal[*PIECES], ...] = tuple(PIECES)
+    """The operations."""
+    json: Path | None = None
+    """Write all figures into this file."""
+    plot: Path | None = None
+    """Draw them into this file."""
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size < WIDTH or size % WIDTH:
+                raise UserError(f"--sizes must be multiples of {WIDTH}, not {size}")
+
+
+def rows_of(library: str, config: LadderConfig) -> list[dict[str, Any]]:
+    """All figures of one library, which this process then holds the device with."""
+    return [
+        {"piece": piece, "size": size, "way": way, "microseconds": measure(way, piece, size, config.device)}
+        for piece in config.pieces
+        for size in config.sizes
+        for way in ways(config.device)
+        if way.startswith("jax") is (library == "jax")
+    ]
+
+
+def print_table(rows: list[dict[str, Any]], config: LadderConfig) -> None:
+    """One line per operation and size: microseconds of a call, and how many times as long as JAX's jit."""
+    columns = ways(config.device)
+    table = Table("operation", "elements", *(f"{WAYS[way]}, us" for way in columns), "eager over jit")
+    found = {(row["piece"], row["size"], row["way"]): row["microseconds"] for row in rows}
+    for piece in config.pieces:
+        for size in config.sizes:
+            times = {way: found[piece, size, way] for way in columns}
+            table.add_row(
+                PIECES[piece].title,
+                f"{size:,}",
+                *(f"{times[way]:.1f}" for way in columns),
+                f"{times['torch'] / times['jax']:.1f}",
+            )
+    Console(width=140).print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:
+    """A panel per size: microseconds of a call, logarithmic, one group of bars per operation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = ways(config.device)
+    figure, axes = pyplot.subplots(
+        1,
+        len(config.sizes),
+        figsize=(4.5 * len(config.sizes), 4.5),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, size in zip(axes[0], config.sizes, strict=True):
+        for number, way in enumerate(columns):
+            times = [row["microseconds"] for row in rows if row["size"] == size and row["way"] == way]
+            places = [i + (number - (len(columns) - 1) / 2) * 0.8 / len(columns) for i in range(len(times))]
+            axis.bar(places, times, width=0.8 / len(columns), label=WAYS[way])
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(config.pieces)), config.pieces, rotation=30)
+        axis.set_title(f"{size:,} elements", fontsize="medium")
+    axes[0][0].set_ylabel("microseconds per call")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measures each library in its process and prints the table."""
+    argv, library = sys.argv[1:], None
+    if argv[:1] == ["--row"]:  # this is a library's process
+        library, argv = argv[1], argv[2:]
+    config = cli.parse(LadderConfig, argv, prog="python -m bench.ladder")
+    if library:
+        print("ROWS " + json.dumps(rows_of(library, config)))
+        return
+    rows = []
+    for name in ("torch", "jax"):
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "bench.ladder", "--row", name, *argv]
+        environment = os.environ | {"JAX_PLATFORMS": config.device}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        if done.returncode:
+            raise UserError(
+                f"the process that measures {name} ended with {done.returncode}: it says why above"
+            )
+        rows += json.loads(done.stdout.rpartition("ROWS ")[2])
+    print_table(rows, config)
+    if config.json:
+        config.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if config.plot:
+        plot(rows, config.plot, config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,33 @@
+"""`bench.ladder`: both libraries compute the same, and the command runs and reports."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import ladder
+from bench.ladder_rows import PIECES, results
+from tests.train_tpu.processes import refusal_here
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_both_compute_the_same(piece: str):
+    """A dozen float32 operations at most, twenty times over: each may round by 6e-8 of numbers of about 1."""
+    ours, theirs = results(piece, 1024)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")]
+    small = ["--device", "cpu", "--pieces", "add", "--sizes", "256"]
+    monkeypatch.setattr("sys.argv", ["bench.ladder", *small, *files])
+    ladder.main()
+    assert "x + 1" in capsys.readouterr().out and (tmp_path / "rows.png").stat().st_size > 1000
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["way"] for row in rows} == {"torch", "compile", "jax", "jax-eager"}
+    assert all(row["microseconds"] > 0 for row in rows)
+
+
+def test_a_size_that_makes_no_rows_is_refused():
+    assert "multiples of 256, not 300" in refusal_here("--sizes", "300", module="bench.ladder")
