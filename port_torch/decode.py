@@ -245,7 +245,7 @@ class Generator:
             self.layers = layers_of(model)
         self.steps: dict[tuple[int, int], Step] = {}  # of the first row's number and how many there are
         self.passes: dict[int, PromptPass] = {}  # of the width
-        self.pool = torch.cuda.graph_pool_handle() if model.embed.weight.is_cuda else None
+        self.pool: tuple[int, int] | None = None  # of the passes' graphs
         self.room: KVCache | None = None  # the cache of every pass
 
     @torch.inference_mode()
@@ -312,10 +312,14 @@ class Generator:
 
     def _pass(self, width: int) -> PromptPass:
         """The pass of this width, captured where it is new."""
-        if self.room is None:
-            self.room = self.model.empty_cache(1, max(PREFILL_TOKENS, self.model.config.context))
+        rows = min(MOST_ROWS, max(1, PREFILL_TOKENS // width))
+        if self.room is None or self.room.k.shape[2] < rows * width:
+            # For the longest prompt so far: a whole context may be gigabytes. Graphs write into the old room.
+            self.passes.clear()
+            self.room = None  # its memory, before the new one's
+            self.room = self.model.empty_cache(1, max(PREFILL_TOKENS, width))
+            self.pool = torch.cuda.graph_pool_handle() if self.room.k.is_cuda else None
         if width not in self.passes:
-            rows = min(MOST_ROWS, max(1, PREFILL_TOKENS // width))
             layers, _, _, *heads = self.room.k.shape
             shape = (layers, rows, width, *heads)
             cache = KVCache(*(t.view(-1)[: math.prod(shape)].view(shape) for t in self.room))

@@ -2,8 +2,10 @@
 //
 //   o = sum_i p_i v_i,  p = softmax over i <= position of (q . k_i / sqrt(K))
 //
-// Bytes: keys and values once, 4 K a position and head in bfloat16; q and o are nothing. The scores are never
-// stored: every group of lanes keeps a maximum, a sum and a weighted sum of its positions (online softmax).
+// Bytes: keys and values once, 4 K a position and head of theirs in bfloat16; q and o are nothing. Heads that share
+// keys and values are neighbours in the grid: one reads them from memory, the others from the second-level cache. The
+// scores are never stored: every group of lanes keeps a maximum, a sum and a weighted sum of its positions (online
+// softmax).
 //
 // The positions of a (row, head) are shared out to 16, K/8 lanes to a position, in turns of 64 positions at K = 64.
 // Each share is a warp of a block; where batch times heads are fewer than the multiprocessors, of a cluster of four
@@ -26,7 +28,7 @@ struct DecodeAttention {
   const int64_t* position;  // [batch]: the last one that is seen
   void* out;                // [batch, heads, head size]
   float scale;              // log2(e) / sqrt(head size)
-  int batch, heads, group;  // heads of q; how many neighbours share one of keys and values
+  int pairs, kv_heads, group;  // of (row, head); how many neighbouring heads share one of keys and values
   int64_t cache_batch, cache_position;  // elements from row to row, from position to position
 };
 
@@ -67,9 +69,9 @@ __global__ __launch_bounds__(32 * ALL_SHARES / BLOCKS / SHARES) void attend(cons
   const int lane = threadIdx.x % 32, rank = blockIdx.x % BLOCKS;
   const int first_share = rank * SHARES * HERE + threadIdx.x / 32;
   const int part = lane % LANES, group = lane / LANES;
-  const int pair = blockIdx.x / BLOCKS, n = pair / a.heads, head = pair % a.heads;
+  const int pair = blockIdx.x / BLOCKS, kv_pair = pair / a.group, n = kv_pair / a.kv_heads;
   const int64_t position = read_fresh(a.position + n);
-  const int64_t offset = n * a.cache_batch + head / a.group * SIZE + part * 8;
+  const int64_t offset = n * a.cache_batch + kv_pair % a.kv_heads * SIZE + part * 8;
   const bf16* keys = static_cast<const bf16*>(a.k_cache) + offset;
   const bf16* values = static_cast<const bf16*>(a.v_cache) + offset;
   constexpr uint4 ZERO = {0, 0, 0, 0};
@@ -85,8 +87,7 @@ __global__ __launch_bounds__(32 * ALL_SHARES / BLOCKS / SHARES) void attend(cons
   fetch(first_share * PER_WARP + group, position);
   wait_for_previous();
   float q[8];
-  as_floats(read_fresh(static_cast<const bf16*>(a.q) + (static_cast<int64_t>(n) * a.heads + head) * SIZE + part * 8),
-            q);
+  as_floats(read_fresh(static_cast<const bf16*>(a.q) + static_cast<int64_t>(pair) * SIZE + part * 8), q);
 #pragma unroll
   for (int j = 0; j < 8; ++j) q[j] *= a.scale;
 #pragma unroll
@@ -187,20 +188,19 @@ __global__ __launch_bounds__(32 * ALL_SHARES / BLOCKS / SHARES) void attend(cons
       all = fmaf(weight, total[w], all);
       mean = fmaf(weight, weighted[w][i], mean);
     }
-    static_cast<bf16*>(a.out)[(static_cast<int64_t>(n) * a.heads + head) * SIZE + i] = from_float<bf16>(mean / all);
+    static_cast<bf16*>(a.out)[static_cast<int64_t>(pair) * SIZE + i] = from_float<bf16>(mean / all);
   }
 }
 
 template <int SIZE, int BLOCKS, int SHARES>
 cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   constexpr int THREADS = 32 * ALL_SHARES / BLOCKS / SHARES;
-  return launch_chained(attend<SIZE, BLOCKS, SHARES>, a, a.batch * a.heads * BLOCKS, THREADS, BLOCKS, stream);
+  return launch_chained(attend<SIZE, BLOCKS, SHARES>, a, a.pairs * BLOCKS, THREADS, BLOCKS, stream);
 }
 
 template <int SIZE>
 cudaError_t by_size(const DecodeAttention& a, cudaStream_t stream) {
-  const int pairs = a.batch * a.heads;
-  if (pairs < multiprocessors()) {
+  if (a.pairs < multiprocessors()) {
     const bool clusters = has_early_launch(attend<SIZE, CLUSTER, 1>);
     return clusters ? launch<SIZE, CLUSTER, 1>(a, stream) : launch<SIZE, 1, 1>(a, stream);
   }
@@ -216,12 +216,13 @@ cudaError_t decode_attention_(cudaStream_t stream, View q, View k_cache, View v_
   check_dense(out, "out", q, {batch, width});
   check_caches(k_cache, v_cache, q);
   check(position, "position", q, {batch}, Type::int64);
-  const int64_t kv_heads = k_cache.sizes[2], size = k_cache.sizes[3];
+  const int64_t size = k_cache.sizes[3];
   DecodeAttention a = {};
   a.q = q.data, a.k_cache = k_cache.data, a.v_cache = v_cache.data, a.out = out.out();
   a.position = position.as<int64_t>();
   a.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(size)));
-  a.batch = batch, a.heads = static_cast<int>(width / size), a.group = static_cast<int>(width / size / kv_heads);
+  a.pairs = static_cast<int>(batch * width / size), a.kv_heads = static_cast<int>(k_cache.sizes[2]);
+  a.group = a.pairs / (batch * a.kv_heads);
   a.cache_batch = k_cache.strides[0], a.cache_position = k_cache.strides[1];
   cudaError_t error = cudaSuccess;
   const bool known = dispatch<32, 64, 128>(size, [&](auto of) { error = by_size<decltype(of)::value>(a, stream); });

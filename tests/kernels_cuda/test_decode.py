@@ -211,6 +211,17 @@ def test_only_the_last_requests_steps_are_kept(monkeypatch: pytest.MonkeyPatch):
         assert all(generator.steps[key] is before[key] for key in kept & before.keys())
 
 
+def test_room_for_prompts_is_as_long_as_they_have_been(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)
+    model = random_decoder(SMALL["grouped"], torch.float64)
+    generator = decode.Generator(model)
+    for length, room, widths in ((3, 16, {16}), (20, 32, {32}), (3, 32, {16, 32}), (40, 48, {48})):
+        prompts = [list(range(1, 1 + length)), [5]]
+        expected = complete(stream(model, prompts, GREEDY, 4))
+        assert complete(generator.stream(prompts, GREEDY, 4)) == expected
+        assert generator.room.k.shape[2] == room and widths <= generator.passes.keys()
+
+
 def test_where_the_kernels_cannot_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     model = random_decoder(SMALL["llama"], torch.float32)
     assert choose_generator(model, "torch") is None and choose_generator(model, "auto") is None

@@ -176,7 +176,13 @@ def test_attention_over_every_length(name: str):
             for cache in caches:
                 cache[hidden] = POISON
             q, out = bf16(batch, heads * k), torch.full((batch, heads * k), POISON, device="cuda", dtype=BF16)
-            judge("decode_attention_", [q, *caches, position, out], [4], f"positions {position.tolist()}")
+            given = [q, *caches, position, out]
+            got = judge("decode_attention_", given, [4], f"positions {position.tolist()}")
+            # As if every head of queries had keys and values of its own.
+            repeated = [cache.repeat_interleave(heads // kv_heads, dim=2) for cache in caches]
+            settle()
+            MTLM.decode_attention_(q, *repeated, position, out)
+            assert_equal_bits(got, [out])
             for cache in caches:
                 cache[hidden] = 0.5
 
@@ -466,6 +472,17 @@ def test_rows_end_and_caches_grow():
     eos = whole[1][4]
     cut = [text[: text.index(eos)] if eos in text else text for text in whole]
     assert complete(generator.stream(prompts, GREEDY, 1000, eos)) == cut
+
+
+def test_longer_prompts_later_are_as_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Their pass needs more room, and graphs of shorter ones are captured again."""
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)
+    model = gpu_decoder("small grouped")
+    short, long = [[3, 1], [4, 1, 5]], [list(range(1, 41)), [5]]
+    expected = [complete(decode.Generator(model).stream(prompts, GREEDY, 8)) for prompts in (short, long)]
+    generator = decode.Generator(model)
+    for _ in range(2):
+        assert [complete(generator.stream(prompts, GREEDY, 8)) for prompts in (short, long)] == expected
 
 
 def test_many_replays_give_the_same_bits():
