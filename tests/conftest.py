@@ -4,6 +4,7 @@
 port_torch need PyTorch alone to see one.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -16,7 +17,11 @@ import pytest
 
 from tests.several_devices import devices_flags
 
+# Importing and collecting makes millions of objects that stay: nothing there is for the garbage collector.
+gc.disable()
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products: threads only wait for each other
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
 HAS_WORKERS = not IS_WORKER and "-n auto" in " ".join(sys.argv)  # and runs no test itself
@@ -48,6 +53,12 @@ if not HAS_WORKERS:
         ["core", "stacking.transform", "train_tpu.step", "train_tpu.optimizer"],
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected again, but not looked for in what importing made."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

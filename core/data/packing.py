@@ -87,7 +87,7 @@ def encode_batches(
 
 def _start_worker(tokenizer: str) -> subprocess.Popen:
     # The packages are importable here because of where this process was started: the worker is told.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-m", "core.data.packing", tokenizer],
         stdin=subprocess.PIPE,
@@ -96,14 +96,14 @@ def _start_worker(tokenizer: str) -> subprocess.Popen:
     )
 
 
-def _work(tokenizer_name: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def _work(tokenizer_name: str, source: BinaryIO, sink: BinaryIO) -> None:
+    """Encodes what comes from `source` into `sink`, until `source` ends."""
     tokenizer = load_tokenizer(tokenizer_name)
     bos, eos = (np.array([] if i is None else [i], tokenizer.dtype) for i in (tokenizer.bos, tokenizer.eos))
     while True:
         try:
-            lengths = np.frombuffer(_receive(sys.stdin.buffer), np.int64)
-            text = _receive(sys.stdin.buffer)
+            lengths = np.frombuffer(_receive(source), np.int64)
+            text = _receive(source)
         except EOFError:
             return
         ends = np.cumsum(lengths)
@@ -116,7 +116,7 @@ def _work(tokenizer_name: str) -> None:
         except UserError as error:  # a document that the tokenizer cannot encode
             message = str(error)
         lengths = np.array([len(i) for i in ids], np.int64)
-        _send(sys.stdout.buffer, lengths, np.concatenate(ids), message.encode())
+        _send(sink, lengths, np.concatenate(ids), message.encode())
 
 
 def _send(stream: BinaryIO, *messages: bytes | np.ndarray) -> None:
@@ -217,4 +217,5 @@ def _disk_errors() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _work(sys.argv[1], sys.stdin.buffer, sys.stdout.buffer)

@@ -65,11 +65,14 @@ run_command(main)
     ("error", "code", "said"),
     [
         ("processes.UserError('no')", 2, "error: no\n"),
-        ("OSError(28, 'No space left', 'f')", 2,
-         "error: the disk is full writing f: free some space and run the command again\n"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("KeyboardInterrupt()", 130, "interrupted\n"), ("BrokenPipeError()", 1, ""))
+            for case in (
+                ("OSError(28, 'No space left', 'f')", 2,
+                 "error: the disk is full writing f: free some space and run the command again\n"),
+                ("KeyboardInterrupt()", 130, "interrupted\n"),
+                ("BrokenPipeError()", 1, ""),
+            )
         ),
     ],
 )  # fmt: skip

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from core.errors import UserError
 from core.generation import Generator, Knobs, sample
@@ -15,6 +14,7 @@ from core.model import Compute, empty_cache, forward, forward_cached, logits
 from core.sampling import Sampling
 from tests.compilations import listen
 from tests.models import BOTH, random_params, random_tokens
+from tests.p_values import chi_square
 
 SMALL = {
     kind: dataclasses.replace(config, context=40, d_model=32, n_heads=2, d_mlp=48)
@@ -180,7 +180,7 @@ def test_draws_have_the_distribution(temperature, top_k, top_p):
     kept = p > 0
     if kept.sum() > 1:
         # One in a million of right samplers would fail this; the seed is fixed.
-        assert scipy.stats.chisquare(counts[kept], n * p[kept]).pvalue > 1e-6
+        assert chi_square(counts[kept], n * p[kept]) > 1e-6
 
 
 def test_positions_draw_anew():

@@ -49,7 +49,7 @@ def optional_arguments(tree: ast.AST) -> set[str]:
 
 
 def is_optional(annotation: ast.AST) -> bool:
-    return ast.unparse(annotation) in OPTIONAL
+    return isinstance(annotation, ast.BinOp) and ast.unparse(annotation) in OPTIONAL
 
 
 def asked(tree: ast.AST) -> Iterator[ast.expr]:

@@ -27,10 +27,10 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def tick(clock: Clock, activity: Activity, seconds: float) -> None:
-    """Lets time pass as the thread that looks after the display sees it."""
-    for _ in range(round(4 * seconds)):
-        clock.now += 0.25
+def tick(clock: Clock, activity: Activity, seconds: float, between: float = 0.25) -> None:
+    """Lets time pass as the thread that looks after the display sees it, every 0.25 s."""
+    for _ in range(round(seconds / between)):
+        clock.now += between
         activity._display._refresh()
 
 
@@ -101,7 +101,7 @@ def test_without_a_terminal_what_is_short_leaves_no_line_and_what_is_long_leaves
         "compiling the step: 0:00:02", "compiling the step: 0:00:12", "compiling the step: 0:00:22",
     ]  # fmt: skip
     with Activity("tokenizing", console=out) as hours:
-        tick(clock, hours, 7200)
+        tick(clock, hours, 7200, between=4)
     assert len(lines(out)) < 3 + 60
 
 

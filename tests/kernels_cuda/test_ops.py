@@ -70,6 +70,11 @@ def test_loss_is_torchs_with_ignored_targets_and_z_loss():
         torch.testing.assert_close(torch.autograd.grad(sums[0] / 7, (hidden, table)), expected)
 
 
+def test_the_compiler_takes_introducing_the_op_for_a_constant():
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(loss.introduce_to_inductor) == vars(marked) != {}
+
+
 def test_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch):
     hidden, table, targets = random(600, 4), random(10, 4), torch.arange(600) % 11 - 1
     whole = MTLM.linear_cross_entropy(hidden, table, targets, 0.01, True)

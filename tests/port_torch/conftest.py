@@ -16,7 +16,7 @@ def remote_code(modules: Path) -> None:
     """The code of exported folders is copied to where it is removed again."""
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=["llama", pytest.param("gpt", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, cache: Path, text: Path) -> Path:
     """The folder of a run, of both kinds of model in turn."""
     return train(cache, text, request.param)

@@ -118,7 +118,10 @@ def test_narrow_types_and_shards(tmp_path: Path, monkeypatch, capsys, dtype: str
     folder = open_folder(tmp_path / "out")
     for name, tensor in tensors_of(config, params, getattr(torch, dtype)).items():
         assert torch.equal(folder.read(name), tensor), name
-    assert transformers_model(tmp_path / "out").config.dtype == torch.float32  # as asked for
+    assert names_in(tmp_path / "out") > CODE
+    assert "trust_remote_code" in (tmp_path / "out" / "README.md").read_text()
+    hf = transformers_model(tmp_path / "out")
+    assert type(hf).__name__ == "MtlmForCausalLM" and hf.config.dtype == torch.float32  # as asked for
     assert load(tmp_path / "out", torch.bfloat16).embed.weight.dtype == torch.bfloat16
 
 
@@ -215,13 +218,7 @@ def test_killed_on_the_way_nothing_has_the_name(tmp_path: Path, monkeypatch):
     """Whatever stops it before the renaming leaves no folder; what a kill left is replaced."""
     config = SMALL["llama"]
     source = write_checkpoint(tmp_path / "source", config, random_params(config))
-    steps = (
-        (conversion, "write_weights"),
-        (export, "write_tokenizer"),
-        (export, "seal"),
-        (conversion, "compare"),
-    )
-    for module, step in steps:
+    for module, step in ((conversion, "write_weights"), (export, "seal"), (conversion, "compare")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             run_here(patch, source, tmp_path / "out")

@@ -153,10 +153,9 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset):
 def test_accumulation_equals_the_big_batch(dataset: Dataset):
     made = [
         update_losses(make_train_step(decoder_of(SMALL["gpt"]), OPTIM), batches_of(dataset), RATES, parts)
-        for parts in (1, 2, 4)
+        for parts in (1, 4)
     ]
     np.testing.assert_allclose(made[1], made[0], **TOLERANCE)
-    np.testing.assert_allclose(made[2], made[0], **TOLERANCE)
 
 
 def test_ranks_read_disjoint_rows_of_the_same_batches(dataset: Dataset):
@@ -273,7 +272,7 @@ def test_a_run_writes_what_it_promises(finished: Path):
     assert all(torch.equal(p, state[f"params/{name}"]) for name, p in trained.items())
 
 
-@pytest.mark.parametrize("how", ["killed", "asked to stop"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("asked to stop", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_equal_to_the_bit(
     how: str, finished: Path, data32: Path, tmp_path: Path, monkeypatch
 ):

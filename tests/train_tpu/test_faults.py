@@ -103,6 +103,25 @@ def kill_at_random(cache: Path, text: Path, folder: Path, kills: int) -> int:
     return resumed
 
 
+class Killed(BaseException):
+    """What no handler of ours catches."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_a_run_that_ends_anywhere_resumes_to_the_same_losses(text, short, tmp_path):
+    """Without another save; a process that is killed is the slow test below."""
+    arguments = (*SHORT, "--data", text, "--out", tmp_path / "run")
+    with pytest.raises(Killed):
+        run_here(*arguments, moment="step 20/30", then=kill)
+    assert 14 <= int(find_step(tmp_path / "run").name) <= 20
+    out, _ = run_here(*arguments)
+    assert "resuming" in out and losses(tmp_path / "run") == short
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses(cache, text, short):
     """In a process of its own, as users start it."""
     folder = cache / "killed"

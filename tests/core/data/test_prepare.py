@@ -33,7 +33,7 @@ CONTEXT = 32
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch) -> None:
-    """One tokenising process where a test does not say how many: starting them takes most of the time."""
+    """One tokenising worker where a test does not say how many."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
 
@@ -121,11 +121,11 @@ def test_packer_at_the_borders(length):
     assert (packer.tokens, packer.windows) == (length, len(whole))
 
 
-def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch):
+def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch, real_workers):
     monkeypatch.setattr(splits_module, "BATCH_BYTES", 500)  # so that there are many batches
-    source = write_jsonl(tmp_path / "t.jsonl", documents(300))
+    source = write_jsonl(tmp_path / "t.jsonl", documents(60))
     outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
-    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 100)
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 20)
     outs.append(prepare([source], tmp_path / "shards", "bytes", CONTEXT))
     one, three, shards = (open_dataset(out) for out in outs)
     assert one.fingerprint == three.fingerprint
@@ -134,16 +134,18 @@ def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch):
     assert (windows_of(outs[0], "train") == windows_of(outs[2], "train")).all()
 
 
-def test_held_out_by_hash(tmp_path):
-    texts = documents(1500)
-    held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.02 * 2**64}
+def test_held_out_by_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits_module, "FEW_DOCUMENTS", 100)
+    texts = documents(300)
+    held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.1 * 2**64}
+    assert 20 < len(held) < 40
     for name, order in (("a", texts), ("b", texts[::-1])):
         source = write_jsonl(tmp_path / f"{name}.jsonl", order)
-        out = prepare([source], tmp_path / name, "bytes", CONTEXT, valid_fraction=0.02)
+        out = prepare([source], tmp_path / name, "bytes", CONTEXT, valid_fraction=0.1)
         stream = expected_stream([t for t in order if t in held])
         assert stream_of(windows_of(out, "valid"))[: len(stream)] == stream
         assert open_dataset(out).splits["valid"].documents == len(held)
-        assert open_dataset(out).splits["train"].documents == 1500 - len(held)
+        assert open_dataset(out).splits["train"].documents == 300 - len(held)
 
 
 def up_to(texts: list[str], train_tokens: int, held: set[str] = frozenset()) -> list[str]:
@@ -190,15 +192,16 @@ def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkey
 
 
 def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch):
-    texts = documents(1500)
+    monkeypatch.setattr(splits_module, "FEW_DOCUMENTS", 100)
+    texts = documents(400)
     held = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.1 * 2**64}
     source = write_jsonl(tmp_path / "t.jsonl", texts)
-    read = up_to(texts, 50_000, held)
+    read = up_to(texts, 15_000, held)
     assert 3 < len(held & set(read)) < len(held) - 20
     for workers, size in ((3, 700), (1, 1 << 20)):
         monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
         out = tmp_path / f"{workers}-{size}"
-        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=50_000)
+        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=15_000)
         splits = open_dataset(out).splits
         assert splits["train"].tokens == len(expected_stream([t for t in read if t not in held]))
         stream = expected_stream([t for t in read if t in held])
@@ -370,9 +373,10 @@ def test_a_tokenizer_that_loses_text_is_refused_or_said(tmp_path, capsys):
 
 def test_what_a_worker_cannot_encode_is_one_sentence(tmp_path, monkeypatch):
     code = (
+        "import sys\n"
         "import core.data.packing as p; from core.errors import UserError; from core.tokenizer import *\n"
         "def fail(self, text): raise UserError('cannot encode it')\n"
-        "ByteTokenizer.encode = fail; p._work('bytes')"
+        "ByteTokenizer.encode = fail; p._work('bytes', sys.stdin.buffer, sys.stdout.buffer)"
     )
 
     def start(tokenizer):
@@ -386,7 +390,7 @@ def test_what_a_worker_cannot_encode_is_one_sentence(tmp_path, monkeypatch):
         prepare([source], tmp_path / "out", "bytes", CONTEXT, workers=1)
 
 
-def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, real_workers):
     start = packing._start_worker
 
     def start_and_kill(tokenizer):
@@ -442,6 +446,7 @@ def test_open_or_prepare(tmp_path, capsys, monkeypatch):
         open_or_prepare(str(first.path), "mistral", CONTEXT, cache)
     with pytest.raises(UserError, match=r"context is 64, but .* was prepared for 32"):
         open_or_prepare(str(first.path), "bytes", 64, cache)
+    monkeypatch.setattr(corpus, "_files", lambda: ())
     monkeypatch.setattr(corpus, "documents_with_position", lambda: ((t, 1) for t in documents(1100)))
     assert (
         sum(s.documents for s in open_or_prepare("builtin", "bytes", CONTEXT, cache).splits.values()) == 1100
@@ -465,14 +470,14 @@ def test_prepared_data_carries_its_tokenizer(tmp_path):
     assert choose_tokenizer(None, source, "bytes").name == choose_tokenizer("bytes", str(out), "").name
 
 
-def test_command_prints_what_it_did_and_what_is_next(tmp_path):
+def test_command_prints_what_it_did_and_what_is_next(tmp_path, capsys):
     source, out = write_jsonl(tmp_path / "t.jsonl", documents(40)), tmp_path / "out"
-    done = run(source, "--out", str(out), "--tokenizer", "bytes", "--context", str(CONTEXT))
-    assert done.returncode == 0, done.stderr
+    assert command.main([source, "--out", str(out), "--tokenizer", "bytes", "--context", str(CONTEXT)]) == 0
+    said = capsys.readouterr().out
     split = open_dataset(out).splits["train"]
-    assert f"{split.tokens:,}" in done.stdout and f"{split.bytes / split.tokens:.3f}" in done.stdout
+    assert f"{split.tokens:,}" in said and f"{split.bytes / split.tokens:.3f}" in said
     flags = f"--preset mtlm1-tiny --context {CONTEXT} --data {out}"
-    assert f"next: python -m train_tpu.run {flags}" in done.stdout
+    assert f"next: python -m train_tpu.run {flags}" in said
 
 
 @pytest.mark.parametrize(
@@ -528,14 +533,16 @@ def test_an_existing_folder_is_refused(tmp_path):
 SLOW_COMMAND = """
 import time
 from core.errors import run_command
-from core.data import sources
+from core.data import sources, splits
 from train_tpu import prepare
+
+splits.BATCH_BYTES = 10_000
 
 documents = sources.FileSource.documents
 
 def slow_documents(self):
     for n, document in enumerate(documents(self)):
-        time.sleep(600 if n == 900 else 0)
+        time.sleep(600 if n == 90 else 0)
         yield document
 
 sources.FileSource.documents = slow_documents
@@ -545,9 +552,9 @@ run_command(prepare.main)
 
 @pytest.fixture
 def slow_run(tmp_path):
-    """The command in a real process, in the middle of writing: its source hangs after 10 MB."""
-    write_jsonl(tmp_path / "slow.jsonl", ["some words " * 1000] * 1000)
-    write_jsonl(tmp_path / "t.jsonl", documents(800))
+    """The command in a real process, in the middle of writing: its source hangs after 1 MB."""
+    write_jsonl(tmp_path / "slow.jsonl", ["some words " * 1000] * 100)
+    write_jsonl(tmp_path / "t.jsonl", documents(80))
     (tmp_path / "made").mkdir()
     arguments = ["--out", str(tmp_path / "made/out"), "--tokenizer", "bytes", "--workers", "2"]
     arguments += ["--valid", f"held={tmp_path / 't.jsonl'}", str(tmp_path / "slow.jsonl")]
