@@ -89,10 +89,10 @@ cudaError_t decode_qk_norm_(cudaStream_t stream, View q_norm, View k_norm, doubl
   a.q = q.out(), a.k_cache = k_cache.out();
   a.heads = static_cast<int>(q.sizes[1] / size), a.kv_heads = static_cast<int>(kv_heads);
   a.cache_batch = k_cache.strides[0], a.cache_position = k_cache.strides[1];
-  const int64_t threads = a.batch * (a.heads + a.kv_heads) * (size / 8);
+  const int64_t lanes = a.batch * (a.heads + a.kv_heads) * (size / 8), blocks = (lanes + THREADS - 1) / THREADS;
   cudaError_t error = cudaSuccess;
   const bool known = dispatch<32, 64, 128>(size, [&](auto of) {
-    error = launch_chained(norm_and_rotate<decltype(of)::value>, a, (threads + THREADS - 1) / THREADS, THREADS, 1, stream);
+    error = launch_chained(norm_and_rotate<decltype(of)::value>, a, blocks, THREADS, 1, stream);
   });
   REQUIRE(known, "the head size must be 32, 64 or 128, not ", size);
   return error;
