@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -35,32 +36,35 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: str = "cpu",
 
 
 @st.composite
-def configs(draw: st.DrawFn, head_sizes: tuple[int, ...]) -> ModelConfig:
-    """Models of every kind of part together, of widths that the kernels take and that they refuse."""
+def config_fields(draw: st.DrawFn, head_sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Of configs of every kind of part together, of widths that the kernels take and that they refuse.
+
+    The config itself is made in the test: checks of its types use `random`, which a strategy may not.
+    """
     kv_heads, positions = draw(st.integers(1, 3)), draw(st.sampled_from(["rope", "learned"]))
     n_heads, head_size = kv_heads * draw(st.integers(1, 4)), draw(st.sampled_from(head_sizes))
     scalings = (None, "linear,factor=2", "yarn,factor=4,original_context=16")
     biases = draw(st.booleans())
-    return ModelConfig(
-        vocab_size=draw(st.integers(40, 300)),
-        context=draw(st.integers(24, 150)),
-        d_model=draw(st.one_of(st.just(n_heads * head_size), st.integers(1, 40).map(lambda n: 8 * n))),
-        n_layers=draw(st.integers(1, 3)),
-        n_heads=n_heads,
-        n_kv_heads=kv_heads,
-        head_dim=head_size,
-        d_mlp=draw(st.one_of(st.integers(1, 20).map(lambda eighths: 8 * eighths), st.integers(1, 99))),
-        positions=positions,
-        rope_scaling=draw(st.sampled_from(scalings)) if positions == "rope" else None,
-        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
-        biases=biases,
-        qkv_biases=draw(st.booleans()) and not biases,
-        qk_norm=draw(st.booleans()),
-        tied=draw(st.booleans()),
-        rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])),
-        dropout=draw(st.sampled_from([0.0, 0.2])),
-    )
+    return {
+        "vocab_size": draw(st.integers(40, 300)),
+        "context": draw(st.integers(24, 150)),
+        "d_model": draw(st.one_of(st.just(n_heads * head_size), st.integers(1, 40).map(lambda n: 8 * n))),
+        "n_layers": draw(st.integers(1, 3)),
+        "n_heads": n_heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": head_size,
+        "d_mlp": draw(st.one_of(st.integers(1, 20).map(lambda eighths: 8 * eighths), st.integers(1, 99))),
+        "positions": positions,
+        "rope_scaling": draw(st.sampled_from(scalings)) if positions == "rope" else None,
+        "mlp": draw(st.sampled_from(["swiglu", "gelu"])),
+        "biases": biases,
+        "qkv_biases": draw(st.booleans()) and not biases,
+        "qk_norm": draw(st.booleans()),
+        "tied": draw(st.booleans()),
+        "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.1])),
+        "dropout": draw(st.sampled_from([0.0, 0.2])),
+    }
 
 
 @st.composite

@@ -14,7 +14,7 @@ from port_torch.decode_rules import RULES, not_computed, why_not
 from port_torch.sampling import choose_generator
 from tests.kernels_cuda.decoding import (
     SMALL,
-    configs,
+    config_fields,
     decoded_scores,
     mirror_scores,
     random_decoder,
@@ -26,9 +26,9 @@ torch.set_num_threads(1)  # small products: threads only wait for each other
 
 
 @settings(max_examples=25, deadline=None)
-@given(config=configs((2, 6, 16, 32)), given=texts())
-def test_references_are_the_mirror(config: ModelConfig, given: tuple):
-    model = random_decoder(config, torch.float64)
+@given(fields=config_fields((2, 6, 16, 32)), given=texts())
+def test_references_are_the_mirror(fields: dict, given: tuple):
+    model = random_decoder(ModelConfig(**fields), torch.float64)
     scores = decoded_scores(decode.Generator(model), *given)
     # The one difference is that scores are kept in float32, whose half unit in the last place is 6e-8.
     exact = mirror_scores(model, *given)
@@ -37,9 +37,9 @@ def test_references_are_the_mirror(config: ModelConfig, given: tuple):
 
 @pytest.mark.gpu
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(config=configs((16, 32, 64, 128)), given=texts())
-def test_kernels_are_the_mirror_or_refuse(config: ModelConfig, given: tuple):
-    model = random_decoder(config, torch.bfloat16, "cuda")
+@given(fields=config_fields((16, 32, 64, 128)), given=texts())
+def test_kernels_are_the_mirror_or_refuse(fields: dict, given: tuple):
+    model = random_decoder(ModelConfig(**fields), torch.bfloat16, "cuda")
     if why_not(model) is not None:
         assert choose_generator(model, "auto") is None
         with pytest.raises(UserError, match="cannot use --backend cuda"):

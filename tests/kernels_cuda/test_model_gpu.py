@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from core.config import ModelConfig
 from kernels_cuda import registry
 from port_torch.model import Decoder
-from tests.kernels_cuda.decoding import configs, random_decoder
+from tests.kernels_cuda.decoding import config_fields, random_decoder
 from tests.kernels_cuda.gpu import assert_as_good, assert_equal_bits, error
 from tests.models import GPT, LLAMA
 
@@ -65,8 +65,9 @@ def test_loss_and_gradients(kind: str, mode: str, monkeypatch: pytest.MonkeyPatc
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(config=configs((2, 6, 16, 32, 64)), mode=st.sampled_from(["f32", "bf16", "autocast", "float16"]))
-def test_drawn_models_have_the_loss_and_gradients_of_plain_pytorch(config: ModelConfig, mode: str):
+@given(fields=config_fields((2, 6, 16, 32, 64)), mode=st.sampled_from(["f32", "bf16", "autocast", "float16"]))
+def test_drawn_models_have_the_loss_and_gradients_of_plain_pytorch(fields: dict, mode: str):
+    config = ModelConfig(**fields)
     model = random_decoder(config, torch.bfloat16 if mode == "bf16" else torch.float32, "cuda").eval()
     tokens = torch.randint(config.vocab_size, (3, 24), device="cuda")
     narrow = torch.float16 if mode == "float16" else torch.bfloat16
