@@ -4,6 +4,7 @@ One process per row, because the peak of device memory never falls within one.
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -20,15 +21,23 @@ from rich.table import Table
 
 from bench import plain_jax
 from core import checks, cli
-from core.attention import choose
 from core.config import ModelConfig, preset
 from core.errors import run_command
-from core.model import Compute, compute_dtype
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
 from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
 from core.tokenizer import id_dtype
-from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
+from train_tpu.backend import choose_kernels, choose_step
+from train_tpu.config import KernelsOption, RunConfig
+from train_tpu.step import Batch, Controls, compile_step, fresh_state
+
+PLAIN = "plain JAX"
+Products = Literal["preset", "triton", "cublas", "cublaslt"]
+PRODUCTS: dict[Products, dict[str, bool]] = {
+    "triton": {"xla_gpu_enable_cublaslt": False, "xla_gpu_enable_triton_gemm": True},
+    "cublas": {"xla_gpu_enable_cublaslt": False, "xla_gpu_enable_triton_gemm": False},
+    "cublaslt": {"xla_gpu_enable_cublaslt": True, "xla_gpu_enable_triton_gemm": False},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,46 +49,56 @@ class StepBenchConfig:
     batch: int | None = None
     steps: int = 20
     """Timed steps, after 3 of warming up; the median counts."""
-    loss_chunk: int = 8192
+    kernels: tuple[KernelsOption, ...] = ("auto",)
+    """Our rows: with the CUDA kernels, without, or as a run chooses."""
+    products: tuple[Products, ...] = ("preset",)
+    """Our rows: what makes matrix products on a GPU; preset: as a run chooses."""
+    loss_chunk: int | None = None
     unroll: int | None = None
     remat: Literal["none", "dots", "full"] = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
     context: int | None = None
     deterministic: bool = False
-    """Only operations that give the same bits every time (our row alone)."""
+    """Only operations that give the same bits every time (our rows alone)."""
 
     def __post_init__(self) -> None:
         names = ("batch", "steps", "loss_chunk", "unroll", "context")
         checks.counts(**checks.fields(self, *names))
 
+    def run(self, name: str, batch: int) -> RunConfig:
+        """The settings of a run that makes such steps."""
+        return RunConfig(
+            preset=name, batch=batch, optim=OptimizerConfig(optimizer=self.optimizer),
+            loss_chunk=self.loss_chunk, unroll=self.unroll, remat=self.remat,
+            deterministic=self.deterministic,
+        )  # fmt: skip
+
 
 BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
 
 
-def measure(config: StepBenchConfig, model: ModelConfig, batch: int, ours: bool) -> dict[str, Any]:
-    """One row: median seconds per step, compile seconds, peak device memory, first and last loss."""
-    if ours and config.deterministic:
+def measure(config: StepBenchConfig, name: str, model: ModelConfig, batch: int, who: str) -> dict[str, Any]:
+    """One row: median seconds per step, compile seconds, peak device memory, first and last loss.
+
+    Args:
+        name: of the preset.
+        who: `PLAIN`, or our kernels and products: "cuda/preset".
+    """
+    config = dataclasses.replace(config, deterministic=config.deterministic and who != PLAIN)
+    if config.deterministic:
         require_deterministic_operations()
     mesh = make_mesh(devices=jax.devices()[:1])
-    platform = jax.default_backend()
-    dtype = compute_dtype("auto", platform)
-    attention = choose(
-        "auto",
-        platform=platform,
-        dtype=dtype,
-        head_dim=model.head_size,
-        context=model.context,
-        deterministic=ours and config.deterministic,
-    ).name
+    kernels, _, products = who.partition("/")
+    chosen = None if who == PLAIN else choose_kernels(kernels, jax.devices()[0]).kernels
+    step_config, attention = choose_step(config.run(name, batch), model, mesh, chosen)
+    if products in PRODUCTS and jax.default_backend() == "gpu":
+        options = tuple(PRODUCTS[products].items())
+        step_config = dataclasses.replace(step_config, compiler_options=options)
     rng = np.random.default_rng(0)
     shape, ids = (batch, model.context + 1), id_dtype(model.vocab_size)
     tokens = [rng.integers(0, model.vocab_size, shape, ids) for _ in range(4)]
     started = time.perf_counter()
-    if ours:
-        unroll = model.n_layers if config.unroll is None else config.unroll
-        compute = Compute(dtype, attention, unroll, config.remat, mesh)
-        optim = OptimizerConfig(optimizer=config.optimizer)
-        step_config = StepConfig(model, optim, GuardConfig(), compute, 0.0, config.loss_chunk)
+    if who != PLAIN:
         compiled = compile_step(step_config, batch, 1, mesh)
         state = fresh_state(step_config, mesh, 0)
         controls = Controls(np.float32(3e-4), np.float32(8), np.int32(10), np.uint32(0))
@@ -94,7 +113,8 @@ def measure(config: StepBenchConfig, model: ModelConfig, batch: int, ours: bool)
             state, metrics = compiled(state, batches[i % 4], controls)
             return metrics.nll
     else:
-        init, plain_step = plain_jax.make(model, "xla" if attention == "splash" else attention, dtype)
+        of_plain = "cudnn" if attention.name == "cudnn" else "xla"
+        init, plain_step = plain_jax.make(model, of_plain, step_config.compute.dtype)
         carry = init(jax.random.key(0))
         batches = [jnp.asarray(t, jnp.int32) for t in tokens]
 
@@ -135,27 +155,31 @@ def main() -> None:
         row, argv = argv[1], argv[2:]
     config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
     if row:
-        name, who = row.split("/")
+        name, _, who = row.partition("/")
         model = preset(name)
         if config.context is not None:
             model = dataclasses.replace(model, context=config.context)
         batch = BATCH.get(name, 32) if config.batch is None else config.batch
-        print("ROW " + json.dumps(measure(config, model, batch, who == "ours")))
+        print("ROW " + json.dumps(measure(config, name, model, batch, who)))
         return
-    table = Table("model", "step", "batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "ratio")
+    table = Table(
+        "model", "step", "batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "loss", "ratio"
+    )
+    rows = (PLAIN, *map("/".join, itertools.product(config.kernels, config.products)))
     for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]:
-        rows = {}
-        for who in ("plain JAX", "ours"):
+        plain_rate = None
+        for who in rows:
             command = [sys.executable, "-m", "bench.step", "--row", f"{name}/{who}", *argv]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows[who] = row = json.loads(output.split("ROW ", 1)[1])
+            row = json.loads(output.split("ROW ", 1)[1])
+            plain_rate = row["rate"] if plain_rate is None else plain_rate
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             table.add_row(
-                name, who, str(row["batch"]), f"{row['ms']:.1f}", f"{row['rate']:,.0f}", mfu,
-                f"{row['peak']:.1f}", f"{row['compile']:.0f}",
-                f"{row['rate'] / rows['plain JAX']['rate']:.2f}",
+                name, who if who == PLAIN else f"ours: {who}", str(row["batch"]), f"{row['ms']:.1f}",
+                f"{row['rate']:,.0f}", mfu, f"{row['peak']:.1f}", f"{row['compile']:.0f}",
+                f"{row['first_loss']:.4f} {row['loss']:.4f}", f"{row['rate'] / plain_rate:.2f}",
             )  # fmt: skip
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

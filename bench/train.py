@@ -85,8 +85,8 @@ def run_row(config: TrainBenchConfig, row: str) -> Row:
             "product_tflop_per_second": product,
         }
     case, variant = row.split("/")
-    if variant == JAX:
-        return measure_jax(config.model(case), config.sequences(case), config.steps)
+    if variant in JAX:
+        return measure_jax(variant, case, config.model(case), config.sequences(case), config.steps)
     profiled = config.profile is not None and VARIANTS[variant].profiled
     return measure(
         config.model(case),
@@ -102,7 +102,7 @@ def in_process(row: str, argv: list[str]) -> Row:
     """Its figures, or {"failed": why, in one line}; then its stderr is shown."""
     command = [sys.executable, "-m", "bench.train", "--row", row, *argv]
     # Elsewhere JAX only draws the first weights.
-    environment = os.environ | ({} if row.endswith(f"/{JAX}") else {"JAX_PLATFORMS": "cpu"})
+    environment = os.environ | ({} if row.partition("/")[2] in JAX else {"JAX_PLATFORMS": "cpu"})
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.rpartition("ROW ")[2])

@@ -142,12 +142,14 @@ def peer(
     return step
 
 
-JAX = "ours-jax"
+JAX = {"ours-jax": "auto", "ours-jax-xla": "xla"}
+"""The rows of JAX's step, and which kernels each has."""
 VARIANTS = {
     "ours": Variant("ours: kernels, compiled", ours("cuda", compiled=True), profiled=True),
     "ours-eager": Variant("ours: kernels, not compiled", ours("cuda", compiled=False), profiled=True),
     "ours-no-kernels": Variant("ours: no kernels, compiled", ours("torch", compiled=True), profiled=True),
-    JAX: Variant("ours: JAX", None),
+    "ours-jax": Variant("ours: JAX", None),
+    "ours-jax-xla": Variant("ours: JAX, no kernels", None),
     "plain": Variant("plain torch, compiled", plain(narrow=False), profiled=True),
     "plain-bf16": Variant("plain torch, narrow, compiled", plain(narrow=True)),
     "hf": Variant("HF", hugging_face(compiled=False, liger=False), stock=True),
@@ -192,12 +194,12 @@ def measure(
     return row
 
 
-def measure_jax(model: ModelConfig, batch: int, steps: int) -> dict[str, Any]:
-    """The row of JAX's step, as `bench.step` times it: with weights and tokens of its own."""
+def measure_jax(variant: str, case: str, model: ModelConfig, batch: int, steps: int) -> dict[str, Any]:
+    """A row of JAX's step, as `bench.step` times it: with weights and tokens of its own."""
     from bench.step import StepBenchConfig
     from bench.step import measure as measure_step
 
-    row = measure_step(StepBenchConfig(steps=steps), model, batch, ours=True)
+    row = measure_step(StepBenchConfig(steps=steps), case, model, batch, f"{JAX[variant]}/preset")
     return {
         "milliseconds": row["ms"], "tokens_per_second": row["rate"], "mfu": row["mfu"],
         "peak_gib": row["peak"], "first_step_seconds": row["compile"], "first_loss": row["first_loss"],

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from core.ops import Kernels
 from core.sharding import BATCH_AXES, is_parallel, split_axes
 
 IGNORE = -1  # a target that does not count
@@ -37,6 +38,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 8192,
     mesh: Mesh | None = None,
+    kernels: Kernels | None = None,
 ) -> LossSums:
     """Sum of -log softmax(hidden table^T)[target] over all targets but `IGNORE`.
 
@@ -47,22 +49,25 @@ def cross_entropy(
         chunk: the most rows whose logits are held at once per device; chunks are of equal size.
         mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of
             the vocabulary where that can be divided; the table's gradient is summed over them once.
+        kernels: where gradients are made and every device has the whole vocabulary, the softmax runs on
+            them. Logits then have the type of `hidden`, and their gradient replaces them. Without gradients,
+            as in an evaluation, they are float32 all the same.
     """
-    return LossSums(*_sums(hidden, table, targets, z_loss, chunk, mesh))
+    return LossSums(*_sums(hidden, table, targets, z_loss, chunk, mesh, kernels))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _sums(hidden, table, targets, z_loss, chunk, mesh):
-    return _over_devices(False, hidden, table, targets, z_loss, chunk, mesh)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _sums(hidden, table, targets, z_loss, chunk, mesh, kernels):
+    return _over_devices(False, hidden, table, targets, z_loss, chunk, mesh, kernels)
 
 
-def _sums_forward(hidden, table, targets, z_loss, chunk, mesh):
-    total, nll, d_hidden, d_table = _over_devices(True, hidden, table, targets, z_loss, chunk, mesh)
+def _sums_forward(hidden, table, targets, z_loss, chunk, mesh, kernels):
+    total, nll, d_hidden, d_table = _over_devices(True, hidden, table, targets, z_loss, chunk, mesh, kernels)
     # Only the table's type is kept from the inputs, as an empty array: the gradients are ready.
     return (total, nll), (d_hidden, d_table, table[:0])
 
 
-def _sums_backward(z_loss, chunk, mesh, residuals, cotangents):
+def _sums_backward(z_loss, chunk, mesh, kernels, residuals, cotangents):
     d_hidden, d_table, like = residuals
     scale, _ = cotangents  # of `total`; `nll` is for reports and passes no gradient
     return (d_hidden * scale).astype(d_hidden.dtype), (d_table * scale).astype(like.dtype), None
@@ -71,13 +76,21 @@ def _sums_backward(z_loss, chunk, mesh, residuals, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
-    local = functools.partial(_chunked, with_gradients=with_gradients, z_loss=z_loss, chunk=chunk)
+def head_axes(table_shape: tuple[int, ...], mesh: Mesh | None) -> tuple[str | None, str | None]:
+    """The axes of the mesh that vocabulary and width of a head [V, D] are split over; None: not split."""
+    axes = split_axes(("embed", "table"), table_shape, mesh.shape) if is_parallel(mesh) else P()
+    return (axes[0], axes[1]) if axes else (None, None)
+
+
+def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh, kernels):
+    vocabulary, width = head_axes(table.shape, mesh)
+    kernels = kernels if with_gradients and vocabulary is None else None
+    local = functools.partial(
+        _chunked, with_gradients=with_gradients, z_loss=z_loss, chunk=chunk, kernels=kernels
+    )
     table = table.astype(hidden.dtype)  # before the devices exchange it
     if not is_parallel(mesh):
         return local(hidden, table, targets)
-    kept = split_axes(("embed", "table"), table.shape, mesh.shape)
-    vocabulary, width = kept if kept else (None, None)
 
     def summed(hidden, table, targets):
         total, nll, *gradients = local(hidden, table, targets, vocabulary=vocabulary)
@@ -92,13 +105,13 @@ def _over_devices(with_gradients, hidden, table, targets, z_loss, chunk, mesh):
 
     rows = P(BATCH_AXES)
     inputs = (rows, P(vocabulary), rows)
-    outputs = (P(), P(), rows, kept) if with_gradients else (P(), P())
+    outputs = (P(), P(), rows, P(vocabulary, width)) if with_gradients else (P(), P())
     shard = jax.shard_map(summed, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
     return shard(hidden, table, targets)
 
 
 @jax.named_scope("loss")
-def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabulary=None):
+def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, kernels, vocabulary=None):
     """The sums, and with gradients also d total / d hidden and d total / d table, of one device's rows.
 
     vocabulary: the axis of the mesh that the table's rows are split over; what is computed of them is then
@@ -117,6 +130,11 @@ def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, vocabul
     def one(carry, rows):
         total, nll, d_table = carry
         h, target = rows
+        if kernels is not None:
+            d_logits, total_rows, nll_rows = kernels.softmax_loss(jnp.dot(h, weights.T), target, z_loss)
+            d_h = jnp.dot(d_logits, weights)
+            d_table += jnp.dot(d_logits.T, h, preferred_element_type=jnp.float32)
+            return (total + total_rows.sum(), nll + nll_rows.sum(), d_table), d_h
         logits = jnp.dot(h, weights.T, preferred_element_type=jnp.float32)
         valid = target != IGNORE
         lse = jax.nn.logsumexp(logits, axis=-1)

@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from core.attention import RESIDUALS, Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
+from core.ops import Kernels, Rotation, add_rms_norm, norms_run_on, rms_norm, rotate_both, split_heads
 from core.sharding import (
     all_gather_weights,
     constrain_activations,
@@ -47,6 +47,8 @@ class Compute:
     """What the backward pass computes again: nothing, all but matrix products and splash attention, or whole
     layers."""
     mesh: Mesh | None = None
+    kernels: Kernels | None = None
+    """CUDA kernels for norms, rotation, loss and AdamW; None: XLA's formulas."""
 
 
 def compute_dtype(requested: str, platform: str) -> str:
@@ -69,8 +71,8 @@ class ForwardContext:
 
     compute: Compute
     positions: Int[Array, "#B S"]
-    rotation: tuple[Array, Array] | None
-    """cos and sin of `rotary_angles`; None without rotary positions."""
+    rotation: Rotation | None
+    """Of `rotary_angles`; None without rotary positions."""
     dropout: float
     dropout_keys: Key[Array, " B"] | None
     """One a sequence; None means no dropout."""
@@ -84,12 +86,9 @@ class ForwardContext:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number + 1)
         return dataclasses.replace(self, dropout_keys=keys, cache=cache)
 
-    def add(
-        self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"], site: int
-    ) -> Float[Array, "B S D"]:
-        """The residual stream x + dropout(branch); `site` tells the branches of a layer apart."""
-        x = x + drop(branch, self.dropout, self.dropout_keys, site)
-        return constrain_activations(x, self.compute.mesh)
+    def drop(self, branch: Float[Array, "B S D"], site: int) -> Float[Array, "B S D"]:
+        """Dropout of what a branch adds to the residual stream; `site` tells those of a layer apart."""
+        return drop(branch, self.dropout, self.dropout_keys, site)
 
 
 class Linear(nnx.Module):
@@ -121,9 +120,13 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+    def add(
+        self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"] | None, compute: Compute
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """The norm of the residual stream x, after what a branch adds to it; and the stream."""
+        return add_rms_norm(x, branch, self.scale[...], self.eps, compute.kernels, compute.mesh)
 
 
 class Attention(nnx.Module):
@@ -147,18 +150,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         b, s, _ = x.shape
         compute, cache = ctx.compute, ctx.cache
-        if splits_weights(compute.mesh):  # side by side the parts would have to be exchanged first
-            parts = (m(x) for m in (self.q, self.k, self.v))
-        else:
-            # Split before the heads are told apart: on a TPU an array that ends in [heads, 64] takes up to
-            # 2.7 times its size.
-            widths = np.cumsum([m.kernel.shape[-1] for m in (self.q, self.k)])
-            parts = jnp.split(fused_linear(x, self.q, self.k, self.v), widths, axis=-1)
-        q, k, v = (part.reshape(b, s, -1, self.head_size) for part in parts)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if ctx.rotation is not None:
-            q, k = rotate(q, *ctx.rotation), rotate(k, *ctx.rotation)
+        q, k, v = self.projections(x, ctx.rotation, compute)
         if cache is None:
             y = causal_attention(q, k, v, compute.attention, compute.mesh)
         else:
@@ -167,6 +159,24 @@ class Attention(nnx.Module):
             visible = jnp.arange(cache.k.shape[1]) <= ctx.positions[:, :, None]
             y = masked_attention(q, cache.k, cache.v, visible)
         return self.o(y.reshape(b, s, -1)), cache
+
+    def projections(
+        self, x: Float[Array, "B S D"], rotation: Rotation | None, compute: Compute
+    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Queries, keys and values, the first two normalised and rotated where the config says so."""
+        kernels, mesh = compute.kernels, compute.mesh
+        linears = (self.q, self.k, self.v)
+        if splits_weights(mesh):  # side by side the parts would have to be exchanged first
+            q, k, v = (m(x).reshape(*x.shape[:2], -1, self.head_size) for m in linears)
+        else:
+            heads = tuple(m.kernel.shape[-1] // self.head_size for m in linears)
+            packed = fused_linear(x, *linears)
+            if self.q_norm is None:
+                return split_heads(packed, heads, rotation, kernels, mesh)
+            q, k, v = split_heads(packed, heads, None)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if rotation is None else (*rotate_both(q, k, rotation, kernels, mesh), v)
 
 
 def relu2(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
@@ -201,7 +211,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+    """One layer: x + attention(norm x), then x + mlp(norm x). The last addition is left to the caller."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         residual_std = config.init_std
@@ -213,12 +223,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, residual_std, rngs)
 
     def __call__(
-        self, x: Float[Array, "B S D"], ctx: ForwardContext
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        y, cache = self.attn(self.attn_norm(x), ctx)
-        x = ctx.add(x, y, site=0)
-        x = ctx.add(x, self.mlp(self.mlp_norm(x)), site=1)
-        return x, cache
+        self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"] | None, ctx: ForwardContext
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], KVCache | None]:
+        """branch: what the layer before adds to x; None if it has. Returns x and what this one adds."""
+        normed, x = self.attn_norm.add(x, branch, ctx.compute)
+        y, cache = self.attn(normed, ctx)
+        normed, x = self.mlp_norm.add(x, ctx.drop(y, site=0), ctx.compute)
+        return x, ctx.drop(self.mlp(normed), site=1), cache
 
 
 class Embedding(nnx.Module):
@@ -263,15 +274,23 @@ class Decoder(nnx.Module):
         rotation = rotary_angles(index, c) if c.positions == "rope" else None
         ctx = ForwardContext(compute, index, rotation, c.dropout, dropout_keys)
 
-        def layer(x, inputs):
+        # A kernel adds what a layer leaves in the pass of the next one's norm. Not where layers are
+        # recomputed: both would have to be kept for each.
+        adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none"
+
+        def layer(stream, inputs):
             block, number, cache = inputs
-            of_layer = ctx.of_layer(number, cache)
-            return all_gather_weights(block, compute.dtype, compute.mesh)(x, of_layer)
+            block = all_gather_weights(block, compute.dtype, compute.mesh)
+            x, branch, cache = block(*stream, ctx.of_layer(number, cache))
+            if not adds_late:
+                x, branch = constrain_activations(x + branch, compute.mesh), None
+            return (x, branch), cache
 
         inputs = (self.layers, jnp.arange(c.n_layers), cache)
         layer = rematerialized(layer, compute)
-        x, cache = jax.lax.scan(layer, x, inputs, unroll=min(compute.unroll, c.n_layers))
-        return self.norm(x), cache
+        stream = (x, jnp.zeros_like(x) if adds_late else None)
+        stream, cache = jax.lax.scan(layer, stream, inputs, unroll=min(compute.unroll, c.n_layers))
+        return self.norm.add(*stream, compute)[0], cache
 
 
 def rematerialized(layer: Callable, compute: Compute) -> Callable:
@@ -291,7 +310,7 @@ def rematerialized(layer: Callable, compute: Compute) -> Callable:
     return jax.checkpoint(layer, prevent_cse=compute.unroll > 1, policy=policy)
 
 
-def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Array, Array]:
+def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> Rotation:
     """cos and sin [B, S, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021), scaled or not; float32."""
     half = config.head_size // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -301,12 +320,6 @@ def rotary_angles(positions: Int[Array, "B S"], config: ModelConfig) -> tuple[Ar
     angle = (positions.astype(jnp.float32)[..., None] * frequency)[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return (cos, sin) if scaling is None else (cos * scaling.amplitude, sin * scaling.amplitude)
-
-
-def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "B S H K"]:
-    """Rotary embedding in the half-split layout: element i turns with element i + K/2."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def drop(

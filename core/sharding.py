@@ -19,7 +19,7 @@ the loop over it would fetch every layer from another device, and growing takes 
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -243,6 +243,13 @@ def layouts(mesh: Mesh | AbstractMesh, tree: Any) -> Iterator[Layout]:
 def is_parallel(mesh: Mesh | None) -> bool:
     """Whether there is more than one device to compute on."""
     return mesh is not None and mesh.size > 1
+
+
+def per_device(mesh: Mesh | None, local: Callable, inputs: Any, outputs: Any) -> Callable:
+    """`local` on each device's part of its arguments, split as `inputs` says; its results as `outputs`."""
+    if not is_parallel(mesh):
+        return local
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def splits_weights(mesh: Mesh | None) -> bool:

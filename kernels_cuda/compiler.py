@@ -1,8 +1,10 @@
-"""Compiles the kernels into one file, for `kernels_cuda.build`. Needs nvcc and PyTorch, but no GPU.
+"""Compiles the kernels into one file per framework, for `kernels_cuda.build`. Needs nvcc and the framework,
+but no GPU.
 
-The file is in the package (a wheel takes it with it) and serves every PyTorch from 2.10 on: it uses the
-stable ABI of LibTorch and carries its own CUDA runtime. A .json next to it says what it is made of and seals
-both: it holds the file's sha256 and its own, and nothing is loaded that they do not fit.
+The files are in the package (a wheel takes them with it) and carry their own CUDA runtime. PyTorch's serves
+every PyTorch from 2.10 on, over the stable ABI of LibTorch; XLA's every jaxlib from the one on that it was
+built with. A .json next to each says what it is made of and seals both: it holds the file's sha256 and its
+own, and nothing is loaded that they do not fit.
 """
 
 import contextlib
@@ -10,24 +12,105 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.errors import UserError
 from core.folders import CACHE
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "csrc"
-BUILT = PACKAGE / "mtlm_kernels.so"
 ARCHITECTURES = ("8.0", "9.0+PTX")  # A100; H100 and H200; newer ones compile the PTX when they load it
 COMPILER_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "--threads", "1")
+
+
+class Facts(NamedTuple):
+    """What a framework adds to a build."""
+
+    compile: list[str]
+    """nvcc's options for its binding."""
+    link: list[str]
+    made_of: dict[str, Any]
+    """For the .json: its version."""
+
+
+class Binding(NamedTuple):
+    """A framework that kernels are linked for."""
+
+    name: str
+    """Of the file, without .so."""
+    source: str
+    module: str
+    """The framework's."""
+    kernels: tuple[str, ...] | None
+    """The .cu files that it binds; None: all."""
+    facts: Callable[[], Facts]
+    """Imports the framework, which takes seconds."""
+    version: Callable[[], str] = lambda: ""
+    """That of the interface which a file is loaded by, here; "" if every supported one loads it."""
+
+    @property
+    def built(self) -> Path:
+        """The file in the package."""
+        return PACKAGE / f"{self.name}.so"
+
+    def why_not(self, facts: dict[str, Any]) -> str | None:
+        """Why a file made of `facts` cannot be loaded by the framework as it is installed, None if it can."""
+        here, needed = self.version(), facts.get("interface", "")
+        if [int(n) for n in needed.split(".") if n] > [int(n) for n in here.split(".") if n]:
+            return f"the built file needs version {needed} of the framework's interface, and {here} is here"
+        return None
+
+    @property
+    def sources(self) -> list[Path]:
+        """What is compiled."""
+        kernels = SOURCES.glob("*.cu") if self.kernels is None else (SOURCES / k for k in self.kernels)
+        return [*sorted(kernels), SOURCES / self.source]
+
+
 # The oldest PyTorch that the file will serve, in the ABI's notation: 2.10.
 TORCH_FLAGS = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+
+
+def _torch_facts() -> Facts:
+    import torch
+
+    folder = Path(torch.__file__).parent
+    # libtorch.so names the libraries that the symbols are in; which those are differs between builds.
+    link = ["-L", str(folder / "lib"), "-Xlinker", "--no-as-needed", "-ltorch"]
+    compile = [*TORCH_FLAGS, "-I", str(folder / "include")]
+    return Facts(compile, link, {"torch": torch.__version__})
+
+
+def _xla_facts() -> Facts:
+    import jax
+    import jaxlib
+
+    made_of = {"jaxlib": jaxlib.__version__, "interface": ffi_version()}
+    return Facts(["-I", jax.ffi.include_dir()], [], made_of)
+
+
+def ffi_version() -> str:
+    """That of XLA's interface for custom calls here, "0.3": a file is loaded where it is no newer."""
+    import jax
+
+    text = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
+    return ".".join(re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", text))
+
+
+TORCH = Binding("mtlm_kernels", "binding_torch.cpp", "torch", None, _torch_facts)
+XLA = Binding(
+    "mtlm_kernels_xla", "binding_xla.cpp", "jax", ("adamw.cu", "rms_norm.cu", "rotary.cu", "softmax_loss.cu"),
+    _xla_facts, ffi_version,
+)  # fmt: skip
+BINDINGS = (TORCH, XLA)
 
 
 def find_nvcc() -> Path | None:
@@ -41,10 +124,11 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def sources_hash() -> str:
+def sources_hash(binding: Binding = TORCH) -> str:
     """Of everything that is compiled, and how."""
-    digest = hashlib.sha256(json.dumps([COMPILER_FLAGS, TORCH_FLAGS]).encode())
-    for path in sorted(SOURCES.iterdir()):
+    flags = [COMPILER_FLAGS, TORCH_FLAGS] if binding is TORCH else [COMPILER_FLAGS]
+    digest = hashlib.sha256(json.dumps(flags).encode())
+    for path in sorted([*binding.sources, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -80,8 +164,8 @@ def serves(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
-    """Compiles and links csrc into `output`, and writes what it is made of next to it.
+def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES, binding: Binding = TORCH) -> None:
+    """Compiles and links what a framework binds into `output`, and writes what it is made of next to it.
 
     Raises:
         UserError: no nvcc, an architecture that is none, or (`CompilerError`) nvcc fails.
@@ -93,30 +177,27 @@ def build(output: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
             "no nvcc found: install the CUDA toolkit 12.4 or newer, and put its bin folder on PATH "
             "or set CUDA_HOME"
         )
-    import torch  # slow, and only here
-
-    torch_folder = Path(torch.__file__).parent
+    facts = binding.facts()
     with TemporaryDirectory() as folder:
         objects = []
         commands = []
-        for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+        for source in binding.sources:
             objects.append(Path(folder) / f"{source.name}.o")
-            specific = code if source.suffix == ".cu" else [*TORCH_FLAGS, "-I", torch_folder / "include"]
+            specific = code if source.suffix == ".cu" else facts.compile
             commands.append([nvcc, *COMPILER_FLAGS, *specific, "-c", source.name, "-o", objects[-1]])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = Path(folder) / output.name
-        # libtorch.so names the libraries that the symbols are in; which those are differs between builds.
-        torch_library = ["-L", torch_folder / "lib", "-Xlinker", "--no-as-needed", "-ltorch"]
-        _run([nvcc, "-shared", *objects, "-o", linked, *torch_library])
-        facts = {
+        # Launchers have the same names in both files: each uses its own, also where both are loaded.
+        _run([nvcc, "-shared", "-Xlinker", "-Bsymbolic", *objects, "-o", linked, *facts.link])
+        made_of = {
             "architectures": list(architectures),
-            "sources": sources_hash(),
+            "sources": sources_hash(binding),
             "nvcc": _version(nvcc),
-            "torch": torch.__version__,
+            **facts.made_of,
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        put_sealed(linked.read_bytes(), facts, output)
+        put_sealed(linked.read_bytes(), made_of, output)
 
 
 def put_sealed(code: bytes, facts: dict[str, Any], output: Path) -> None:
@@ -127,7 +208,7 @@ def put_sealed(code: bytes, facts: dict[str, Any], output: Path) -> None:
 
 
 def made_of(file: Path) -> dict[str, Any] | None:
-    """What a built file's .json says of it: architectures, sources, nvcc, torch.
+    """What a built file's .json says of it: architectures, sources, nvcc, the framework.
 
     None if one of the two is missing, or has another byte than `put_sealed` wrote.
     """
@@ -148,18 +229,19 @@ def _sealed(facts: dict[str, Any]) -> bytes:
     return json.dumps({**facts, "seal": seal}, indent=1).encode()
 
 
-def kept_file(capability: tuple[int, int]) -> Path:
+def kept_file(capability: tuple[int, int], binding: Binding = TORCH) -> Path:
     """Where a file compiled for one GPU and these sources is kept."""
-    return CACHE / "kernels" / f"{sources_hash()[:16]}-sm_{capability[0]}{capability[1]}.so"
+    parts = (sources_hash(binding)[:16], f"sm_{capability[0]}{capability[1]}", binding.version())
+    return CACHE / "kernels" / f"{'-'.join(filter(None, parts))}.so"
 
 
-def build_kept(output: Path, capability: tuple[int, int]) -> None:
+def build_kept(output: Path, capability: tuple[int, int], binding: Binding = TORCH) -> None:
     """`build` for one GPU; of several processes that ask at once, one compiles and the others wait."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if made_of(output) is None:
-            build(output, (f"{capability[0]}.{capability[1]}",))
+            build(output, (f"{capability[0]}.{capability[1]}",), binding)
 
 
 class CompilerError(UserError):

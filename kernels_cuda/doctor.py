@@ -1,6 +1,7 @@
 """What is built, for which GPUs, and what will be used here and why: `python -m kernels_cuda.doctor`."""
 
 import dataclasses
+import importlib.util
 
 from core import cli
 from core.errors import run_command
@@ -20,39 +21,50 @@ def main() -> None:
 
 
 def facts() -> list[tuple[str, str]]:
-    """What there is, one line per fact; the last says what will be used."""
+    """What there is, one line per fact; the last ones say what will be used."""
+    lines = [("nvcc", str(compiler.find_nvcc() or "none"))]
+    lines += [(binding.module, _built(binding)) for binding in compiler.BINDINGS]
+    if importlib.util.find_spec("torch") is not None:
+        lines += _pytorch()
+    return [*lines, *_jax()]
+
+
+def _pytorch() -> list[tuple[str, str]]:
     import torch  # slow
 
     from kernels_cuda import library
 
     lines = [("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            lines.append(
-                (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}")
-            )
-    else:
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}"))
+    if len(lines) == 1:
         lines.append(("GPU", "none visible"))
-    lines.append(("nvcc", str(compiler.find_nvcc() or "none")))
-    lines.append(("built", _built()))
-    lines.append(("used", library.find(compile_missing=False).reason))
-    return lines
+    return [*lines, ("used", library.find(compile_missing=False).reason)]
 
 
-def _built() -> str:
-    """The file in the package, and what it is made of."""
-    if not compiler.BUILT.exists():
+def _jax() -> list[tuple[str, str]]:
+    import jax  # slow
+
+    from kernels_cuda import xla
+
+    device = jax.devices()[0]
+    source = xla.find(device, compile_missing=False)
+    return [("JAX", f"{jax.__version__}, {device.device_kind}"), ("used", source.reason)]
+
+
+def _built(binding: compiler.Binding) -> str:
+    """A framework's file in the package, and what it is made of."""
+    if not binding.built.exists():
         return "no file (python -m kernels_cuda.build makes it)"
-    made_of = compiler.made_of(compiler.BUILT)
+    made_of = compiler.made_of(binding.built)
     if made_of is None:
-        return f"{compiler.BUILT}, which is damaged, unfinished or built from unknown sources: build it again"
-    current = (
-        "these sources" if made_of["sources"] == compiler.sources_hash() else "OTHER SOURCES: build it again"
-    )
+        return f"{binding.built}, which is damaged, unfinished or built from unknown sources: build it again"
+    same = made_of["sources"] == compiler.sources_hash(binding)
+    others = [f"{name} {made_of[name]}" for name in ("nvcc", "torch", "jaxlib") if name in made_of]
     return (
-        f"{compiler.BUILT} for {' '.join(made_of['architectures'])}, of {current}, "
-        f"nvcc {made_of['nvcc']}, PyTorch {made_of['torch']}"
+        f"{binding.built} for {' '.join(made_of['architectures'])}, of "
+        f"{'these sources' if same else 'OTHER SOURCES: build it again'}, {', '.join(others)}"
     )
 
 

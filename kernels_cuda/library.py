@@ -1,31 +1,20 @@
-"""Which file has the CUDA implementations of the ops: the built one, or one compiled on the spot.
+"""PyTorch's CUDA implementations of the ops: `load` makes them run and says which file they are of.
 
-`load` makes the ops run on it and says which it is; without one they run in plain PyTorch.
+Without one they run in plain PyTorch.
 """
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 import kernels_cuda.ops  # noqa: F401  declares them
-from core.errors import UserError, os_error
-from kernels_cuda import compiler, registry
+from core.errors import UserError
+from kernels_cuda import registry
+from kernels_cuda.compiler import TORCH
+from kernels_cuda.files import Source, find_file
 
 Backend = Literal["auto", "cuda", "torch"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the CUDA implementations come from."""
-
-    file: Path | None
-    """None: from nowhere, plain PyTorch runs."""
-    reason: str
-    """One line: which it is and why."""
-
 
 _loaded: Source | None = None  # what `load` found, once a process
 
@@ -41,29 +30,7 @@ def find(compile_missing: bool = True) -> Source:
         return Source(None, f"plain PyTorch, because {why}")
     if torch.__version__ < torch.torch_version.TorchVersion("2.10"):
         return Source(None, f"plain PyTorch, because PyTorch {torch.__version__} is older than 2.10")
-    capability = torch.cuda.get_device_capability()
-    missing = _why_not(compiler.BUILT, capability)
-    if missing is None:
-        return Source(compiler.BUILT, f"the built file {compiler.BUILT.name}")
-    if capability < (8, 0):
-        return Source(
-            None, f"plain PyTorch, because the GPU's architecture {capability} is older than (8, 0)"
-        )
-    kept = compiler.kept_file(capability)
-    if _why_not(kept, capability) is not None:
-        if compiler.find_nvcc() is None:
-            return Source(None, f"plain PyTorch, because {missing} and there is no nvcc to compile one")
-        if not compile_missing:
-            return Source(kept, f"a file to be compiled at first use, because {missing}")
-        print(f"compiling the CUDA kernels, because {missing} (about half a minute, once)", file=sys.stderr)
-        try:
-            compiler.build_kept(kept, capability)
-        except UserError as error:
-            return Source(None, f"plain PyTorch, because {missing} and none could be compiled: {error}")
-        except OSError as error:
-            why = os_error(error) or f"{kept}: {error}"
-            return Source(None, f"plain PyTorch, because {missing} and none could be kept: {why}")
-    return Source(kept, f"compiled here, because {missing}")
+    return find_file(TORCH, torch.cuda.get_device_capability(), "plain PyTorch", compile_missing)
 
 
 def load(backend: Backend = "auto") -> Source:
@@ -94,17 +61,3 @@ def load(backend: Backend = "auto") -> Source:
             "(details: `python -m kernels_cuda.doctor`)"
         )
     return _loaded
-
-
-def _why_not(file: Path, capability: tuple[int, int]) -> str | None:
-    """Why a built file cannot serve this GPU, None if it can."""
-    if not file.exists():
-        return "no file is built"
-    facts = compiler.made_of(file)
-    if facts is None:
-        return f"{file.name} or {file.with_suffix('.json').name} is damaged or unfinished"
-    if facts["sources"] != compiler.sources_hash():
-        return f"{file.name} was built from other sources"
-    if not compiler.serves(facts["architectures"], capability):
-        return f"{file.name} is for {' '.join(facts['architectures'])}, not for {capability}"
-    return None

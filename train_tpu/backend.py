@@ -1,18 +1,29 @@
-"""What the step is compiled to on the devices it runs on: micro-batches, dtype, attention, unrolling, chunks.
+"""What the step is compiled to on the devices it runs on: micro-batches, dtype, attention, CUDA kernels,
+unrolling, chunks, options of the compiler.
 
 A setting that is given wins; the defaults of the others are here, with their reasons. Those for a TPU were
 chosen by estimates of memory traffic (docs/LOG.md) that no TPU has confirmed.
 """
 
+from typing import NamedTuple
+
+import jax
 from jax.sharding import Mesh
 
 from core.attention import Choice, choose
 from core.config import ModelConfig
+from core.errors import UserError
+from core.loss import head_axes
 from core.model import Compute, compute_dtype
-from train_tpu.config import RunConfig
+from core.ops import Kernels, norms_run_on
+from train_tpu.config import KernelsOption, RunConfig
 from train_tpu.step import StepConfig
 
 LOSS_CHUNK = 8192
+# With kernels a logit has half the bytes and its gradient none of its own. For 16384 rows, the product that
+# makes the gradient of 768 hidden states is 384 tiles of 128 x 256, 2.9 rounds of 132 multiprocessors; for
+# 8192 rows 1.5 rounds, which take as long as 2.
+KERNELS_LOSS_CHUNK = 16384
 TPU_LOSS_CHUNK = 256
 TPU_TOKENS = 8192
 TPU_ON_CHIP = 112 * 2**20  # what arrays may take of a v5e's 128 MiB of vector memory; the rest is XLA's
@@ -33,7 +44,66 @@ def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
     return next((n for n in divisors if rows // n * model.context <= TPU_TOKENS), rows)
 
 
-def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[StepConfig, Choice]:
+class KernelsChoice(NamedTuple):
+    """The CUDA kernels to use, None without, and in words why."""
+
+    kernels: Kernels | None
+    why: str
+
+    def describe(self, model: ModelConfig, mesh: Mesh) -> str:
+        """One line: what computes norms, rotation, loss and AdamW, and why."""
+        if self.kernels is None:
+            return f"xla: {self.why}"
+        ours, xla = ["rotation" if model.positions == "rope" else "packing of q, k and v", "AdamW"], []
+        if norms_run_on(self.kernels, model.d_model):
+            ours.append("norms")
+        else:
+            widths = ", ".join(map(str, self.kernels.widths))
+            xla.append(f"norms, since their width {model.d_model} is none of {widths}")
+        if head_axes((model.vocab_size, model.d_model), mesh)[0] is None:
+            ours.append("loss")
+        else:
+            xla.append("loss, since tensor divides the vocabulary")
+        return f"cuda: {', '.join(ours)}{''.join(f'; by XLA {part}' for part in xla)} ({self.why})"
+
+
+def choose_kernels(requested: KernelsOption, device: jax.Device) -> KernelsChoice:
+    """The CUDA kernels for a device. Without a built file they are compiled, where nvcc is (half a minute).
+
+    Raises:
+        UserError: "cuda" was requested and cannot be had.
+    """
+    if requested == "xla":
+        return KernelsChoice(None, "as requested")
+    if device.platform == "gpu":
+        from kernels_cuda import xla
+
+        found = KernelsChoice(*xla.load(device))
+    else:
+        found = KernelsChoice(None, f"there are no kernels for a {device.platform.upper()}")
+    if requested == "cuda" and found.kernels is None:
+        raise UserError(
+            f"--kernels cuda cannot be used: {found.why}; --kernels auto trains without them, and `python -m "
+            "kernels_cuda.doctor` says more"
+        )
+    return found
+
+
+def compiler_options(preset: str, platform: str) -> dict[str, bool]:
+    """What makes XLA's matrix products on a GPU, said here since its own defaults change between releases.
+
+    On an H200, cuBLASLt without products by Triton made the step of mtlm1-200m 2% faster and that of
+    mtlm2-40m 1% slower.
+    """
+    if platform != "gpu":
+        return {}
+    lt = preset != "mtlm2-40m"
+    return {"xla_gpu_enable_cublaslt": lt, "xla_gpu_enable_triton_gemm": not lt}
+
+
+def choose_step(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, kernels: Kernels | None = None
+) -> tuple[StepConfig, Choice]:
     """All that is compiled into the step on the devices of `mesh`, and why that attention."""
     platform = mesh.devices.flat[0].platform
     dtype = compute_dtype(config.dtype, platform)
@@ -50,11 +120,12 @@ def choose_step(config: RunConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step
     unroll = (1 if tpu else model.n_layers) if config.unroll is None else config.unroll
     # On a TPU: a third of the memory (docs/LOG.md). Whether it is faster has not been measured.
     remat = config.remat or ("dots" if tpu else "none")
-    compute = Compute(dtype, attention.name, unroll, remat, mesh)
+    compute = Compute(dtype, attention.name, unroll, remat, mesh, kernels)
     chunk = config.loss_chunk
     if chunk is None:
-        chunk = tpu_loss_chunk(model) if tpu else LOSS_CHUNK
-    return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk), attention
+        chunk = tpu_loss_chunk(model) if tpu else LOSS_CHUNK if kernels is None else KERNELS_LOSS_CHUNK
+    options = tuple(compiler_options(config.preset, platform).items())
+    return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk, options), attention
 
 
 def tpu_loss_chunk(model: ModelConfig) -> int:

@@ -10,6 +10,8 @@ from core.run.presets import TRAINING_DEFAULTS
 from core.run.schedule import OptimizerConfig
 from core.run.settings import PretrainingSource, TrainingSettings
 
+KernelsOption = Literal["auto", "cuda", "xla"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(TrainingSettings, PretrainingSource):
@@ -33,6 +35,9 @@ class RunConfig(TrainingSettings, PretrainingSource):
     attention: Literal["auto", "xla", "cudnn", "triton", "splash"] = "auto"
     """Attention implementation. auto: cudnn on a GPU (with --deterministic triton) and splash on a TPU where
     they can be used, else xla."""
+    kernels: KernelsOption = "auto"
+    """auto: our CUDA kernels for norms, rotation, loss and AdamW on a GPU that they can run on, else XLA's
+    operations. cuda: only our kernels. xla: only XLA's operations."""
     unroll: int | None = None
     """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
     faster)."""
@@ -41,7 +46,7 @@ class RunConfig(TrainingSettings, PretrainingSource):
     recompute the rest; full: recompute each layer. Default: none on CPU and GPU, dots on TPU."""
     loss_chunk: int | None = None
     """Chunk size of the cross-entropy, in tokens per device; logits are never materialized for more than
-    this. Default: 8192 (TPU: 256 if the output head fits in VMEM)."""
+    this. Default: 8192 (with our kernels 16384; TPU: 256 if the output head fits in VMEM)."""
 
     coordinator: str | None = None
     """To train with several processes: HOST:PORT of the first, the same in all of them; or auto, for what a

@@ -14,6 +14,7 @@ from core.data.dataset import Dataset
 from core.model import Compute
 from core.run.schedule import in_decay
 from core.sharding import layouts, splits_weights
+from train_tpu.backend import KernelsChoice
 from train_tpu.config import RunConfig
 from train_tpu.step import TrainState
 
@@ -26,6 +27,7 @@ def describe(
     mesh: Mesh,
     compute: Compute,
     attention: Choice,
+    kernels: KernelsChoice,
 ) -> Table:
     """The table a run begins with."""
     train = dataset.splits["train"]
@@ -50,6 +52,7 @@ def describe(
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}){along}, {compute.dtype}"),
         ("attention", f"{attention.name}: {attention.why}"),
+        ("kernels", kernels.describe(model, mesh)),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:

@@ -41,7 +41,7 @@ from core.sharding import (
 )  # fmt: skip
 from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
-from train_tpu.backend import choose_step, split_batch
+from train_tpu.backend import choose_kernels, choose_step, split_batch
 from train_tpu.config import RunConfig
 from train_tpu.report import describe
 from train_tpu.step import StepConfig, abstract_state
@@ -83,6 +83,7 @@ def prepare_run(config: RunConfig) -> Setup:
     model_config(config, vocab_size=1)
     with Activity("finding the devices"):
         shape = mesh_shape(config, out)
+    kernels = choose_kernels(config.kernels, jax.local_devices()[0])
     console = make_console(quiet=not processes.is_first())
 
     # Data and tokenizer.
@@ -99,9 +100,9 @@ def prepare_run(config: RunConfig) -> Setup:
     mesh = make_mesh(shape)
     config = dataclasses.replace(config, grad_accum_steps=split_batch(config, model, mesh))
     check_mesh(model, shape, config.batch, config.grad_accum_steps)
-    step, attention = choose_step(config, model, mesh)
+    step, attention = choose_step(config, model, mesh, kernels.kernels)
     config = dataclasses.replace(config, dtype=step.compute.dtype)  # recorded as what it stands for here
-    console.print(describe(config, model, dataset, steps, mesh, step.compute, attention))
+    console.print(describe(config, model, dataset, steps, mesh, step.compute, attention, kernels))
     notes = (check_room(config.optim, steps), describe_dtype(config.dtype, out))
     for note in (*notes, describe_replication(model, shape)):
         if note:

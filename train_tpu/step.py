@@ -35,7 +35,7 @@ from core.sharding import (
     state_shardings,
 )
 from core.tokenizer import id_dtype
-from train_tpu.optimizer import make_optimizer
+from train_tpu.optimizer import apply_gradients, make_optimizer
 
 
 class Guard(NamedTuple):
@@ -103,6 +103,8 @@ class StepConfig:
     compute: Compute
     z_loss: float
     loss_chunk: int
+    compiler_options: tuple[tuple[str, bool], ...] = ()
+    """For XLA, by name."""
 
 
 def init_state(config: StepConfig, params: Params) -> TrainState:
@@ -166,14 +168,10 @@ def train_step(
 
     leaf_norms, norm = _norms(gradients)
     ok = _acceptable(state.guard, loss, norm, controls)
-    if config.optim.clip > 0:
-        shrink = config.optim.clip / jnp.maximum(norm, config.optim.clip)
-        gradients = jax.tree.map(lambda g: g * shrink, gradients)
-    updates, opt_state = make_optimizer(config.optim).update(gradients, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p + controls.lr * u, state.params, updates)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+    kept = apply_gradients(
+        config.optim, gradients, norm, state.params, state.opt_state, controls.lr, ok,
+        config.compute.kernels, mesh,
+    )  # fmt: skip
     guard = _remember(state.guard, loss, norm, ok)
     metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms)
     return TrainState(*kept, guard), metrics
@@ -198,6 +196,7 @@ def _gradients(
             z_loss=config.z_loss,
             chunk=config.loss_chunk,
             mesh=config.compute.mesh,
+            kernels=config.compute.kernels,
         )
         # Every micro-batch is divided by the whole batch's count: their sum is the big batch's mean.
         return sums.total / n_targets, sums.nll / n_targets
@@ -282,4 +281,5 @@ def compile_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mes
     Returns:
         A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
     """
-    return lower_step(config, rows, grad_accum_steps, mesh).compile()
+    lowered = lower_step(config, rows, grad_accum_steps, mesh)
+    return lowered.compile(compiler_options=dict(config.compiler_options))

@@ -87,6 +87,7 @@ def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
     """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
     out = setup.out
     processes.require_equal(f"{out} {setup.record}", "settings or data")
+    processes.require_equal(str(setup.step.compute.kernels is None), "kernels")
     if processes.is_first():
         stack.enter_context(lock_folder(out))
         here = functools.partial(resolved_mesh, n_devices=jax.device_count())
@@ -121,7 +122,8 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} per device")
     rows = config.batch // config.grad_accum_steps
     evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
-    generator = Generator(model, dataclasses.replace(step.compute, mesh=None, attention="xla"))
+    sampling = dataclasses.replace(step.compute, mesh=None, attention="xla", kernels=None)
+    generator = Generator(model, sampling)
     return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer)
 
 

@@ -181,7 +181,7 @@ FROM_PRESET = tuple(f.name for f in dataclasses.fields(ModelOverrides) if f.name
 FREE_SETTINGS = frozenset((
     "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
-    "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step",
+    "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
 ))  # fmt: skip
 # Settings that a run folder does not pass on to the next start: they are of one start only.
 ONCE = ("allow_change", "fallback", "from_step", "stop_at")

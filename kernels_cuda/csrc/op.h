@@ -1,6 +1,6 @@
-// What the launcher of an op is given, and how it checks that. No torch here nor in the .cu files: binding.cpp makes
-// the views, so that the same objects can serve another framework. Nothing is allocated: PyTorch's stable ABI loses
-// the type of an error, and training must be able to tell that memory ran out.
+// What the launcher of an op is given, and how it checks that. No framework here nor in the .cu files: binding_torch.cpp
+// and binding_xla.cpp make the views. Nothing is allocated: PyTorch's stable ABI loses the type of an error, and training
+// must be able to tell that memory ran out; XLA plans all memory of a program beforehand.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,10 +16,10 @@
 
 namespace mtlm {
 
-enum class Type { float32, bfloat16, int64, boolean, other };
+enum class Type { float32, bfloat16, int32, int64, boolean, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* NAMES[] = {"float32", "bfloat16", "int64", "bool", "another type"};
+  constexpr const char* NAMES[] = {"float32", "bfloat16", "int32", "int64", "bool", "another type"};
   return NAMES[static_cast<int>(type)];
 }
 

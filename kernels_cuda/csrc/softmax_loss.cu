@@ -24,10 +24,20 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// Ids [rows]: int64 as PyTorch has them, int32 as JAX does.
+struct Targets {
+  const void* data;
+  bool is_int64;
+
+  __device__ __forceinline__ int64_t at(int64_t row) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[row] : static_cast<const int32_t*>(data)[row];
+  }
+};
+
 struct SoftmaxLoss {
   void* logits;            // [rows, vocab], replaced by their gradient if `gradients`
   int64_t stride;          // elements from row to row
-  const int64_t* targets;  // [rows]
+  Targets targets;         // [rows]
   float* total;            // [rows]
   float* nll;              // [rows]
   float z_loss;
@@ -125,7 +135,7 @@ __global__ __launch_bounds__(THREADS, 3) void row_in_shared(SoftmaxLoss a, int v
   T* const kept = reinterpret_cast<T*>(held);
   const int64_t row = blockIdx.x;
   T* const logits = static_cast<T*>(a.logits) + row * a.stride;
-  const int64_t target = a.targets[row];
+  const int64_t target = a.targets.at(row);
   if (target == -1) return ignore_row(a, logits, row, vocab);
   const int first = threadIdx.x * N;
   for (int at = first; at < vocab; at += THREADS * N) __pipeline_memcpy_async(kept + at, logits + at, 16);
@@ -162,7 +172,7 @@ template <typename T, int N>
 __global__ __launch_bounds__(THREADS) void row_read_twice(SoftmaxLoss a, int64_t vocab) {
   const int64_t row = blockIdx.x;
   T* logits = static_cast<T*>(a.logits) + row * a.stride;
-  const int64_t target = a.targets[row];
+  const int64_t target = a.targets.at(row);
   if (target == -1) return ignore_row(a, logits, row, vocab);
   const float target_logit = target >= 0 && target < vocab ? to_float(logits[target]) : 0;
   LogSum mine;
@@ -216,11 +226,12 @@ cudaError_t softmax_loss_(cudaStream_t stream, Out logits, View targets, Out tot
   check_rows_contiguous(logits, "logits");
   const int64_t rows = logits.sizes[0], vocab = logits.sizes[1];
   REQUIRE(vocab <= MOST_BLOCKS, "logits has ", vocab, " columns; at most ", MOST_BLOCKS);
-  check(targets, "targets", logits, {rows}, Type::int64);
+  const bool is_int64 = targets.type == Type::int64;
+  check(targets, "targets", logits, {rows}, is_int64 ? Type::int64 : Type::int32);
   check(total, "total", logits, {rows}, Type::float32);
   check(nll, "nll", logits, {rows}, Type::float32);
   const Type type = float_type(logits, "logits");
-  const SoftmaxLoss a = {logits.out(),       logits.strides[0],          targets.as<int64_t>(), total.out<float>(),
+  const SoftmaxLoss a = {logits.out(),       logits.strides[0],          {targets.data, is_int64}, total.out<float>(),
                          nll.out<float>(), static_cast<float>(z_loss), gradients};
   if (rows == 0) return cudaSuccess;
   return type == Type::bfloat16 ? typed<bf16>(a, rows, vocab, stream) : typed<float>(a, rows, vocab, stream);

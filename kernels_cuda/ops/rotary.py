@@ -66,7 +66,8 @@ class RotatedProjections(torch.autograd.Function):
     ):
         b, s, _ = x.shape
         qkv = F.linear(x, weight, bias).view(b, s, sum(heads), -1)
-        _rotate_in_place(qkv[:, :, : heads[0] + heads[1]], cos, sin, False)
+        of_q, of_k, _ = heads
+        torch.ops.mtlm.rotary_(qkv[:, :, :of_q], qkv[:, :, of_q : of_q + of_k], cos, sin, False)
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.has_bias = bias is not None
         return qkv.split(heads, dim=2)
@@ -79,24 +80,12 @@ class RotatedProjections(torch.autograd.Function):
             d = torch.ops.mtlm.rotary_pack(d_q, d_k, d_v, cos, sin, True)
         else:
             d = torch.cat([d_q, d_k, d_v], dim=2)
-            _rotate_in_place(d[:, :, : d_q.shape[2] + d_k.shape[2]], cos, sin, True)
+            of_q, of_k = d_q.shape[2], d_k.shape[2]
+            torch.ops.mtlm.rotary_(d[:, :, :of_q], d[:, :, of_q : of_q + of_k], cos, sin, True)
         d = d.view(-1, weight.shape[0])
         d_x = (d @ weight).view(x.shape)
         d_weight = d.T @ x.reshape(-1, x.shape[-1])
         return d_x, d_weight, d.sum(0) if ctx.has_bias else None, None, None, None
-
-
-def _rotate_in_place(qk: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> None:
-    """`rotary_` of queries and keys that follow each other, [B, S, H + G, K].
-
-    The kernel rotates two tensors of as many heads: here halves, whatever is in them. The last of an odd
-    number is left to the plain formula.
-    """
-    half = qk.shape[2] // 2
-    torch.ops.mtlm.rotary_(qk[:, :, :half], qk[:, :, half : 2 * half], cos, sin, conjugate)
-    if qk.shape[2] % 2:
-        last = qk[:, :, -1:]
-        last.copy_(rotate(last, cos, -sin if conjugate else sin))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,7 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @declare("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool conjugate) -> ()")
 def _rotary_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> None:
-    """`rotate` of q and k [B, S, H, K] in place; `conjugate` rotates back."""
+    """`rotate` of q [B, S, H, K] and k [B, S, G, K] in place; `conjugate` rotates back."""
     sin = -sin if conjugate else sin
     q.copy_(rotate(q, cos, sin))
     k.copy_(rotate(k, cos, sin))
@@ -141,6 +130,6 @@ def _pack_plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conju
 
 
 declare_kernel(
-    "rotary_pack_into(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool conjugate,"
+    "rotary_pack_into(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool conjugate,"
     " Tensor(a!) packed) -> ()"
 )

@@ -30,7 +30,7 @@ def start(tmp_path: Path, missing: str, *arguments: str) -> subprocess.Completed
     ("command", "missing", "needs"),
     [
         ("port_torch.convert", "torch", "PyTorch, safetensors and transformers: "),
-        ("kernels_cuda.doctor", "torch", "PyTorch, safetensors and transformers: "),
+        ("kernels_cuda.bench", "torch", "PyTorch, safetensors and transformers: "),
         ("bench.train", "transformers", "PyTorch, safetensors and transformers: "),
         ("bench.eval", "lm_eval", "lm-eval: "),
         ("eval.run", "lm_eval", "lm-eval: "),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.loss import IGNORE, cross_entropy
+from tests.kernels import REFERENCE
 from tests.several_devices import run_on_devices
 
 B, S, D, V = 4, 15, 24, 101
@@ -41,13 +42,14 @@ def plain(hidden, table, targets, z_loss=0.0, scale=1.0, dtype=torch.float64):
     return [v.detach().double().numpy() for v in values]
 
 
-def chunked(hidden, table, targets, z_loss=0.0, scale=1.0, chunk=20, mesh=None):
+def chunked(hidden, table, targets, z_loss=0.0, scale=1.0, chunk=20, mesh=None, kernels=None):
     """The same of the function under test."""
 
     @jax.jit
     def run(hidden, table, targets):
         def loss(hidden, table):
-            sums = cross_entropy(hidden, table, targets, z_loss=z_loss, chunk=chunk, mesh=mesh)
+            options = {"z_loss": z_loss, "chunk": chunk, "mesh": mesh, "kernels": kernels}
+            sums = cross_entropy(hidden, table, targets, **options)
             return scale * sums.total, sums
 
         gradients, sums = jax.grad(loss, (0, 1), has_aux=True)(hidden, table)
@@ -68,10 +70,12 @@ def test_equals_the_plain_formula(chunk):
         assert relative(found, truth) < 1e-6
 
 
-@pytest.mark.parametrize("chunk", [7, 60])
-def test_z_loss_and_an_outer_factor(chunk):
+@pytest.mark.parametrize(
+    "chunk, kernels", [(7, None), (60, None), (7, REFERENCE)], ids=["7", "60", "kernels"]
+)
+def test_z_loss_and_an_outer_factor(chunk, kernels):
     inputs = example()
-    found = chunked(*inputs, z_loss=0.1, scale=-0.37, chunk=chunk)
+    found = chunked(*inputs, z_loss=0.1, scale=-0.37, chunk=chunk, kernels=kernels)
     truth = plain(*inputs, z_loss=0.1, scale=-0.37)
     assert truth[0] > 1.2 * truth[1]  # the z-loss is a real part of it
     for one, other in zip(found, truth, strict=True):

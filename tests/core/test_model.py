@@ -11,6 +11,7 @@ import torch
 
 from core.config import ModelConfig
 from core.model import Compute, Params, drop, forward, init_params, logits
+from tests.kernels import REFERENCE
 from tests.models import BOTH, GPT, GROUPED, LLAMA, flat, random_params, random_tokens
 from tests.reference import logits64
 
@@ -140,6 +141,21 @@ def test_llama_equals_transformers(length):
 def test_others_equal_the_formulas(config, length):
     params, tokens = random_params(config), random_tokens(config, 2, length)
     scores, _, gradients = ours(config, params, tokens)
+    for name, error in errors(scores, gradients, *reference(config, params, tokens)).items():
+        assert error < FLOAT32, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("config", "remat"),
+    [
+        (LLAMA, "none"),
+        *(pytest.param(c, r, marks=pytest.mark.slow) for c, r in ((GPT, "none"), (GROUPED, "dots"))),
+    ],
+    ids=["llama", "gpt", "grouped-dots"],
+)
+def test_kernels_are_where_the_formulas_are(config, remat):
+    params, tokens = random_params(config), random_tokens(config, 2, 64)
+    scores, _, gradients = ours(config, params, tokens, Compute(remat=remat, kernels=REFERENCE))
     for name, error in errors(scores, gradients, *reference(config, params, tokens)).items():
         assert error < FLOAT32, (name, error)
 

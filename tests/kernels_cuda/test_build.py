@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from core.config import preset
 from core.errors import UserError
-from kernels_cuda import bench, build, compiler, doctor, library, registry
+from kernels_cuda import bench, build, compiler, doctor, files, library, registry, xla
 from tests.several_devices import ROOT
+from train_tpu.backend import choose_kernels
 
 NVCC = compiler.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
@@ -20,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(
 # Registers per thread beyond which fewer warps would be resident than each file's header counts on; of a file
 # that is not listed 128, with which two blocks of 256 threads share a multiprocessor.
 REGISTERS = {
-    "rotary": 64,
+    "rotary": 80,
     "softmax_loss": 40,
     "adamw": 64,
     "decode_project": 160,
@@ -124,6 +127,58 @@ def test_the_file_has_every_op_and_says_what_it_is(tmp_path: Path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+# In a process of its own: what is registered with XLA stays.
+REGISTER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from kernels_cuda import compiler, xla
+from tests.checks import require
+file = Path(sys.argv[1])
+compiler.build(file, ("9.0",), compiler.XLA)
+facts = compiler.made_of(file)
+require(facts["interface"] == compiler.ffi_version() and compiler.XLA.why_not(facts) is None, facts)
+xla.register(str(file))
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_file_for_jax_loads_and_registers_without_a_gpu(tmp_path: Path):
+    command = [sys.executable, "-c", REGISTER, tmp_path / "kernels.so"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_for_jax_is_refused_by_an_older_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiler, "PACKAGE", tmp_path)
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(compiler, "find_nvcc", lambda: None)
+    major, minor = map(int, compiler.ffi_version().split("."))
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200")
+
+    def found(interface: str) -> files.Source:
+        facts = {
+            "architectures": ["9.0"],
+            "sources": compiler.sources_hash(compiler.XLA),
+            "interface": interface,
+        }
+        compiler.put_sealed(b"code", facts, compiler.XLA.built)
+        return xla.find(hopper)
+
+    assert "no file is built and there is no nvcc" in xla.find(hopper).reason
+    assert found(f"{major}.{minor}").file == found(f"{major}.0").file == compiler.XLA.built
+    for newer in (f"{major}.{minor + 1}", f"{major + 1}.0"):
+        assert f"needs version {newer} of the framework's interface" in found(newer).reason
+    # What is there but no library: its own words, and no silent XLA.
+    found("0.0")
+    kernels, why = xla.load(hopper)
+    assert kernels is None and "does not load" in why
+    with pytest.raises(UserError, match=r"--kernels cuda cannot be used: .*does not load"):
+        choose_kernels("cuda", hopper)
+    assert choose_kernels("auto", hopper).describe(preset("mtlm2-40m"), None).startswith("xla: ")
+
+
 def test_without_nvcc_one_sentence_and_exit_code_2(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from kernels_cuda import build, compiler; "
@@ -170,14 +225,15 @@ def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="cannot use the CUDA kernels"):
         library.load("cuda")
     assert not registry.kernels_loaded()
-    assert dict(doctor.facts())["used"].startswith("plain PyTorch, because")
+    used = [why for name, why in doctor.facts() if name == "used"]
+    assert used[0].startswith("plain PyTorch, because") and used[1].startswith("XLA's operations, because")
 
 
 @pytest.fixture
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Hopper GPU and no compiler, as far as the search for a built file can see; where it looks for one."""
     built = tmp_path / "mtlm_kernels.so"
-    monkeypatch.setattr(compiler, "BUILT", built)
+    monkeypatch.setattr(compiler, "PACKAGE", tmp_path)
     monkeypatch.setattr(compiler, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(compiler, "find_nvcc", lambda: None)
     monkeypatch.setattr(library, "_loaded", None)

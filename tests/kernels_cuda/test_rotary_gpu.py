@@ -91,8 +91,8 @@ def test_bad_inputs_are_refused_with_the_numbers():
     with pytest.raises(RuntimeError, match=r"cos must be \[1, 6, 32\], not \[1, 5, 32\]"):
         q6 = torch.randn(2, 6, 4, 64, device="cuda")
         torch.ops.mtlm.rotary_(q6, q6.clone(), *angles(1, 5, 32), False)
-    with pytest.raises(RuntimeError, match=r"k must be \[2, 5, 4, 64\], not \[2, 5, 3, 64\]"):
-        torch.ops.mtlm.rotary_(q, q[:, :, :3], cos, sin, False)
+    with pytest.raises(RuntimeError, match=r"k must be \[2, 5, 4, 64\], not \[2, 5, 4, 32\]"):
+        torch.ops.mtlm.rotary_(q, q[..., :32], cos, sin, False)
     with pytest.raises(RuntimeError, match="even, not 63"):
         torch.ops.mtlm.rotary_(q[..., :63], q[..., :63], cos, sin, False)
 

@@ -15,11 +15,12 @@ from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import MeshShape, batch_sharding, make_mesh, parse_mesh, replicated
 from tests.checks import require
+from tests.kernels import REFERENCE
 from tests.models import flat
 from tests.reference import logits64
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
-kind, optimizer, dtype, log = sys.argv[1:]
+kind, optimizer, dtype, kernels, log = sys.argv[1:]
 ROWS, SEED = 16, 3
 LLAMA = ModelConfig(vocab_size=64, context=16, d_model=32, n_layers=2, n_heads=4, d_mlp=48)
 GPT = dataclasses.replace(LLAMA, positions="learned", mlp="gelu", biases=True, tied=False)
@@ -31,6 +32,7 @@ MODEL = {
 }[kind]
 MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "data=2,tensor=4")
 BETA = 0.9
+KERNELS = REFERENCE if kernels == "kernels" else None
 
 
 def data(step: int, grad_accum_steps: int) -> Batch:
@@ -49,7 +51,7 @@ def train(shape: MeshShape, model=MODEL, grad_accum_steps=1, remat="none", unrol
     # See test_step.py for the large eps.
     config = StepConfig(
         model, OptimizerConfig(optimizer=optimizer, eps=1e-3, beta1=BETA, momentum=BETA, clip=0.0),
-        GuardConfig(), Compute(dtype, mesh=mesh, remat=remat, unroll=unroll), z_loss=1e-3, loss_chunk=20,
+        GuardConfig(), Compute(dtype, "xla", unroll, remat, mesh, KERNELS), z_loss=1e-3, loss_chunk=20,
     )  # fmt: skip
     step = compile_step(config, ROWS, grad_accum_steps, mesh)
     state = fresh_state(config, mesh, SEED)

@@ -123,15 +123,20 @@ def flat_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, optimizer, dtype",
+    "kind, optimizer, dtype, kernels",
     [
-        *(("llama", "adamw", "float32"), ("llama", "muon", "float32"), ("gpt", "muon", "float32")),
-        *(("odd", "adamw", "float32"), ("llama", "muon", "bfloat16"), ("gpt", "adamw", "bfloat16")),
-        ("grouped", "adamw", "float32"),
+        ("llama", "adamw", "float32", "xla"),
+        ("llama", "muon", "float32", "xla"),
+        ("gpt", "muon", "float32", "kernels"),
+        ("odd", "adamw", "float32", "kernels"),
+        ("llama", "muon", "bfloat16", "kernels"),
+        ("gpt", "adamw", "bfloat16", "xla"),
+        ("grouped", "adamw", "float32", "kernels"),
     ],
 )
-def test_every_mesh_equals_one_device(kind, optimizer, dtype, tmp_path):
-    run_on_devices(8, HERE / "meshes_on_devices.py", kind, optimizer, dtype, str(tmp_path / "log"))
+def test_every_mesh_equals_one_device(kind, optimizer, dtype, kernels, tmp_path):
+    arguments = (kind, optimizer, dtype, kernels, str(tmp_path / "log"))
+    run_on_devices(8, HERE / "meshes_on_devices.py", *arguments)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import torch
 
 from core.errors import UserError
 from core.run.schedule import OptimizerConfig, learning_rate
+from tests.kernels import REFERENCE
 from tests.models import BOTH, GPT, flat, random_params
-from train_tpu.optimizer import make_optimizer
+from train_tpu.optimizer import apply_gradients, make_optimizer
 
 STEPS = 20
 
@@ -26,18 +27,23 @@ def rate(step: int) -> float:
     return 0.01 * (1 + step % 3)
 
 
-def train(model, config: OptimizerConfig, steps: int = STEPS):
-    """Parameters after some steps of given gradients, at rates that differ."""
-    optimizer, params = make_optimizer(config), random_params(model)
+def train(model, config: OptimizerConfig, steps: int = STEPS, kernels=None):
+    """Parameters after some steps of given gradients, at rates that differ; the third is refused at first."""
+    params = random_params(model)
 
     @jax.jit
-    def update(params, state, gradients, lr):
-        updates, state = optimizer.update(gradients, state, params)
-        return jax.tree.map(lambda p, u: p + lr * u, params, updates), state
+    def update(params, state, gradients, lr, ok):
+        norm = jnp.float32(2 * config.clip)  # so that gradients are halved
+        return apply_gradients(config, gradients, norm, params, state, lr, ok, kernels)
 
-    state = optimizer.init(params)
+    state = make_optimizer(config).init(params)
     for step in range(steps):
-        params, state = update(params, state, gradients_of(model, step), jnp.float32(rate(step)))
+        gradients = jax.tree.map(lambda g: 2 * g, gradients_of(model, step))
+        lr = jnp.float32(rate(step))
+        if step == 2:
+            refused = update(params, state, gradients, lr, jnp.array(False))
+            jax.tree.map(np.testing.assert_array_equal, refused, (params, state))
+        params, state = update(params, state, gradients, lr, jnp.array(True))
     return flat(params)
 
 
@@ -67,10 +73,14 @@ def torch_adamw(model, config: OptimizerConfig, names, steps: int = STEPS):
 ADAM_TOLERANCE = {"rtol": 0, "atol": 2e-6}
 
 
-@pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
-def test_adamw_equals_torch(kind):
+@pytest.mark.parametrize(
+    "kind, kernels",
+    [("gpt", None), ("gpt", REFERENCE), pytest.param("llama", None, marks=pytest.mark.slow)],
+    ids=["gpt", "gpt-kernels", "llama"],
+)
+def test_adamw_equals_torch(kind, kernels):
     config = OptimizerConfig(optimizer="adamw", weight_decay=0.3, beta1=0.8, eps=1e-6)
-    found = train(BOTH[kind], config)
+    found = train(BOTH[kind], config, kernels=kernels)
     expected = torch_adamw(BOTH[kind], config, found.keys())
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf, expected[name], **ADAM_TOLERANCE, err_msg=name)
@@ -117,9 +127,12 @@ def test_muon_moves_the_matrices_of_every_layer_by_itself():
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=5 * 0.006 * 3e-5, err_msg=name)
 
 
-def test_muon_leaves_the_rest_to_adamw():
+@pytest.mark.parametrize(
+    "kernels", [REFERENCE, pytest.param(None, marks=pytest.mark.slow)], ids=["kernels", "xla"]
+)
+def test_muon_leaves_the_rest_to_adamw(kernels):
     config = OptimizerConfig(optimizer="muon", weight_decay=0.3)
-    found = train(GPT, config)
+    found = train(GPT, config, kernels=kernels)
     rest = {k for k in found if not (k.startswith("layers/") and k.endswith("kernel"))}
     assert {"embed/table", "positions/table", "head/kernel", "norm/scale", "layers/mlp/up/bias"} < rest
     for name, leaf in torch_adamw(GPT, config, rest).items():

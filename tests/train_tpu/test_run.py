@@ -45,7 +45,14 @@ def test_a_run_writes_what_it_promises_and_says_what_to_do_next(finished, cache)
     manifest = load_manifest(find_step(folder))
     assert (manifest.step, manifest.sequences, manifest.tokens) == (12, 48, 48 * 32)
     assert manifest.data["cursor"] == 48
-    for what in ("parameters", "attention", "xla: the reference", "bits per byte", "python -m core.generate"):
+    for what in (
+        "parameters",
+        "attention",
+        "xla: the reference",
+        "xla: there are no kernels for a CPU",
+        "bits per byte",
+        "python -m core.generate",
+    ):
         assert what in out
     generated, _ = run_here(folder, "--prompt", "Document", "--temperature", "0", module="core.generate")
     assert generated.startswith("Document") and len(generated) > len("Document\n")
@@ -195,6 +202,8 @@ def test_refusals(finished, cache, text, tmp_path):
     assert "--allow-change data" in refusal_here(*UNSAMPLED, "--data", other, "--out", folder)
     assert "not an MTLM run" in refusal_here(*UNSAMPLED, "--data", text, "--out", text.parent)
     assert "cannot be used" in refusal_here(*tiny, "--attention", "cudnn")
+    said = refusal_here(*tiny, "--kernels", "cuda")
+    assert "--kernels cuda cannot be used: there are no kernels for a CPU; --kernels auto trains" in said
     assert "no checkpoint in" in refusal_here(*tiny, "--init-from", tmp_path)
     assert "not both" in refusal_here(*tiny, "--epochs", "1")
     assert "fewer than one batch" in refusal_here(
