@@ -152,6 +152,12 @@ def _time(run: Callable[[int], None]) -> int:
     return fastest if medians[fastest] < 0.98 * medians[0] else 0
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous and begins at a multiple of 16 bytes, else a copy."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _gelu_product_fake(x, weight, bias):
     out = x.new_empty(x.shape[0], weight.shape[0])
     return out, torch.empty_like(out)
@@ -159,8 +165,7 @@ def _gelu_product_fake(x, weight, bias):
 
 def _gelu_product_cuda(x, weight, bias):
     results = _gelu_product_fake(x, weight, bias)
-    inputs = (x.contiguous(), weight.contiguous(), bias.contiguous())
-    multiply(torch.ops.mtlm.gelu_product_into, inputs + results)
+    multiply(torch.ops.mtlm.gelu_product_into, (*map(_aligned, (x, weight, bias)), *results))
     return results
 
 
@@ -186,9 +191,9 @@ def _gelu_product_backward_fake(d, weight, pre):
 
 
 def _gelu_product_backward_cuda(d, weight, pre):
-    pre = pre.contiguous()
-    results = _gelu_product_backward_fake(d, weight, pre)
-    multiply(torch.ops.mtlm.gelu_product_backward_into, (d.contiguous(), weight.contiguous(), pre, *results))
+    inputs = tuple(map(_aligned, (d, weight, pre)))
+    results = _gelu_product_backward_fake(*inputs)
+    multiply(torch.ops.mtlm.gelu_product_backward_into, inputs + results)
     return results
 
 
