@@ -5,6 +5,7 @@ start-up, and gives the reason, so that nobody wonders which one a run used.
 """
 
 import functools
+import importlib.util
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ Implementation = Literal["xla", "cudnn", "triton", "splash"]
 
 SPLASH_BLOCK = 512  # queries and keys per tile; others report 128 slower than plain XLA, 512 to 1024 faster
 SPLASH_LANES = 128  # the smallest tile the kernel takes
+TRITON_MODULE = "jax.experimental.pallas.ops.gpu.attention"  # deprecated from 0.11 on
 TRITON_BLOCK = 64  # queries and keys per tile of the gradient
 TRITON_QUERIES = 128  # of the forward pass
 RESIDUALS = "attention"  # the name of splash's output and normaliser, for a rematerialisation that keeps them
@@ -89,6 +91,8 @@ def _triton_obstacle(platform: str, dtype: str, head_dim: int, context: int) -> 
         return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
     if dtype != "bfloat16":
         return f"it computes in bfloat16, not in {dtype}"
+    if importlib.util.find_spec(TRITON_MODULE) is None:
+        return f"this JAX ({jax.__version__}) has no {TRITON_MODULE} any more"
     if not 16 <= head_dim <= 128:
         return f"it needs a head size of 16 to 128, not {head_dim}"
     if context % TRITON_QUERIES:

@@ -41,7 +41,7 @@ def decoder_of(model: ModelConfig) -> Decoder:
 def gradients(decoder: Decoder, inputs: Inputs, call=None) -> list[torch.Tensor]:
     """The loss, and the gradient of every parameter in one."""
     tokens, targets, documents, starts = inputs
-    hidden = (call or decoder)(tokens, documents=documents, starts=starts)
+    hidden = (decoder if call is None else call)(tokens, documents=documents, starts=starts)
     loss = decoder.loss(hidden, targets).total
     grads = torch.autograd.grad(loss, list(decoder.parameters()))
     return [loss.detach(), torch.cat([grad.flatten() for grad in grads])]
