@@ -9,7 +9,7 @@
 // Saved: sum (which the network keeps anyway) and rstd [rows]. Statistics are float32, of the sum as it is
 // rounded in memory. Bytes per row of d: forward 8d in bfloat16 (12d with a float32 residual), backward 8d (16d).
 //
-// For d of 384, 512 and 768 half a warp or a warp holds a row in registers: one pass over memory. Backward: a
+// For the widths of WIDTHS a quarter of a warp to a warp holds a row in registers: one pass over memory. Backward: a
 // grid of fixed size walks over the rows, each thread adds up its columns of d_weight in float32 registers, a
 // block leaves one row of partials, and a second small kernel adds those in order. No atomics: the result
 // depends on the inputs and the number of multiprocessors alone, and a row's results on that row alone.
@@ -22,6 +22,9 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_SM = 2;  // of the backward grid: registers for two blocks of 256 threads
+// Head sizes of the models that norm queries and keys, and widths of models: 384, 512 and 768 of ours, the rest those of
+// SmolLM2, Qwen2.5 and Qwen3.
+#define WIDTHS 64, 128, 384, 512, 576, 768, 896, 960, 1024
 
 // A matrix whose rows are contiguous inside; `stride` elements from row to row.
 struct Rows {
@@ -51,15 +54,22 @@ struct Backward {
   void* d_weight;       // [d]
 };
 
-// How a row of D elements lies in the lanes: vectors of 16 bytes of the wider type, one after another.
+// How a row of D elements lies in the lanes: vectors of 16 bytes of the wider type, one after another. Of a width that
+// no number of lanes divides, some have one vector fewer.
 template <typename X, typename R, int D>
 struct Layout {
   static constexpr int VECTOR = sizeof(X) == 2 && sizeof(R) == 2 ? 8 : 4;
-  static constexpr int LANES = D / VECTOR % 32 == 0 ? 32 : 16;
-  static constexpr int VECTORS = D / (VECTOR * LANES);
+  static constexpr int CHUNKS = D / VECTOR;
+  static constexpr bool NARROW = CHUNKS % 32 != 0 && CHUNKS % 16 == 0 && CHUNKS / 16 * VECTOR <= 24;
+  static constexpr int LANES = CHUNKS == 8 ? 8 : NARROW ? 16 : 32;
+  static constexpr int VECTORS = (CHUNKS + LANES - 1) / LANES;
   static constexpr int ROWS_PER_WARP = 32 / LANES;
   static constexpr int ROWS_PER_BLOCK = WARPS * ROWS_PER_WARP;
-  static_assert(VECTOR * LANES * VECTORS == D);
+  static_assert(D % VECTOR == 0);
+
+  static __device__ __forceinline__ constexpr bool has(int vector, int lane) {
+    return CHUNKS % LANES == 0 || vector * LANES + lane < CHUNKS;
+  }
 };
 
 template <typename X, typename R, int D, bool ADD>
@@ -73,12 +83,16 @@ __global__ __launch_bounds__(THREADS) void forward_in_registers(Forward a, Weigh
   if (inside) {
     const R* residual = static_cast<const R*>(a.residual.data) + row * a.residual.stride;
 #pragma unroll
-    for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(residual + (v * L::LANES + lane) * N, x[v]);
+    for (int v = 0; v < L::VECTORS; ++v) {
+      if (L::has(v, lane)) load<R, N, Read::plain>(residual + (v * L::LANES + lane) * N, x[v]);
+    }
     if constexpr (ADD) {
       const X* branch = static_cast<const X*>(a.branch.data) + row * a.branch.stride;
-      float y[L::VECTORS][N];
+      float y[L::VECTORS][N] = {};
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<X, N, Read::plain>(branch + (v * L::LANES + lane) * N, y[v]);
+      for (int v = 0; v < L::VECTORS; ++v) {
+        if (L::has(v, lane)) load<X, N, Read::plain>(branch + (v * L::LANES + lane) * N, y[v]);
+      }
 #pragma unroll
       for (int v = 0; v < L::VECTORS; ++v) {
 #pragma unroll
@@ -98,6 +112,7 @@ __global__ __launch_bounds__(THREADS) void forward_in_registers(Forward a, Weigh
 #pragma unroll
   for (int v = 0; v < L::VECTORS; ++v) {
     const int column = (v * L::LANES + lane) * N;
+    if (!L::has(v, lane)) continue;
     if constexpr (ADD) store<R, N>(static_cast<R*>(a.sum) + row * D + column, x[v]);
     float w[N];
     weight.load<N>(column, w);
@@ -132,21 +147,22 @@ __global__ __launch_bounds__(THREADS) void forward_any(Forward a, Weight weight,
 }
 
 template <typename X, typename R, int D, bool D_SUM>
-__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(Backward a, Weight weight,
-                                                                                int64_t rows) {
+__global__ __launch_bounds__(THREADS, D <= 768 ? BLOCKS_PER_SM : 1) void backward_in_registers(
+    Backward a, Weight weight, int64_t rows) {
   using L = Layout<X, R, D>;
   constexpr int N = L::VECTOR;
   __shared__ __align__(16) float warp_sums[WARPS][D];
-  __shared__ float4 shared_weight[D / 4];  // registers are short: the weight is read anew in every turn
+  constexpr int FOURS = L::VECTORS * L::LANES * N / 4;
+  __shared__ float4 shared_weight[FOURS];  // registers are short: the weight is read anew in every turn
   const int lane = threadIdx.x % L::LANES;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * L::ROWS_PER_BLOCK + threadIdx.x / L::LANES;
   const int64_t step = static_cast<int64_t>(gridDim.x) * L::ROWS_PER_BLOCK;
   float d_weight[L::VECTORS][N] = {};
   // Neighbouring lanes read neighbouring float4s: no bank is asked twice.
   const auto weight_at = [](int v, int part, int of_lane) { return (v * N / 4 + part) * L::LANES + of_lane; };
-  for (int i = threadIdx.x; i < D / 4; i += THREADS) {
-    float w[4];
-    weight.load<4>(4 * i, w);
+  for (int i = threadIdx.x; i < FOURS; i += THREADS) {
+    float w[4] = {};
+    if (4 * i < D) weight.load<4>(4 * i, w);
     const int vector = i / (N / 4);
     shared_weight[weight_at(vector / L::LANES, i % (N / 4), vector % L::LANES)] = {w[0], w[1], w[2], w[3]};
   }
@@ -163,13 +179,19 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
       const X* d_normed = static_cast<const X*>(a.d_normed.data) + row * a.d_normed.stride;
       const R* x_row = static_cast<const R*>(a.x.data) + row * a.x.stride;
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<X, N, Read::plain>(d_normed + (v * L::LANES + lane) * N, g[v]);
+      for (int v = 0; v < L::VECTORS; ++v) {
+        if (L::has(v, lane)) load<X, N, Read::plain>(d_normed + (v * L::LANES + lane) * N, g[v]);
+      }
 #pragma unroll
-      for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(x_row + (v * L::LANES + lane) * N, x[v]);
+      for (int v = 0; v < L::VECTORS; ++v) {
+        if (L::has(v, lane)) load<R, N, Read::plain>(x_row + (v * L::LANES + lane) * N, x[v]);
+      }
       if constexpr (D_SUM) {
         const R* d_sum = static_cast<const R*>(a.d_sum.data) + row * a.d_sum.stride;
 #pragma unroll
-        for (int v = 0; v < L::VECTORS; ++v) load<R, N, Read::plain>(d_sum + (v * L::LANES + lane) * N, s[v]);
+        for (int v = 0; v < L::VECTORS; ++v) {
+          if (L::has(v, lane)) load<R, N, Read::plain>(d_sum + (v * L::LANES + lane) * N, s[v]);
+        }
       }
       rstd = a.rstd[row];
     }
@@ -193,6 +215,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
     if (!inside) continue;
 #pragma unroll
     for (int v = 0; v < L::VECTORS; ++v) {
+      if (!L::has(v, lane)) continue;
       const int64_t at = row * D + (v * L::LANES + lane) * N;
 #pragma unroll
       for (int i = 0; i < N; ++i) s[v][i] += rstd * (g[v][i] - x[v][i] * projection);
@@ -207,9 +230,12 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void backward_in_registers(
   for (int v = 0; v < L::VECTORS; ++v) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if constexpr (L::LANES == 16) d_weight[v][i] += __shfl_xor_sync(ALL_LANES, d_weight[v][i], 16);
+#pragma unroll
+      for (int offset = L::LANES; offset < 32; offset *= 2) {
+        d_weight[v][i] += __shfl_xor_sync(ALL_LANES, d_weight[v][i], offset);
+      }
     }
-    if (threadIdx.x % 32 < L::LANES) {
+    if (threadIdx.x % 32 < L::LANES && L::has(v, lane)) {
       float* p = &warp_sums[threadIdx.x / 32][(v * L::LANES + lane) * N];
 #pragma unroll
       for (int i = 0; i < N; ++i) p[i] = d_weight[v][i];
@@ -297,7 +323,7 @@ template <typename Run>
 void dispatch_norm(Type type, Type residual_type, bool whole, int64_t d, Run run) {
   const auto of_types = [&](auto x, auto r) {
     const auto of_width = [&](auto width) { run(x, r, width); };
-    if (!whole || !dispatch<384, 512, 768>(d, of_width)) of_width(std::integral_constant<int, 0>());
+    if (!whole || !dispatch<WIDTHS>(d, of_width)) of_width(std::integral_constant<int, 0>());
   };
   if (type == Type::float32) {
     of_types(float(), float());
