@@ -76,12 +76,7 @@ class RotatedProjections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, d_q: Tensor, d_k: Tensor, d_v: Tensor):
         x, weight, cos, sin = ctx.saved_tensors
-        if d_q.shape == d_k.shape:
-            d = torch.ops.mtlm.rotary_pack(d_q, d_k, d_v, cos, sin, True)
-        else:
-            d = torch.cat([d_q, d_k, d_v], dim=2)
-            of_q, of_k = d_q.shape[2], d_k.shape[2]
-            torch.ops.mtlm.rotary_(d[:, :, :of_q], d[:, :, of_q : of_q + of_k], cos, sin, True)
+        d = torch.ops.mtlm.rotary_pack(d_q, d_k, d_v, cos, sin, True)
         d = d.view(-1, weight.shape[0])
         d_x = (d @ weight).view(x.shape)
         d_weight = d.T @ x.reshape(-1, x.shape[-1])
@@ -108,8 +103,8 @@ def _rotary_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: boo
 
 
 def _pack_fake(q, k, v, cos, sin, conjugate):
-    b, s, *head = q.shape
-    return q.new_empty(b, s, 3, *head)
+    b, s, _, size = q.shape
+    return q.new_empty(b, s, q.shape[2] + k.shape[2] + v.shape[2], size)
 
 
 def _pack_cuda(q, k, v, cos, sin, conjugate):
@@ -124,9 +119,9 @@ def _pack_cuda(q, k, v, cos, sin, conjugate):
     cuda=_pack_cuda,
 )
 def _pack_plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
-    """[B, S, 3, H, K] of q and k, rotated, and v."""
+    """[B, S, H + 2 G, K] of q and k, rotated, and v."""
     sin = -sin if conjugate else sin
-    return torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2)
+    return torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2)
 
 
 declare_kernel(

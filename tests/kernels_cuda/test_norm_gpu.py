@@ -22,7 +22,7 @@ TYPES = {
     "f32": (F32,) * 3,
 }
 ROWS = (0, 1, 2, 31, 33, 199, 8192)
-WIDTHS = (8, 48, 384, 512, 760, 768, 1128)
+WIDTHS = (8, 48, 64, 128, 384, 512, 576, 760, 768, 896, 960, 1024, 1128)
 
 
 def inputs(rows: int, d: int, types: tuple) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def test_as_exact_as_pytorch_at_every_size(d: int, types: str):
 
 
 def test_without_a_gradient_of_the_sum():
-    for d, types in itertools.product((384, 512, 760, 768), TYPES):
+    for d, types in itertools.product((64, 384, 512, 576, 760, 768, 1024), TYPES):
         given = inputs(199, d, TYPES[types])
         zero = torch.zeros_like(given[0])
         with_zero = forward_and_backward(torch.ops.mtlm, *given[:4], zero)
@@ -118,7 +118,7 @@ def test_expanded_gradients():
         )
 
 
-@pytest.mark.parametrize("d", [384, 760, 768])
+@pytest.mark.parametrize("d", [128, 384, 576, 760, 768, 960])
 def test_a_row_does_not_depend_on_the_batch(d: int):
     for types in TYPES:
         given = inputs(8192, d, TYPES[types])
