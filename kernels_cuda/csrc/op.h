@@ -16,10 +16,10 @@
 
 namespace mtlm {
 
-enum class Type { float32, bfloat16, int32, int64, boolean, other };
+enum class Type { float32, bfloat16, int64, boolean, int32, other };
 
 inline const char* name_of(Type type) {
-  constexpr const char* NAMES[] = {"float32", "bfloat16", "int32", "int64", "bool", "another type"};
+  constexpr const char* NAMES[] = {"float32", "bfloat16", "int64", "bool", "int32", "another type"};
   return NAMES[static_cast<int>(type)];
 }
 

@@ -151,6 +151,11 @@ def test_every_preset_lowers_on_every_mesh():
 
 
 @pytest.mark.slow
+def test_cuda_calls_get_each_devices_own_part():
+    assert run_on_devices(8, HERE / "kernels_on_devices.py") == "ok\n"
+
+
+@pytest.mark.slow
 def test_a_run_changes_its_mesh_when_asked_by_name(cache, text):
     common = (*TINY, "--batch", "8", "--data", text)
     run(cache, *common, "--out", cache / "one")
