@@ -22,7 +22,7 @@ TARGETS = (
     "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "softmax_loss",
     "adamw",
 )  # fmt: skip
-WIDTHS = (384, 512, 768)  # of rows that rms_norm.cu holds in registers
+WIDTHS = (64, 128, 384, 512, 576, 768, 960, 1024)  # of rows that rms_norm.cu holds in registers
 PROCESSORS = 132  # of an H100 or H200
 
 _registered: set[str] = set()  # files whose calls XLA knows

@@ -32,8 +32,12 @@ REGISTERS = {
 
 
 def most_registers(name: str, kernel: str) -> int:
-    """Two blocks of a product share a multiprocessor's 65,536; the head's of 64 by 64 may use all of it."""
+    """Two blocks of a product share a multiprocessor's 65,536; the head's of 64 by 64 may use all of it, and
+    so may gradients of norms wider than 768."""
     budget = REGISTERS.get(name, 128)
+    norm = re.search(r"backward_in_registers.*Li(\d+)E", kernel)
+    if norm and int(norm[1]) > 768:
+        return 256
     shape = re.search(r"7projectI\w*IntoE\dELi(\d)ELi(\d)ELi(\d)E", kernel)
     if shape is None:
         return budget
@@ -97,6 +101,11 @@ def check_decode(kernel: str, lines: list[str]) -> None:
         assert early >= 2 * int(wide) * int(stages), f"{kernel}: {early} loads of 16 bytes before the wait"
     elif "attend" in kernel:
         assert early == 8, f"{kernel}: {early} loads of 16 bytes before the wait"
+
+
+def test_jax_knows_the_widths_of_the_norms():
+    of_file = re.search(r"#define WIDTHS (.*)", (compiler.SOURCES / "rms_norm.cu").read_text())[1]
+    assert tuple(map(int, of_file.split(","))) == xla.WIDTHS
 
 
 def find_disassembler() -> str | None:

@@ -87,7 +87,7 @@ def assert_as_good(kernels: Kernels, function, exact, *inputs, name: str = "") -
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("d", [48, 384, 512, 768])
+@pytest.mark.parametrize("d", [48, 128, 384, 512, 576, 768, 1024])
 def test_norms(kernels: Kernels, d: int, dtype):
     for rows in (1, 33, 8192):
         x, branch = normal(0, (rows, d), dtype, 3), normal(1, (rows, d), dtype)
