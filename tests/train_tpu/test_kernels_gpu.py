@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 EPS = 1e-6
 TYPES = (jnp.bfloat16, jnp.float32)
 GPT = ModelConfig(
-    vocab_size=512, context=128, d_model=384, n_layers=3, n_heads=6, d_mlp=512,
+    vocab_size=512, context=128, d_model=384, n_layers=2, n_heads=6, d_mlp=512,
     positions="learned", mlp="gelu", biases=True, tied=False,
 )  # fmt: skip
 MODELS = {
@@ -73,7 +73,8 @@ def error(found: jax.Array, exact: torch.Tensor) -> float:
 def assert_as_good(kernels: Kernels, function, exact, *inputs, name: str = "") -> None:
     """On the kernels every result has at most twice the error of the same formula in XLA, and two calls give
     equal bits; see tests/kernels_cuda/gpu.py for the bound."""
-    ours, again = (jax.jit(functools.partial(function, kernels))(*inputs) for _ in range(2))
+    on_kernels = jax.jit(functools.partial(function, kernels))
+    ours, again = on_kernels(*inputs), on_kernels(*inputs)
     theirs = jax.jit(functools.partial(function, REFERENCE))(*inputs)
     for number, (a, b, c, true) in enumerate(zip(ours, again, theirs, exact, strict=True)):
         assert a.shape == c.shape and a.dtype == c.dtype, (name, number)
@@ -89,7 +90,7 @@ def assert_as_good(kernels: Kernels, function, exact, *inputs, name: str = "") -
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("d", [48, 128, 384, 512, 576, 768, 1024])
 def test_norms(kernels: Kernels, d: int, dtype):
-    for rows in (1, 33, 8192):
+    for rows in (33, 8192):
         x, branch = normal(0, (rows, d), dtype, 3), normal(1, (rows, d), dtype)
         scale = 1 + normal(2, (d,), scale=0.25)
         d_normed, d_sum = normal(3, (rows, d), dtype), normal(4, (rows, d), dtype)
@@ -156,7 +157,7 @@ def test_softmax_loss(kernels: Kernels, vocab: int, dtype):
     rows = 300
     logits = normal(0, (rows, vocab), dtype, 3)
     targets = jax.random.randint(jax.random.key(1), (rows,), 0, vocab).at[::7].set(-1)
-    for z_loss in (0.0, 1e-3):
+    for z_loss in (0.0, 1e-3) if vocab == 32000 else (1e-3,):
         exact, sums = wide(logits), torch.empty(2, rows, dtype=torch.float64)
         target64 = torch.tensor(np.asarray(targets), dtype=torch.int64)
         reference.softmax_loss_(exact, target64, sums[0], sums[1], z_loss, True)
@@ -206,12 +207,10 @@ def batch(model: ModelConfig, step: int, parts: int = 1) -> Batch:
     return Batch(tokens.astype(np.uint16).reshape(*shape, -1), np.zeros(shape, bool), index)
 
 
-def train(
-    model: ModelConfig, which: str, steps: int, parts: int = 1, optimizer: str = "adamw", lr: float = 1e-3
-):
+def train(model: ModelConfig, which: str, steps: int, parts: int = 1) -> tuple[np.ndarray, dict]:
     """The loss of every step; the gradient of the first."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    optim = OptimizerConfig(optimizer=optimizer, clip=0.0)
+    optim = OptimizerConfig(optimizer="adamw", clip=0.0)
     chosen = choose_kernels(which, jax.devices()[0]).kernels
     config, _ = choose_step(RunConfig(optim=optim, guard=GuardConfig(sigma=0)), model, mesh, chosen)
     step = compile_step(config, ROWS, parts, mesh)
@@ -223,10 +222,8 @@ def train(
         seen.append(float(metrics.loss))
         assert bool(metrics.applied)
         if i == 0:  # the first moment is a tenth of the gradient
-            moments = {
-                path.partition("mu/")[2]: m for path, m in flat(state.opt_state).items() if "mu/" in path
-            }
-            gradient = {path: 10 * moment for path, moment in moments.items()}
+            moments = flat(state.opt_state).items()
+            gradient = {path.partition("mu/")[2]: 10 * m for path, m in moments if "mu/" in path}
     return np.array(seen), gradient
 
 
@@ -254,13 +251,12 @@ def test_the_first_gradient_is_no_further_from_float64_than_xlas(kind: str):
         assert apart <= 2 * allowed + 1e-6 * size, (name, apart, allowed)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_200_updates_within_what_another_order_of_sums_makes(optimizer: str):
+def test_200_updates_within_what_another_order_of_sums_makes():
     runs = {
-        "xla": train(GPT, "xla", 200, optimizer=optimizer)[0],
-        "two parts": train(GPT, "xla", 200, 2, optimizer)[0],
-        "four parts": train(GPT, "xla", 200, 4, optimizer)[0],
-        "cuda": train(GPT, "cuda", 200, optimizer=optimizer)[0],
+        "xla": train(GPT, "xla", 200)[0],
+        "two parts": train(GPT, "xla", 200, 2)[0],
+        "four parts": train(GPT, "xla", 200, 4)[0],
+        "cuda": train(GPT, "cuda", 200)[0],
     }
     smooth = {name: losses.reshape(-1, 10).mean(1) for name, losses in runs.items()}
     apart = {name: float(np.abs(smooth[name] - smooth["xla"]).max()) for name in runs}
