@@ -329,6 +329,44 @@ def embedding_lookup(
     )
 
 
+def map_dealt(
+    function: Callable[[Float[Array, "n A B"]], Float[Array, "n A B"]],
+    stack: Float[Array, "N A B"],
+    spec: P,
+    mesh: Mesh | None,
+) -> Float[Array, "N A B"]:
+    """`function` of whole matrices, each computed on one device: they are dealt to all devices of the mesh.
+
+    Where a device has all of them it takes its own, and the results are gathered once. Where it has a part of
+    each, devices exchange parts for whole matrices, and give back the results' parts in the same way.
+
+    Args:
+        function: of each matrix for itself; zeros fill up a number that the devices do not divide.
+        spec: how the stack is split, of which its first axis is not, and how the result shall be.
+    """
+    if not is_parallel(mesh):
+        return function(stack)
+    split = {axis: dimension for dimension, axis in enumerate(spec) if axis}
+    copied = tuple(axis for axis in mesh.axis_names if axis not in split)
+    n_copies = math.prod(mesh.shape[axis] for axis in copied)
+
+    def local(x: Array) -> Array:
+        if n_copies > 1:
+            x = x.reshape(n_copies, -1, *x.shape[1:])[jax.lax.axis_index(copied)]
+        # XLA refuses to exchange parts of which some are still to be transposed.
+        x = jax.lax.optimization_barrier(x) if split else x
+        for axis, dimension in split.items():
+            x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=dimension, tiled=True)
+        x = function(x)
+        for axis, dimension in reversed(split.items()):
+            x = jax.lax.all_to_all(x, axis, split_axis=dimension, concat_axis=0, tiled=True)
+        return jax.lax.all_gather(x, copied, tiled=True) if n_copies > 1 else x
+
+    n = len(stack)
+    padded = jnp.pad(stack, ((0, -n % mesh.size), (0, 0), (0, 0)))
+    return per_device(mesh, local, spec, spec)(padded)[:n]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _reshard(x: Array, kept: NamedSharding, used: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, used)

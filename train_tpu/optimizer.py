@@ -14,13 +14,13 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from core.leaves import Leaf, get_leaf, path_names
 from core.model import Params
 from core.ops import Kernels
 from core.run.schedule import OptimizerConfig
 from core.sharding import is_parallel, per_device, split_axes
+from train_tpu.muon import muon
 
 
 def apply_gradients(
@@ -31,13 +31,15 @@ def apply_gradients(
     opt_state: optax.OptState,
     lr: Float[Array, ""],
     ok: Bool[Array, ""],
-    kernels: Kernels | None = None,
+    dtype: str = "float32",
     mesh: Mesh | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[Params, optax.OptState]:
     """Parameters and the optimizer's state after an update; as they were where `ok` is false.
 
     Args:
         norm: of all gradients, which are clipped by it.
+        dtype, mesh: as `make_optimizer` has them.
         kernels: what updates the leaves that AdamW has, in their memory.
     """
     shrink = config.clip / jnp.maximum(norm, config.clip) if config.clip > 0 else jnp.float32(1)
@@ -50,7 +52,7 @@ def apply_gradients(
             return _replaced(params, of_kernels), opt_state
     if config.clip > 0:
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
-    optimizer = make_optimizer(config, skips_adam=kernels is not None)
+    optimizer = make_optimizer(config, dtype, mesh, skips_adam=kernels is not None)
     updates, new_state = optimizer.update(gradients, opt_state, params)
     new_params = jax.tree.map(lambda p, u: p + lr * u, params, updates)
     new_params, opt_state = jax.tree.map(
@@ -121,12 +123,15 @@ def _adam_state(
     return chain[0], with_adam
 
 
-def make_optimizer(config: OptimizerConfig, skips_adam: bool = False) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, dtype: str = "float32", mesh: Mesh | None = None, skips_adam: bool = False
+) -> optax.GradientTransformation:
     """Gradients to updates for a learning rate of 1: the step multiplies them by the rate and adds them.
 
     Clipping is not in it: the step needs the global norm anyway, and clips by it.
 
     Args:
+        dtype, mesh: the type of Muon's products, and the devices that share them (train_tpu/muon.py).
         skips_adam: the updates of Adam's leaves are zero, and its state stays as it is.
     """
     adam = optax.chain(
@@ -136,13 +141,8 @@ def make_optimizer(config: OptimizerConfig, skips_adam: bool = False) -> optax.G
     )
     if config.optimizer == "adamw":
         return adam
-    # Each layer's matrix for itself: input and output are axes 1 and 2, axis 0 is a batch. RMS 0.2 gives
-    # updates the size of Adam's, so that one learning rate serves both (Liu et al. 2025, Moonlight).
-    # optax.contrib.muon is not used whole: its Adam decays norms and biases, and is Nesterov's.
-    dimensions = _by_leaf(lambda _: MuonDimensionNumbers(reduction_axis=1, output_axis=2))
     matrices = optax.chain(
-        scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
-        optax.stateless(_scale_like_adam),
+        muon(config.momentum, dtype, mesh),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale(-1.0),
     )
@@ -150,11 +150,6 @@ def make_optimizer(config: OptimizerConfig, skips_adam: bool = False) -> optax.G
         adam = optax.GradientTransformation(adam.init, lambda updates, state, _: (_zeros(updates), state))
     labels = _by_leaf(lambda leaf: "muon" if leaf.is_layer_kernel else "adam")
     return optax.partition({"muon": matrices, "adam": adam}, labels)
-
-
-def _scale_like_adam(updates: Any, _: Any) -> Any:
-    """Orthogonalised [layers, in, out] updates to an RMS of 0.2, whatever the shape of the matrix."""
-    return jax.tree.map(lambda u: u * 0.2 * max(u.shape[1:]) ** 0.5, updates)
 
 
 def _zeros(tree: Any) -> Any:

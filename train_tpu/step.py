@@ -170,7 +170,7 @@ def train_step(
     ok = _acceptable(state.guard, loss, norm, controls)
     kept = apply_gradients(
         config.optim, gradients, norm, state.params, state.opt_state, controls.lr, ok,
-        config.compute.kernels, mesh,
+        config.compute.dtype, mesh, config.compute.kernels,
     )  # fmt: skip
     guard = _remember(state.guard, loss, norm, ok)
     metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms)

@@ -5,9 +5,11 @@ The models have the presets' parts in the small, so that each compiles in well u
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import types
+from collections import Counter
 
 import jax
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
 from core.sharding import make_mesh, parse_mesh
+from tests.train_tpu.products import muon_flops, muon_products
 from train_tpu.aot import __main__ as aot
 from train_tpu.aot.hlo import Collective, Module
 from train_tpu.aot.report import compile_and_report, print_report
@@ -179,6 +182,13 @@ def layer_product_types(module: Module) -> set[str]:
     return found
 
 
+def muon_matrices(model: ModelConfig) -> dict[tuple[int, int], int]:
+    """How many there are of each shape."""
+    mlp = 3 if model.mlp == "swiglu" else 2
+    d, n = model.d_model, model.n_layers
+    return {(d, d): 4 * n, (d, model.d_mlp): mlp * n}
+
+
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "grad_accum_steps"), [("mtlm2-40m", 2), ("mtlm1-88m", 1)])
@@ -200,9 +210,20 @@ def test_facts_of_the_compiled_step(name, grad_accum_steps):
     assert max(logits) <= CHUNK  # those of a chunk at a time
     # Every gradient is summed over the chips once, in float32, outside all loops, along with the loss and the
     # cross-entropy.
-    sums = [c for c in module.collectives(CHIPS) if c.elements > 1]
-    assert {(c.kind, c.group, c.loops, c.dtypes) for c in sums} == {("all-reduce", CHIPS, 0, ("f32",))}
+    collectives = [c for c in module.collectives(CHIPS) if c.elements > 1]
+    sums = [c for c in collectives if c.kind == "all-reduce"]
+    assert {(c.group, c.loops, c.dtypes) for c in sums} == {(CHIPS, 0, ("f32",))}
     assert sum(c.elements for c in sums) == model.n_params + 2
+    # Muon's products are shared among the chips, in bfloat16, and their results gathered once for each shape.
+    matrices = muon_matrices(model)
+    products = muon_products(module)
+    assert {dtype for dtype, _ in products} == {"bf16"}
+    assert sum(flops for _, flops in products) == muon_flops(matrices, CHIPS)
+    gathers = [c for c in collectives if c.kind != "all-reduce"]
+    assert {(c.kind, c.group, c.loops, c.dtypes) for c in gathers} == {("all-gather", CHIPS, 0, ("bf16",))}
+    assert sorted(c.elements for c in gathers) == sorted(
+        math.ceil(n / CHIPS) * CHIPS * small * large for (small, large), n in matrices.items()
+    )
     assert module.n_donated == len(jax.tree.leaves(abstract_state(step, mesh)))
     assert module.host_transfers() == []
 
@@ -219,5 +240,14 @@ def test_a_step_whose_weights_are_gathered(capsys):
     # A layer gathers them for the forward and for the backward pass, a half of each on a chip, in bfloat16.
     assert sum(c["elements"] for c in in_layers) == 2 * weights / 2
     assert {tuple(c["dtypes"]) for c in in_layers} == {("bf16",)}
+    # For Muon parts of the matrices of each of the two shapes are exchanged along both axes, there and back.
+    # Outside the loops nothing of the size of a layer's matrix is gathered but tables and head.
+    outside = [c for c in report["collectives"] if c["loops"] == 0]
+    exchanges = Counter((c["group"], *c["dtypes"]) for c in outside if c["kind"] == "all-to-all")
+    assert exchanges == {(4, "bf16"): 2 * 2, (2, "bf16"): 2 * 2}
+    gathered = {
+        c["elements"] for c in outside if c["kind"] == "all-gather" and c["elements"] > model.d_model**2
+    }
+    assert gathered == {model.vocab_size * model.d_model // 2, model.context * model.d_model}
     print_report(report)
     assert "host transfers: none" in capsys.readouterr().out

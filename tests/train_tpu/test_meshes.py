@@ -140,6 +140,11 @@ def test_every_mesh_equals_one_device(kind, optimizer, dtype, kernels, tmp_path)
 
 
 @pytest.mark.slow
+def test_no_product_of_muon_is_computed_twice():
+    run_on_devices(8, HERE / "muon_on_devices.py")
+
+
+@pytest.mark.slow
 def test_memory_falls_and_a_checkpoint_opens_under_any_mesh(tmp_path):
     run_on_devices(8, HERE / "layout_on_devices.py", str(tmp_path))
 

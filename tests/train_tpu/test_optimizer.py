@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_tpu.muon
 from core.errors import UserError
 from core.run.schedule import OptimizerConfig, learning_rate
 from tests.kernels import REFERENCE
@@ -34,7 +36,7 @@ def train(model, config: OptimizerConfig, steps: int = STEPS, kernels=None):
     @jax.jit
     def update(params, state, gradients, lr, ok):
         norm = jnp.float32(2 * config.clip)  # so that gradients are halved
-        return apply_gradients(config, gradients, norm, params, state, lr, ok, kernels)
+        return apply_gradients(config, gradients, norm, params, state, lr, ok, kernels=kernels)
 
     state = make_optimizer(config).init(params)
     for step in range(steps):
@@ -125,6 +127,49 @@ def test_muon_moves_the_matrices_of_every_layer_by_itself():
         # singular values, and the rounding of 6e-8 in them, by up to 3.4^5 = 490: 3e-5 of an update.
         expected = numpy_muon(GPT, config, name, 5)
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=5 * 0.006 * 3e-5, err_msg=name)
+
+
+def test_matrices_of_one_shape_are_one_product():
+    """Each product of Jordan's formula once, in bfloat16, for all layers' matrices of a shape."""
+    params = random_params(GPT)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="muon"), "bfloat16")
+    jaxpr = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
+    products = [e.outvars[0].aval for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    square, wide = (12, 48, 48), (6, 48, 80)  # q, k, v, o; up, and down turned round; 3 layers
+    grams = (6, 48, 48)
+    assert Counter(p.shape for p in products) == {square: 5 * 3, grams: 5 * 2, wide: 5}
+    assert {p.dtype for p in products} == {jnp.dtype("bfloat16")}
+
+
+ORTHOGONALIZED = jax.jit(train_tpu.muon.newton_schulz)
+SPECTRA = {
+    "even": np.linspace(0.5, 1, 64),
+    "ill-conditioned": np.geomspace(1e-4, 1, 64),
+    "one large": np.array([0.002] * 63 + [1.0]),
+    "low rank": np.array([0.0] * 56 + [1.0] * 8),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("columns", [64, 192])
+def test_orthogonal_in_bfloat16(spectrum, columns):
+    """In the directions of the singular vectors, as in float64."""
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.standard_normal((64, columns)), full_matrices=False)
+    sizes = SPECTRA[spectrum]
+    x = (u * sizes) @ v
+    found = np.asarray(ORTHOGONALIZED(jnp.asarray(x[None], jnp.bfloat16))[0], np.float64)
+    expected = newton_schulz(x)
+    # Rounding x, and dividing it by its norm, puts noise of rms 2^-9/sqrt(3) of an element on it each time:
+    # its largest singular value is the following. Singular values ten times as large keep nine tenths of
+    # their direction, and so of what the iteration makes of them; smaller ones are what they can be: bounded.
+    noise = np.sqrt(2 / 3) * 2.0**-9 * np.linalg.norm(x) * (64**-0.5 + columns**-0.5)
+    kept = sizes > 10 * noise
+    assert kept.any()
+    along = [np.einsum("mi,mk,ik->i", u, matrix, v)[kept] for matrix in (found, expected)]
+    np.testing.assert_allclose(*along, rtol=0.1)
+    # The largest that the iteration makes of any is 1.203; 15 roundings of 2^-9 are 3%.
+    assert np.linalg.norm(found, 2) < 1.203 * 1.03
 
 
 @pytest.mark.parametrize(
