@@ -221,18 +221,28 @@ def training_flags(model: ModelConfig, n_ids: int) -> str:
 
     n_ids: of its tokenizer, which the command takes for the vocabulary.
     """
-    wanted = model.function()
-    differing = {
-        name: [k for k, v in given.function().items() if k != "vocab_size" and wanted[k] != v]
-        for name, given in PRESETS.items()
-    }
-    nearest = min(differing, key=lambda name: len(differing[name]))
-    fields = differing[nearest] + (["vocab_size"] if model.vocab_size != n_ids else [])
-    # What stands for the default has to be said where the preset has another value.
-    said = {"n_kv_heads": model.kv_heads, "head_dim": model.head_size, "rope_scaling": "none"}
-    values = {name: said[name] if wanted[name] is None else wanted[name] for name in fields}
-    overrides = (f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+    nearest = nearest_preset(model)
+    fields = _differing(model, PRESETS[nearest]) + (["vocab_size"] if model.vocab_size != n_ids else [])
+    overrides = (f"--{name.replace('_', '-')} {said(model, name)}" for name in fields)
     return " ".join([f"--preset {nearest}", *overrides])
+
+
+def nearest_preset(model: ModelConfig) -> str:
+    """The preset that needs the fewest overrides to compute what `model` does."""
+    return min(PRESETS, key=lambda name: len(_differing(model, PRESETS[name])))
+
+
+def _differing(model: ModelConfig, given: ModelConfig) -> list[str]:
+    wanted = model.function()
+    return [k for k, v in given.function().items() if k != "vocab_size" and wanted[k] != v]
+
+
+def said(model: ModelConfig, name: str) -> Any:
+    """The value of a field as it is typed: what stands for the default has to be said where a preset has
+    another value."""
+    default = {"n_kv_heads": model.kv_heads, "head_dim": model.head_size, "rope_scaling": "none"}
+    value = getattr(model, name)
+    return default[name] if value is None else value
 
 
 def preset(name: str) -> ModelConfig:

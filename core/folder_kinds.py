@@ -4,22 +4,21 @@ import enum
 import shlex
 from pathlib import Path
 
-from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST
+from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.cli import command
 from core.errors import UserError
 from core.hub_models import is_hub_name, parse
 
 DATASET = "dataset.json"  # of prepared data
-TORCH_STATE = "state.safetensors"  # of a checkpoint of port_torch
 RESULT = "model"  # of a run of port_torch: the folder with its model
 
 
 class Kind(enum.Enum):
     """What the commands make, and what they take."""
 
-    JAX = "a checkpoint of train_tpu, or a run with checkpoints"
-    TORCH = "a training run of port_torch"
+    CHECKPOINT = "a checkpoint, or a run with checkpoints"
+    ADAPTERS = "a LoRA run of port_torch"
     WEIGHTS = "a folder of weights for PyTorch"
     DATA = "prepared data"
     OTHER = "none of these"
@@ -32,26 +31,31 @@ def kind_of(path: Path) -> Kind:
     for folder in (path / "checkpoints", path):
         steps = list_steps(folder)
         step_dir = step_path(folder, steps[-1]) if steps else folder
-        if (step_dir / TORCH_STATE).exists():
-            return Kind.TORCH
         if steps or (step_dir / MANIFEST).exists():
-            return Kind.JAX
+            return Kind.ADAPTERS if _holds_adapters(step_dir) else Kind.CHECKPOINT
     is_model = (path / EXPORT_MANIFEST).exists() or any(path.glob("*.safetensors"))
     return Kind.WEIGHTS if is_model else Kind.OTHER
+
+
+def _holds_adapters(step_dir: Path) -> bool:
+    try:
+        run = load_manifest(step_dir).config.get("run", {})
+    except UserError:  # whoever opens it says so
+        return False
+    return run.get("lora_rank") is not None
 
 
 IMPORT = "import it first, with `python -m port_torch.import_checkpoint {path} CHECKPOINT`"
 # What a folder was given for, its kind -> what to do instead.
 ADVICE = {
-    ("generate", Kind.JAX): "use `python -m core.generate {path}`",
+    ("generate", Kind.CHECKPOINT): "use `python -m core.generate {path}`",
     ("generate", Kind.WEIGHTS): "use `python -m port_torch.generate {path}`",
     ("evaluate", Kind.WEIGHTS): "use `python -m eval.run {path}`",
     ("convert", Kind.WEIGHTS): "it is an exported folder already",
     ("grow", Kind.WEIGHTS): IMPORT,
     ("start", Kind.WEIGHTS): IMPORT,
-    ("start", Kind.JAX): "export it first, with `python -m port_torch.convert {path} FOLDER`",
-    ("import", Kind.WEIGHTS): "use `python -m port_torch.import_checkpoint {path} CHECKPOINT`",
-    ("import", Kind.JAX): "it needs no import; give it to `train_tpu.run --init-from` as it is",
+    ("start", Kind.CHECKPOINT): "export it first, with `python -m port_torch.convert {path} FOLDER`",
+    ("import", Kind.CHECKPOINT): "it needs no import; give it to `train_tpu.run --init-from` as it is",
 }
 
 
@@ -74,10 +78,15 @@ def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
     what = f"{path} is {kind.value}"
     if kind is Kind.DATA:
         raise UserError(f"{what}: train on it with `{command('train_tpu.run', '--data', path)}`")
-    if kind is Kind.TORCH:
-        run = next(parent for parent in (path, *path.absolute().parents) if (parent / "checkpoints").is_dir())
-        path, kind = run / RESULT, Kind.WEIGHTS
-        if not path.is_dir():
-            raise UserError(f"{what} without its model yet: run its command to the end, which writes {path}")
-        what += f", whose model is {path}"
+    if kind in (Kind.CHECKPOINT, Kind.ADAPTERS):
+        parents = (path, *path.absolute().parents)
+        run = next((parent for parent in parents if (parent / "checkpoints").is_dir()), path)
+        model = run / RESULT
+        if model.is_dir():
+            path, kind = model, Kind.WEIGHTS
+            what += f", whose model is {path}"
+            if kind in kinds:
+                raise UserError(f"{what}: give that folder")
+        elif kind is Kind.ADAPTERS:
+            raise UserError(f"{what} without its model yet: run its command to the end, which writes {model}")
     raise UserError(f"{what}: {ADVICE[purpose, kind].format(path=shlex.quote(str(path)))}")

@@ -42,7 +42,7 @@ class GenerateConfig:
 def main() -> int:
     """The command; 130 when Ctrl-C cut a file of prompts short, after what was done is written."""
     config = cli.parse(GenerateConfig, prog="python -m core.generate", groups=GENERATION_OPTIONS)
-    require_kind(config.run, "generate", Kind.JAX)
+    require_kind(config.run, "generate", Kind.CHECKPOINT)
     find_step(config.run)
     lines = config.files.read(config.prompt)
     texts = [line["prompt"] for line in lines] if lines else config.prompt or [piped_prompt() or ""]

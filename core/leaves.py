@@ -99,6 +99,12 @@ class Leaf:
         """Number of elements."""
         return math.prod(self.shape(config))
 
+    def torch_name(self, layer: int | None = None) -> str:
+        """Of its parameter in port_torch/model.py, or of that of one layer: "layers.0.attn.q.weight"."""
+        modules = self.module.split("/")
+        numbered = modules if layer is None else [modules[0], str(layer), *modules[1:]]
+        return ".".join([*numbered, self.torch_suffix])
+
     def exported_name(self, layer: int | None = None) -> str:
         """Of its tensor in an export, or of that of one layer."""
         return f"{self.exported.format(layer)}.{self.torch_suffix}"

@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import sharding_constraint_p
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -174,7 +174,7 @@ def local_rows(sharding: NamedSharding, grad_accum_steps: int, rows: int) -> np.
     return np.unique(np.concatenate([np.arange(rows)[at] for _, at in places]))
 
 
-def place(array: np.ndarray | np.generic, sharding: NamedSharding) -> Array:
+def place(array: np.ndarray | np.generic, sharding: Sharding) -> Array:
     """An array or scalar that every process has whole, on all devices; each process gives its part."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)

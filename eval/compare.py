@@ -55,7 +55,7 @@ def evaluated_folder(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path} is not there: give runs, exported folders or folders of results")
-    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
+    require_kind(path, "evaluate", Kind.CHECKPOINT, Kind.WEIGHTS)
     return results_folder(path)
 
 

@@ -19,7 +19,7 @@ def require_model(path: Path, device: Device = "auto") -> None:
             f"{path} is not there: give a run, one checkpoint in it, an exported folder, or hf:OWNER/NAME "
             "for a model on the Hugging Face Hub"
         )
-    require_kind(path, "evaluate", Kind.JAX, Kind.WEIGHTS)
+    require_kind(path, "evaluate", Kind.CHECKPOINT, Kind.WEIGHTS)
     if is_checkpoint(path) and device != "auto":
         raise UserError(
             f"{path} is a checkpoint, which JAX runs on the devices it finds: set JAX_PLATFORMS=cpu or "

@@ -54,7 +54,7 @@ def main() -> int:
 
 def check(config: ConvertConfig) -> None:
     """Refuses what cannot be done before anything is read."""
-    require_kind(config.checkpoint, "convert", Kind.JAX)
+    require_kind(config.checkpoint, "convert", Kind.CHECKPOINT)
     require_new(config.out)
     if config.dry_run and not config.push_to_hub:
         raise UserError("--dry-run says what would be uploaded: give --push-to-hub user/name with it")

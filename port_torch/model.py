@@ -320,11 +320,7 @@ def documents_start(documents: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
 
 def parameter_name(place: Place) -> str:
     """The parameter of `Decoder` that is a leaf of core.model: "layers.0.attn.q.weight"."""
-    names = place.path.split("/")
-    modules = names[:-1]
-    if place.layer is not None:
-        modules.insert(1, str(place.layer))
-    return ".".join([*modules, get_leaf(names).torch_suffix])
+    return get_leaf(place.path.split("/")).torch_name(place.layer)
 
 
 def leaf_of(parameter: str) -> Leaf:

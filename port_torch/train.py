@@ -73,7 +73,12 @@ def parse(argv: list[str]) -> TrainConfig:
     optim = AdamWConfig(lr=ADAMW_RATES[name], warmup=given["warmup"])
     default = TrainConfig(preset=name, batch=given["batch"], optim=optim)
     out = given_value(argv, "--out")
-    found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
+    folder = Path(out) if out else out_folder(default)
+    found = settings_of_run(folder, default, argv)
+    if found.optim.optimizer != "adamw":
+        raise UserError(
+            f"the run in {folder} is trained with Muon, which only train_tpu.run has: resume it there"
+        )
     found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
     return cli.parse(
         TrainConfig, argv, prog="python -m port_torch.train", default=found, groups=TRAINING_OPTIONS

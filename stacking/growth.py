@@ -16,6 +16,7 @@ from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
+from core.run.other_engine import settings_for
 from core.run.schedule import learning_rate
 from core.run.settings import ModelOverrides, unflatten
 from core.tokenizer import Tokenizer, load_tokenizer_of
@@ -97,7 +98,7 @@ def decide(config: "GrowConfig") -> Growth:
         UserError: the checkpoint cannot be grown like that, or there is no place for the result.
     """
     # 1. What is grown, and by which plan.
-    require_kind(config.source, "grow", Kind.JAX)
+    require_kind(config.source, "grow", Kind.CHECKPOINT)
     step_dir = find_step(config.source)
     out = config.out or default_out(step_dir)
     if not config.dry_run:
@@ -115,7 +116,7 @@ def decide(config: "GrowConfig") -> Growth:
     # 2. How its training continues.
     runs = None
     if manifest.kind == "train":
-        run = unflatten(manifest.config["run"], RunConfig)
+        run = run_settings(step_dir, manifest)
         left = (run.steps if config.steps is None else config.steps) - manifest.step
         schedule = parse_schedule(config.schedule, left)
         require_safe(config.optimizer, schedule, run.optim.warmup, config.force)
@@ -136,6 +137,17 @@ def source_model(step_dir: Path, manifest: Manifest) -> ModelConfig:
             f"{step_dir} does not say which model it holds ({error}): grow a checkpoint that train_tpu.run "
             "or an import wrote"
         ) from None
+
+
+def run_settings(step_dir: Path, manifest: Manifest) -> RunConfig:
+    """The settings of the run that a manifest is of, whichever engine wrote it."""
+    if "preset" not in manifest.config["run"]:
+        raise UserError(
+            f"{step_dir} is of a fine-tuning run, which does not continue deeper: export it with "
+            "`python -m port_torch.convert`, import that, and grow what you get"
+        )
+    record = manifest.config | {"tokenizer": manifest.tokenizer}
+    return unflatten(settings_for(RunConfig.engine, record), RunConfig)
 
 
 def with_model(run: RunConfig, model: ModelConfig) -> RunConfig:

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from core.checkpoint.checkpointer import Manifest, differing_leaves, flatten, nest, read_leaves, save_tree
+from core.checkpoint.checkpointer import (
+    Manifest,
+    differing_leaves,
+    flatten,
+    nest,
+    read_leaves,
+    save_tree,
+    stored,
+)
 from core.checkpoint.checkpointer import verify as verify_files
 from core.checkpoint.manifest import code_version, sync_path
 from core.checkpoint.steps import step_path
@@ -77,7 +85,8 @@ def rewrite(growth: Growth, say: Callable[[str], None]) -> tuple[int, tuple[floa
 
 def check_source(growth: Growth) -> None:
     """Refuses a checkpoint that does not hold just the leaves that its own configuration says."""
-    differing = differing_leaves(growth.manifest.tree, source_leaves(growth))
+    wanted = stored(growth.manifest, source_leaves(growth))
+    differing = differing_leaves(growth.manifest.tree, wanted)
     if differing:
         path, (there, here) = next(iter(differing.items()))
         raise UserError(

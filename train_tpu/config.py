@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from core import checks
+from core.checkpoint.manifest import JAX
 from core.config import preset
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.schedule import OptimizerConfig
@@ -16,6 +17,8 @@ KernelsOption = Literal["auto", "cuda", "xla"]
 @dataclasses.dataclass(frozen=True)
 class RunConfig(TrainingSettings, PretrainingSource):
     """Train a language model, or resume a run. `--out DIR` alone resumes DIR with its saved settings."""
+
+    engine = JAX
 
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the

@@ -79,7 +79,7 @@ def prepare_run(config: RunConfig) -> Setup:
     keep_compiled()
     require_folder(out)
     if config.init_from:
-        require_kind(config.init_from, "start", Kind.JAX)
+        require_kind(config.init_from, "start", Kind.CHECKPOINT)
     model_config(config, vocab_size=1)
     with Activity("finding the devices"):
         shape = mesh_shape(config, out)

@@ -184,7 +184,7 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
             state = state._replace(guard=emptied(state.guard))
         manifest = manifest.resumed_from(old)
         grown = old.last_growth
-        how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+        how = setup.how_resumed(old, manifest.engine)
         if grown and grown["step"] == old.step:
             how += f", grown here from {grown['layers'][0]} to {grown['layers'][1]} layers ({grown['plan']})"
         if changed:

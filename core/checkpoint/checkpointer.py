@@ -25,9 +25,11 @@ from typing import Any, NoReturn
 
 import jax
 
+from core.checkpoint import torch_state
 from core.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    TORCH,
     Manifest,
     load_manifest,
     seal,
@@ -47,6 +49,7 @@ from core.checkpoint.steps import (
 from core.errors import FULL, UserError
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
 from core.progress import Activity
+from core.sharding import place
 from core.tokenizer import Tokenizer
 
 __all__ = [
@@ -66,6 +69,7 @@ __all__ = [
     "save_params",
     "save_tree",
     "set_aside",
+    "stored",
     "verify",
 ]
 
@@ -235,7 +239,7 @@ def restore(step_dir: Path, abstract: PyTree) -> PyTree:
             "start a new one from them with --init-from"
         )
     wanted, treedef = flatten(abstract)
-    _check_tree(step_dir, manifest.tree, wanted)
+    _check_tree(step_dir, stored(manifest, wanted), manifest.tree)
     return treedef.unflatten(_read(step_dir, wanted, partial=False))
 
 
@@ -243,9 +247,10 @@ def restore_params(step_dir: Path, abstract_params: PyTree) -> PyTree:
     """The parameters alone, of either kind of checkpoint; the optimizer's arrays are verified with all
     other files but not loaded. Otherwise like `restore`."""
     verify(step_dir)
-    saved = {path: leaf for path, leaf in load_manifest(step_dir).tree.items() if path.startswith("params/")}
+    manifest = load_manifest(step_dir)
+    saved = {path: leaf for path, leaf in manifest.tree.items() if path.startswith("params/")}
     wanted, treedef = flatten({"params": abstract_params})
-    _check_tree(step_dir, saved, wanted)
+    _check_tree(step_dir, stored(manifest, wanted), saved)
     return treedef.unflatten(_read(step_dir, wanted, partial=True))["params"]
 
 
@@ -289,7 +294,12 @@ def differing_leaves(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str,
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _check_tree(step_dir: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def stored(manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The wanted leaves as a checkpoint holds them, for `differing_leaves`: PyTorch's has other names."""
+    return torch_state.as_saved(wanted, manifest.tree) if manifest.engine == TORCH else wanted
+
+
+def _check_tree(step_dir: Path, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuses a checkpoint whose paths, shapes or dtypes are not those wanted; both sides are named."""
     differing = differing_leaves(saved, wanted)
     if differing:
@@ -311,9 +321,17 @@ def _read(step_dir: Path, wanted: dict[str, Any], partial: bool) -> list[jax.Arr
     """The wanted leaves of a step, in their order and on their devices. `partial`: it holds others too."""
     import orbax.checkpoint as ocp
 
+    def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+        return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    if load_manifest(step_dir).engine == TORCH:
+        with Activity(f"reading {step_dir}"):
+            arrays = torch_state.read(step_dir, wanted)
+            shardings = map(sharding_of, wanted.values())
+            return [place(array, sharding) for array, sharding in zip(arrays, shardings, strict=True)]
+
     def placement(leaf: Any) -> ocp.ArrayRestoreArgs:
-        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
 
     item = nest(wanted)
     args = ocp.args.PyTreeRestore(

@@ -33,8 +33,11 @@ LISTINGS = ("tree", "files")  # fields written with one line per entry
 Json = dict[str, Any]
 
 
+JAX, TORCH = "JAX", "PyTorch"  # the engines that train
+
 # Operations of a lineage after which a run counts its steps and tokens from 0.
 NEW_RUN = ("init_from", "train", "finetune")
+CHANGE = "change_engine"  # the operation after which another engine trains the same run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @property
+    def engine(self) -> str:
+        """Which engine wrote it; those of PyTorch say its version."""
+        return TORCH if "torch" in self.code else JAX
+
+    @property
     def last_growth(self) -> Json | None:
         """The lineage record of the last time this run was grown; `stacking.grow` writes it.
 
@@ -88,9 +96,17 @@ class Manifest:
         return any(entry["operation"] in NEW_RUN for entry in self.lineage)
 
     def resumed_from(self, old: "Manifest") -> "Manifest":
-        """This run's manifest with the counters and the history of the checkpoint that it resumes from."""
+        """This run's manifest with the counters and the history of the checkpoint that it resumes from.
+
+        Where the other engine wrote that, the lineage says so, and with which versions.
+        """
         same = ("step", "sequences", "tokens", "lineage", "health")
-        return dataclasses.replace(self, **{name: getattr(old, name) for name in same})
+        resumed = dataclasses.replace(self, **{name: getattr(old, name) for name in same})
+        if old.engine == self.engine:
+            return resumed
+        counters = {"step": old.step, "sequences": old.sequences, "tokens": old.tokens}
+        entry = {"operation": CHANGE, "from": old.engine, "to": self.engine, **counters, "code": old.code}
+        return dataclasses.replace(resumed, lineage=[*old.lineage, entry])
 
     def to_json(self) -> str:
         """The text of manifest.json, its last field the sha256 of all others."""

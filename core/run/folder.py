@@ -15,7 +15,9 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import require_place, write_atomically
 from core.run import settings
+from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
 from core.run.schedule import require_continuous
+from core.run.settings import FREE_SETTINGS
 from core.tokenizer import BUILT_IN, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 
@@ -97,7 +99,10 @@ def check_run_folder(
         require_same_tokenizer(old["tokenizer"], record["tokenizer"], f"the run in {out}", "the data given")
         if manifest := newest_manifest(out):
             require_continuous(manifest.config["run"], record["run"], manifest.step, out)
-        settings.require_same(old["run"], record["run"], allowed, out, defaults, mesh)
+        changes = engine_of(old["run"]) != defaults.engine
+        free = FREE_SETTINGS | ENGINE_SETTINGS if changes else FREE_SETTINGS
+        run = settings_for(defaults.engine, old)
+        settings.require_same(run, record["run"], allowed, out, defaults, mesh, free)
         if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
             raise UserError(
                 f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "
@@ -118,7 +123,11 @@ def newest_manifest(out: Path) -> Manifest | None:
 
 
 def write_config(out: Path, record: dict[str, Any]) -> None:
-    """Writes config.json, whole or not at all, its last field the sha256 of all others."""
+    """Writes config.json, whole or not at all, its last field the sha256 of all others.
+
+    It keeps what an earlier one says for the other engine.
+    """
+    record = record | kept_of_other(read_config(out), record)
     text = json.dumps({**record, "sha256": digest(record)}, indent=1)
     write_atomically(out / "config.json", text + "\n")
 
@@ -126,13 +135,17 @@ def write_config(out: Path, record: dict[str, Any]) -> None:
 def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Settings:
     """Those of the run in `folder`, for a command line to go over.
 
-    `default` where there is no run, and for what is said of one start alone.
+    `default` where there is no run, and for what is said of one start alone. A run of the other engine is
+    continued by this one.
     """
     record = read_config(folder)
     if not record:
         return default
+    if "preset" not in record["run"]:
+        raise UserError(f"the run in {folder} is of port_torch.finetune: resume it with that command")
     once = {name: getattr(default, name) for name in settings.ONCE}
-    saved = dataclasses.replace(settings.unflatten(record["run"], type(default)), **once)
+    run = settings_for(default.engine, record)
+    saved = dataclasses.replace(settings.unflatten(run, type(default)), **once)
     if record["tokenizer"]["name"] not in BUILT_IN and settings.given_value(argv, "--tokenizer") is None:
         carriers = (folder, Path(saved.data))
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")

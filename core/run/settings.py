@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from core import checks
 from core.checkpoint.steps import Keep
@@ -71,6 +71,9 @@ class ModelOverrides:
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
     """How any run is trained, watched and kept; each command adds its own."""
+
+    engine: ClassVar[str]
+    """Which one trains: JAX or TORCH of core.checkpoint.manifest."""
 
     seed: int = 0
     """Of the initial weights, the order of the data, dropout and samples."""
@@ -250,12 +253,14 @@ def require_same(
     where: Path,
     defaults: Any,
     mesh: Callable[[str | None], str] = str,
+    free: Collection[str] = FREE_SETTINGS,
 ) -> None:
     """Refuses to resume a run under settings that would make it another run.
 
     Args:
         defaults: those of the command: what `old` lacks, since it is older, had them.
         mesh: what a mesh's description stands for on the devices that there are.
+        free: settings that are not compared.
 
     Raises:
         UserError: a setting differs and is not named in `allowed`; both values are given.
@@ -269,7 +274,7 @@ def require_same(
     if "mesh" in new:
         old["mesh"], new["mesh"] = mesh(old["mesh"]), mesh(new["mesh"])
     for name in sorted(set(old) | set(new)):
-        if name in FREE_SETTINGS or name in allowed or old.get(name) == new.get(name):
+        if name in free or name in allowed or old.get(name) == new.get(name):
             continue
         flag = name.replace("_", "-")
         raise UserError(

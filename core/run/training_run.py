@@ -66,6 +66,14 @@ class TrainingRun:
         group.require_equal(text, f"checkpoint in {folder}")
         return step_dir
 
+    def how_resumed(self, old: Manifest, engine: str) -> str:
+        """Where `engine` resumes from, in words."""
+        at = f"{self.out} at step {old.step} ({old.sequences:,} sequences read)"
+        if old.engine == engine:
+            return f"resuming {at}"
+        masks = "; dropout draws other masks than there" if self.record["model"]["dropout"] else ""
+        return f"resuming in {engine} {at}, which {old.engine} wrote{masks}"
+
     def leave_newer(self, say: Callable[[str], None]) -> None:
         """Renames the checkpoints after --from-step, if it is given; to be called by the first process."""
         if self.config.from_step is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 import tyro
 
 from core import checks
+from core.checkpoint.manifest import TORCH
 from core.run.schedule import OptimizerConfig
 from core.run.settings import TrainingSettings
 
@@ -31,6 +32,8 @@ class AdamWConfig(OptimizerConfig):
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig(TrainingSettings):
     """How a run of the mirror is computed, watched and kept."""
+
+    engine = TORCH
 
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over GPUs."""

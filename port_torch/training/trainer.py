@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from core.checkpoint.manifest import Manifest, code_version, load_manifest
+from core.checkpoint.manifest import CHANGE, Manifest, code_version, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.cli import command
 from core.errors import UserError
@@ -199,7 +199,7 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     old = checkpoint.restore(step_dir, train_step)
     if ranks.first:
         job.leave_newer(say)
-    how = f"resuming {out} at step {old.step} ({old.sequences:,} sequences read)"
+    how = job.how_resumed(old, manifest.engine)
     train_step.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
     changed = changed_measure(old, manifest)
     if changed:
@@ -211,7 +211,8 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
 
 def require_same_pretrained(job: Job, lineage: list[dict[str, Any]]) -> None:
     """Refuses to resume on a folder whose weights are not those that the run was started from."""
-    before, now = (entries[-1].get("sha256") if entries else None for entries in (lineage, job.lineage))
+    began = [entry for entry in lineage if entry["operation"] != CHANGE]
+    before, now = (entries[-1].get("sha256") if entries else None for entries in (began, job.lineage))
     if before != now:
         raise UserError(
             f"the run in {job.out} was not started from the weights that are given now: give the same "

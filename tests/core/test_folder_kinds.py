@@ -1,5 +1,6 @@
 """Every command that opens a folder names the one that takes it where it is of another kind."""
 
+import dataclasses
 import importlib
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from core.checkpoint.manifest import load_manifest, seal
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from eval.compare import evaluated_folder
@@ -14,9 +16,9 @@ from eval.models import open_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "7b5e0bc"
 KINDS = {
-    "mtlm1": Kind.JAX,
-    "mtlm2": Kind.JAX,
-    "torch": Kind.TORCH,
+    "mtlm1": Kind.CHECKPOINT,
+    "mtlm2": Kind.CHECKPOINT,
+    "torch": Kind.CHECKPOINT,
     "mtlm1-export": Kind.WEIGHTS,
     "data": Kind.DATA,
 }
@@ -42,8 +44,8 @@ def finished(tmp_path: Path) -> Path:
 def test_what_a_folder_is(finished: Path, tmp_path: Path):
     for name, kind in KINDS.items():
         assert kind_of(FIXTURES / name) is kind
-    for run, kind in ((FIXTURES / "mtlm1", Kind.JAX), (finished, Kind.TORCH)):
-        assert kind_of(run / "checkpoints") is kind_of(run / "checkpoints" / "00000012") is kind
+    for run in (FIXTURES / "mtlm1", finished):
+        assert kind_of(run / "checkpoints") is kind_of(run / "checkpoints" / "00000012") is Kind.CHECKPOINT
     assert kind_of(finished / "model") is Kind.WEIGHTS
     for path in (tmp_path, tmp_path / "missing", FIXTURES / "text.txt"):
         assert kind_of(path) is Kind.OTHER
@@ -53,9 +55,9 @@ def test_what_a_folder_is(finished: Path, tmp_path: Path):
     ("module", "given", "advice"),
     [
         ("core.generate", "mtlm1-export", "python -m port_torch.generate {path}`"),
-        ("core.generate", "torch", "run its command to the end, which writes {path}/model"),
         ("core.generate", "data", "python -m train_tpu.run --data {path}`"),
         ("port_torch.generate", "mtlm1", "python -m core.generate {path}`"),
+        ("port_torch.generate", "torch", "python -m core.generate {path}`"),
         ("port_torch.generate", "data", "python -m train_tpu.run --data {path}`"),
         ("port_torch.convert", "mtlm1-export", "is an exported folder already"),
         ("port_torch.import_checkpoint", "mtlm1", "train_tpu.run --init-from` as it is"),
@@ -98,12 +100,24 @@ def test_a_name_on_the_hub_is_of_weights(module: str, advice: str, tmp_path: Pat
     assert "'hf:tiny' is no name on the Hugging Face Hub" in refusal(module, *options, "hf:tiny")
 
 
-def test_a_run_of_port_torch_is_told_where_its_model_is(finished: Path):
-    quoted = f"'{finished}/model'"
-    assert refusal("port_torch.generate", finished).endswith(f"use `python -m port_torch.generate {quoted}`")
+def test_a_finished_run_of_port_torch_is_told_where_its_model_is(finished: Path):
+    told = f"whose model is {finished}/model: give that folder"
+    assert refusal("port_torch.generate", finished).endswith(told)
+    assert refusal("port_torch.train", "--from", finished).endswith(told)
+
+
+def test_adapters_alone_are_no_model(finished: Path):
     step = finished / "checkpoints" / "00000012"
+    manifest = load_manifest(step)
+    run = manifest.config["run"] | {"lora_rank": 8}
+    seal(step, dataclasses.replace(manifest, config=manifest.config | {"run": run}))
+    assert kind_of(finished) is kind_of(step) is Kind.ADAPTERS
+    quoted = f"'{finished}/model'"
     assert refusal("core.generate", step).endswith(f"use `python -m port_torch.generate {quoted}`")
-    for opened in (lambda path: open_model(path, "float32"), evaluated_folder):
-        with pytest.raises(UserError, match=r"use `python -m eval\.run"):
-            opened(finished)
     assert f"import_checkpoint {quoted} CHECKPOINT" in refusal("stacking.grow", finished)
+    for opened in (lambda path: open_model(path, "float32"), evaluated_folder):
+        with pytest.raises(UserError, match=r"LoRA run of port_torch, whose model is .*: give that folder"):
+            opened(finished)
+    shutil.rmtree(finished / "model")
+    advice = f"run its command to the end, which writes {finished}/model"
+    assert refusal("core.generate", finished).endswith(advice)
