@@ -186,6 +186,8 @@ FREE_SETTINGS = frozenset((
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
 ))  # fmt: skip
+# What older and grown records say where they do not say what it stood for.
+AUTOMATIC = {"dtype": "auto", "grad_accum_steps": None}
 # Settings that a run folder does not pass on to the next start: they are of one start only.
 ONCE = ("allow_change", "fallback", "from_step", "stop_at")
 
@@ -269,8 +271,9 @@ def require_same(
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
     old, new = resolved(flatten(defaults) | today(old)), resolved(new)
-    if old.get("dtype") == "auto":  # older records do not say what it stood for
-        old["dtype"] = new["dtype"]
+    for name, automatic in AUTOMATIC.items():
+        if old.get(name) == automatic:
+            old[name] = new.get(name)
     if "mesh" in new:
         old["mesh"], new["mesh"] = mesh(old["mesh"]), mesh(new["mesh"])
     for name in sorted(set(old) | set(new)):
