@@ -118,6 +118,7 @@ def test_every_number_arrives_and_comes_back(kind: str, tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, state, back)
 
 
+@pytest.mark.slow
 def test_pytorch_to_jax_to_pytorch(no_result, tmp_path: Path):
     """A run of an earlier version of PyTorch's trainer, whose next four losses are known."""
     out = tmp_path / "run"

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from core.checkpoint.checkpointer import Checkpointer, restore
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
-from core.checkpoint.steps import find_step, list_steps
+from core.checkpoint.steps import Keep, find_step, list_steps
 from core.config import PRESETS, ModelConfig
 from core.data.dataset import Dataset, train_batches
 from core.data.prepare import open_or_prepare
@@ -37,7 +38,7 @@ from port_torch.training.settings import AdamWConfig
 from port_torch.training.setup import load_kernels
 from port_torch.training.step import METRICS
 from tests.models import random_params
-from tests.port_torch.folders import SMALL, tensors_of, write_export
+from tests.port_torch.folders import SMALL, manifest_of, tensors_of, write_export
 from tests.port_torch.small_training import (
     ALONE,
     TINY,
@@ -56,7 +57,15 @@ from tests.train_tpu.processes import refusal, run, start, without
 from train_tpu.config import defaults as training_defaults
 from train_tpu.engine import place_batch
 from train_tpu.evaluate import Evaluator
-from train_tpu.step import Controls, GuardConfig, StepConfig, compile_step, fresh_state
+from train_tpu.step import (
+    Controls,
+    GuardConfig,
+    StepConfig,
+    TrainState,
+    abstract_state,
+    compile_step,
+    fresh_state,
+)
 
 STEPS, BATCH = 8, 4
 OPTIM = AdamWConfig(lr=1e-2, warmup=3, clip=0.5, eps=1e-6)
@@ -121,8 +130,9 @@ def test_equal_to_transformers_with_torch_adamw(kind: str, dataset: Dataset, tmp
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
-def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset):
-    """Parameters to the bit, then losses, gradient norms and a held-out score."""
+def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset, tmp_path: Path):
+    """Parameters to the bit, then losses, gradient norms and a held-out score; also where each continues
+    halfway what the other has saved."""
     config, optim = SMALL["llama"], OptimizerConfig(**dataclasses.asdict(OPTIM))
     config = dataclasses.replace(config, scaled_residual_init=True)
     mesh = make_mesh()
@@ -135,14 +145,40 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset):
     assert 0.8 < decoder.layers[0].mlp.down.weight.std() / (0.02 / 6**0.5) < 1.2  # std over sqrt(2 layers)
     train_step = make_train_step(decoder, OPTIM, z_loss=1e-3)
     step = compile_step(step_config, BATCH, 1, mesh)
-    theirs = []
-    for loaded, lr in zip(train_batches(dataset, seed=3, batch=BATCH, vocab_size=258), RATES, strict=False):
-        controls = Controls(np.float32(lr), np.float32(0), np.int32(10), np.uint32(5))
-        state, metrics = step(state, place_batch(loaded, BATCH, 1, mesh), controls)
-        theirs.append([float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)])
-    made = np.array(update_losses(train_step, batches_of(dataset), RATES))
-    np.testing.assert_allclose(made[:, :2], np.array(theirs)[:, :2], rtol=1e-5)  # the issue's figure
-    np.testing.assert_allclose(made[:, 2], np.array(theirs)[:, 2], rtol=1e-4)
+    half, batches = STEPS // 2, batches_of(dataset)
+
+    def jax_updates(state: TrainState, steps: range) -> tuple[TrainState, list[list[float]]]:
+        made, first = [], steps[0] * BATCH
+        loading = train_batches(dataset, seed=3, batch=BATCH, start=first, vocab_size=258)
+        for number, loaded in zip(steps, loading, strict=False):
+            controls = Controls(np.float32(RATES[number]), np.float32(0), np.int32(10), np.uint32(5))
+            state, metrics = step(state, place_batch(loaded, BATCH, 1, mesh), controls)
+            made.append([float(metrics.loss), float(metrics.nll), float(metrics.grad_norm)])
+        return state, made
+
+    def same(made: list[list[float]], wanted: list[list[float]]) -> None:
+        made, wanted = np.array(made), np.array(wanted)
+        np.testing.assert_allclose(made[:, :2], wanted[:, :2], rtol=1e-5)
+        np.testing.assert_allclose(made[:, 2], wanted[:, 2], rtol=1e-4)
+
+    saved = dataclasses.replace(manifest_of(config), kind="train")
+    state, theirs = jax_updates(state, range(half))
+    with Checkpointer(tmp_path / "jax", Keep()) as checkpointer:
+        checkpointer.save(saved.step, state, saved)
+    state, rest = jax_updates(state, range(half, STEPS))
+    theirs += rest
+    ours = update_losses(train_step, batches[:half], RATES[:half])
+    code = saved.code | {"torch": torch.__version__}
+    checkpoint.save(tmp_path / "torch", train_step, dataclasses.replace(saved, code=code), Keep())
+    ours += update_losses(train_step, batches[half:], RATES[half:])
+    same(ours, theirs)
+
+    changed = restore(find_step(tmp_path / "torch"), abstract_state(step_config, mesh))
+    same(jax_updates(changed, range(half, STEPS))[1], theirs[half:])
+    changed = make_train_step(fresh_decoder(config, 6), OPTIM, z_loss=1e-3)
+    checkpoint.restore(find_step(tmp_path / "jax"), changed)
+    same(update_losses(changed, batches[half:], RATES[half:]), ours[half:])
+
     evaluator = Evaluator(config, Compute(mesh=mesh), dataset, 3, 8192, mesh)
     (heldout,) = heldout_sets(dataset)
     for limit in (None, 2):
