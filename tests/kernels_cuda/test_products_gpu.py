@@ -140,7 +140,7 @@ def trained(
 ) -> list[Tensor]:
     """The output and all gradients."""
     x = x.detach().requires_grad_()
-    y = (call or module)(x)
+    y = (module if call is None else call)(x)
     return [y, *torch.autograd.grad(y, (x, *module.parameters()), gradient.to(y.dtype))]
 
 
