@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from core.checkpoint.manifest import Manifest
+from core.checkpoint.manifest import CHANGE, Manifest
 from core.config import ModelConfig
 from core.hub_models import PREFIX, parse
 from core.run.log import read_log
@@ -183,6 +183,8 @@ def _entry(entry: dict[str, Any]) -> str:
     if not entry.get("path", PREFIX).startswith(PREFIX):
         shown["path"] = Path(entry["path"]).name
     operation = shown.pop("operation", "unknown")
+    if operation == CHANGE:
+        return f"{shown['to']} continued at step {shown['step']:,} what {shown['from']} had trained"
     if operation == "grow":
         before, after = shown["layers"]
         return (

@@ -207,11 +207,12 @@ def test_a_batch_that_does_not_fit_is_computed_in_more_parts():
     train_step = make_train_step(decoder_of(SMALL["gpt"]), OPTIM)
     tried, room = [], [0]
 
-    def losses(tokens, targets, documents):
+    def losses(tokens, targets, documents, starts):
         tried.append(len(tokens))
         if len(tokens) > room[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_step.decoder.loss(train_step.decoder(tokens, documents=documents), targets)
+        hidden = train_step.decoder(tokens, documents=documents, starts=starts)
+        return train_step.decoder.loss(hidden, targets)
 
     train_step.losses = losses
     before = [p.clone() for p in train_step.parameters.values()]
