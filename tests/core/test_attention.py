@@ -141,7 +141,7 @@ def test_what_is_asked_for_and_cannot_run_is_refused(name, platform, change, why
 
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads"),
-    [(128, 2, 2), pytest.param(384, 2, 2, marks=pytest.mark.slow), (128, 4, 2)],
+    [*(pytest.param(n, 2, 2, marks=pytest.mark.slow) for n in (128, 384)), (128, 4, 2)],
 )
 def test_splash_interpreted(length, heads, kv_heads):
     """The TPU kernel, interpreted: its mask, scale and layout are right, forward and backward."""

@@ -163,7 +163,7 @@ def test_kernels_are_where_the_formulas_are(config, remat):
 @pytest.mark.parametrize(
     "change",
     [
-        {"positions": "rope", "n_heads": 1, "rope_theta": 100.0},
+        pytest.param({"positions": "rope", "n_heads": 1, "rope_theta": 100.0}, marks=pytest.mark.slow),
         pytest.param({"mlp": "swiglu", "n_layers": 1, "norm_eps": 0.1}, marks=pytest.mark.slow),
         {"tied": True, "biases": False, "mlp": "relu2"},
     ],
@@ -222,12 +222,17 @@ def test_no_token_sees_the_future(kind):
         assert (after[:, t:] != before[:, t:]).any(axis=(0, 2)).all()  # and every later one sees it
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(config: ModelConfig, seed: int) -> Params:
+    return init_params(config, jax.random.key(seed))
+
+
 @pytest.mark.parametrize(("kind", "scaled"), [("gpt", False), ("llama", True)])
 def test_init(kind, scaled):
     config = dataclasses.replace(
         BOTH[kind], d_model=64, d_mlp=128, n_layers=8, vocab_size=500, scaled_residual_init=scaled
     )
-    for name, leaf in flat(init_params(config, jax.random.key(3))).items():
+    for name, leaf in flat(drawn(config, 3)).items():
         assert leaf.dtype == np.float32
         if name.endswith(("scale", "bias")):
             assert (leaf == (1 if name.endswith("scale") else 0)).all(), name
@@ -244,7 +249,7 @@ def test_init(kind, scaled):
 
 
 def test_init_is_a_function_of_the_key():
-    one, same, other = (flat(init_params(LLAMA, jax.random.key(k))) for k in (0, 0, 1))
+    one, same, other = (flat(drawn(LLAMA, k)) for k in (0, 0, 1))
     for name in one:
         np.testing.assert_array_equal(one[name], same[name])
         assert name.endswith("scale") or (one[name] != other[name]).any()
@@ -288,7 +293,8 @@ def test_every_layer_has_masks_of_its_own():
     params["norm"]["scale"] = jnp.ones(16)
     config = dataclasses.replace(config, norm_eps=1e12)  # makes the final norm a mere factor
     keys = jax.random.split(jax.random.key(0), 1)
-    hidden = forward(config, params, random_tokens(config, 1, 64), dropout_keys=keys)
+    run = jax.jit(functools.partial(forward, config))
+    hidden = run(params, random_tokens(config, 1, 64), dropout_keys=keys)
     digits = np.rint(np.asarray(hidden) * 1e6 / 2).astype(int)
     kept = [(digits // 10**i) % 10 for i in range(3)]
     assert set(np.unique(kept)) == {0, 1}
