@@ -1,6 +1,7 @@
 """Commands as users start them, on a model of seconds: in processes of their own, or in this one."""
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -8,8 +9,9 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from core.errors import run_command
@@ -98,17 +100,46 @@ class Said(io.StringIO):
         return written
 
 
+@functools.cache
+def _kept(made: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.cache(made)
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """JAX's runs in this process share their compiled steps and their fresh parameters: a step is a function
+    of its settings, and lowering and loading it again is half of a run of seconds."""
+    import jax
+
+    from train_tpu import step, trainer
+
+    def fresh_state(*arguments: Any) -> step.TrainState:
+        return jax.tree.map(jax.numpy.copy, _kept(step.fresh_state)(*arguments))  # a run donates it
+
+    with (
+        mock.patch.object(trainer, "compile_step", _kept(step.compile_step)),
+        mock.patch.object(trainer, "fresh_state", fresh_state),
+    ):
+        yield
+
+
 def run_here(
     *arguments: str | Path,
     module: str = "train_tpu.run",
     expect: int = 0,
     moment: str | None = None,
     then: Callable[[], None] = lambda: None,
+    compile_anew: bool = False,
 ) -> tuple[str, str]:
-    """As `run`, in this process, which spares the imports. `then` is called when it has said `moment`."""
+    """As `run`, in this process, which spares the imports. `then` is called when it has said `moment`.
+
+    compile_anew: its step, too; otherwise that of an earlier run here will do.
+    """
     main = importlib.import_module(module).main
     out, err = Said(moment, then), io.StringIO()
+    shared = module == "train_tpu.run" and not compile_anew
     with (
+        compiled_once() if shared else contextlib.nullcontext(),
         mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
         mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
         contextlib.redirect_stdout(out),

@@ -79,7 +79,7 @@ def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
 
 def test_a_second_start_takes_the_compiled_step_and_says_how_long_it_took(finished, cache, text):
     folder = cache / "again"
-    out, _ = run_here(*UNSAMPLED, "--data", text, "--out", folder)
+    out, _ = run_here(*UNSAMPLED, "--data", text, "--out", folder, compile_anew=True)
     assert "kept from an earlier start" in out
     assert "the first update was made" in out
     (start,) = [row for row in read_log(folder, "event") if row["what"] == "first update"]
@@ -129,7 +129,7 @@ def test_the_step_is_compiled_once_whatever_happens(cache, text, caplog):
     for steps, allowed in (("8", ()), ("12", ("--allow-change", "steps"))):
         caplog.clear()
         with jax.log_compiles():
-            run_here(*arguments, "--steps", steps, *allowed)
+            run_here(*arguments, "--steps", steps, *allowed, compile_anew=True)
         compiled = [line for line in caplog.messages if "Compiling" in line and "train_step" in line]
         assert len(compiled) == 1, compiled
     skips = read_log(folder, "skip")
