@@ -63,10 +63,11 @@ class Binding(NamedTuple):
 
     def why_not(self, facts: dict[str, Any]) -> str | None:
         """Why a file made of `facts` cannot be loaded by the framework as it is installed, None if it can."""
-        here, needed = self.version(), facts.get("interface", "")
-        if [int(n) for n in needed.split(".") if n] > [int(n) for n in here.split(".") if n]:
-            return f"the built file needs version {needed} of the framework's interface, and {here} is here"
-        return None
+        here, needed = (version.partition(".") for version in (self.version(), facts.get("interface", "")))
+        if needed[0] == here[0] and int(needed[2] or 0) <= int(here[2] or 0):
+            return None
+        needed, here = "".join(needed), "".join(here)
+        return f"the built file needs version {needed} of the framework's interface, and {here} is here"
 
     @property
     def sources(self) -> list[Path]:
