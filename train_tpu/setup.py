@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from core import processes
+from core.attention import Choice
 from core.checkpoint.checkpointer import restore_params
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
@@ -41,7 +42,7 @@ from core.sharding import (
 )  # fmt: skip
 from core.tokenizer import Tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
-from train_tpu.backend import choose_kernels, choose_step, split_batch
+from train_tpu.backend import KernelsChoice, choose_kernels, choose_step, split_batch
 from train_tpu.config import RunConfig
 from train_tpu.report import describe
 from train_tpu.step import StepConfig, abstract_state
@@ -98,10 +99,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
     # Devices, and what will compute on them.
     mesh = make_mesh(shape)
-    config = dataclasses.replace(config, grad_accum_steps=split_batch(config, model, mesh))
-    check_mesh(model, shape, config.batch, config.grad_accum_steps)
-    step, attention = choose_step(config, model, mesh, kernels.kernels)
-    config = dataclasses.replace(config, dtype=step.compute.dtype)  # recorded as what it stands for here
+    config, step, attention = settle(config, model, mesh, kernels)
     console.print(describe(config, model, dataset, steps, mesh, step.compute, attention, kernels))
     notes = (check_room(config.optim, steps), describe_dtype(config.dtype, out))
     for note in (*notes, describe_replication(model, shape)):
@@ -116,6 +114,18 @@ def prepare_run(config: RunConfig) -> Setup:
         with Activity(f"opening {config.init_from}", console=console):
             source = open_source(config.init_from, step, record, mesh)
     return Setup(config, out, dataset, tokenizer, prompts, steps, mesh, step, record, source, console)
+
+
+def settle(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, kernels: KernelsChoice
+) -> tuple[RunConfig, StepConfig, Choice]:
+    """The settings with what they stand for on the devices of `mesh`, the step that is compiled for them, and
+    its attention."""
+    config = dataclasses.replace(config, grad_accum_steps=split_batch(config, model, mesh))
+    shape = MeshShape(**mesh.shape)
+    check_mesh(model, shape, config.batch, config.grad_accum_steps)
+    step, attention = choose_step(config, model, mesh, kernels.kernels)
+    return dataclasses.replace(config, dtype=step.compute.dtype), step, attention
 
 
 def refuse_alone(config: RunConfig) -> None:

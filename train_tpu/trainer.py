@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -167,21 +168,15 @@ def open_tasks(setup: Setup) -> Any:
 def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
     """The state to start from: resumed, made of another checkpoint's parameters, or fresh. With its manifest
     (and so its counters), and in words where it comes from."""
-    out, mesh = setup.out, setup.mesh
-    abstract = abstract_state(setup.step, mesh)
+    out = setup.out
     manifest = setup.new_manifest()
     say = functools.partial(setup.console.print, markup=False, highlight=False)
     step_dir = setup.find_start(processes, say)
     if step_dir:
         old = load_manifest(step_dir)
-        state = restore(step_dir, abstract)
+        state, changed = saved_state(setup, step_dir)
         if processes.is_first():
             setup.leave_newer(say)
-        # A run that the guard halted resumes after the batches that halted it.
-        state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
-        changed = changed_measure(old, manifest)
-        if changed:
-            state = state._replace(guard=emptied(state.guard))
         manifest = manifest.resumed_from(old)
         grown = old.last_growth
         how = setup.how_resumed(old, manifest.engine)
@@ -190,15 +185,32 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
         if changed:
             how += f"; the guard starts anew, for other {' and '.join(changed)}"
         return state, manifest, how
+    state = new_state(setup)
     if setup.source:
-        step_dir, old, params = setup.source
-        state = jax.jit(
-            functools.partial(init_state, setup.step),
-            out_shardings=state_shardings(mesh, abstract),
-            donate_argnums=0,
-        )(params)
+        step_dir, old, _ = setup.source
         entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
         manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
         return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
-    state = fresh_state(setup.step, mesh, setup.config.seed)
     return state, manifest, f"starting a new run in {out} from random parameters (seed {setup.config.seed})"
+
+
+def saved_state(setup: Setup, step_dir: Path) -> tuple[TrainState, list[str]]:
+    """The state of a checkpoint of this run, to resume from; and the changed settings that emptied its
+    guard."""
+    old = load_manifest(step_dir)
+    state = restore(step_dir, abstract_state(setup.step, setup.mesh))
+    # A run that the guard halted resumes after the batches that halted it.
+    state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
+    changed = changed_measure(old, setup.new_manifest())
+    return (state._replace(guard=emptied(state.guard)) if changed else state), changed
+
+
+def new_state(setup: Setup) -> TrainState:
+    """The state that a run begins with: of the parameters of another checkpoint, or random."""
+    if not setup.source:
+        return fresh_state(setup.step, setup.mesh, setup.config.seed)
+    return jax.jit(
+        functools.partial(init_state, setup.step),
+        out_shardings=state_shardings(setup.mesh, abstract_state(setup.step, setup.mesh)),
+        donate_argnums=0,
+    )(setup.source[2])

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from core.checkpoint.manifest import Manifest
+from core.checkpoint.manifest import TORCH, Manifest
+from core.cli import command
 from core.config import ModelConfig
 from core.errors import UserError
 from core.progress import Activity
@@ -28,7 +29,7 @@ from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED
 from core.run.log import NoLog, RunLog
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import learning_rate
-from core.run.settings import TrainingSettings
+from core.run.settings import PretrainingSource, TrainingSettings
 from core.sampling import Sampling
 from core.tokenizer import Tokenizer
 
@@ -247,7 +248,15 @@ class Loop:
             f"step {done.step}: update skipped (loss {metrics.loss:.4g}, gradient norm "
             f"{metrics.grad_norm:.4g}), largest in {', '.join(blame)}; sequences {first} to "
             f"{first + self.settings.batch - 1}, see metrics.jsonl; {metrics.skipped} skipped so far"
+            f"{self._how_to_replay(done.step) if metrics.streak == 1 else ''}"
         )
+
+    def _how_to_replay(self, step: int) -> str:
+        if not isinstance(self.settings, PretrainingSource):
+            return ""
+        up_to = " (JAX makes it again, equal up to rounding)" if self.manifest.engine == TORCH else ""
+        typed = command("train_tpu.replay", self.checkpoints.parent, "--step", step)
+        return f"; to look into it{up_to}: {typed}"
 
     def _evaluate(self, limit: int | None) -> None:
         for split in self.engine.heldout:

@@ -137,7 +137,7 @@ def run_here(
     """
     main = importlib.import_module(module).main
     out, err = Said(moment, then), io.StringIO()
-    shared = module == "train_tpu.run" and not compile_anew
+    shared = module.startswith(("train_tpu.run", "train_tpu.replay")) and not compile_anew
     with (
         compiled_once() if shared else contextlib.nullcontext(),
         mock.patch.object(sys, "argv", [module, *map(str, arguments)]),

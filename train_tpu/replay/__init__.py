@@ -1,0 +1,1 @@
+"""An update of a run made again: compiled, layer by layer, and as a branch with something changed."""

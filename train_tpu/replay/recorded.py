@@ -1,0 +1,206 @@
+"""What a run folder says of an update: the checkpoint before it, its settings, its line of the log, its data.
+
+Nothing here is written, and nothing needs JAX: what cannot be replayed is refused before anything slow.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint.manifest import CHANGE, JAX, Manifest, load_manifest
+from core.checkpoint.steps import list_steps, step_path
+from core.config import ModelConfig
+from core.data.dataset import Dataset
+from core.data.prepare import open_or_prepare
+from core.errors import UserError
+from core.folder_kinds import Kind, require_kind
+from core.folders import CACHE
+from core.run.folder import newest_manifest, read_config
+from core.run.log import CARRIED, read_log
+from core.run.other_engine import KEPT, engine_of, settings_for
+from core.run.schedule import learning_rate
+from core.run.settings import unflatten
+from core.tokenizer import Tokenizer, load_tokenizer_of
+from train_tpu.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """An update of a run, as its folder describes it."""
+
+    folder: Path
+    step: int
+    """The update (0-based)."""
+    made: int
+    """Updates that the run has made so far."""
+    record: dict[str, Any]
+    """What config.json said when the update was made: `run`, `model`, `tokenizer`, `data`."""
+    config: RunConfig
+    """The same settings as JAX has them."""
+    start: Path | None
+    """The nearest checkpoint that holds a state before the update; None: the run's own start."""
+    start_manifest: Manifest | None
+    source: Path | None
+    """The checkpoint whose parameters the run began with; None: random ones, or `start` is given."""
+    lines: dict[int, dict[str, Any]]
+    """Lines of the log by update, from the first one to make again on."""
+    device: tuple[str, int] | None
+    """Kind and number of devices that made the update; None: the log does not say."""
+
+    @property
+    def first(self) -> int:
+        """The first update to make again."""
+        return self.start_manifest.step if self.start_manifest else 0
+
+    @property
+    def cursor(self) -> int:
+        """Index of its batch's first sequence."""
+        return self.start_manifest.sequences if self.start_manifest else 0
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that was trained."""
+        return ModelConfig(**self.record["model"])
+
+    @property
+    def engine(self) -> str:
+        """Which engine made the update."""
+        return engine_of(self.record["run"])
+
+    @property
+    def steps(self) -> int:
+        """Updates that the run's schedule is for."""
+        return self.record["run"]["steps"]
+
+    def lr(self, step: int) -> float:
+        """The rate of an update: what the log has, since it may have been changed while the run was on."""
+        line = self.lines.get(step)
+        return line["lr"] if line and "lr" in line else learning_rate(self.config.optim, step, self.steps)
+
+    def cost(self, until: int) -> str:
+        """What making the updates up to `until` again takes, in words."""
+        n = until - self.first + 1
+        where = f"checkpoint {self.first}" if self.start else "the start of the run"
+        tokens = n * self.config.batch * self.model.context
+        rates = [line["tokens_per_second"] for line in self.lines.values() if line.get("tokens_per_second")]
+        seconds = (
+            f", about {tokens / rates[-1]:,.0f} s at the run's {rates[-1]:,.0f} tokens/s" if rates else ""
+        )
+        return f"from {where}: {n:,} update{'s' * (n > 1)} to make again{seconds}, and compilation"
+
+
+def open_recorded(folder: Path, step: int) -> Recorded:
+    """What the run in `folder` says of update `step`.
+
+    Raises:
+        UserError: there is no run, no such update, or nothing left to make it from.
+    """
+    checkpoints = folder / "checkpoints"
+    newest = read_config(folder) if folder.is_dir() else None
+    if newest is None:
+        require_kind(folder, "replay", Kind.CHECKPOINT)
+        raise UserError(f"{folder} is not the folder of a run (it has no config.json): give one")
+    if "preset" not in newest["run"]:
+        raise UserError(
+            f"the run in {folder} is of port_torch.finetune: only runs that pretrain are replayed"
+        )
+    lines = {row["step"]: row for row in read_log(folder, "train") if CARRIED not in row}
+    made = max([step + 1 for step in lines] + list_steps(checkpoints), default=0)
+    manifest = newest_manifest(folder)
+    grown = manifest.last_growth if manifest else None
+    least = grown["step"] if grown else 0
+    if not least <= step < made:
+        there = f"has made updates {least} to {made - 1}" if made > least else "has made no update yet"
+        since = f" since it was grown at step {least}" if grown else ""
+        raise UserError(f"the run in {folder} {there}{since}: --step {step} is not among them")
+    record = _record_at(folder, newest, step)
+    config = unflatten(settings_for(JAX, record), RunConfig)
+    earlier = [saved for saved in list_steps(checkpoints) if saved <= step]
+    start = step_path(checkpoints, earlier[-1]) if earlier else None
+    start_manifest = load_manifest(start) if start else None
+    source = None if start else _source(folder, record, manifest, step)
+    first = start_manifest.step if start_manifest else 0
+    context = record["model"]["context"]
+    _require_same_batches(folder, config.batch * context, start_manifest, lines.get(step), step)
+    return Recorded(
+        folder, step, made, record, config, start, start_manifest, source,
+        {at: line for at, line in lines.items() if at >= first}, _device_at(folder, step),
+    )  # fmt: skip
+
+
+def _record_at(folder: Path, newest: dict[str, Any], step: int) -> dict[str, Any]:
+    """The record under which an update was made: that of the next checkpoint, else the newest."""
+    later = [saved for saved in list_steps(folder / "checkpoints") if saved > step]
+    if not later:
+        return newest
+    manifest = load_manifest(step_path(folder / "checkpoints", later[0]))
+    data = {"path": manifest.config["run"]["data"], "fingerprint": manifest.data["fingerprint"]}
+    record = newest | manifest.config | {"tokenizer": manifest.tokenizer, "data": data}
+    if engine_of(record["run"]) != engine_of(newest["run"]):
+        record.pop(KEPT, None)  # it is of the engine that made this update
+    return record
+
+
+def _source(folder: Path, record: dict[str, Any], manifest: Manifest | None, step: int) -> Path | None:
+    """The checkpoint whose parameters a run began with, for one to be replayed from its start."""
+    lineage = manifest.lineage if manifest else []
+    changed = next((entry["from"] for entry in lineage if entry["operation"] == CHANGE), None)
+    gone = f"no checkpoint from before update {step} is left in {folder}"
+    if (changed or engine_of(record["run"])) != JAX:
+        raise UserError(
+            f"{gone}, and JAX cannot draw the parameters that PyTorch began with: replay a later one"
+        )
+    if manifest and manifest.last_growth:
+        raise UserError(f"{gone}, and the one that growth made is gone, too: replay a later update")
+    took = [entry["path"] for entry in lineage if entry["operation"] == "init_from"]
+    given = took[-1] if took else record["run"].get("init_from")
+    if given and not Path(given).is_dir():
+        raise UserError(
+            f"{gone}, and {given}, from whose parameters the run began, is gone: replay a later one"
+        )
+    return Path(given) if given else None
+
+
+def _require_same_batches(
+    folder: Path, batch: int, start: Manifest | None, line: dict[str, Any] | None, step: int
+) -> None:
+    """Refuses a stretch in which the batch, of `batch` tokens at its end, was another at its beginning."""
+    first, tokens = (start.step, start.tokens) if start else (0, 0)
+    if line is not None and line["tokens"] != tokens + (step - first) * batch:
+        raise UserError(
+            f"the batch size of the run in {folder} changed between steps {first} and {step}, and no "
+            "checkpoint is left from then: replay an update after a newer checkpoint"
+        )
+
+
+def _device_at(folder: Path, step: int) -> tuple[str, int] | None:
+    events = [row for row in read_log(folder, "event") if row["step"] <= step and "device" in row]
+    return (events[-1]["device"], events[-1]["n"]) if events else None
+
+
+def open_tokenizer(recorded: Recorded) -> Tokenizer:
+    """The tokenizer of the run."""
+    folder, record = recorded.folder, recorded.record
+    carriers = (folder, Path(record["data"]["path"]))
+    return load_tokenizer_of(record["tokenizer"], carriers, f"the run in {folder}")
+
+
+def open_data(recorded: Recorded, tokenizer: Tokenizer, given: str | None) -> Dataset:
+    """The data that the run was trained on, where it was, or where `given` says that it is now.
+
+    Raises:
+        UserError: it is gone, or is not what it was; the path and both hashes are named.
+    """
+    path, wanted = recorded.record["data"]["path"], recorded.record["data"]["fingerprint"]
+    path = given or path
+    what = f"the data of the run in {recorded.folder} ({path}, fingerprint {wanted[:12]})"
+    try:
+        dataset = open_or_prepare(path, tokenizer.name, recorded.model.context, CACHE)
+    except UserError as error:
+        raise UserError(f"{what} cannot be opened: {error}; --data PATH names another place") from None
+    if dataset.fingerprint != wanted:
+        raise UserError(
+            f"{what} has changed: its fingerprint is {dataset.fingerprint[:12]} now, so its batches would be "
+            "others; give what it was trained on with --data PATH"
+        )
+    return dataset
