@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from port_torch.names import exported_tensors
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.pretraining import fresh_decoder
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep
 
 LR = 3e-4
@@ -41,6 +41,7 @@ WARM_UP = 5
 """Steps before the clock starts; the first compiles."""
 PROFILED = 3
 
+Optimizer = Literal["adamw", "muon"]
 Step = Callable[[int], Tensor]
 """Makes an update on batch i; gives the loss before it, on the device."""
 Make = Callable[[Decoder, list[Rows], torch.device], Step]
@@ -61,7 +62,7 @@ class Variant(NamedTuple):
         return stock_type(model) is not None or not self.stock
 
 
-def ours(kernels: library.Backend, compiled: bool) -> Make:
+def ours(kernels: library.Backend, compiled: bool, optimizer: Optimizer = "adamw") -> Make:
     """The mirror, as port_torch.train runs it; batches come from the host. Without the kernels AdamW is the
     plain formula, one operation at a time."""
 
@@ -71,7 +72,8 @@ def ours(kernels: library.Backend, compiled: bool) -> Make:
         library.load(kernels)
         bf16 = device.type == "cuda"
         ranks = Distributed(0, 1, device)
-        train_step = TrainStep(mirror.to(device), AdamWConfig(), ranks, seed=0, bf16=bf16, compiled=compiled)
+        optim = MirrorOptimizerConfig(optimizer=optimizer)
+        train_step = TrainStep(mirror.to(device), optim, ranks, seed=0, bf16=bf16, compiled=compiled)
 
         def step(i: int) -> Tensor:
             return train_step.update(batches[i % BATCHES], 1, i, LR, (False, False))[0]
@@ -122,7 +124,7 @@ def peer(
     model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], batches: list[Rows], device: torch.device
 ) -> Step:
     """The update as PyTorch's own parts make it; the batches lie on the device."""
-    optim = AdamWConfig()
+    optim = MirrorOptimizerConfig()
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -142,14 +144,22 @@ def peer(
     return step
 
 
-JAX = {"ours-jax": "auto", "ours-jax-xla": "xla"}
-"""The rows of JAX's step, and which kernels each has."""
+JAX: dict[str, tuple[str, Optimizer]] = {
+    "ours-jax": ("auto", "adamw"),
+    "ours-jax-xla": ("xla", "adamw"),
+    "ours-jax-muon": ("auto", "muon"),
+}
+"""The rows of JAX's step, and which kernels and optimizer each has."""
 VARIANTS = {
     "ours": Variant("ours: kernels, compiled", ours("cuda", compiled=True), profiled=True),
+    "ours-muon": Variant(
+        "ours: kernels, compiled, Muon", ours("cuda", compiled=True, optimizer="muon"), profiled=True
+    ),
     "ours-eager": Variant("ours: kernels, not compiled", ours("cuda", compiled=False), profiled=True),
     "ours-no-kernels": Variant("ours: no kernels, compiled", ours("torch", compiled=True), profiled=True),
     "ours-jax": Variant("ours: JAX", None),
     "ours-jax-xla": Variant("ours: JAX, no kernels", None),
+    "ours-jax-muon": Variant("ours: JAX, Muon", None),
     "plain": Variant("plain torch, compiled", plain(narrow=False), profiled=True),
     "plain-bf16": Variant("plain torch, narrow, compiled", plain(narrow=True)),
     "hf": Variant("HF", hugging_face(compiled=False, liger=False), stock=True),
@@ -199,7 +209,9 @@ def measure_jax(variant: str, case: str, model: ModelConfig, batch: int, steps: 
     from bench.step import StepBenchConfig
     from bench.step import measure as measure_step
 
-    row = measure_step(StepBenchConfig(steps=steps), case, model, batch, f"{JAX[variant]}/preset")
+    kernels, optimizer = JAX[variant]
+    config = StepBenchConfig(steps=steps, optimizer=optimizer)
+    row = measure_step(config, case, model, batch, f"{kernels}/preset")
     return {
         "milliseconds": row["ms"], "tokens_per_second": row["rate"], "mfu": row["mfu"],
         "peak_gib": row["peak"], "first_step_seconds": row["compile"], "first_loss": row["first_loss"],

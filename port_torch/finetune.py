@@ -19,7 +19,7 @@ from core.hub_models import pinned
 from core.run.folder import require_folder
 from core.run.help import TRAINING_OPTIONS
 from port_torch.training.rows import read_rows
-from port_torch.training.settings import AdamWConfig, TrainerConfig
+from port_torch.training.settings import MirrorOptimizerConfig, TrainerConfig
 
 OPTIONS = TRAINING_OPTIONS | {"options": ("data", "out", "epochs", "batch", "lr", "lora_rank")}
 
@@ -48,7 +48,9 @@ class FinetuneConfig(TrainerConfig):
     """Passes over the rows. Default: 3."""
     batch: int = 16
     """Global batch size: packed sequences per optimizer step, summed over GPUs."""
-    optim: AdamWConfig = AdamWConfig(lr=1e-4, schedule="cosine", warmup=10, weight_decay=0.0)
+    optim: MirrorOptimizerConfig = MirrorOptimizerConfig(
+        lr=1e-4, schedule="cosine", warmup=10, weight_decay=0.0
+    )
     prompts: tuple[str, ...] = ()
     """Prompts to sample from during training, put into the form of the rows. Default: prompts of held-out
     rows."""
@@ -60,6 +62,10 @@ class FinetuneConfig(TrainerConfig):
         checks.positive(lora_alpha=self.lora_alpha)
         if self.lora_alpha is not None and self.lora_rank is None:
             raise UserError("--lora-alpha scales adapters: give --lora-rank with it")
+        if self.lora_rank is not None and self.optim.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon is for the layers' matrices, not for adapters: leave it or --lora-rank out"
+            )
 
 
 def main() -> int:

@@ -21,10 +21,10 @@ from core.run.folder import require_folder, settings_of_run
 from core.run.help import TRAINING_OPTIONS, for_help
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import PretrainingSource, given_value, model_config
-from port_torch.training.settings import AdamWConfig, TrainerConfig
+from port_torch.training.settings import MirrorOptimizerConfig, TrainerConfig
 
-# Peak learning rates of AdamW; those of train_tpu.run are for Muon, which bears higher ones. For the larger
-# presets they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
+# Peak learning rates of AdamW; the presets' own are Muon's, which bears higher ones. For the larger presets
+# they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
 ADAMW_RATES = {
     "mtlm1-tiny": 3e-3,
     "mtlm2-tiny": 3e-3,
@@ -39,9 +39,9 @@ ADAMW_RATES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainerConfig, PretrainingSource):
-    """Train the PyTorch mirror with AdamW, from scratch or from an exported folder; the same command resumes.
+    """Train the PyTorch mirror, from scratch or from an exported folder; the same command resumes.
 
-    The learning rates are AdamW's: train_tpu.run trains with Muon, at others.
+    The optimizer is AdamW, at its own learning rates; with --optimizer muon both are as in train_tpu.run.
     """
 
     init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -70,15 +70,12 @@ def parse(argv: list[str]) -> TrainConfig:
     name = given_value(argv, "--preset") or TrainConfig.preset
     preset(name)  # refuses an unknown name
     given = TRAINING_DEFAULTS[name]
-    optim = AdamWConfig(lr=ADAMW_RATES[name], warmup=given["warmup"])
+    muon = given_value(argv, "--optimizer") == "muon"
+    lr = given["lr"] if muon else ADAMW_RATES[name]
+    optim = MirrorOptimizerConfig(lr=lr, warmup=given["warmup"])
     default = TrainConfig(preset=name, batch=given["batch"], optim=optim)
     out = given_value(argv, "--out")
-    folder = Path(out) if out else out_folder(default)
-    found = settings_of_run(folder, default, argv)
-    if found.optim.optimizer != "adamw":
-        raise UserError(
-            f"the run in {folder} is trained with Muon, which only train_tpu.run has: resume it there"
-        )
+    found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
     found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
     return cli.parse(
         TrainConfig, argv, prog="python -m port_torch.train", default=found, groups=TRAINING_OPTIONS

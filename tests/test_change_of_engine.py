@@ -15,6 +15,7 @@ from core.checkpoint.checkpointer import Checkpointer, flatten, restore
 from core.checkpoint.manifest import CHANGE, load_manifest
 from core.checkpoint.steps import Keep, find_step, list_steps
 from core.checkpoint.torch_state import STATE
+from core.leaves import path_names
 from core.model import Compute
 from core.run.folder import run_record, settings_of_run, write_config
 from core.run.log import read_log
@@ -27,7 +28,7 @@ from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.train import TrainConfig
 from port_torch.training import checkpoint
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from tests.models import GROUPED
 from tests.port_torch.folders import SMALL, manifest_of
 from tests.port_torch.small_training import Killed, kill, make_train_step, stop_before
@@ -80,17 +81,20 @@ def random_state(config: StepConfig) -> TrainState:
     """In which every number is another one; counters count on."""
     rng = np.random.default_rng(0)
 
-    def leaf(like: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
         number = rng.integers(1, 99) if like.dtype == np.int32 else rng.random(like.shape)
+        if path_names(path)[-1] == "ns_coeffs":
+            number = (3.4445, -4.7750, 2.0315)  # Muon's constants
         return jax.numpy.asarray(number, like.dtype)
 
-    return jax.tree.map(leaf, abstract_state(config, make_mesh()))
+    return jax.tree.map_with_path(leaf, abstract_state(config, make_mesh()))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", SMALL)
-def test_every_number_arrives_and_comes_back(kind: str, tmp_path: Path):
+def test_every_number_arrives_and_comes_back(kind: str, optimizer: str, tmp_path: Path):
     """In PyTorch parameters and moments lie where the export's own table, read on its own, has them."""
-    optim = AdamWConfig()
+    optim = MirrorOptimizerConfig(optimizer=optimizer)
     config = StepConfig(SMALL[kind], optim, GuardConfig(window=16), Compute(), 0.0, 8192)
     state = random_state(config)
     saved = dataclasses.replace(manifest_of(SMALL[kind]), kind="train")
@@ -99,16 +103,24 @@ def test_every_number_arrives_and_comes_back(kind: str, tmp_path: Path):
     train_step = make_train_step(Decoder(SMALL[kind]), optim, guard=config.guard)
     checkpoint.restore(find_step(tmp_path / "jax"), train_step)
 
-    adam = state.opt_state[0]
+    parts = [state.opt_state[0]]
+    if optimizer == "muon":
+        parts = [state.opt_state.inner_states[part].inner_state[0] for part in ("adam", "muon")]
+    first, second = ({k: v for part in parts for k, v in flatten(tree(part))[0].items()} for tree in (
+        lambda part: part.mu, lambda part: getattr(part, "nu", {})
+    ))  # fmt: skip
     groups = train_step.optimizer.state
     for leaf in exported_tensors(SMALL[kind]).values():
         parameter = train_step.parameters[parameter_name(leaf)]
-        here = (parameter.detach(), groups[parameter]["exp_avg"], groups[parameter]["exp_avg_sq"])
-        for tensor, tree in zip(here, (state.params, adam.mu, adam.nu), strict=True):
-            whole = np.asarray(flatten(tree)[0][leaf.path])
+        here = {"params": parameter.detach()} | groups[parameter]
+        there = {"params": flatten(state.params)[0], "exp_avg": first, "exp_avg_sq": second}
+        assert set(here) == {name for name, leaves in there.items() if leaf.path in leaves}
+        for name, tensor in here.items():
+            whole = np.asarray(there[name][leaf.path])
             one = whole if leaf.layer is None else whole[leaf.layer]
             np.testing.assert_array_equal(tensor.numpy(), one.T if leaf.transposed else one)
-    assert [float(group["step"]) for group in train_step.optimizer.param_groups] == [float(adam.count)] * 2
+    counts = [float(part.count) for part in parts]
+    assert [float(group["step"]) for group in train_step.optimizer.param_groups] == [counts[0], *counts]
     for name, tensor in train_step.guard.tensors().items():
         np.testing.assert_array_equal(tensor.numpy(), np.asarray(getattr(state.guard, name)))
 
@@ -137,12 +149,22 @@ def test_pytorch_to_jax_to_pytorch(no_result, tmp_path: Path):
     assert [(path / STATE).exists() for path in sorted((out / "checkpoints").iterdir())] == [False, True]
 
 
-def test_what_cannot_be_continued_is_refused(tmp_path: Path):
-    muon, tuned, run = (tmp_path / name for name in ("muon", "tuned", "run"))
-    shutil.copytree(FIXTURES / "mtlm1", muon)
-    said = refusal_here("--out", muon, *DATA, module="port_torch.train")
-    assert said.endswith("is trained with Muon, which only train_tpu.run has: resume it there")
+@pytest.mark.slow
+def test_a_run_of_muon_continues_in_pytorch(no_result, tmp_path: Path):
+    """One that JAX began in an earlier version, whose next four losses are known."""
+    out = tmp_path / "run"
+    shutil.copytree(FIXTURES / "mtlm1", out)
+    unwatched = ("--prompts", "--eval-every", "0", *DATA, "--out", out)
+    run_here("--stop-at", "15", *unwatched, module="port_torch.train")
+    run_here(*unwatched)  # and in JAX again
+    found = {row["step"]: row["nll"] for row in read_log(out, "train")}
+    assert lineage_of(out) == [("JAX", "PyTorch", 12), ("PyTorch", "JAX", 15)]
+    for step, loss in EXPECTED["mtlm1"]["losses"].items():
+        assert found[int(step)] == pytest.approx(loss, rel=1e-4)  # as in tests/test_fixtures.py
 
+
+def test_what_cannot_be_continued_is_refused(tmp_path: Path):
+    tuned, run = (tmp_path / name for name in ("tuned", "run"))
     shutil.copytree(FIXTURES / "torch", run)
     before = (run / "config.json").read_bytes()
     for name, old, new in (("batch", "4", "8"), ("optimizer", "adamw", "muon")):

@@ -5,6 +5,7 @@
     opt_state/0/mu/norm/scale                      exp_avg/norm.weight
     opt_state/0/nu/norm/scale                      exp_avg_sq/norm.weight
     opt_state/0/count                              updates/0 and updates/1, one for each group of parameters
+    opt_state/inner_states/muon/.../count          updates/2
     guard/losses                                   guard/losses
     opt_state/.../ns_coeffs                        nothing: Muon's constants
 
@@ -24,7 +25,7 @@ STATE = "state.safetensors"  # of a checkpoint that PyTorch wrote
 GUARD = "guard/"  # older checkpoints of PyTorch have less of it, or nothing
 ROLES = {"params": "params", "mu": "exp_avg", "nu": "exp_avg_sq"}
 CONSTANTS = {"ns_coeffs": (3.4445, -4.7750, 2.0315)}  # that optax keeps in the state, for Muon
-GROUPS = 2  # of parameters, those that decay and the others
+ADAM, MUON = (0, 1), (2,)  # groups of parameters: those that decay and the others, and Muon's
 
 
 class Part(NamedTuple):
@@ -50,7 +51,8 @@ def parts_of(path: str, shape: Iterable[int]) -> list[Part]:
     if names[-1] in CONSTANTS:
         return []
     if names[-1] == "count":
-        return [Part(f"updates/{group}", [], "torch.float32", None, False) for group in range(GROUPS)]
+        groups = MUON if "muon" in names else ADAM
+        return [Part(f"updates/{group}", [], "torch.float32", None, False) for group in groups]
     leaf = find_leaf(names)
     role = ROLES.get(names[-len(leaf.path.split("/")) - 1]) if leaf else None
     if role is None:

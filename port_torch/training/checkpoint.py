@@ -1,7 +1,7 @@
 """Checkpoints of a run here: a folder of steps, each complete and proved by its manifest, or not there.
 
     checkpoints/00000120/manifest.json       core.checkpoint.manifest: counters, settings, files' sha256
-    checkpoints/00000120/state.safetensors   parameters, both moments, updates counted by the optimizer
+    checkpoints/00000120/state.safetensors   parameters, moments, updates counted by the optimizer
 
 What training changes is in it, float32, and nothing pickled; of a LoRA run that is the adapters, and the
 model beneath is the folder it started from. Random numbers have no state: they are functions of the seed.
@@ -27,15 +27,13 @@ from core.folders import new_folder
 from port_torch.export import disk_errors
 from port_torch.training.step import TrainStep
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def state_tensors(train_step: TrainStep) -> dict[str, Tensor]:
     """Everything that an update changes, by name, where it lies."""
     optimizer = train_step.optimizer
     tensors = {f"params/{name}": p.detach() for name, p in train_step.parameters.items()}
     for name, p in train_step.parameters.items():
-        tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for moment in MOMENTS}
+        tensors |= {f"{moment}/{name}": tensor for moment, tensor in optimizer.state[p].items()}
     tensors |= {f"updates/{i}": group["step"] for i, group in enumerate(optimizer.param_groups)}
     return tensors | {f"{GUARD}{name}": tensor for name, tensor in train_step.guard.tensors().items()}
 

@@ -52,6 +52,20 @@ class Distributed:
             dist.all_reduce(value)
         return value
 
+    def gather(self, own: list[Tensor]) -> list[Tensor]:
+        """The tensors of all ranks, which give some of equal shapes, rank after rank on the first axis; one
+        exchange."""
+        if self.size == 1:
+            return own
+        flat = torch.cat([part.flatten() for part in own])
+        whole = flat.new_empty(self.size, len(flat))
+        dist.all_gather_into_tensor(whole.view(-1), flat)
+        parts = whole.split([part.numel() for part in own], dim=1)
+        return [
+            found.reshape(self.size * len(part), *part.shape[1:])
+            for found, part in zip(parts, own, strict=True)
+        ]
+
     def largest(self, value: int) -> int:
         """The largest of a number over all ranks."""
         if self.size == 1:

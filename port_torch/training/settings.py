@@ -14,13 +14,12 @@ Hidden = tyro.conf.Suppress
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamWConfig(OptimizerConfig):
-    """AdamW and the learning rate's schedule, without what is Muon's or growing's."""
+class MirrorOptimizerConfig(OptimizerConfig):
+    """The update rule and the learning rate's schedule, without what is growing's."""
 
-    optimizer: Hidden[Literal["adamw"]] = "adamw"
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    momentum: Hidden[float] = 0.95
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW for everything. muon: Muon for the layers' weight matrices, AdamW for embeddings, norms,
+    biases and the head."""
     rewarm: Hidden[int] = 0
     rewarm_at: Hidden[int] = 0
 
@@ -40,7 +39,7 @@ class TrainerConfig(TrainingSettings):
     grad_accum_steps: int = 1
     """Gradient accumulation: micro-batches that a GPU splits its sequences into. Uses less memory; the update
     is the same up to rounding. More are made where the memory does not suffice."""
-    optim: AdamWConfig = AdamWConfig()
+    optim: MirrorOptimizerConfig = MirrorOptimizerConfig()
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""

@@ -118,12 +118,14 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
     how += ", an update recorded as one CUDA graph" if recorded else ""
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
+    muon = config.optim.optimizer == "muon"
+    optimizer = "Muon for the layers' matrices, AdamW for the rest" if muon else "AdamW for all parameters"
     rows = [
         ("model", model.summary),
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
         *job.table,
         ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
-        ("optimizer", f"AdamW for all parameters, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
+        ("optimizer", f"{optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}{how}"),
         ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),

@@ -1,4 +1,4 @@
-"""One update: the loss of every micro-batch, gradients, clipping, AdamW. Nothing waits for the device.
+"""One update: the loss of every micro-batch, gradients, clipping, optimizer. Nothing waits for the device.
 
 Where it is compiled for one GPU it is recorded as a CUDA graph: launching its thousand kernels one by one
 takes the host longer than the GPU needs to run them (docs/LOG.md).
@@ -27,8 +27,9 @@ from port_torch.model import Decoder, attends_by_lengths, leaf_of
 from port_torch.training.batches import Inputs, Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
+from port_torch.training.muon import Muon
 from port_torch.training.recorded import Recorded
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 
 FLAGS = ("stop", "late")
 METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", *FLAGS)
@@ -98,7 +99,7 @@ class TrainStep:
     def __init__(
         self,
         decoder: Decoder,
-        optim: AdamWConfig,
+        optim: MirrorOptimizerConfig,
         ranks: Distributed,
         *,
         seed: int,
@@ -110,7 +111,8 @@ class TrainStep:
         """decoder: on the device; what of it needs no gradient stays as it is. guard: default limits."""
         self.decoder, self.ranks, self._clip, self._bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
         self.parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters, optim)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.optimizer = make_optimizer(self.parameters, optim, ranks, dtype, compiled)
         self.guard = Guard(guard or GuardConfig(), ranks.device)
         self.losses: nn.Module = Losses(decoder, z_loss)
         if compiled:
@@ -236,10 +238,21 @@ class TrainStep:
             torch.cuda.empty_cache()
 
 
-def make_optimizer(parameters: dict[str, Tensor], config: AdamWConfig) -> AdamW:
-    """AdamW as `train_tpu.optimizer` has it."""
-    groups = parameter_groups(parameters, config.weight_decay)
-    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+def make_optimizer(
+    parameters: dict[str, Tensor],
+    config: MirrorOptimizerConfig,
+    ranks: Distributed,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> AdamW | Muon:
+    """AdamW or Muon as `train_tpu.optimizer` has them; dtype, compiled: of `Muon`."""
+    matrices = {}
+    if config.optimizer == "muon":
+        matrices = {name: p for name, p in parameters.items() if leaf_of(name).is_layer_kernel}
+    others = {name: p for name, p in parameters.items() if name not in matrices}
+    groups = parameter_groups(others, config.weight_decay)
+    adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return Muon(list(matrices.values()), adamw, config, ranks, dtype, compiled) if matrices else adamw
 
 
 def parameter_groups(parameters: dict[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from port_torch import generate as torch_generate
 from port_torch.finetune import FinetuneConfig
 from port_torch.import_checkpoint import ImportConfig
 from port_torch.train import TrainConfig
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from stacking.grow import GrowConfig
 from stacking.study.config import StudyConfig
 from train_tpu.aot.__main__ import AotConfig
@@ -36,7 +36,8 @@ from train_tpu.step import GuardConfig
 X = Path("x")
 CONFIGS = [
     RunConfig(), ModelOverrides(), OptimizerConfig(), GuardConfig(), preset("mtlm1-tiny"), TrainConfig(),
-    AdamWConfig(), FinetuneConfig(init_from=X, data=X, out=X, lora_rank=8), GenerateConfig(X), Sampling(),
+    MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X, lora_rank=8), GenerateConfig(X),
+    Sampling(),
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),
     StepBenchConfig(), TrainBenchConfig(),

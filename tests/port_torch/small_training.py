@@ -20,7 +20,7 @@ from port_torch.hf_config import stock_type
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -76,7 +76,7 @@ def kill() -> None:
     raise Killed
 
 
-def make_train_step(decoder: Decoder, optim: AdamWConfig, **options) -> TrainStep:
+def make_train_step(decoder: Decoder, optim: MirrorOptimizerConfig, **options) -> TrainStep:
     return TrainStep(decoder, optim, ALONE, seed=0, **options)
 
 
@@ -95,7 +95,7 @@ def plain_losses(
     model: nn.Module,
     batches: list[list[tuple[Tensor, Tensor]]],
     rates: list[float],
-    optim: AdamWConfig,
+    optim: MirrorOptimizerConfig,
     z_loss: float = 0.0,
 ) -> list[list[float]]:
     """The same of transformers' model with torch.optim.AdamW, one sequence after the other, nothing packed.

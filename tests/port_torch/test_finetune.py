@@ -26,7 +26,7 @@ from port_torch.training.examples import Example, examples_of
 from port_torch.training.lora import add_adapters, merged
 from port_torch.training.packing import PADDING, pack, packed_batches
 from port_torch.training.rows import Row, RowFile, instruction, read_rows
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export
 from tests.port_torch.small_training import (
@@ -45,7 +45,7 @@ from tests.port_torch.trained import transformers_model
 from tests.train_tpu.processes import refusal
 
 BYTES = load_tokenizer("bytes")
-OPTIM = AdamWConfig(lr=3e-3, clip=0.5, eps=1e-6)
+OPTIM = MirrorOptimizerConfig(lr=3e-3, clip=0.5, eps=1e-6)
 ROWS = [Row(f"{i} squared?", f"{i * i}, " * (1 + i % 5)) for i in range(18)]
 SMALL_RUN = (
     "--steps", "6", "--batch", "2", "--lr", "0.003", "--validation", "0.2", "--eval-every", "3",

@@ -11,7 +11,7 @@ from kernels_cuda import library
 from port_torch.model import Decoder
 from port_torch.training.batches import Rows, empty_rows
 from port_torch.training.distributed import Distributed
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ def limit() -> Iterator[None]:
 
 def make_train_step(config: ModelConfig) -> TrainStep:
     ranks = Distributed(0, 1, torch.device("cuda", 0))
-    return TrainStep(Decoder(config).to("cuda"), AdamWConfig(), ranks, seed=0, bf16=True)
+    return TrainStep(Decoder(config).to("cuda"), MirrorOptimizerConfig(), ranks, seed=0, bf16=True)
 
 
 def peak(function) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.recorded import Recorded
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import METRICS, TrainStep
 
 pytestmark = pytest.mark.gpu
@@ -45,11 +46,14 @@ def batches(packed: bool) -> list[Rows]:
     ]
 
 
-def updates(recorded: bool, parts: int, packed: bool) -> tuple[list[list[float]], TrainStep]:
+def updates(
+    recorded: bool, parts: int, packed: bool, optimizer: Literal["adamw", "muon"] = "adamw"
+) -> tuple[list[list[float]], TrainStep]:
     """What every update reports, and the step with its state after the last."""
     torch._dynamo.reset()
     decoder = fresh_decoder(MODEL, 0).to(GPU)
-    train_step = TrainStep(decoder, AdamWConfig(), Distributed(0, 1, GPU), seed=0, bf16=True, compiled=True)
+    optim = MirrorOptimizerConfig(optimizer=optimizer)
+    train_step = TrainStep(decoder, optim, Distributed(0, 1, GPU), seed=0, bf16=True, compiled=True)
     assert train_step.recorded
     train_step.recorded = recorded
     told = []
@@ -65,11 +69,14 @@ def updates(recorded: bool, parts: int, packed: bool) -> tuple[list[list[float]]
     return [one.tolist() for one in told], train_step
 
 
-@pytest.mark.parametrize(("parts", "packed"), [(1, False), (2, False), (1, True)])
-def test_the_same_updates(parts: int, packed: bool):
+@pytest.mark.parametrize(
+    ("parts", "packed", "optimizer"),
+    [(1, False, "adamw"), (2, False, "adamw"), (1, True, "adamw"), (1, False, "muon")],
+)
+def test_the_same_updates(parts: int, packed: bool, optimizer: Literal["adamw", "muon"]):
     """Dropout's masks, the schedule, the flags and an update that the guard refuses included."""
-    plain, plain_step = updates(False, parts, packed)
-    recorded, recorded_step = updates(True, parts, packed)
+    plain, plain_step = updates(False, parts, packed, optimizer)
+    recorded, recorded_step = updates(True, parts, packed, optimizer)
     np.testing.assert_array_equal(recorded, plain)
     applied = METRICS.index("applied")
     assert [row[applied] for row in recorded] == [float(i != REFUSED) for i in range(UPDATES)]
@@ -77,6 +84,10 @@ def test_the_same_updates(parts: int, packed: bool):
         recorded_step.parameters.items(), plain_step.parameters.values(), strict=True
     ):
         assert torch.equal(ours, theirs), name
+        states = (step.optimizer.state[p] for step, p in ((recorded_step, ours), (plain_step, theirs)))
+        assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True)), (
+            name
+        )
     for name, ours in recorded_step.guard.tensors().items():
         assert torch.equal(ours, plain_step.guard.tensors()[name]), name
 

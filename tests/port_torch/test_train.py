@@ -34,7 +34,7 @@ from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretrain
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
-from port_torch.training.settings import AdamWConfig
+from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.setup import load_kernels
 from port_torch.training.step import METRICS
 from tests.models import random_params
@@ -68,7 +68,7 @@ from train_tpu.step import (
 )
 
 STEPS, BATCH = 8, 4
-OPTIM = AdamWConfig(lr=1e-2, warmup=3, clip=0.5, eps=1e-6)
+OPTIM = MirrorOptimizerConfig(lr=1e-2, warmup=3, clip=0.5, eps=1e-6)
 RATES = [learning_rate(OPTIM, step, STEPS) for step in range(STEPS)]
 
 # Float32 sums in another order differ by about 1e-7 of the value. Adam's first updates have the size of the
@@ -410,11 +410,13 @@ def test_its_learning_rates_are_adamws_and_its_help_says_so(tmp_path: Path, monk
         config = torch_train.parse(["--preset", preset])
         assert config.optim.lr == rate <= training_defaults(preset).optim.lr
         assert config.optim.warmup == training_defaults(preset).optim.warmup
+        muon = torch_train.parse(["--preset", preset, "--optimizer", "muon"]).optim
+        assert muon.optimizer == "muon" and muon.lr == training_defaults(preset).optim.lr
     with pytest.raises(SystemExit):
         torch_train.parse(["--preset", "mtlm2-40m", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "with AdamW" in said and "train_tpu.run trains with Muon" in said
-    assert "Peak learning rate of AdamW. (default: 0.0015)" in said and "(default: None)" not in said
+    assert "optimizer is AdamW" in said and "with --optimizer muon both are as in train_tpu.run" in said
+    assert "Peak learning rate. (default: 0.0015)" in said and "(default: None)" not in said
 
 
 def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
@@ -497,12 +499,13 @@ def test_processes_killed_and_asked_to_stop(finished: Path, data32: Path, cache:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad_accum_steps", ["1", "2"])
+@pytest.mark.parametrize(("grad_accum_steps", "optimizer"), [("1", "adamw"), ("2", "adamw"), ("1", "muon")])
 def test_two_processes_equal_one(
-    grad_accum_steps: str, data32: Path, cache: Path, tmp_path: Path, monkeypatch
+    grad_accum_steps: str, optimizer: str, data32: Path, cache: Path, tmp_path: Path, monkeypatch
 ):
     """Without dropout, whose masks are each rank's own."""
-    arguments = (*without(TINY, "--dropout"), "--data", data32, "--grad-accum-steps", grad_accum_steps)
+    arguments = (*without(TINY, "--dropout"), "--data", data32, "--grad-accum-steps", grad_accum_steps,
+                 "--optimizer", optimizer)  # fmt: skip
     folders = [tmp_path / "one", tmp_path / "two"]
     assert train_here(monkeypatch, *arguments, "--out", folders[0]) == 0
     launch = ("--standalone", "--nproc-per-node", "2", "-m", "port_torch.train")

@@ -319,10 +319,10 @@ def torch_engine(data, settings, checkpoints: Path):
     from port_torch.training.distributed import Distributed
     from port_torch.training.engine import TorchEngine
     from port_torch.training.pretraining import fresh_decoder
-    from port_torch.training.settings import AdamWConfig
+    from port_torch.training.settings import MirrorOptimizerConfig
     from port_torch.training.step import TrainStep
 
-    optim = AdamWConfig(lr=settings.optim.lr, warmup=0)
+    optim = MirrorOptimizerConfig(lr=settings.optim.lr, warmup=0)
     ranks = Distributed(0, 1, torch.device("cpu"))
     train_step = TrainStep(fresh_decoder(MODEL, 0), optim, ranks, seed=0, guard=settings.guard)
     engine = TorchEngine(train_step, 1, BATCH, heldout_sets(data), None, checkpoints, settings.keep)
