@@ -1,6 +1,7 @@
 """Whole runs on NVIDIA GPUs: `JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu`, so that
 the process of the tests leaves them their memory."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -54,6 +55,25 @@ def assert_equals_one(run_folder: Path, alone: Path) -> None:
     np.testing.assert_allclose(two[0], one[0], rtol=2e-5)
     noise, apart = (np.abs(other / one - 1)[:, 1:].max(axis=0) for other in (parts, two))
     assert (apart <= 4 * noise + 1e-6).all(), (apart, noise)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pytorch_continues_a_run_on_the_same_gpu(tmp_path, optimizer):
+    """As tests/test_change_of_engine.py has it on a CPU, in float32; and back again."""
+    exact = (*without(without(WIDE, "--dropout"), "--optimizer"), *EXACT, "--optimizer", optimizer)
+    arguments = (*exact, "--data", make_text(tmp_path), "--keep-steps", "4")
+    whole, parts, changed = (tmp_path / name for name in ("whole", "parts", "changed"))
+    run(tmp_path, *arguments, "--out", whole, environ=FIRST | HIGHEST)
+    run(tmp_path, *arguments, "--grad-accum-steps", "4", "--out", parts, environ=FIRST | HIGHEST)
+    shutil.copytree(whole, changed)
+    more = ("--out", changed, "--from-step", "4", "--stop-at", "8")
+    out, _ = run(tmp_path, *more, module="port_torch.train", environ=FIRST)
+    assert f"resuming in PyTorch {changed} at step 4" in out
+    out, _ = run(tmp_path, "--out", changed, environ=FIRST | HIGHEST)
+    assert f"resuming in JAX {changed} at step 8" in out
+    one, cut, two = (np.array(losses(folder))[4:, 1:] for folder in (whole, parts, changed))
+    noise, apart = (np.abs(other / one - 1).max(axis=0) for other in (cut, two))
+    assert (apart <= 10 * noise + 1e-6).all(), (apart, noise)
 
 
 @two_gpus
