@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import train_tpu.step
 from core.config import ModelConfig
 from core.errors import UserError
 from core.model import Compute, forward, logits
@@ -122,6 +123,38 @@ def test_accumulation_equals_the_big_batch(compiled, dropout):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_eight_devices_equal_one(optimizer):
     run_on_devices(8, Path(__file__).with_name("step_on_devices.py"), optimizer)
+
+
+@pytest.mark.slow
+def test_the_curve_of_muon_in_bfloat16(monkeypatch):
+    """Its mean loss is nearer to that in float32 from the same parameters than those of other parameters are
+    to each other; a longer run is in docs/LOG.md."""
+    config = dataclasses.replace(CONFIG, optim=OptimizerConfig())
+    update = train_tpu.step.apply_gradients
+
+    def curve(step, seed: int) -> np.ndarray:
+        state, losses = jax.tree.map(jnp.array, init_state(config, random_params(MODEL, seed, std=0.1))), []
+        for number in range(100):
+            rng = np.random.default_rng(number)
+            tokens = rng.integers(0, 3, (ROWS, 17))
+            for place in range(1, 17):  # each token follows from the one before, but for log 3
+                tokens[:, place] = (3 * tokens[:, place - 1] + tokens[:, place]) % 61
+            data = batch(number * ROWS)._replace(tokens=jnp.asarray(tokens[None], jnp.uint16))
+            state, metrics = step(state, data, controls(lr=0.01))
+            losses.append(float(metrics.nll))
+        return np.array(losses)
+
+    curves = {}
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(train_tpu.step, "apply_gradients",
+                            lambda *args, to=dtype: update(*args[:7], to, *args[8:]))  # fmt: skip
+        step = compile_step(config, ROWS, 1, make_mesh(devices=jax.devices()[:1]))
+        curves[dtype] = np.array([curve(step, seed).reshape(5, 20).mean(1) for seed in range(3)])
+    wide = curves["float32"]
+    assert (wide[:, -1] < wide[:, 0] - 1).all()  # it learns
+    apart = np.abs(curves["bfloat16"] - wide).max(0)
+    assert (apart > 0).all()  # the types differ
+    assert (apart < np.ptp(wide, axis=0)).all()
 
 
 def test_dropout_is_drawn_from_seed_and_index(compiled):
