@@ -32,6 +32,7 @@ from core.sharding import (
 )
 
 Params = dict[str, Any]
+QKV = "qkv"  # the scope of the one product for queries, keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,12 @@ class ForwardContext:
     def drop(self, branch: Float[Array, "B S D"], site: int) -> Float[Array, "B S D"]:
         """Dropout of what a branch adds to the residual stream; `site` tells those of a layer apart."""
         return drop(branch, self.dropout, self.dropout_keys, site)
+
+
+def scoped(name: str, part: Callable, *inputs: Any) -> Any:
+    """What a part of a module gives, computed under its name: profiles and replays show it."""
+    with jax.named_scope(name):
+        return part(*inputs)
 
 
 class Linear(nnx.Module):
@@ -158,7 +165,7 @@ class Attention(nnx.Module):
             cache = KVCache(cache.k.at[rows, ctx.positions].set(k), cache.v.at[rows, ctx.positions].set(v))
             visible = jnp.arange(cache.k.shape[1]) <= ctx.positions[:, :, None]
             y = masked_attention(q, cache.k, cache.v, visible)
-        return self.o(y.reshape(b, s, -1)), cache
+        return scoped("o", self.o, y.reshape(b, s, -1)), cache
 
     def projections(
         self, x: Float[Array, "B S D"], rotation: Rotation | None, compute: Compute
@@ -167,15 +174,16 @@ class Attention(nnx.Module):
         kernels, mesh = compute.kernels, compute.mesh
         linears = (self.q, self.k, self.v)
         if splits_weights(mesh):  # side by side the parts would have to be exchanged first
-            q, k, v = (m(x).reshape(*x.shape[:2], -1, self.head_size) for m in linears)
+            q, k, v = (scoped(name, m, x) for name, m in zip("qkv", linears, strict=True))
+            q, k, v = (y.reshape(*x.shape[:2], -1, self.head_size) for y in (q, k, v))
         else:
             heads = tuple(m.kernel.shape[-1] // self.head_size for m in linears)
-            packed = fused_linear(x, *linears)
+            packed = scoped(QKV, fused_linear, x, *linears)
             if self.q_norm is None:
                 return split_heads(packed, heads, rotation, kernels, mesh)
             q, k, v = split_heads(packed, heads, None)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = scoped("q_norm", self.q_norm, q), scoped("k_norm", self.k_norm, k)
         return (q, k, v) if rotation is None else (*rotate_both(q, k, rotation, kernels, mesh), v)
 
 
@@ -205,9 +213,10 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         activation = ACTIVATIONS[self.kind]
         if self.gate is None:
-            return self.down(activation(self.up(x)))
+            return scoped("down", self.down, activation(scoped("up", self.up, x)))
         # Two products: as one, its gradient is concatenated first, 6% of a 200M step on an H200.
-        return self.down(activation(self.gate(x)) * self.up(x))
+        gate = activation(scoped("gate", self.gate, x))
+        return scoped("down", self.down, gate * scoped("up", self.up, x))
 
 
 class Block(nnx.Module):
@@ -226,10 +235,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"] | None, ctx: ForwardContext
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], KVCache | None]:
         """branch: what the layer before adds to x; None if it has. Returns x and what this one adds."""
-        normed, x = self.attn_norm.add(x, branch, ctx.compute)
-        y, cache = self.attn(normed, ctx)
-        normed, x = self.mlp_norm.add(x, ctx.drop(y, site=0), ctx.compute)
-        return x, ctx.drop(self.mlp(normed), site=1), cache
+        normed, x = scoped("attn_norm", self.attn_norm.add, x, branch, ctx.compute)
+        y, cache = scoped("attn", self.attn, normed, ctx)
+        normed, x = scoped("mlp_norm", self.mlp_norm.add, x, ctx.drop(y, site=0), ctx.compute)
+        return x, ctx.drop(scoped("mlp", self.mlp, normed), site=1), cache
 
 
 class Embedding(nnx.Module):
@@ -265,15 +274,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        # Rows are cast after the look-up, so that their gradients are summed in float32.
-        x = embedding_lookup(self.embed.table[...], tokens, compute.mesh)
-        if self.positions is not None:
-            x += self.positions(index)
-        x = constrain_activations(x, compute.mesh)
-        x = drop(x.astype(compute.dtype), c.dropout, dropout_keys, site=0)
-        rotation = rotary_angles(index, c) if c.positions == "rope" else None
-        ctx = ForwardContext(compute, index, rotation, c.dropout, dropout_keys)
-
+        ctx = forward_context(c, compute, index, dropout_keys)
+        x = scoped("embed", self.embed_tokens, tokens, ctx)
         # A kernel adds what a layer leaves in the pass of the next one's norm. Not where layers are
         # recomputed: both would have to be kept for each.
         adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none"
@@ -290,7 +292,28 @@ class Decoder(nnx.Module):
         layer = rematerialized(layer, compute)
         stream = (x, jnp.zeros_like(x) if adds_late else None)
         stream, cache = jax.lax.scan(layer, stream, inputs, unroll=min(compute.unroll, c.n_layers))
-        return self.norm.add(*stream, compute)[0], cache
+        return scoped("norm", self.norm.add, *stream, compute)[0], cache
+
+    def embed_tokens(self, tokens: Int[Array, "B S"], ctx: ForwardContext) -> Float[Array, "B S D"]:
+        """What goes into the first layer."""
+        mesh = ctx.compute.mesh
+        # Rows are cast after the look-up, so that their gradients are summed in float32.
+        x = embedding_lookup(self.embed.table[...], tokens, mesh)
+        if self.positions is not None:
+            x += self.positions(ctx.positions)
+        x = constrain_activations(x, mesh)
+        return ctx.drop(x.astype(ctx.compute.dtype), site=0)
+
+
+def forward_context(
+    config: ModelConfig,
+    compute: Compute,
+    positions: Int[Array, "#B S"],
+    dropout_keys: Key[Array, " B"] | None,
+) -> ForwardContext:
+    """What a forward pass of tokens at these positions hands down to its layers."""
+    rotation = rotary_angles(positions, config) if config.positions == "rope" else None
+    return ForwardContext(compute, positions, rotation, config.dropout, dropout_keys)
 
 
 def rematerialized(layer: Callable, compute: Compute) -> Callable:
@@ -346,13 +369,13 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 @functools.lru_cache(maxsize=8)
-def _definition(config: ModelConfig) -> nnx.GraphDef:
+def definition(config: ModelConfig) -> nnx.GraphDef:
     """What the modules are apart from their parameters; building it allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
 
 
 def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None):
-    model = nnx.merge(_definition(config), params)
+    model = nnx.merge(definition(config), params)
     return model(tokens, compute, dropout_keys, cache, positions)
 
 

@@ -1,0 +1,288 @@
+"""A batch gone through layer by layer, outside the compiled step: what is large, and what went wrong first.
+
+The layers are those of core/model.py, called one by one with the parameters from before the update; products
+and sums are XLA's on one device, whatever the run had, so loss and gradients are the step's up to rounding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from core.keys import Purpose, make_key
+from core.leaves import path_names
+from core.loss import IGNORE, cross_entropy
+from core.model import QKV, Block, Params, abstract_params, definition, forward_context, head_table, scoped
+from core.ops import rms_norm
+from core.progress import Activity
+from train_tpu.engine import own_copy
+from train_tpu.replay.compiled import Replayed
+from train_tpu.replay.operations import first_lost
+from train_tpu.setup import Setup
+
+TOKENS = 8192  # that go through a layer at once
+
+
+@dataclasses.dataclass
+class Sizes:
+    """How large the values of an array are, part by part of it."""
+
+    squares: float = 0.0
+    """Sum of the squares of those that are finite."""
+    largest: float = 0.0
+    """Absolute value, of those that are finite."""
+    bad: int = 0
+    """How many are not finite."""
+    n: int = 0
+
+    def add(self, found: Any, n: int) -> None:
+        """Takes what `measure` found of a part of `n` values."""
+        largest, mean, bad = (float(x) for x in found)
+        self.squares += largest**2 * mean * n  # in the host's float64, where it does not overflow
+        self.largest, self.bad, self.n = max(self.largest, largest), self.bad + int(bad), self.n + n
+
+    @property
+    def rms(self) -> float:
+        """Of the values that are finite."""
+        return (self.squares / max(1, self.n - self.bad)) ** 0.5
+
+
+@dataclasses.dataclass
+class Layer:
+    """What went through a layer."""
+
+    name: str
+    activation: Sizes = dataclasses.field(default_factory=Sizes)
+    """The residual stream after it."""
+    gradient: Sizes = dataclasses.field(default_factory=Sizes)
+    """Of the loss with respect to that."""
+    weights: float = 0.0
+    """Norm of the gradient of its parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """The first value that is not finite."""
+
+    where: str
+    """Its module, as the checkpoint names it, such as "layers/7/attn/q"."""
+    operation: str
+    """As JAX calls it."""
+    backward: bool
+    made: bool
+    """Whether the operation made it of finite values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A batch that has gone through the layers."""
+
+    layers: list[Layer]
+    losses: np.ndarray
+    """[rows]: nats per token; NaN for a row that predicts nothing."""
+    loss: float
+    grad_norm: float
+    bad_parameters: list[tuple[str, int, int]]
+    """Those that hold values that are not finite: their name, how many, and of how many."""
+    wrong: Wrong | None
+
+
+def measure(x: jax.Array) -> jax.Array:
+    """Largest value, mean of the squares relative to it, and how many are not finite."""
+    finite = jnp.isfinite(x)
+    size = jnp.abs(jnp.where(finite, x, 0).astype(jnp.float32))
+    largest = size.max()
+    relative = size / jnp.where(largest > 0, largest, 1)
+    mean = jnp.square(relative).sum() / jnp.maximum(1, finite.sum())
+    return jnp.stack([largest, mean, (~finite).sum().astype(jnp.float32)])
+
+
+class Stage:
+    """A function that is compiled once. A call gives what it gives, and whether all of that is finite."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self._compiled = jax.jit(self._checked)
+
+    def __call__(self, *arguments: Any) -> tuple[Any, bool]:
+        result, finite = self._compiled(*arguments)
+        return result, bool(finite)
+
+    def _checked(self, *arguments: Any) -> tuple[Any, jax.Array]:
+        result = self.function(*arguments)
+        return result, jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(result)]).all()
+
+
+class Pass:
+    """The stages of a forward and a backward pass, each compiled once."""
+
+    def __init__(self, setup: Setup, params: Params):
+        self.config, self.params = setup.step.model, params
+        self.compute = dataclasses.replace(
+            setup.step.compute, mesh=None, kernels=None, remat="none", attention="xla", unroll=1
+        )
+        self._seed, self._z_loss, self._chunk = setup.config.seed, setup.step.z_loss, setup.step.loss_chunk
+        one = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(params=jax.random.key(0))))
+        self._block = nnx.split(one)[0]
+        self._no_layers = abstract_params(self.config)["layers"]
+        self.embed = Stage(self._embed)
+        self.layer = Stage(self._layer)
+        self.loss = Stage(jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True))
+        self.layer_back = Stage(self._layer_back)
+        self.embed_back = Stage(self._embed_back)
+        self.measure = jax.jit(measure)
+
+    def keys(self, index: np.ndarray) -> jax.Array | None:
+        """One for each sequence, as the step has them."""
+        if self.config.dropout == 0:
+            return None
+        make = functools.partial(make_key, jnp.uint32(self._seed), Purpose.DROPOUT)
+        return jax.vmap(make)(jnp.asarray(index, jnp.uint32))
+
+    def block(self, number: int) -> Params:
+        """The parameters of a layer."""
+        return jax.tree.map(lambda leaf: leaf[number], self.params["layers"])
+
+    @property
+    def ends(self) -> Params:
+        """The parameters that are in no layer."""
+        return {name: part for name, part in self.params.items() if name != "layers"}
+
+    def _context(self, length: int, keys: jax.Array | None) -> Any:
+        return forward_context(self.config, self.compute, jnp.arange(length)[None], keys)
+
+    def _embed(self, ends: Params, tokens: jax.Array, keys: jax.Array | None) -> jax.Array:
+        model = nnx.merge(definition(self.config), ends | {"layers": self._no_layers})
+        return scoped("embed", model.embed_tokens, tokens, self._context(tokens.shape[1], keys))
+
+    def _layer(self, block: Params, x: jax.Array, number: jax.Array, keys: jax.Array | None) -> jax.Array:
+        ctx = self._context(x.shape[1], keys).of_layer(number, None)
+        x, branch, _ = nnx.merge(self._block, block)(x, None, ctx)
+        return x + branch
+
+    def _loss(self, ends: Params, x: jax.Array, targets: jax.Array, n: jax.Array) -> tuple[Any, Any]:
+        hidden = scoped("norm", rms_norm, x, ends["norm"]["scale"], self.config.norm_eps)
+        table = head_table(self.config, ends)
+        sums = functools.partial(cross_entropy, z_loss=self._z_loss, chunk=self._chunk)
+        rows = jax.lax.map(lambda row: sums(row[0][None], table, row[1][None]).nll, (hidden, targets))
+        return sums(hidden, table, targets).total / n, jax.lax.stop_gradient(rows) / x.shape[1]
+
+    def _layer_back(
+        self, block: Params, x: jax.Array, number: jax.Array, keys: jax.Array | None, gradient: jax.Array
+    ) -> tuple[Params, jax.Array]:
+        return jax.vjp(lambda block, x: self._layer(block, x, number, keys), block, x)[1](gradient)
+
+    def _embed_back(
+        self, ends: Params, tokens: jax.Array, keys: jax.Array | None, gradient: jax.Array
+    ) -> Params:
+        return jax.vjp(lambda ends: self._embed(ends, tokens, keys), ends)[1](gradient)[0]
+
+    def part_of_qkv(self, block: Params, x: jax.Array) -> str:
+        """Which of queries, keys and values is not finite first, of those that one product makes."""
+        block = nnx.merge(self._block, block)
+        normed = block.attn_norm(x)
+        parts = {name: getattr(block.attn, name)(normed) for name in "qkv"}
+        return next((name for name, y in parts.items() if not bool(jnp.isfinite(y).all())), QKV)
+
+
+class Search:
+    """Looks for the first operation that went wrong, over all parts of a batch."""
+
+    def __init__(self, stages: Pass):
+        self._stages = stages
+        self._place: float = math.inf
+        self.wrong: Wrong | None = None
+
+    def run(self, place: int, prefix: str, stage: Stage, *arguments: Any) -> Any:
+        """What a stage gives. `place`: its place in the order; prefix: what its modules' names begin with."""
+        result, finite = stage(*arguments)
+        if not finite and place < self._place:
+            self._place = place
+            self.wrong = self._look(prefix, stage, *arguments)
+        return result
+
+    def _look(self, prefix: str, stage: Stage, *arguments: Any) -> Wrong:
+        found = first_lost(stage.function, *arguments)
+        if found is None:
+            return Wrong(prefix, "an operation that is not known", False, True)
+        scope = found.scope
+        if scope.endswith(QKV) and not found.backward:
+            scope = scope.removesuffix(QKV) + self._stages.part_of_qkv(*arguments[:2])
+        where = "/".join(part for part in (prefix, scope) if part)
+        return Wrong(where, found.name, found.backward, found.made)
+
+
+def go_through(setup: Setup, replayed: Replayed) -> Passage:
+    """Takes the batch of an update through the layers, forward and back."""
+    params = own_copy(replayed.params, setup.mesh)
+    stages, batch, n_layers = Pass(setup, params), replayed.batch, setup.step.model.n_layers
+    search, ends = Search(stages), stages.ends
+    rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= TOKENS))
+    targets = np.where(batch.bad[:, None], IGNORE, batch.tokens[:, 1:]).astype(np.int32)
+    n_targets = np.float32((~batch.bad).sum() * length)
+    layers = [Layer("embed"), *(Layer(f"layers/{i}") for i in range(n_layers))]
+    gradients: list[Any] = [None] * (n_layers + 1)  # of the ends, then of every layer
+    losses, loss = np.zeros(rows), 0.0
+
+    def add(at: int, gradient: Any) -> None:
+        old = gradients[at]
+        gradients[at] = gradient if old is None else jax.tree.map(jnp.add, old, gradient)
+
+    with Activity("going through the layers", rows // at_once * (n_layers + 1)) as done:
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            keys = stages.keys(batch.first + np.arange(start, start + at_once))
+            tokens = jnp.asarray(batch.tokens[part, :-1], jnp.int32)
+            stream = [search.run(0, "", stages.embed, ends, tokens, keys)]
+            for i in range(n_layers):
+                given = (stages.block(i), stream[-1], jnp.int32(i), keys)
+                stream.append(search.run(i + 1, layers[i + 1].name, stages.layer, *given))
+            given = (ends, stream[-1], jnp.asarray(targets[part]), n_targets)
+            (part_loss, of_rows), (d_ends, g) = search.run(n_layers + 1, "", stages.loss, *given)
+            loss += float(part_loss)
+            losses[part] = np.asarray(of_rows)
+            add(0, d_ends)
+            for i in reversed(range(n_layers + 1)):
+                for sizes, values in ((layers[i].activation, stream[i]), (layers[i].gradient, g)):
+                    sizes.add(np.asarray(stages.measure(values)), values.size)
+                place = 2 * n_layers + 2 - i
+                if i:
+                    given = (stages.block(i - 1), stream[i - 1], jnp.int32(i - 1), keys, g)
+                    d_block, g = search.run(place, layers[i].name, stages.layer_back, *given)
+                    add(i, d_block)
+                else:
+                    add(0, search.run(place, "", stages.embed_back, ends, tokens, keys, g))
+                done.advance()
+    squares = [_squares(jax.tree.leaves(gradient)) for gradient in gradients]
+    for layer, of_layer in zip(layers[1:], squares[1:], strict=True):
+        layer.weights = of_layer**0.5
+    layers[0].weights = (
+        _squares(jax.tree.leaves([gradients[0].get(n) for n in ("embed", "positions")])) ** 0.5
+    )
+    losses[batch.bad] = np.nan
+    return Passage(layers, losses, loss, sum(squares) ** 0.5, bad_parameters(params), search.wrong)
+
+
+def _squares(leaves: Iterable[jax.Array]) -> float:
+    return sum(float(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for leaf in leaves)
+
+
+def bad_parameters(params: Params) -> list[tuple[str, int, int]]:
+    """The parameters with values that are not finite, layer by layer: name, how many, and of how many."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = path_names(path)
+        in_layers = names[0] == "layers"
+        axes = tuple(range(1, leaf.ndim)) if in_layers else None
+        counts = np.atleast_1d(np.asarray((~jnp.isfinite(leaf)).sum(axis=axes)))
+        for number in np.flatnonzero(counts):
+            full = ("layers", str(number), *names[1:]) if in_layers else names
+            found.append(("/".join(full), int(counts[number]), leaf.size // len(counts)))
+    return found
