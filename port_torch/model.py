@@ -2,10 +2,11 @@
 
 Shapes: B batch, S positions, D d_model, H heads, G heads of keys and values, K head size, V vocabulary,
 L layers. It runs in the type of its weights; norms, rotations and logits are float32 whatever that is. On a
-GPU norms, rotations, GELU and the loss run on the kernels of kernels_cuda once `kernels_cuda.library.load`
-has been called.
+GPU norms, rotations and the loss run on the kernels of kernels_cuda once `kernels_cuda.library.load` has been
+called.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.leaves import LEAVES, Leaf, get_leaf
-from kernels_cuda.ops.gelu_mlp import gelu, gelu_mlp
 from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate, rotated_projections
@@ -149,7 +149,7 @@ def relu2(x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {"swiglu": F.silu, "gelu": gelu, "relu2": relu2}
+ACTIVATIONS = {"swiglu": F.silu, "gelu": functools.partial(F.gelu, approximate="tanh"), "relu2": relu2}
 
 
 class MLP(nn.Module):
@@ -162,11 +162,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(d, f, bias=bias)
         self.down = nn.Linear(f, d, bias=bias)
         self.activation = ACTIVATIONS[config.mlp]
-        self.fusible = config.mlp == "gelu" and bias
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        if self.fusible and type(self.up) is type(self.down) is nn.Linear:  # LoRA makes other modules of them
-            return gelu_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
