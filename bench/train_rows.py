@@ -76,7 +76,7 @@ def ours(kernels: library.Backend, compiled: bool, optimizer: Optimizer = "adamw
         train_step = TrainStep(mirror.to(device), optim, ranks, seed=0, bf16=bf16, compiled=compiled)
 
         def step(i: int) -> Tensor:
-            return train_step.update(batches[i % BATCHES], 1, i, LR, (False, False))[0]
+            return train_step.update(batches[i % BATCHES], 1, i, LR)[0]
 
         return step
 

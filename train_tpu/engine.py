@@ -13,8 +13,10 @@ from core.checkpoint.manifest import Manifest
 from core.data.dataset import Batch as LoadedBatch
 from core.generation import Generator
 from core.model import Params
-from core.processes import any_of, are_several, is_first
+from core.processes import any_of, are_several, is_first, tell_all
+from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, TaskScore
+from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.sampling import Sampling
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
@@ -49,19 +51,23 @@ class JaxEngine:
         self._evaluator, self._tasks, self._generator = evaluator, tasks, generator
         self._checkpointer = checkpointer
 
-    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+    def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
         """See `Engine`: by an exchange every `AGREE_EVERY` updates."""
-        if self.alone or step % AGREE_EVERY == 0:
-            return any_of(*flags)
-        return False, False
+        if self.alone or now or step % AGREE_EVERY == 0:
+            return Flags(*any_of(*flags))
+        return NO_FLAGS
 
-    def dispatch(self, batch: LoadedBatch, step: int, lr: float) -> StepMetrics:
+    def share(self, text: str) -> str:
+        """See `Engine`."""
+        return tell_all(text)
+
+    def dispatch(self, batch: LoadedBatch, step: int, lr: float, guard: GuardConfig) -> StepMetrics:
         """See `Engine`."""
         config, whole = self._config, replicated(self._mesh)
         controls = Controls(
             lr=np.float32(lr),
-            sigma=np.float32(config.guard.sigma),
-            halt_after=np.int32(config.guard.halt_after),
+            sigma=np.float32(guard.sigma),
+            halt_after=np.int32(guard.halt_after),
             seed=np.uint32(config.seed),
         )
         placed = place_batch(batch, config.batch, config.grad_accum_steps, self._mesh)

@@ -177,7 +177,7 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
         state, changed = saved_state(setup, step_dir)
         if processes.is_first():
             setup.leave_newer(say)
-        manifest = manifest.resumed_from(old)
+        manifest = setup.resume(manifest, old)
         grown = old.last_growth
         how = setup.how_resumed(old, manifest.engine)
         if grown and grown["step"] == old.step:

@@ -27,7 +27,7 @@ ADVICE = {
     MANIFEST: "copy the checkpoint again from its source, or resume from an older one with --fallback",
     EXPORT_MANIFEST: "copy the folder again from its source, or export it again",
 }
-OPTIONAL = {"health"}  # fields that older files lack
+OPTIONAL = {"health", "steering"}  # fields that older files lack
 LISTINGS = ("tree", "files")  # fields written with one line per entry
 
 Json = dict[str, Any]
@@ -62,6 +62,9 @@ class Manifest:
     health: Json | None = None
     """Of a run's checkpoint, see core/run/guard.py: whether it is `good`, its recent `loss`, the `streak` of
     skipped updates before it. None, and not in the file: not known."""
+    steering: list[Json] | None = None
+    """What was changed while the run trained, up to here (core/run/steering.py). None, and not in the file:
+    nothing."""
     lineage: list[Json] = dataclasses.field(default_factory=list)
     """What these parameters were grown or imported from, oldest first."""
     code: Json = dataclasses.field(default_factory=lambda: code_version())

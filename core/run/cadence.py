@@ -47,31 +47,49 @@ def sample_length(step: int) -> int:
     return 96 if step else 16
 
 
+class Flags(NamedTuple):
+    """What a process may raise for all to hear."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    late: bool = False
+    """A save is late."""
+    steer: bool = False
+    """A command has come to the first process (core/run/steering.py)."""
+
+
+NO_FLAGS = Flags()
+
+
 class Agreement:
-    """Whether to stop and whether a save is late, the same in every process.
+    """Whether to stop, whether a save is late and whether there is a command, the same in every process.
 
     Signals reach single processes, and clocks differ; but all must stop, or save, at the same step. So a
-    process raises a flag for either (`flags`), and does what all have heard (`hear`).
+    process raises a flag for each (`flags`), and does what all have heard (`hear`).
     """
 
     def __init__(
         self,
         save_minutes: float,
         interrupted: Callable[[], bool],
+        commanded: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.stop = self.late = False
-        self._save_minutes, self._interrupted, self._clock = save_minutes, interrupted, clock
+        self.stop = self.late = self.steer = False
+        self._save_minutes, self._interrupted = save_minutes, interrupted
+        self._commanded, self._clock = commanded, clock
         self._last_save = clock()
 
-    def flags(self) -> tuple[bool, bool]:
-        """Whether this process was asked to stop, and whether it finds that a save is late."""
-        return self._interrupted(), self._clock() - self._last_save > 60 * self._save_minutes
+    def flags(self) -> Flags:
+        """Those of this process."""
+        late = self._clock() - self._last_save > 60 * self._save_minutes
+        return Flags(self._interrupted(), late, self._commanded())
 
-    def hear(self, stop: bool, late: bool) -> None:
+    def hear(self, stop: bool, late: bool, steer: bool) -> None:
         """Takes the flags that are set in any of the processes."""
         self.stop |= stop
         self.late |= late
+        self.steer = steer
 
     def saved(self) -> None:
         """Notes that a save has begun: none is late."""

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from core.checkpoint.manifest import Manifest
+from core.run.cadence import Flags
+from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.sampling import Sampling
 
@@ -72,15 +74,21 @@ class Engine(Protocol):
     heldout: Sequence[str]
     """Names of the held-out sets."""
 
-    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+    def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
         """Which flags are set in any process, as far as all of them know before update `step`.
 
-        The flags are those of `core.run.cadence.Agreement.flags`. Every process gets the same answer; where
-        there are several, it may come some updates late.
+        Every process gets the same answer; where there are several, it may come some updates late, unless
+        `now` is asked for, for which they wait for each other.
         """
 
-    def dispatch(self, batch: LoadedBatch, step: int, lr: float) -> Any:
-        """Starts update `step` (0-based) and returns, without waiting, what `read` takes."""
+    def share(self, text: str) -> str:
+        """The first process's text, in every process."""
+
+    def dispatch(self, batch: LoadedBatch, step: int, lr: float, guard: GuardConfig) -> Any:
+        """Starts update `step` (0-based) and returns, without waiting, what `read` takes.
+
+        guard: its limits for this update; its window is the run's.
+        """
 
     def read(self, pending: Any) -> Metrics:
         """Waits for an update and gives its metrics."""

@@ -21,6 +21,7 @@ from core.run.settings import FREE_SETTINGS
 from core.tokenizer import BUILT_IN, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 
+LOCK = ".lock"  # which the process that trains into the folder holds; its content names that process
 NOTICING = 10.0  # seconds within which a new file is seen by all on a disk that they share
 Settings = TypeVar("Settings")
 
@@ -44,7 +45,7 @@ def require_folder(out: Path) -> None:
         UserError: it cannot be written, or is not empty and not a run's.
     """
     require_place(out)
-    ours = any((out / name).exists() for name in ("config.json", ".lock"))
+    ours = any((out / name).exists() for name in ("config.json", LOCK))
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out {out} is not empty and not an MTLM run; choose an empty or new folder")
 
@@ -53,11 +54,14 @@ def lock_folder(out: Path) -> TextIO:
     """Holds the run folder for this process until the returned file is closed."""
     require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = (out / ".lock").open("w")
+    lock = (out / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another process is training into {out}: stop it or give another --out") from None
+    lock.truncate(0)
+    lock.write(secrets.token_hex(8))
+    lock.flush()
     return lock
 
 

@@ -14,7 +14,10 @@ from core.folders import write_atomically
 from core.run.board import Board
 
 METRICS = "metrics.jsonl"
+END = "end"  # the event that a finished run logs last
+HALT = "halt"  # that of one which the guard ended
 SAMPLES = "samples.txt"
+LAST_LINES = 1 << 18  # bytes of a log that hold its newest updates
 DAMAGED = "metrics.damaged.jsonl"  # the lines of metrics.jsonl that could not be read
 CARRIED = "before_growth"
 """Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
@@ -88,6 +91,24 @@ def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [row for _, row in _read_lines(folder / METRICS) if row and row["kind"] == kind]
 
 
+def next_step(folder: Path) -> int:
+    """The update that comes after the newest one in a run's log; 0 before the first."""
+    path = folder / METRICS
+    size = path.stat().st_size if path.is_file() else 0
+    rows = read_from(folder, max(0, size - LAST_LINES))
+    return max((row["step"] + 1 for row in rows if row["kind"] == "train"), default=0)
+
+
+def read_from(folder: Path, offset: int) -> list[dict[str, Any]]:
+    """The lines that begin after `offset` bytes of a run's log, of every kind."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(offset if offset <= path.stat().st_size else 0)  # shorter: a resume has begun it again
+        return [row for _, row in _parse_lines(file.read()) if row]
+
+
 def carry_log(source: Path, target: Path, step: int) -> None:
     """Gives the run folder `target` the history of the run in `source` up to `step`, where it was grown.
 
@@ -110,7 +131,10 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
     A last line without an end is what a killed process left: it is none.
     """
-    content = path.read_bytes() if path.is_file() else b""
+    return _parse_lines(path.read_bytes() if path.is_file() else b"")
+
+
+def _parse_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     for line in content.split(b"\n")[:-1]:
         try:
             row = json.loads(line.decode())

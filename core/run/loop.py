@@ -7,6 +7,7 @@ step, from its metrics, or from what the engines agree on.
 
 import collections
 import dataclasses
+import json
 import math
 import os
 import time
@@ -18,24 +19,24 @@ import numpy as np
 from rich.console import Console
 
 from core.checkpoint.manifest import TORCH, Manifest
-from core.cli import command
+from core.cli import command as command_line
 from core.config import ModelConfig
 from core.errors import UserError
 from core.progress import Activity
 from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
 from core.run.engine import Engine, LoadedBatch, Metrics
-from core.run.guard import Health
+from core.run.guard import GuardConfig, Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from core.run.log import NoLog, RunLog
+from core.run.log import END, HALT, NoLog, RunLog
 from core.run.metrics import model_flops_utilization
-from core.run.schedule import learning_rate
 from core.run.settings import PretrainingSource, TrainingSettings
-from core.sampling import Sampling
+from core.run.steering import LASTING, Command, Record, Steered, apply, parse, settle, steered
+from core.run.steering_queue import REFUSED, STEERED, Inbox, Typed
+from core.sampling import Sampling, require_room
 from core.tokenizer import Tokenizer
 
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
-END = "end"  # the event that a finished run logs last
-HALT = "halt"  # that of one which the guard ended
+LISTEN = 0.2  # seconds between two looks for a command while a run is paused
 
 
 class InFlight(NamedTuple):
@@ -44,6 +45,7 @@ class InFlight(NamedTuple):
     step: int
     batch: LoadedBatch
     lr: float
+    guard: GuardConfig
     pending: Any
 
 
@@ -74,6 +76,10 @@ class Loop:
     log: RunLog | NoLog
     console: Console
     interrupt: Interrupt
+    steering: list[Record] = dataclasses.field(default_factory=list)
+    """What was steered before, and what comes again at later steps."""
+    inbox: Inbox | None = None
+    """Where commands come in; None in a process that is not the first."""
 
     def __post_init__(self) -> None:
         model = ModelConfig(**self.manifest.config["model"])
@@ -86,7 +92,18 @@ class Loop:
         self._grown_at = growth["step"] if growth else None
         self._saved_step = self.step or None
         self._cadence = choose_cadence(self.settings, self.steps)
-        self._agreement = Agreement(self.settings.save_minutes, lambda: self.interrupt.requested is not None)
+        self._agreement = Agreement(
+            self.settings.save_minutes,
+            lambda: self.interrupt.requested is not None,
+            lambda: self.inbox is not None and self.inbox.waiting(),
+        )
+        self._start = Steered(self.settings.optim, self.settings.guard, self.steps)
+        self._now = steered(self._start, self.steering, self.step)
+        """What the next update's settings are."""
+        self._repeated = collections.deque(r for r in self.steering if r["step"] >= self.step)
+        self._paused = False
+        self._stopped_by: str | None = None
+        self._n_read = 0  # updates whose metrics were read
         self._health = Health(self.checkpoints, self.manifest)
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
@@ -108,7 +125,7 @@ class Loop:
     def _run(self) -> int:
         try:
             while True:
-                self._agreement.hear(*self.engine.agree(self.step, self._agreement.flags()))
+                self._hear()
                 if self._stopping:
                     break
                 self._before_step()
@@ -131,12 +148,102 @@ class Loop:
             return EXIT_FINISHED
         return self._stop_early()
 
+    def _hear(self, now: bool = False) -> None:
+        """Agrees with all processes before a step; what was steered then holds for it.
+
+        now: without waiting for the updates that agree by the way.
+        """
+        self._agreement.hear(*self.engine.agree(self.step, self._agreement.flags(), now))
+        while self._repeated and self._repeated[0]["step"] <= self.step:
+            record = self._repeated.popleft()
+            self._now = steered(self._start, self.steering, self.step)
+            self.log.write(self.step, "event", what=STEERED, command=record["command"])
+        if self._agreement.steer:
+            self._read_metrics(leave=0)
+            taken = self.engine.share(json.dumps(self.inbox.take() if self.inbox else []))
+            for typed in json.loads(taken):
+                self._obey(Typed(*typed))
+        if self._paused and not now:
+            self._wait_for_continue()
+
+    def _obey(self, typed: Typed) -> None:
+        def refuse(error: UserError) -> None:
+            self.log.write(self.step, "event", what=REFUSED, id=typed.id, why=str(error))
+            self._say(f"step {self.step}: not steered: {error}")
+
+        try:
+            commands = parse(typed.words)
+        except UserError as error:
+            refuse(error)
+            return
+        for command in commands:
+            try:
+                settled = settle(command, self._now, self.step)
+                self._require_possible(command)
+            except UserError as error:
+                refuse(error)
+                continue
+            self.log.write(self.step, "event", what=STEERED, id=typed.id, command=str(settled))
+            self._say(f"step {self.step}: steered: {settled}")
+            self._act(settled)
+
+    def _require_possible(self, command: Command) -> None:
+        if command.name == "continue" and not self._paused:
+            raise UserError("the run is not paused")
+        if command.name == "pause" and self._paused:
+            raise UserError("the run is paused already")
+        if command.name == "save" and self.step == 0:
+            raise UserError("no update has been made: there is nothing to save yet")
+        if command.name == "sample":
+            require_room([self.tokenizer.begin(command.value)], self._context)
+
+    def _act(self, command: Command) -> None:
+        if command.name in LASTING:
+            self.steering = [*self.steering, Record(step=self.step, command=str(command))]
+            self._now = apply(self._now, command)
+            if command.name == "steps":
+                self._change_steps(self._now.steps)
+            if self.inbox:
+                self.inbox.keep(self.steering, self.steps)
+        elif command.name == "save":
+            self._save()
+        elif command.name == "evaluate":
+            self._evaluate(limit=self.settings.eval_windows)
+        elif command.name == "sample":
+            self._sample([self.tokenizer.begin(command.value)])
+        elif command.name == "stop":
+            self._agreement.stop, self._stopped_by = True, "the command stop"
+        else:
+            self._paused = command.name == "pause"
+
+    def _change_steps(self, steps: int) -> None:
+        """The run, which is under way, gets another length; see `core.run.steering.settle`."""
+        self.steps, stop_at = steps, self.settings.stop_at
+        self.end = steps if stop_at is None else min(steps, stop_at)
+        self._start = dataclasses.replace(self._start, steps=steps)
+        run = self.manifest.config["run"] | {"steps": steps}
+        self.manifest = dataclasses.replace(self.manifest, config=self.manifest.config | {"run": run})
+        self._cadence = choose_cadence(self.settings, steps)
+        self._progress.total = self.end
+
+    def _wait_for_continue(self) -> None:
+        """The folder stays locked, and the state is saved: a run that is killed now loses nothing."""
+        if self.step > self._first_step:
+            self._save()
+        self._wait()
+        way = command_line("train_tpu.steer", self.checkpoints.parent, "continue")
+        self._say(f"paused at step {self.step}; `{way}` resumes it, Ctrl-C stops it")
+        with Activity(f"paused at step {self.step}"):
+            while self._paused and not self._stopping:
+                time.sleep(LISTEN)
+                self._hear(now=True)
+
     def _stop_early(self) -> int:
         started = self.step > self._first_step
         if started:
             self._save()
         self._wait()
-        by = self.interrupt.requested or "another process"
+        by = self._stopped_by or self.interrupt.requested or "another process"
         self.log.write(self.step, "event", what=f"interrupted by {by}")
         if started:
             self._say(f"saved step {self.step}; run the same command to resume")
@@ -159,7 +266,7 @@ class Loop:
             if not self._stopping:
                 self._evaluate_tasks(limit=None if last else self.settings.eval_questions)
         if sample and not self._stopping:
-            self._sample()
+            self._sample(self.prompts)
         if save:
             self._save()
 
@@ -173,8 +280,12 @@ class Loop:
             raise
         if batch.first != self.cursor:
             raise RuntimeError(f"the batch starts at {batch.first}, the cursor is at {self.cursor}")
-        lr = learning_rate(self.settings.optim, self.step, self.steps)
-        self._in_flight.append(InFlight(self.step, batch, lr, self.engine.dispatch(batch, self.step, lr)))
+        if self._now.leaves_out(self.step):
+            self._progress.advance(text="left out, as asked", line=False)
+        else:
+            lr, guard = self._now.lr(self.step), self._now.guard
+            pending = self.engine.dispatch(batch, self.step, lr, guard)
+            self._in_flight.append(InFlight(self.step, batch, lr, guard, pending))
         self.step += 1
         self.cursor += self.settings.batch
 
@@ -183,15 +294,16 @@ class Loop:
             done = self._in_flight.popleft()
             metrics = self.engine.read(done.pending)
             now = self._progress.work
-            if done.step == self._first_step + 1:
+            if self._n_read == 1:
                 self._durations.clear()  # of the first update, which may have waited for compilation
             self._durations.append(now - self._worked)
             self._worked = now
-            if done.step == self._first_step:
+            if self._n_read == 0:
                 self._report_start()
+            self._n_read += 1
             self._report(done, metrics)
             self._health.see(metrics.loss, metrics.streak)
-            if metrics.streak >= self.settings.guard.halt_after:
+            if metrics.streak >= done.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the engine stops applying by itself
                 raise Halted(
                     f"{metrics.streak} updates in a row were not applied, the last at step {done.step} "
@@ -255,7 +367,7 @@ class Loop:
         if not isinstance(self.settings, PretrainingSource):
             return ""
         up_to = " (JAX makes it again, equal up to rounding)" if self.manifest.engine == TORCH else ""
-        typed = command("train_tpu.replay", self.checkpoints.parent, "--step", step)
+        typed = command_line("train_tpu.replay", self.checkpoints.parent, "--step", step)
         return f"; to look into it{up_to}: {typed}"
 
     def _evaluate(self, limit: int | None) -> None:
@@ -281,14 +393,14 @@ class Loop:
             texts = [text for _, _, text in metrics]
             self._say(f"step {self.step}: {task}: {', '.join(texts)} ({questions:,} questions)")
 
-    def _sample(self) -> None:
-        """From fixed prompts with fixed keys: what changes is the model."""
+    def _sample(self, prompts: list[list[int]]) -> None:
+        """With fixed keys, and but for a command from fixed prompts: what changes is the model."""
         sampling = Sampling(seed=self.settings.seed)
         with Activity("sampling"):
-            made = self.engine.sample(self.prompts, sampling, sample_length(self.step), self.tokenizer.eos)
+            made = self.engine.sample(prompts, sampling, sample_length(self.step), self.tokenizer.eos)
         if made is None:
             return
-        texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(self.prompts, made, strict=True)]
+        texts = [self.tokenizer.decode([*p, *new]) for p, new in zip(prompts, made, strict=True)]
         self.log.sample(self.step, texts)
         self._say("\n".join(f"  | {' '.join(text.split())}" for text in texts[:2]))
 
@@ -302,6 +414,7 @@ class Loop:
             tokens=self.cursor * self._context,
             data={**self.manifest.data, "cursor": self.cursor},
             health=self._health.record(),
+            steering=[record for record in self.steering if record["step"] <= self.step] or None,
         )
         with Activity(f"saving step {self.step}"):
             self.engine.save(manifest)

@@ -1,6 +1,7 @@
 """A training run around its loop: what both trainers know of it, where it starts, and its log."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from core.checkpoint.steps import find_start, leave_newer
 from core.errors import UserError
 from core.run.engine import Engine, LoadedBatch
 from core.run.interrupt import Interrupt
-from core.run.log import NoLog, RunLog, read_log
-from core.run.loop import END, Loop
+from core.run.log import END, NoLog, RunLog, read_log
+from core.run.loop import Loop
 from core.run.schedule import require_continuous
 from core.run.settings import TrainingSettings
+from core.run.steering import resumed
+from core.run.steering_queue import Inbox, read_record, write_record
 from core.tokenizer import Tokenizer
 
 
@@ -66,6 +69,17 @@ class TrainingRun:
         group.require_equal(text, f"checkpoint in {folder}")
         return step_dir
 
+    def resume(self, new: Manifest, old: Manifest) -> Manifest:
+        """The manifest `new` of this run as it continues from the checkpoint of `old`.
+
+        Its `steering` is all that the run's folder has: what comes at later steps is applied there again,
+        but after --from-step, which goes back to change what followed.
+        """
+        kept = None if self.config.from_step is not None else read_record(self.out)
+        settings = (manifest.config["run"] for manifest in (old, new))
+        steering = resumed(old.steering or [], kept, *settings, old.step)
+        return dataclasses.replace(new.resumed_from(old), steering=steering)
+
     def how_resumed(self, old: Manifest, engine: str) -> str:
         """Where `engine` resumes from, in words."""
         at = f"{self.out} at step {old.step} ({old.sequences:,} sequences read)"
@@ -114,7 +128,13 @@ def run_loop(
         how: where the state comes from. The log begins with it, the engine's device and `event`.
     """
     log = RunLog(run.out, manifest.step) if first else NoLog()
-    with contextlib.closing(log):
+    steering = manifest.steering
+    if steering is None:  # at its first step; a process that was killed before it saved may have been steered
+        steering = read_record(run.out) or []
+    inbox = Inbox(run.out, run.record) if first else None
+    if first:
+        write_record(run.out, steering)
+    with contextlib.closing(log), contextlib.closing(inbox) if inbox else contextlib.nullcontext():
         if log.notice:
             console.print(log.notice, markup=False, highlight=False)
         device = engine.device
@@ -132,4 +152,6 @@ def run_loop(
             log=log,
             console=console,
             interrupt=interrupt,
+            steering=steering,
+            inbox=inbox,
         ).run()

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.steps import Keep
+from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, TaskScore
+from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.sampling import Sampling
 from port_torch.sampling import stream
@@ -65,22 +67,29 @@ class TorchEngine:
         self._grad_accum_steps, self._rows, self._tasks = grad_accum_steps, rows, tasks
         self._sets = {one.name: one for one in heldout}
         self._checkpoints, self._keep = checkpoints, keep
-        self._flags = self._heard = (False, False)  # this rank's, and those that any rank had set
+        self._flags = self._heard = NO_FLAGS  # this rank's, and those that any rank had set
 
-    def agree(self, step: int, flags: tuple[bool, bool]) -> tuple[bool, bool]:
+    def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
         """See `Engine`: every update sums up the flags of all ranks, so nothing waits for an exchange."""
         self._flags = flags
+        if now:
+            return Flags(*(self._ranks.largest(int(flag)) > 0 for flag in flags))
         return flags if self.alone else self._heard
 
-    def dispatch(self, batch: Batch, step: int, lr: float) -> Pending:
+    def share(self, text: str) -> str:
         """See `Engine`."""
+        return self._ranks.share(text)
+
+    def dispatch(self, batch: Batch, step: int, lr: float, guard: GuardConfig) -> Pending:
+        """See `Engine`."""
+        self.train_step.guard.set_limits(guard)
         return Pending(self.train_step.update(batch.rows, self._grad_accum_steps, step, lr, self._flags))
 
     def read(self, pending: Pending) -> Metrics:
         """See `Engine`."""
         values = pending.read()
         found = dict(zip(METRICS, values, strict=False))
-        self._heard = found["stop"] > 0, found["late"] > 0
+        self._heard = Flags(*(found[name] > 0 for name in Flags._fields))
         return Metrics(
             loss=found["loss"],
             nll=found["nll"],
@@ -113,7 +122,7 @@ class TorchEngine:
     def save(self, manifest: Manifest) -> None:
         """See `Engine`: the first rank writes it, and returns when it is on the disk."""
         # The flags from before it that ask for a checkpoint are answered by this one.
-        self._flags, self._heard = (self._flags[0], False), (self._heard[0], False)
+        self._flags, self._heard = (flags._replace(late=False) for flags in (self._flags, self._heard))
         if self._ranks.first:
             checkpoint.save(self._checkpoints, self.train_step, manifest, self._keep)
 

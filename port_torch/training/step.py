@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from core.errors import UserError
 from core.loss import IGNORE
+from core.run.cadence import NO_FLAGS, Flags
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Decoder, attends_by_lengths, leaf_of
@@ -31,8 +32,7 @@ from port_torch.training.muon import Muon
 from port_torch.training.recorded import Recorded
 from port_torch.training.settings import MirrorOptimizerConfig
 
-FLAGS = ("stop", "late")
-METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", *FLAGS)
+METRICS = ("loss", "nll", "grad_norm", "applied", "streak", "skipped", *Flags._fields)
 """What an update reports first, in this order: those of `core.run.engine.Metrics`, and in how many ranks the
 flags are set. The norms of the gradients of all parameters follow."""
 
@@ -55,7 +55,9 @@ class Guard:
     """The rule of core/run/guard.py on the device: nothing waits for what it decides."""
 
     def __init__(self, config: GuardConfig, device: torch.device):
-        self._sigma, self._halt_after = config.sigma, config.halt_after
+        self._limits = config
+        self._sigma = torch.tensor(config.sigma, dtype=torch.float32, device=device)
+        self._halt_after = torch.tensor(config.halt_after, device=device)
         self._places = torch.arange(config.window, device=device)
         self.losses, self.norms = (torch.zeros(config.window, device=device) for _ in range(2))
         self.accepted, self.streak, self.skipped = (
@@ -69,6 +71,13 @@ class Guard:
         names = ("losses", "norms", "accepted", "streak", "skipped")
         return {name: getattr(self, name) for name in names}
 
+    def set_limits(self, config: GuardConfig) -> None:
+        """Other limits from the next update on, where a recorded one finds them, too."""
+        if config != self._limits:
+            self._limits = config
+            self._sigma.fill_(config.sigma)
+            self._halt_after.fill_(config.halt_after)
+
     def empty(self) -> None:
         """Forgets what it has seen, for a run whose losses will have another level or noise."""
         for tensor in (self.losses, self.norms, self.accepted):
@@ -79,10 +88,9 @@ class Guard:
         size = len(self._places)
         held = (self._places < self.accepted).float()
         skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        if self._sigma > 0:
-            spike = loss > spike_limit(self.losses, held, self._sigma)
-            spike |= norm > spike_limit(self.norms, held, self._sigma)
-            skip |= can_judge(self.accepted, size) & spike
+        spike = loss > spike_limit(self.losses, held, self._sigma)
+        spike |= norm > spike_limit(self.norms, held, self._sigma)
+        skip |= can_judge(self.accepted, size) & (self._sigma > 0) & spike
         skip |= self.streak >= self._halt_after
         here = (self._places == self.accepted % size) & ~skip
         self.losses.copy_(torch.where(here, loss, self.losses))
@@ -122,7 +130,7 @@ class TrainStep:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             # The one buffer that there may be is a constant.
             self._wrapped = DistributedDataParallel(self.losses, device_ids=ids, broadcast_buffers=False)
-        self._flags = torch.zeros(len(FLAGS), device=ranks.device)
+        self._flags = torch.zeros(len(Flags._fields), device=ranks.device)
         self.recorded = compiled and ranks.size == 1 and ranks.device.type == "cuda"
         """Whether updates run as one CUDA graph; `fit` may find no memory for it."""
         self._recording = Recorded(self._update)
@@ -133,13 +141,12 @@ class TrainStep:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bf16)
 
     def update(
-        self, rows: Rows, grad_accum_steps: int, step: int, lr: float, flags: tuple[bool, bool]
+        self, rows: Rows, grad_accum_steps: int, step: int, lr: float, flags: Flags = NO_FLAGS
     ) -> Tensor:
         """Makes update `step` (0-based) on this rank's rows, in so many micro-batches; gives `METRICS` and
         the norms of the gradients, in the order of `parameters`, on the device.
 
-        flags: those of `core.run.cadence.Agreement`; from the sums every rank learns of them at the same
-            step.
+        flags: from the sums every rank learns of them at the same step.
         """
         self.decoder.train()
         seed_dropout(self._seed, step, self.ranks.rank)

@@ -205,7 +205,7 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     if changed:
         train_step.guard.empty()
         how += f"; the guard starts anew, for other {' and '.join(changed)}"
-    manifest = manifest.resumed_from(old)
+    manifest = job.resume(manifest, old)
     return manifest, how
 
 

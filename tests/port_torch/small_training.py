@@ -85,7 +85,7 @@ def update_losses(
 ) -> list[list[float]]:
     """(loss, nll, gradient norm) of an update on each of the batches."""
     made = [
-        train_step.update(rows, parts, step, lr, (False, False))[:3].tolist()
+        train_step.update(rows, parts, step, lr)[:3].tolist()
         for step, (rows, lr) in enumerate(zip(batches, rates, strict=True))
     ]
     return made

@@ -48,10 +48,10 @@ def test_an_update_needs_what_was_tried(parts: int):
     def example(n: int) -> Rows:
         return empty_rows(n, config.context, packed=False)
 
-    train_step.update(example(8), parts, 0, 1e-4, (False, False))  # cuBLAS's own memory
+    train_step.update(example(8), parts, 0, 1e-4)  # cuBLAS's own memory
     tried = peak(lambda: train_step._rehearse(example(8), parts))
     train_step._forget()
-    used = peak(lambda: train_step.update(example(8), parts, 1, 1e-4, (False, False)))
+    used = peak(lambda: train_step.update(example(8), parts, 1, 1e-4))
     # PyTorch splits no block for less than a mebibyte: which blocks are free decides on a few of them.
     assert used <= 1.01 * tried, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
 
@@ -74,5 +74,5 @@ def test_the_batch_is_split_wherever_memory_ends():
         torch.cuda.set_per_process_memory_fraction((base + (most - base) * (0.55 + 0.01 * i)) / total)
         parts = train_step.fit(16, 1, example)
         found.add(parts)
-        train_step.update(example(16), parts, i, 1e-4, (False, False))
+        train_step.update(example(16), parts, i, 1e-4)
     assert len(found) > 1 and found <= {1, 2, 4}

@@ -9,6 +9,7 @@ import pytest
 
 from core.config import ModelConfig
 from core.data.dataset import Batch as LoadedBatch
+from core.run.guard import GuardConfig
 from core.sharding import make_mesh, replicated
 from tests.compilations import listen
 from train_tpu import engine as module
@@ -16,6 +17,7 @@ from train_tpu.config import RunConfig
 from train_tpu.engine import JaxEngine, own_copy
 from train_tpu.step import Batch, Controls, Metrics, abstract_batch
 
+GUARD = GuardConfig()
 LOADED = LoadedBatch(
     tokens=np.ones((2, 9), np.uint16), first=0, records=np.arange(2), bad=np.zeros(2, np.bool_)
 )
@@ -52,19 +54,19 @@ def engine() -> JaxEngine:
 
 
 def test_a_hidden_transfer_to_the_device_is_refused(engine: JaxEngine, monkeypatch):
-    metrics = engine.read(engine.dispatch(LOADED, 0, 0.5))
+    metrics = engine.read(engine.dispatch(LOADED, 0, 0.5, GUARD))
     assert (metrics.loss, metrics.applied, metrics.streak, metrics.skipped) == (18.5, True, 10, 0)
     on_host = Batch(np.ones((1, 2, 9), np.uint16), np.zeros((1, 2), np.bool_), np.ones((1, 2), np.uint32))
     monkeypatch.setattr(module, "place_batch", lambda *_: on_host)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        engine.dispatch(LOADED, 1, 0.5)
+        engine.dispatch(LOADED, 1, 0.5, GUARD)
 
 
 @pytest.mark.gpu
 def test_a_hidden_transfer_to_the_host_is_refused(engine: JaxEngine, monkeypatch):
     """On a CPU none is needed, and so none is caught."""
-    pending = engine.dispatch(LOADED, 0, 0.5)
+    pending = engine.dispatch(LOADED, 0, 0.5, GUARD)
     assert engine.read(pending).loss == 18.5
     monkeypatch.setattr(jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-host transfer"):
-        engine.read(engine.dispatch(LOADED, 1, 0.5))
+        engine.read(engine.dispatch(LOADED, 1, 0.5, GUARD))

@@ -96,14 +96,19 @@ def make_again(recorded: Recorded, setup: Setup) -> Replayed:
             "making updates again", recorded.step - recorded.first + 1, console=setup.console
         ) as done:
             for step in range(recorded.first, recorded.step):
-                metrics = engine.read(engine.dispatch(next(batches), step, recorded.lr(step)))
+                batch, settings = next(batches), recorded.settings(step)
+                if settings.leaves_out(step):
+                    done.advance(text=f"update {step}, left out")
+                    continue
+                metrics = engine.read(engine.dispatch(batch, step, recorded.lr(step), settings.guard))
                 logged = figures_in(recorded, step)
                 if logged and not logged.equals(Figures(metrics.loss, metrics.grad_norm)):
                     others.append(step)
                 done.advance(text=f"update {step}, loss {metrics.loss:.4f}")
             params = jax.tree.map(jnp.copy, engine.state.params)  # the step donates them
             batch, lr = next(batches), recorded.lr(recorded.step)
-            metrics = engine.read(engine.dispatch(batch, recorded.step, lr))
+            guard = recorded.settings(recorded.step).guard
+            metrics = engine.read(engine.dispatch(batch, recorded.step, lr, guard))
             done.advance(text=f"update {recorded.step}, loss {metrics.loss:.4f}")
     finally:
         batches.close()

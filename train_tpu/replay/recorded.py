@@ -18,8 +18,9 @@ from core.folders import CACHE
 from core.run.folder import newest_manifest, read_config
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import KEPT, engine_of, settings_for
-from core.run.schedule import learning_rate
 from core.run.settings import unflatten
+from core.run.steering import Record, Steered, steered
+from core.run.steering_queue import find_record
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from train_tpu.config import RunConfig
 
@@ -44,6 +45,8 @@ class Recorded:
     """The checkpoint whose parameters the run began with; None: random ones, or `start` is given."""
     lines: dict[int, dict[str, Any]]
     """Lines of the log by update, from the first one to make again on."""
+    steering: list[Record]
+    """What was changed while it trained."""
     device: tuple[str, int] | None
     """Kind and number of devices that made the update; None: the log does not say."""
 
@@ -72,10 +75,15 @@ class Recorded:
         """Updates that the run's schedule is for."""
         return self.record["run"]["steps"]
 
+    def settings(self, step: int) -> Steered:
+        """Those of an update, as it was steered."""
+        start = Steered(self.config.optim, self.config.guard, self.steps)
+        return steered(start, self.steering, step)
+
     def lr(self, step: int) -> float:
-        """The rate of an update: what the log has, since it may have been changed while the run was on."""
+        """The rate of an update: what the log has, since a resume may have changed it, else what it was."""
         line = self.lines.get(step)
-        return line["lr"] if line and "lr" in line else learning_rate(self.config.optim, step, self.steps)
+        return line["lr"] if line and "lr" in line else self.settings(step).lr(step)
 
     def cost(self, until: int) -> str:
         """What making the updates up to `until` again takes, in words."""
@@ -122,10 +130,14 @@ def open_recorded(folder: Path, step: int) -> Recorded:
     first = start_manifest.step if start_manifest else 0
     context = record["model"]["context"]
     _require_same_batches(folder, config.batch * context, start_manifest, lines.get(step), step)
-    return Recorded(
+    recorded = Recorded(
         folder, step, made, record, config, start, start_manifest, source,
-        {at: line for at, line in lines.items() if at >= first}, _device_at(folder, step),
+        {at: line for at, line in lines.items() if at >= first}, find_record(folder),
+        _device_at(folder, step),
     )  # fmt: skip
+    if recorded.settings(step).leaves_out(step):
+        raise UserError(f"update {step} of the run in {folder} was left out, as asked: give another --step")
+    return recorded
 
 
 def _record_at(folder: Path, newest: dict[str, Any], step: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from core.checkpoint.steps import Keep, list_steps
 from core.config import ModelConfig
 from core.errors import UserError
 from core.progress import Activity, make_console
+from core.run.cadence import Flags
 from core.run.engine import Device, Metrics
 from core.run.guard import GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
@@ -65,12 +66,15 @@ class FakeEngine:
         self.calls: list[tuple] = []
         self.saved: list[Manifest] = []
         self.before: dict[int, Callable[[], None]] = {}  # what happens while an update is dispatched
-        self.exchange: Callable[[tuple[bool, bool]], tuple[bool, bool]] = lambda flags: flags
+        self.exchange: Callable[[Flags], tuple[bool, ...]] = lambda flags: flags
+        self.share: Callable[[str], str] = lambda text: text
+        self.controls: dict[int, tuple[float, GuardConfig]] = {}
 
-    def agree(self, step, flags):
+    def agree(self, step, flags, now=False):
         return self.exchange(flags)
 
-    def dispatch(self, batch, step, lr):
+    def dispatch(self, batch, step, lr, guard):
+        self.controls[step] = lr, guard
         self.before.get(step, lambda: None)()
         self.calls.append(("dispatch", step))
         return step
@@ -122,10 +126,6 @@ def make_loop(
         prompts=[[66]], tokenizer=load_tokenizer("bytes"), log=RunLog(folder, start),
         console=console or make_console(quiet=True), interrupt=Interrupt(),
     )  # fmt: skip
-
-
-def any_of(every: list[tuple[bool, bool]]) -> tuple[bool, ...]:
-    return tuple(map(any, zip(*every, strict=True)))
 
 
 def events(folder: Path) -> list[str]:
@@ -268,23 +268,24 @@ def test_ranks_of_torch_hear_each_others_flags_and_a_save_answers_them():
     from port_torch.training.engine import TorchEngine
     from port_torch.training.step import METRICS
 
-    sent: list[tuple[bool, bool]] = []
+    sent: list[Flags] = []
 
     def update(rows, parts, step, lr, flags):  # the other rank wants nothing
         sent.append(flags)
-        return torch.tensor([0.0] * (len(METRICS) - 2) + [float(flag) for flag in flags])
+        return torch.tensor([0.0] * (len(METRICS) - len(flags)) + [float(flag) for flag in flags])
 
     ranks = SimpleNamespace(size=2, first=False, device=torch.device("cpu"))
-    train_step = SimpleNamespace(ranks=ranks, update=update, parameters={})
+    guard = SimpleNamespace(set_limits=lambda limits: None)
+    train_step = SimpleNamespace(ranks=ranks, update=update, parameters={}, guard=guard)
     engine = TorchEngine(train_step, 1, 1, [], None, Path("unused"), Keep())
     batch = SimpleNamespace(rows=None)
-    assert engine.agree(0, (True, True)) == (False, False)  # nobody else knows of them yet
-    engine.read(engine.dispatch(batch, 0, 0.1))
-    assert engine.agree(1, (True, True)) == (True, True)
+    assert engine.agree(0, Flags(True, True)) == Flags()  # nobody else knows of them yet
+    engine.read(engine.dispatch(batch, 0, 0.1, GuardConfig()))
+    assert engine.agree(1, Flags(True, True)) == Flags(True, True)
     engine.save(manifest_of(1))
-    engine.read(engine.dispatch(batch, 1, 0.1))
-    assert engine.agree(2, (True, False)) == (True, False)
-    assert sent == [(True, True), (True, False)]
+    engine.read(engine.dispatch(batch, 1, 0.1, GuardConfig()))
+    assert engine.agree(2, Flags(True, False)) == Flags(True, False)
+    assert sent == [Flags(True, True), Flags(True, False)]
 
 
 # Both engines

@@ -1,0 +1,277 @@
+"""Steering: what may be typed, what it makes of a run, and that a record of it gives the same run again."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from core.checkpoint.manifest import Manifest
+from core.errors import UserError
+from core.run.folder import lock_folder, write_config
+from core.run.guard import GuardConfig
+from core.run.interrupt import EXIT_FINISHED, EXIT_KEPT, EXIT_SAVED
+from core.run.log import RunLog, next_step, read_log
+from core.run.schedule import OptimizerConfig, learning_rate
+from core.run.steering import Record, Steered, parse, resumed, settle, steered
+from core.run.steering_queue import Inbox, answers, holder, read_record, send
+from tests.core.run.test_loop import FakeEngine, batches, events, make_loop
+from tests.port_torch.test_ranks import Meeting
+
+OPTIM = OptimizerConfig(lr=0.01, warmup=0, decay=0.2)
+RUN = {"steps": 100, **dataclasses.asdict(OPTIM), **dataclasses.asdict(GuardConfig())}
+START = Steered(OPTIM, GuardConfig(), 100)
+
+
+@contextlib.contextmanager
+def running(out: Path, steps: int = 100):
+    """A folder that a process trains into: its inbox."""
+    record = {"run": RUN | {"steps": steps}, "model": {}, "tokenizer": {}, "data": {"fingerprint": "f"}}
+    with lock_folder(out):
+        write_config(out, record)
+        with contextlib.closing(RunLog(out, 0)):
+            yield Inbox(out, record)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("lr=0x", "above 0"), ("lr=-1", "above 0"), ("lr=nan", "above 0"), ("lr=1e999", "above 0"),
+        ("lr=2xx", "above 0"), ("guard.sigma=-1", "0 or more"), ("guard.halt_after=0", "1 to 2,147,483,647"),
+        ("skip=5:5", "the one after the last"), ("skip=7", "the one after the last"), ("steps=+0", r"\+2000"),
+        ("steps=1e3", r"\+2000"), ("sample", "needs a prompt"), ("momentum=1", "not a command"),
+        ("lr", "not a command"), ("guard.window=5", "not a command"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_when_it_is_typed_with_its_range(typed: str, said: str):
+    with pytest.raises(UserError, match=said):
+        parse([typed])
+
+
+def test_a_record_gives_the_settings_of_every_update():
+    records = [
+        Record(step=3, command="lr=0.5x"), Record(step=5, command="skip=6:8"),
+        Record(step=5, command="guard.sigma=2"), Record(step=9, command="lr=0.5x"),
+        Record(step=9, command="steps=200"), Record(step=12, command="lr=0.004"),
+    ]  # fmt: skip
+    rates = [steered(START, records, step).lr(step) for step in (2, 3, 8, 9, 12, 90)]
+    assert rates == [0.01, 0.005, 0.005, 0.0025, 0.004, 0.004 * 10 / 20]  # the decay of the run's 100 steps
+    assert [step for step in range(20) if steered(START, records, step).leaves_out(step)] == [6, 7]
+    assert [steered(START, records, step).guard.sigma for step in (4, 5)] == [8, 2]
+
+
+def test_other_steps_are_taken_if_no_rate_that_was_used_would_have_been_another():
+    def rates(steps: int, step: int, optim: OptimizerConfig) -> list[float]:
+        return [learning_rate(optim, s, steps) for s in range(step + 1)]
+
+    allowed = 0
+    for optim in (OPTIM, dataclasses.replace(OPTIM, schedule="cosine", warmup=10)):
+        for step in (5, 60, 79, 80, 81, 99):
+            for change in ("steps=+50", "steps=-10", "steps=101", "steps=100"):
+                now = Steered(optim, GuardConfig(), 100)
+                (command,) = parse([change])
+                try:
+                    steps = int(settle(command, now, step).value)
+                except UserError:
+                    continue
+                allowed += 1
+                assert rates(steps, step, optim) == rates(100, step, optim), (change, step)
+    assert allowed > 10
+    with pytest.raises(UserError, match=r"would make the learning rate jump at step 90 from .* to 1 of its "
+                       r"peak.*--steps 150 --schedule-start 90 --warmup 6 --allow-change steps"):  # fmt: skip
+        settle(parse(["steps=+50"])[0], START, 90)
+    with pytest.raises(UserError, match="more than the 60"):
+        settle(parse(["steps=60"])[0], START, 60)
+
+
+@pytest.mark.parametrize(("typed", "said"), [("skip=3:6", "at step 4"), ("skip=9:101", "ends at step 100")])
+def test_updates_that_are_made_or_beyond_the_end_are_not_left_out(typed: str, said: str):
+    with pytest.raises(UserError, match=said):
+        settle(parse([typed])[0], START, 4)
+
+
+def test_a_setting_that_a_resume_changes_by_name_holds_from_there_on():
+    saved = [Record(step=3, command="lr=0.5x")]
+    kept = [*saved, Record(step=6, command="skip=7:8"), Record(step=6, command="lr=0.5x")]
+    assert resumed(saved, kept, RUN, RUN, 5) == kept
+    assert resumed(saved, None, RUN, RUN, 5) == saved
+    changed = resumed(saved, kept, RUN, RUN | {"lr": 0.002}, 5)
+    again = dataclasses.replace(START, optim=dataclasses.replace(OPTIM, lr=0.002))
+    assert [steered(again, changed, step).lr(step) for step in (4, 5, 9)] == [0.001, 0.002, 0.002]
+    assert steered(again, changed, 7).leaves_out(7)
+
+
+def test_there_is_nothing_to_steer_where_no_process_trains(tmp_path: Path):
+    with pytest.raises(UserError, match="is not a run"):
+        send(tmp_path, ["save"])
+    with running(tmp_path / "run"):
+        pass
+    with pytest.raises(UserError, match="no process trains the run"):
+        send(tmp_path / "run", ["save"])
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3, "kind": "event", "what": "end"}\n')
+    with pytest.raises(UserError, match="has finished"):
+        send(tmp_path / "run", ["save"])
+    assert not (tmp_path / "run" / "steer").exists()
+
+
+def test_a_command_is_checked_against_where_the_run_is_and_one_for_an_earlier_process_is_dropped(
+    tmp_path: Path,
+):
+    with running(tmp_path) as inbox:
+        (tmp_path / "metrics.jsonl").write_text(
+            '{"step": 90, "kind": "train", "tokens": 1, "loss": 1, "nll": 1}\n'
+        )
+        assert next_step(tmp_path) == 91
+        for typed in (["steps=+50"], ["save", "skip=80:95"], []):
+            with pytest.raises(UserError):
+                send(tmp_path, typed)
+        assert not inbox.waiting()
+        send(tmp_path, ["lr=0.5x", "sample", "a b"])
+        assert inbox.waiting()
+    with running(tmp_path) as inbox:
+        send(tmp_path, ["save"])
+        (tmp_path / "steer" / "notes.json").write_text("{")
+        assert [typed.words for typed in inbox.take()] == [["save"], ["notes.json"]]
+        assert not inbox.waiting()
+    assert holder(tmp_path) is None
+
+
+def test_a_second_start_that_is_refused_leaves_the_first_its_name(tmp_path: Path):
+    with running(tmp_path) as inbox:
+        with pytest.raises(UserError, match="another process"):
+            lock_folder(tmp_path)
+        send(tmp_path, ["save"])
+        assert len(inbox.take()) == 1
+
+
+def steer_at(engine: FakeEngine, out: Path, at: dict[int, list[str]]) -> None:
+    """Has commands typed while updates are dispatched: they are taken before the next."""
+    for step, words in at.items():
+        engine.before[step] = lambda words=words: send(out, words)
+
+
+OPTIONS = {"optim": OPTIM, "steps": 100, "end": 20, "stop_at": 20, "eval_every": 0, "sample_every": 0}
+
+
+def test_a_live_run_obeys_at_a_step_boundary_and_records_it(tmp_path: Path):
+    engine = FakeEngine()
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, engine, **OPTIONS)
+        loop.inbox = inbox
+        steer_at(engine, tmp_path, {
+            2: ["lr=0.5x", "guard.sigma=3"], 5: ["skip=8:10", "evaluate", "save"], 6: ["sample", "be"],
+            11: ["steps=+100", "skip=9:20"], 15: ["stop"],
+        })  # fmt: skip
+        assert loop.run() == EXIT_SAVED
+    assert sorted(engine.controls) == [0, 1, 2, 3, 4, 5, 6, 7, *range(10, 16)]
+    assert [engine.controls[step][0] for step in (2, 3, 15)] == [0.01, 0.005, 0.005]
+    assert [engine.controls[step][1].sigma for step in (2, 3)] == [8, 3]
+    assert [call for call in engine.calls if call[0] in ("score", "save", "sample")] == [
+        ("score", 512), ("save", 6), ("sample", 96), ("save", 16)
+    ]  # fmt: skip
+    saved = engine.saved[-1]
+    assert (saved.sequences, saved.config["run"]["steps"]) == (64, 200)
+    assert saved.steering == read_record(tmp_path) == [
+        {"step": 3, "command": "lr=0.5x"}, {"step": 3, "command": "guard.sigma=3"},
+        {"step": 6, "command": "skip=8:10"}, {"step": 12, "command": "steps=200"},
+    ]  # fmt: skip
+    assert Manifest.from_json(saved.to_json()).steering == saved.steering
+    assert json.loads((tmp_path / "config.json").read_text())["run"]["steps"] == 200
+    refused = [row["why"] for row in read_log(tmp_path, "event") if row["what"] == "not steered"]
+    assert len(refused) == 1 and "at step 12 already" in refused[0]
+    assert events(tmp_path)[-1] == "interrupted by the command stop"
+
+
+def test_a_recorded_steering_is_applied_again_at_the_same_steps(tmp_path: Path):
+    """As after a kill between two checkpoints: the record is ahead of the state."""
+    records = [Record(step=3, command="lr=0.5x"), Record(step=6, command="skip=8:10")]
+    whole = FakeEngine()
+    make_loop(tmp_path / "whole", whole, **OPTIONS).run()
+    for start in (0, 3, 5):
+        engine = FakeEngine()
+        loop = make_loop(tmp_path / str(start), engine, start=start, **OPTIONS)
+        reader = itertools.islice(batches(), start, None)
+        loop = dataclasses.replace(loop, batches=reader, steering=records)
+        assert loop.run() == EXIT_FINISHED
+        used = {step: lr for step, (lr, _) in engine.controls.items()}
+        assert used == {s: 0.01 if s < 3 else 0.005 for s in range(start, 20) if s not in (8, 9)}
+        assert engine.saved[-1].steering == records
+    assert 8 in whole.controls and whole.saved[-1].steering is None
+
+
+def test_a_paused_run_is_saved_and_waits_for_continue_or_an_interrupt(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("core.run.loop.LISTEN", 0.01)
+    engine = FakeEngine()
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, engine, **OPTIONS)
+        loop.inbox = inbox
+        steer_at(engine, tmp_path, {3: ["pause"], 8: ["pause"]})
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(loop.run()))
+        thread.start()
+
+        def wait_for(step: int) -> None:
+            deadline = time.monotonic() + 30
+            while not (loop._paused and loop.step == step) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert loop.step == step
+
+        wait_for(4)
+        sent = send(tmp_path, ["lr=0.5x", "pause", "continue", "continue"])
+        rows = answers(tmp_path, sent, 30)
+        assert [(row["step"], row["what"]) for row in rows] == [
+            (4, "steered"), (4, "not steered"), (4, "steered"), (4, "not steered")
+        ]  # fmt: skip
+        wait_for(9)
+        loop.interrupt.requested = "Ctrl-C"
+        thread.join(30)
+    assert codes == [EXIT_SAVED] and engine.controls[4][0] == 0.005
+    assert [m.step for m in engine.saved] == [4, 9]
+
+
+def test_of_two_processes_the_second_follows_the_first_at_the_same_step(tmp_path: Path, monkeypatch):
+    """Only the first has an inbox."""
+    monkeypatch.setattr("core.run.loop.LISTEN", 0.01)
+    meeting, engines, codes = Meeting(), [FakeEngine(alone=False) for _ in range(2)], {}
+    folders = [tmp_path / str(rank) for rank in (0, 1)]
+    with running(folders[0]) as inbox:
+        loops = [
+            make_loop(folder, engine, **OPTIONS) for folder, engine in zip(folders, engines, strict=True)
+        ]
+        loops[0].inbox = inbox
+        for rank, engine in enumerate(engines):
+            engine.exchange = lambda flags, rank=rank: tuple(
+                map(any, zip(*meeting.all(rank, flags), strict=True))
+            )
+            engine.share = lambda text, rank=rank: meeting.all(rank, text)[0]
+        steer_at(engines[0], folders[0], {2: ["lr=0.5x", "skip=6:8"], 9: ["pause"]})
+        threads = [
+            threading.Thread(target=lambda rank=rank: codes.update({rank: loops[rank].run()}))
+            for rank in (0, 1)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while not loops[1]._paused and time.monotonic() < deadline:
+            time.sleep(0.01)
+        send(folders[0], ["stop"])
+        for thread in threads:
+            thread.join(60)
+    assert codes == {0: EXIT_SAVED, 1: EXIT_SAVED}
+    assert engines[0].controls == engines[1].controls and [*engines[0].controls] == [0, 1, 2, 3, 4, 5, 8, 9]
+    records = [[(m.step, m.steering) for m in engine.saved] for engine in engines]
+    assert records[0] == records[1] == [(10, loops[0].steering)] and len(loops[1].steering) == 2
+
+
+def test_a_run_that_is_told_to_stop_before_its_first_update_keeps_nothing(tmp_path: Path):
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, FakeEngine(), **OPTIONS)
+        loop.inbox = inbox
+        send(tmp_path, ["save", "stop"])
+        assert loop.run() == EXIT_KEPT
+    (row,) = (row for row in read_log(tmp_path, "event") if row["what"] == "not steered")
+    assert "nothing to save" in row["why"]
