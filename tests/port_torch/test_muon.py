@@ -139,7 +139,7 @@ def test_resumed_to_the_bit(tmp_path):
         for step in steps:
             tokens = np.random.default_rng(step).integers(GPT.vocab_size, size=(2, GPT.context + 1))
             rows = Rows(tokens[:, :-1], tokens[:, 1:], None)
-            train_step.update(rows, 1, step, 0.01, (False, False))
+            train_step.update(rows, 1, step, 0.01)
 
     whole, stopped, resumed = fresh(), fresh(), fresh()
     train(whole, range(4))

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from core.config import PRESETS
+from core.run.cadence import Flags
+from core.run.guard import GuardConfig
 from kernels_cuda import library
 from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
@@ -62,7 +64,7 @@ def updates(
         kept = weight.detach().clone()
         with torch.no_grad():
             weight.mul_(float("nan") if i == REFUSED else 1.0)
-        told.append(train_step.update(rows, parts, i, 1e-3 * (1 + i), (i == 2, i == 6)))
+        told.append(train_step.update(rows, parts, i, 1e-3 * (1 + i), Flags(i == 2, i == 6)))
         if i == REFUSED:
             with torch.no_grad():
                 weight.copy_(kept)
@@ -90,6 +92,24 @@ def test_the_same_updates(parts: int, packed: bool, optimizer: Literal["adamw", 
         )
     for name, ours in recorded_step.guard.tensors().items():
         assert torch.equal(ours, plain_step.guard.tensors()[name]), name
+
+
+def test_other_limits_of_the_guard_hold_in_a_recorded_update():
+    """After one refused update a limit of 1 refuses the next, and another limit lets it through."""
+    decoder = fresh_decoder(MODEL, 0).to(GPU)
+    ranks = Distributed(0, 1, GPU)
+    train_step = TrainStep(decoder, MirrorOptimizerConfig(), ranks, seed=0, bf16=True, compiled=True)
+    weight, applied = train_step.parameters["norm.weight"], []
+    for i, rows in enumerate(batches(False)):
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(float("nan") if i == REFUSED else 1.0)
+        train_step.guard.set_limits(GuardConfig(halt_after=1 if i == REFUSED + 1 else 10))
+        applied.append(float(train_step.update(rows, 1, i, 1e-3)[METRICS.index("applied")]))
+        if i == REFUSED:
+            with torch.no_grad():
+                weight.copy_(kept)
+    assert applied == [1.0] * REFUSED + [0.0, 0.0, 1.0]
 
 
 def test_other_shapes_run_as_they_are():

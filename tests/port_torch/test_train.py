@@ -20,6 +20,7 @@ from core.data.dataset import Dataset, train_batches
 from core.data.prepare import open_or_prepare
 from core.errors import UserError
 from core.model import Compute
+from core.run.cadence import Flags
 from core.run.interrupt import EXIT_HALTED, EXIT_SAVED
 from core.run.log import read_log
 from core.run.schedule import OptimizerConfig, learning_rate
@@ -268,15 +269,15 @@ def test_an_update_that_is_not_finite_changes_nothing(dataset: Dataset):
         bias[0] = torch.inf
     before = [p.clone() for p in train_step.parameters.values()]
     n = len(METRICS)
-    made = train_step.update(rows, 1, 0, 0.1, (True, False))
-    assert made[3:n].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+    made = train_step.update(rows, 1, 0, 0.1, Flags(stop=True))
+    assert made[3:n].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
     assert not made[n:].isfinite().all() and len(made) == n + len(before)
     assert all(torch.equal(p, b) for p, b in zip(train_step.parameters.values(), before, strict=True))
     assert all(group["step"] == 0 for group in train_step.optimizer.param_groups)
     with torch.no_grad():
         bias[0] = 0
-    made = train_step.update(rows, 1, 1, 0.1, (False, True))
-    assert made[3:n].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
+    made = train_step.update(rows, 1, 1, 0.1, Flags(late=True))
+    assert made[3:n].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     assert float(made[n:].square().sum().sqrt()) == pytest.approx(float(made[2]), rel=1e-6)
     assert not torch.equal(train_step.decoder.embed.weight, before[0])
 
