@@ -44,6 +44,9 @@ class RunConfig(TrainingSettings, PretrainingSource):
     unroll: int | None = None
     """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
     faster)."""
+    recompile: bool = True
+    """Compile again what changed shape, type or sharding while the run is on, and say what it was;
+    --no-recompile ends the run instead."""
     remat: Literal["none", "dots", "full"] | None = None
     """Activation rematerialization. none: keep everything; dots: keep matmul outputs (and TPU attention),
     recompute the rest; full: recompute each layer. Default: none on CPU and GPU, dots on TPU."""

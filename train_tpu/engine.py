@@ -1,6 +1,7 @@
 """The engine of JAX: the compiled step and its state, for the loop in core/run/loop.py."""
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,18 +12,20 @@ from jax.sharding import Mesh
 from core.checkpoint.checkpointer import Checkpointer
 from core.checkpoint.manifest import Manifest
 from core.data.dataset import Batch as LoadedBatch
+from core.errors import UserError
 from core.generation import Generator
 from core.model import Params
 from core.processes import any_of, are_several, is_first, tell_all
 from core.run.cadence import NO_FLAGS, Flags
-from core.run.engine import Device, Metrics, TaskScore
+from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.sampling import Sampling
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from train_tpu.config import RunConfig
 from train_tpu.evaluate import Evaluator
-from train_tpu.step import Batch, Controls, TrainState
+from train_tpu.recompilation import Compilation, Compilations, differences
+from train_tpu.step import Batch, Controls, StepConfig, TrainState, abstract_inputs, lower_for
 from train_tpu.step import Metrics as StepMetrics
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save
@@ -41,15 +44,24 @@ class JaxEngine:
         tasks: Any,
         generator: Generator,
         checkpointer: Checkpointer,
+        config_of_step: StepConfig | None = None,
     ):
-        """tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated."""
+        """tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
+
+        config_of_step: what `step` was compiled from, to compile it again if its inputs change; None: then
+            they are refused.
+        """
         self.state = state
         self.alone = not are_several()
         self.device = Device(mesh.devices.flat[0].device_kind, mesh.size)
         self.heldout: Sequence[str] = evaluator.dataset.heldout
         self._config, self._mesh, self._step = config, mesh, step
         self._evaluator, self._tasks, self._generator = evaluator, tasks, generator
-        self._checkpointer = checkpointer
+        self._checkpointer, self._config_of_step = checkpointer, config_of_step
+        self.compilations = Compilations()
+        """To be entered by whoever wants to hear of them."""
+        self._unexpected: list[Compilation] = []  # those that updates needed
+        self._expected: tuple[Any, ...] | None = None  # inputs of a step that was compiled again
 
     def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
         """See `Engine`: by an exchange every `AGREE_EVERY` updates."""
@@ -63,6 +75,14 @@ class JaxEngine:
 
     def dispatch(self, batch: LoadedBatch, step: int, lr: float, guard: GuardConfig) -> StepMetrics:
         """See `Engine`."""
+        self._forbid(self._unexpected)
+        self.compilations.in_update = True
+        try:
+            return self._dispatch(batch, lr, guard)
+        finally:
+            self.compilations.in_update = False
+
+    def _dispatch(self, batch: LoadedBatch, lr: float, guard: GuardConfig) -> StepMetrics:
         config, whole = self._config, replicated(self._mesh)
         controls = Controls(
             lr=np.float32(lr),
@@ -72,8 +92,13 @@ class JaxEngine:
         )
         placed = place_batch(batch, config.batch, config.grad_accum_steps, self._mesh)
         controls = Controls(*(place(value, whole) for value in controls))
-        with jax.transfer_guard("disallow"):  # what the step takes lies on the devices already
-            self.state, metrics = self._step(self.state, placed, controls)
+        try:
+            self.state, metrics = self._run_step(placed, controls)
+        except (TypeError, ValueError):  # before anything is computed or donated
+            if not (found := self._changed_inputs(self.state, placed, controls)):
+                raise
+            self._compile_again(found, self.state, placed, controls)
+            self.state, metrics = self._run_step(placed, controls)
         return metrics
 
     def read(self, pending: StepMetrics) -> Metrics:
@@ -89,6 +114,48 @@ class JaxEngine:
             skipped=int(found.skipped),
             leaf_norms=found.leaf_norms,
         )
+
+    def _run_step(self, batch: Batch, controls: Controls) -> tuple[TrainState, StepMetrics]:
+        with jax.transfer_guard("disallow"):  # what the step takes lies on the devices already
+            return self._step(self.state, batch, controls)
+
+    def _changed_inputs(self, *inputs: Any) -> list[str]:
+        """Which inputs of the step are not those that it was compiled for; none where that is not known."""
+        step, config = self._config_of_step, self._config
+        if step is None:
+            return []
+        expected = self._expected or abstract_inputs(step, config.batch, config.grad_accum_steps, self._mesh)
+        names = ("state", "batch", "controls")
+        return differences(dict(zip(names, expected, strict=True)), dict(zip(names, inputs, strict=True)))
+
+    def _compile_again(self, found: list[str], *inputs: Any) -> None:
+        shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        self._forbid([Compilation("train_step", 0.0, shown, in_update=True)])
+        begun = time.monotonic()
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), inputs
+        )
+        lowered = lower_for(self._config_of_step, self._mesh, *abstract)
+        self._step = lowered.compile(compiler_options=dict(self._config_of_step.compiler_options))
+        self._expected = abstract
+        self.compilations.add(Compilation("train_step", time.monotonic() - begun, shown, in_update=True))
+
+    def _forbid(self, found: Sequence[Compilation]) -> None:
+        """Ends the run if an update needed compilations and --no-recompile forbids them."""
+        if self._config.recompile:
+            return
+        for one in found:
+            raise UserError(
+                f"an update needs {one.function} compiled again ({one.changed or 'first use'}): find what "
+                "changes it, or leave out --no-recompile"
+            )
+
+    def news(self) -> list[News]:
+        """See `Engine`: from the first update on."""
+        self.compilations.begin()
+        taken = self.compilations.take()
+        self._unexpected += [one for one in taken if one.in_update]
+        return [News(str(one), one.in_update) for one in taken]
 
     def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
         """See `Engine`."""

@@ -263,10 +263,23 @@ def abstract_batch(rows: int, grad_accum_steps: int, model: ModelConfig, mesh: M
 
 def lower_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Lowered:
     """`train_step` for batches of `rows` sequences over a mesh, before it is compiled; no arrays are made."""
-    state = abstract_state(config, mesh)
-    batch = abstract_batch(rows, grad_accum_steps, config.model, mesh)
+    return lower_for(config, mesh, *abstract_inputs(config, rows, grad_accum_steps, mesh))
+
+
+def abstract_inputs(
+    config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh
+) -> tuple[TrainState, Batch, Controls]:
+    """Shapes, types and shardings of what the step takes."""
     types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
     controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in types))
+    batch = abstract_batch(rows, grad_accum_steps, config.model, mesh)
+    return abstract_state(config, mesh), batch, controls
+
+
+def lower_for(
+    config: StepConfig, mesh: Mesh, state: TrainState, batch: Batch, controls: Controls
+) -> jax.stages.Lowered:
+    """`train_step` for inputs of these shapes, types and shardings."""
     step = jax.jit(
         functools.partial(train_step, config),
         donate_argnums=0,

@@ -66,6 +66,7 @@ def run(setup: Setup) -> int:
             write_config(setup.out, setup.record)
         checkpointer = stack.enter_context(Checkpointer(setup.checkpoints, config.keep))
         engine = make_engine(setup, state, tasks, checkpointer)
+        stack.enter_context(engine.compilations)
         batches = open_batches(setup, manifest.sequences)
         stack.callback(batches.close)
         with out_of_memory_explained(config.batch, config.grad_accum_steps):
@@ -125,7 +126,7 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
     sampling = dataclasses.replace(step.compute, mesh=None, attention="xla", kernels=None)
     generator = Generator(model, sampling)
-    return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer)
+    return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer, step)
 
 
 def open_batches(setup: Setup, start: int) -> Any:

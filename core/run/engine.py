@@ -61,6 +61,14 @@ class TaskScore(NamedTuple):
     """Name, value, and what is said of it."""
 
 
+class News(NamedTuple):
+    """A compilation after the first update."""
+
+    text: str
+    unexpected: bool
+    """Whether an update needed it; the first evaluation or sample of its shape may need one."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A model with its optimizer, and how one update of it is computed.
@@ -92,6 +100,9 @@ class Engine(Protocol):
 
     def read(self, pending: Any) -> Metrics:
         """Waits for an update and gives its metrics."""
+
+    def news(self) -> Sequence[News]:
+        """What was compiled since the last call, to be called after every update."""
 
     def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
         """The loss on a held-out set, or on about `limit` windows spread over it; None if stopped."""

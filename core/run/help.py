@@ -36,7 +36,7 @@ TRAINING_OPTIONS: Groups = {
         "init_std", "scaled_residual_init",
     ),
     "advanced: evaluation": ("eval_windows", "eval_questions"),
-    "advanced: compiled step": ("attention", "unroll", "loss_chunk", "show_sharding"),
+    "advanced: compiled step": ("attention", "unroll", "loss_chunk", "show_sharding", "recompile"),
 }  # fmt: skip
 
 

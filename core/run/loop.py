@@ -271,20 +271,21 @@ class Loop:
             self._save()
 
     def _dispatch(self) -> None:
+        now = self._now
+        lr, guard, left_out = now.lr(self.step), now.guard, now.leaves_out(self.step)
         try:
             batch = next(self.batches)
-        except UserError:  # a damaged record: what was learned until here is kept
+            if batch.first != self.cursor:
+                raise RuntimeError(f"the batch starts at {batch.first}, the cursor is at {self.cursor}")
+            pending = None if left_out else self.engine.dispatch(batch, self.step, lr, guard)
+        except UserError:  # a damaged record, or a compilation that is forbidden: what was learned is kept
             if self.engine.alone:  # others do not know of it, and saving is the work of all
                 self._read_metrics(leave=0)
                 self._save()
             raise
-        if batch.first != self.cursor:
-            raise RuntimeError(f"the batch starts at {batch.first}, the cursor is at {self.cursor}")
-        if self._now.leaves_out(self.step):
+        if left_out:
             self._progress.advance(text="left out, as asked", line=False)
         else:
-            lr, guard = self._now.lr(self.step), self._now.guard
-            pending = self.engine.dispatch(batch, self.step, lr, guard)
             self._in_flight.append(InFlight(self.step, batch, lr, guard, pending))
         self.step += 1
         self.cursor += self.settings.batch
@@ -302,6 +303,10 @@ class Loop:
                 self._report_start()
             self._n_read += 1
             self._report(done, metrics)
+            for news in self.engine.news():
+                self.log.write(done.step, "event", what="compiled", why=news.text)
+                if news.unexpected:
+                    self._say(f"step {done.step}: {news.text}")
             self._health.see(metrics.loss, metrics.streak)
             if metrics.streak >= done.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the engine stops applying by itself

@@ -15,6 +15,7 @@ from core.tokenizer import BUILT_IN
 ENGINE_SETTINGS = frozenset((
     "grad_accum_steps", "mesh", "show_sharding", "attention", "unroll", "remat", "loss_chunk", "coordinator",
     "num_processes", "process_id", "device", "kernels", "compile",
+    "recompile",
 ))  # fmt: skip
 # What PyTorch's trainer takes from a folder that it starts from, and JAX's has to be told.
 FROM_FOLDER = frozenset(("init_from", "preset", "tokenizer", "vocab_size", *FROM_PRESET))

@@ -185,6 +185,7 @@ FREE_SETTINGS = frozenset((
     "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
+    "recompile",
 ))  # fmt: skip
 # What older and grown records say where they do not say what it stood for.
 AUTOMATIC = {"dtype": "auto", "grad_accum_steps": None}

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.steps import Keep
 from core.run.cadence import NO_FLAGS, Flags
-from core.run.engine import Device, Metrics, TaskScore
+from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.sampling import Sampling
@@ -99,6 +99,10 @@ class TorchEngine:
             skipped=int(found["skipped"]),
             leaf_norms=dict(zip(self.train_step.parameters, values[len(METRICS) :], strict=True)),
         )
+
+    def news(self) -> Sequence[News]:
+        """See `Engine`."""
+        return ()
 
     def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
         """See `Engine`."""

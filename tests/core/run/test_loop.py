@@ -86,6 +86,9 @@ class FakeEngine:
         norms = {"embed": 1.0, "layers/q": np.array([2.0, math.nan if streak else 3.0])}
         return Metrics(loss, loss, 4.0, not streak, streak, streak, norms)
 
+    def news(self):
+        return ()
+
     def score(self, split, limit, stop):
         self.calls.append(("score", limit))
         return None if stop() else Score(1.0, math.e, 1.5, 7)
