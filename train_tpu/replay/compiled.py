@@ -75,7 +75,11 @@ def open_setup(recorded: Recorded, dataset: Dataset, tokenizer: Tokenizer, conso
         mesh = make_mesh(parse_mesh(config.mesh, len(devices)))
     except UserError:
         mesh = make_mesh(MeshShape(data=len(devices)))
-    if config.batch // (config.grad_accum_steps or 1) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if (
+        config.batch
+        // (1 if config.grad_accum_steps is None else config.grad_accum_steps)
+        % (mesh.shape["data"] * mesh.shape["fsdp"])
+    ):
         mesh = make_mesh(MeshShape(), devices[:1])
     kernels = choose_kernels(config.kernels, devices[0])
     config, step, _ = settle(dataclasses.replace(config, out=folder), recorded.model, mesh, kernels)
@@ -157,7 +161,7 @@ def why_not_equal(recorded: Recorded, setup: Setup, replayed: Replayed) -> str:
     """The reason for which loss and norm are not the log's to the bit."""
     here = replayed.device
     if recorded.engine != JAX:
-        masks = ", and its dropout draws other masks" if setup.step.model.dropout else ""
+        masks = ", and its dropout draws other masks" if setup.step.model.dropout > 0 else ""
         return f"{recorded.engine} made the update, and JAX sums in another order{masks}"
     if recorded.device and recorded.device != tuple(here):
         kind, n = recorded.device
