@@ -18,7 +18,7 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, training_flags
-from core.data.dataset import Dataset
+from core.data.dataset import Dataset, require_records
 from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
@@ -95,6 +95,7 @@ def prepare_run(config: RunConfig) -> Setup:
     if prompts:
         require_room(prompts, model.context)
     dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, model.context, CACHE))
+    require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
 
     # Devices, and what will compute on them.

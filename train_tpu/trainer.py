@@ -42,8 +42,8 @@ from train_tpu.step import (
 )
 
 
-def run(setup: Setup) -> int:
-    """Trains; returns the exit code, which core.run.interrupt explains."""
+def run(setup: Setup, report: bool = True) -> int:
+    """Trains; returns the exit code, which core.run.interrupt explains. report: say what one does next."""
     config, console, mesh = setup.config, setup.console, setup.mesh
     if config.show_sharding:
         console.print(describe_layout(abstract_state(setup.step, mesh), mesh))
@@ -80,7 +80,7 @@ def run(setup: Setup) -> int:
                 first=processes.is_first(),
                 how=how,
             )
-    if code == EXIT_FINISHED and processes.is_first():
+    if report and code == EXIT_FINISHED and processes.is_first():
         report_end(setup)
     return code
 
@@ -140,6 +140,7 @@ def open_batches(setup: Setup, start: int) -> Any:
         rows=own_rows(config.batch, config.grad_accum_steps, setup.mesh).ravel().tolist(),
         vocab_size=setup.tokenizer.vocab_size,
         on_bad=config.on_bad_record,
+        leave_out=config.leave_out,
         dtype=id_dtype(setup.step.model.vocab_size),
     )
 

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -205,7 +205,8 @@ class Batch:
     records: np.ndarray
     """int64 [rows]: which train record each row is."""
     bad: np.ndarray
-    """bool [rows]: the record cannot be used; the row is zeros. Only with on_bad="skip"."""
+    """bool [rows]: the row predicts nothing: its record is to be left out or, with on_bad="skip", cannot be
+    used (then the row is zeros)."""
 
 
 def open_windows(dataset: Dataset, split: str) -> Windows:
@@ -220,6 +221,14 @@ def open_windows(dataset: Dataset, split: str) -> Windows:
     return windows
 
 
+def require_records(dataset: Dataset, records: Collection[int], option: str) -> None:
+    """A UserError that names the first of `records`, which a user gave `option`, that train does not have."""
+    n = dataset.splits[TRAIN].windows
+    for record in records:
+        if not 0 <= record < n:
+            raise UserError(f"{option} {record}: the training records of {dataset.path} are 0 to {n - 1}")
+
+
 def train_batches(
     dataset: Dataset,
     *,
@@ -229,6 +238,7 @@ def train_batches(
     rows: slice | Sequence[int] = slice(None),
     vocab_size: int,
     on_bad: Literal["fail", "skip"] = "fail",
+    leave_out: Collection[int] = (),
     dtype: np.dtype | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `batch` windows, the first one beginning at window `start` of the sequence.
@@ -237,6 +247,7 @@ def train_batches(
     vocab_size: of the tokenizer; ids at or above it make a record unusable.
     on_bad: what an unusable record does: `fail` raises a `UserError` naming it, `skip` marks its row. A file
         that the system cannot read is no such record: that raises in both cases.
+    leave_out: records that are marked as unusable ones are, whatever they hold.
     dtype: of the tokens, where it is not the one in which they are stored.
 
     Batches are read ahead in threads; closing the generator ends these.
@@ -253,6 +264,7 @@ def train_batches(
             tokens, bad = windows.read_or_skip(records, vocab_size)
         else:
             tokens, bad = windows.read(records, vocab_size), np.zeros(len(records), bool)
+        bad |= np.isin(records, list(leave_out))
         tokens = tokens if dtype is None else tokens.astype(dtype, copy=False)
         return Batch(tokens, first, np.array(records, np.int64), bad)
 

@@ -48,6 +48,40 @@ def plot_curve(folder: Path) -> Path:
     return path
 
 
+def plot_branch(run: Path, branch: Path, first: int) -> Path:
+    """Draws branch.png in a branch's folder: the training losses of the run and of the branch from update
+    `first` on, and their difference below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    end = max((row["step"] for row in read_log(branch, "train")), default=first)
+    figure, (upper, lower) = plt.subplots(
+        2, sharex=True, figsize=(8, 5.5), layout="constrained", height_ratios=(2, 1)
+    )
+    values = []
+    for folder, color, line in ((run, GREY, "--"), (branch, SMOOTHED, "-")):
+        rows = [row for row in read_log(folder, "train") if first <= row["step"] <= end]
+        values.append({row["step"]: float(row["nll"]) for row in rows})
+        label = f"{'run' if folder is run else 'branch'} ({folder.name})"
+        upper.plot(list(values[-1]), list(values[-1].values()), line, color=color, linewidth=1.4, label=label)
+    both = sorted(values[0].keys() & values[1].keys())
+    lower.plot(both, [values[1][step] - values[0][step] for step in both], color=SMOOTHED, linewidth=1.2)
+    lower.axhline(0, color=GREY, linewidth=0.8)
+    upper.set_ylabel("training loss (nats per token)")
+    lower.set_ylabel("branch minus run")
+    lower.set_xlabel("update")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
+    upper.legend(loc="upper right", edgecolor="none", framealpha=0.9)
+    upper.set_title(f"{branch.name}: a branch of {run.name} from update {first} on")
+    path = branch / "branch.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def _summary(evals: list[dict[str, Any]]) -> str:
     """From where to where the loss of the first held-out split went, for the title."""
     if not evals:

@@ -336,10 +336,12 @@ class Loop:
         )
         if not metrics.applied:
             self._report_skip(done, metrics)
-        bad = done.batch.records[done.batch.bad]
-        if len(bad):
-            self.log.write(done.step, "event", what="damaged records left out", records=bad.tolist())
-            self._say(f"step {done.step}: left out damaged training records {bad.tolist()}")
+        bad = set(done.batch.records[done.batch.bad].tolist())
+        asked = bad & set(getattr(self.settings, "leave_out", ()))
+        for kind, records in (("damaged records", bad - asked), ("records named by --leave-out", asked)):
+            if records:
+                self.log.write(done.step, "event", what=f"{kind} left out", records=sorted(records))
+                self._say(f"step {done.step}: left out {kind} {sorted(records)}")
         mfu = model_flops_utilization(rate, self._flops_per_token, *self.engine.device)
         used = "" if mfu is None else f", MFU {mfu:.1%}"
         self._progress.name = f"step {done.step}/{self.end}"

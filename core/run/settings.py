@@ -175,6 +175,8 @@ class PretrainingSource:
     model: ModelOverrides = ModelOverrides()
     on_bad_record: Literal["fail", "skip"] = "fail"
     """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
+    leave_out: tuple[int, ...] = ()
+    """Training records to leave out of the loss, by the numbers that the guard and train_tpu.replay give."""
 
 
 # Overrides that a preset has the values of; the vocabulary is the tokenizer's.

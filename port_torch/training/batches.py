@@ -1,7 +1,7 @@
 """What a step is given, whatever it was made of: rows of tokens, their targets and their documents."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,11 +113,26 @@ class HeldOut:
 
 
 def pretraining_batches(
-    dataset: Dataset, *, seed: int, batch: int, start: int, rows: slice, vocab_size: int, on_bad: str
+    dataset: Dataset,
+    *,
+    seed: int,
+    batch: int,
+    start: int,
+    rows: slice,
+    vocab_size: int,
+    on_bad: str,
+    leave_out: Collection[int] = (),
 ) -> Iterator[Batch]:
     """The batches of `core.data.dataset.train_batches`, in its order, as a step here takes them."""
     windows = train_batches(
-        dataset, seed=seed, batch=batch, start=start, rows=rows, vocab_size=vocab_size, on_bad=on_bad
+        dataset,
+        seed=seed,
+        batch=batch,
+        start=start,
+        rows=rows,
+        vocab_size=vocab_size,
+        on_bad=on_bad,
+        leave_out=leave_out,
     )
     try:
         for given in windows:

@@ -7,7 +7,7 @@ import jax
 import torch
 
 from core.config import ModelConfig
-from core.data.dataset import Dataset
+from core.data.dataset import Dataset, require_records
 from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.folders import CACHE
 from core.keys import Purpose, make_key
@@ -59,6 +59,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         dataset = open_data(config, tokenizer.name, model.context, ranks)
         decoder = fresh_decoder(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
+    require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
@@ -77,6 +78,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         batches=lambda start: pretraining_batches(
             dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
             vocab_size=tokenizer.vocab_size, on_bad=config.on_bad_record,
+            leave_out=config.leave_out,
         ),
         example=lambda n: empty_rows(n, model.context, packed=False),
         heldout=heldout_sets(dataset),

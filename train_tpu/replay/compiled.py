@@ -75,11 +75,8 @@ def open_setup(recorded: Recorded, dataset: Dataset, tokenizer: Tokenizer, conso
         mesh = make_mesh(parse_mesh(config.mesh, len(devices)))
     except UserError:
         mesh = make_mesh(MeshShape(data=len(devices)))
-    if (
-        config.batch
-        // (1 if config.grad_accum_steps is None else config.grad_accum_steps)
-        % (mesh.shape["data"] * mesh.shape["fsdp"])
-    ):
+    parts = 1 if config.grad_accum_steps is None else config.grad_accum_steps
+    if config.batch // parts % (mesh.shape["data"] * mesh.shape["fsdp"]):
         mesh = make_mesh(MeshShape(), devices[:1])
     kernels = choose_kernels(config.kernels, devices[0])
     config, step, _ = settle(dataclasses.replace(config, out=folder), recorded.model, mesh, kernels)

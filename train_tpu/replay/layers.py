@@ -7,7 +7,7 @@ and sums are XLA's on one device, whatever the run had, so loss and gradients ar
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,16 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from core.config import ModelConfig
 from core.keys import Purpose, make_key
 from core.leaves import path_names
 from core.loss import IGNORE, cross_entropy
-from core.model import QKV, Block, Params, abstract_params, definition, forward_context, head_table, scoped
+from core.model import (
+    QKV,
+    Block,
+    Compute,
+    Params,
+    abstract_params,
+    definition,
+    forward_context,
+    head_table,
+    scoped,
+)
 from core.ops import rms_norm
 from core.progress import Activity
 from train_tpu.engine import own_copy
 from train_tpu.replay.compiled import Replayed
 from train_tpu.replay.operations import first_lost
 from train_tpu.setup import Setup
+from train_tpu.step import StepConfig
 
 TOKENS = 8192  # that go through a layer at once
 
@@ -122,12 +134,8 @@ class Stage:
 class Pass:
     """The stages of a forward and a backward pass, each compiled once."""
 
-    def __init__(self, setup: Setup, params: Params):
-        self.config, self.params = setup.step.model, params
-        self.compute = dataclasses.replace(
-            setup.step.compute, mesh=None, kernels=None, remat="none", attention="xla", unroll=1
-        )
-        self._seed, self._z_loss, self._chunk = setup.config.seed, setup.step.z_loss, setup.step.loss_chunk
+    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float, chunk: int):
+        self.config, self.compute, self._z_loss, self._chunk = config, compute, z_loss, chunk
         one = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(params=jax.random.key(0))))
         self._block = nnx.split(one)[0]
         self._no_layers = abstract_params(self.config)["layers"]
@@ -136,23 +144,7 @@ class Pass:
         self.loss = Stage(jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True))
         self.layer_back = Stage(self._layer_back)
         self.embed_back = Stage(self._embed_back)
-        self.measure = jax.jit(measure)
-
-    def keys(self, index: np.ndarray) -> jax.Array | None:
-        """One for each sequence, as the step has them."""
-        if self.config.dropout == 0:
-            return None
-        make = functools.partial(make_key, jnp.uint32(self._seed), Purpose.DROPOUT)
-        return jax.vmap(make)(jnp.asarray(index, jnp.uint32))
-
-    def block(self, number: int) -> Params:
-        """The parameters of a layer."""
-        return jax.tree.map(lambda leaf: leaf[number], self.params["layers"])
-
-    @property
-    def ends(self) -> Params:
-        """The parameters that are in no layer."""
-        return {name: part for name, part in self.params.items() if name != "layers"}
+        self.measure, self.squares = jax.jit(measure), jax.jit(squares)
 
     def _context(self, length: int, keys: jax.Array | None) -> Any:
         return forward_context(self.config, self.compute, jnp.arange(length)[None], keys)
@@ -218,11 +210,32 @@ class Search:
         return Wrong(where, found.name, found.backward, found.made)
 
 
+_make_pass = functools.lru_cache(maxsize=2)(Pass)
+
+
+def stages_for(step: StepConfig) -> Pass:
+    """The stages of a model, in XLA's plain operations on one device."""
+    compute = dataclasses.replace(
+        step.compute, mesh=None, kernels=None, remat="none", attention="xla", unroll=1
+    )
+    return _make_pass(step.model, compute, step.z_loss, step.loss_chunk)
+
+
+def dropout_keys(setup: Setup, index: np.ndarray) -> jax.Array | None:
+    """One for each sequence, as the step has them; None without dropout."""
+    if setup.step.model.dropout == 0:
+        return None
+    make = functools.partial(make_key, jnp.uint32(setup.config.seed), Purpose.DROPOUT)
+    return jax.vmap(make)(jnp.asarray(index, jnp.uint32))
+
+
 def go_through(setup: Setup, replayed: Replayed) -> Passage:
     """Takes the batch of an update through the layers, forward and back."""
     params = own_copy(replayed.params, setup.mesh)
-    stages, batch, n_layers = Pass(setup, params), replayed.batch, setup.step.model.n_layers
-    search, ends = Search(stages), stages.ends
+    stages, batch, n_layers = stages_for(setup.step), replayed.batch, setup.step.model.n_layers
+    search = Search(stages)
+    ends = {name: part for name, part in params.items() if name != "layers"}
+    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(n_layers)]
     rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= TOKENS))
     targets = np.where(batch.bad[:, None], IGNORE, batch.tokens[:, 1:]).astype(np.int32)
@@ -238,11 +251,11 @@ def go_through(setup: Setup, replayed: Replayed) -> Passage:
     with Activity("going through the layers", rows // at_once * (n_layers + 1)) as done:
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            keys = stages.keys(batch.first + np.arange(start, start + at_once))
+            keys = dropout_keys(setup, batch.first + np.arange(start, start + at_once))
             tokens = jnp.asarray(batch.tokens[part, :-1], jnp.int32)
             stream = [search.run(0, "", stages.embed, ends, tokens, keys)]
             for i in range(n_layers):
-                given = (stages.block(i), stream[-1], jnp.int32(i), keys)
+                given = (blocks[i], stream[-1], jnp.int32(i), keys)
                 stream.append(search.run(i + 1, layers[i + 1].name, stages.layer, *given))
             given = (ends, stream[-1], jnp.asarray(targets[part]), n_targets)
             (part_loss, of_rows), (d_ends, g) = search.run(n_layers + 1, "", stages.loss, *given)
@@ -254,34 +267,39 @@ def go_through(setup: Setup, replayed: Replayed) -> Passage:
                     sizes.add(np.asarray(stages.measure(values)), values.size)
                 place = 2 * n_layers + 2 - i
                 if i:
-                    given = (stages.block(i - 1), stream[i - 1], jnp.int32(i - 1), keys, g)
+                    given = (blocks[i - 1], stream[i - 1], jnp.int32(i - 1), keys, g)
                     d_block, g = search.run(place, layers[i].name, stages.layer_back, *given)
                     add(i, d_block)
                 else:
                     add(0, search.run(place, "", stages.embed_back, ends, tokens, keys, g))
                 done.advance()
-    squares = [_squares(jax.tree.leaves(gradient)) for gradient in gradients]
-    for layer, of_layer in zip(layers[1:], squares[1:], strict=True):
-        layer.weights = of_layer**0.5
-    layers[0].weights = (
-        _squares(jax.tree.leaves([gradients[0].get(n) for n in ("embed", "positions")])) ** 0.5
-    )
+    of_weights = [stages.squares(gradient) for gradient in gradients]
+    embedded = {name: part for name, part in gradients[0].items() if name in ("embed", "positions")}
+    for layer, found in zip(layers, [stages.squares(embedded), *of_weights[1:]], strict=True):
+        layer.weights = float(found) ** 0.5
     losses[batch.bad] = np.nan
-    return Passage(layers, losses, loss, sum(squares) ** 0.5, bad_parameters(params), search.wrong)
+    return Passage(layers, losses, loss, float(sum(of_weights)) ** 0.5, bad_parameters(params), search.wrong)
 
 
-def _squares(leaves: Iterable[jax.Array]) -> float:
-    return sum(float(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for leaf in leaves)
+def squares(tree: Any) -> jax.Array:
+    """The sum of the squares of all leaves."""
+    return sum((jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
 def bad_parameters(params: Params) -> list[tuple[str, int, int]]:
     """The parameters with values that are not finite, layer by layer: name, how many, and of how many."""
+
+    def count(path: Any, leaf: jax.Array) -> jax.Array:
+        of_layers = leaf if path_names(path)[0] == "layers" else leaf[None]
+        return (~jnp.isfinite(of_layers)).sum(axis=tuple(range(1, of_layers.ndim)))
+
     found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    all_counts = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(count, tree))(params)
+    for (path, leaf), counts in zip(
+        jax.tree_util.tree_leaves_with_path(params), map(np.asarray, jax.tree.leaves(all_counts)), strict=True
+    ):
         names = path_names(path)
         in_layers = names[0] == "layers"
-        axes = tuple(range(1, leaf.ndim)) if in_layers else None
-        counts = np.atleast_1d(np.asarray((~jnp.isfinite(leaf)).sum(axis=axes)))
         for number in np.flatnonzero(counts):
             full = ("layers", str(number), *names[1:]) if in_layers else names
             found.append(("/".join(full), int(counts[number]), leaf.size // len(counts)))

@@ -158,14 +158,13 @@ def _source(folder: Path, record: dict[str, Any], manifest: Manifest | None, ste
     lineage = manifest.lineage if manifest else []
     changed = next((entry["from"] for entry in lineage if entry["operation"] == CHANGE), None)
     gone = f"no checkpoint from before update {step} is left in {folder}"
-    if (changed or engine_of(record["run"])) != JAX:
-        raise UserError(
-            f"{gone}, and JAX cannot draw the parameters that PyTorch began with: replay a later one"
-        )
+    given = record["run"].get("init_from")
+    if given and (changed or engine_of(record["run"])) != JAX:
+        raise UserError(f"{gone}, and PyTorch began with a folder of weights ({given}): replay a later one")
     if manifest and manifest.last_growth:
         raise UserError(f"{gone}, and the one that growth made is gone, too: replay a later update")
     took = [entry["path"] for entry in lineage if entry["operation"] == "init_from"]
-    given = took[-1] if took else record["run"].get("init_from")
+    given = took[-1] if took else given
     if given and not Path(given).is_dir():
         raise UserError(
             f"{gone}, and {given}, from whose parameters the run began, is gone: replay a later one"

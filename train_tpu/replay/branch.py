@@ -1,0 +1,93 @@
+"""A stretch of a run that is to be trained again with something changed: what changes, and whether it can be.
+
+Like recorded.py it writes nothing and needs no JAX.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from core.data.dataset import TRAIN, Dataset, record_at, require_records
+from core.errors import UserError
+from core.folders import require_new
+from core.run.settings import flatten
+from train_tpu.config import RunConfig
+from train_tpu.replay.recorded import Recorded
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """What is trained again: from `recorded.first` up to `until`, into the new run folder `out`."""
+
+    recorded: Recorded
+    until: int
+    """Its last update."""
+    config: RunConfig
+    without: tuple[int, ...]
+    out: Path
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """The settings that differ from the run's, by name."""
+        old, new = flatten(self.recorded.config), flatten(self.config)
+        return {name: new[name] for name in ("lr", "leave_out") if old[name] != new[name]}
+
+    def describe(self) -> str:
+        """The changes in words."""
+        said = []
+        if "lr" in self.changes:
+            said.append(f"peak lr {self.config.optim.lr:g} instead of {self.recorded.config.optim.lr:g}")
+        if self.without:
+            said.append(f"without the records {', '.join(map(str, self.without))}")
+        return " and ".join(said) or "nothing changed"
+
+    def require_read(self, dataset: Dataset) -> None:
+        """Refuses a record to be left out that none of the updates reads: nothing would change."""
+        require_records(dataset, self.without, "--without")
+        first, cursor, batch = self.recorded.first, self.recorded.cursor, self.config.batch
+        missing, n = set(self.without), dataset.splits[TRAIN].windows
+        for index in range(cursor, cursor + (self.until - first + 1) * batch):
+            if not missing:
+                return
+            missing.discard(record_at(index, n, self.config.seed))
+        if missing:
+            raise UserError(
+                f"--without {min(missing)}: no batch of the updates {first} to {self.until} holds that record"
+            )
+
+
+def plan_branch(
+    recorded: Recorded, until: int, lr: str | None, without: tuple[int, ...], out: Path
+) -> Branch:
+    """The branch that is asked for.
+
+    Raises:
+        UserError: a value is out of range, or something is at `out` already.
+    """
+    if not recorded.step <= until < recorded.steps:
+        last = recorded.steps - 1
+        raise UserError(f"--until {until} is out of range: give an update from {recorded.step} to {last}")
+    require_new(out)
+    old = recorded.config
+    optim = old.optim if lr is None else dataclasses.replace(old.optim, lr=peak(lr, old.optim.lr))
+    once = {"prompts": (), "eval_tasks": "", "allow_change": (), "from_step": None, "fallback": False}
+    config = dataclasses.replace(
+        old, **once, out=out, optim=optim, init_from=recorded.source, stop_at=until + 1,
+        steps=recorded.steps, epochs=None, leave_out=(*old.leave_out, *without),
+    )  # fmt: skip
+    return Branch(recorded, until, config, without, out)
+
+
+def peak(given: str, old: float) -> float:
+    """A learning rate that is typed as such, or as a factor of the old one."""
+    number = given.removesuffix("x")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    value *= old if given.endswith("x") else 1.0
+    if not 0 < value < math.inf:
+        raise UserError(
+            f"--lr is {given!r}; it must be a positive rate such as 3e-4, or a factor such as 0.5x"
+        )
+    return value
