@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,10 +21,12 @@ from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
 from core.run.metrics import Score
+from core.run.profiling import Operation
 from core.sampling import Sampling
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
 from train_tpu.config import RunConfig
 from train_tpu.evaluate import Evaluator
+from train_tpu.profile import start_trace, stop_trace
 from train_tpu.recompilation import Compilation, Compilations, differences
 from train_tpu.step import Batch, Controls, StepConfig, TrainState, abstract_inputs, lower_for
 from train_tpu.step import Metrics as StepMetrics
@@ -177,6 +180,16 @@ class JaxEngine:
             if not is_first():
                 return None
         return self._generator.complete(params, prompts, sampling, n, eos)
+
+    def start_profile(self, folder: Path) -> None:
+        """See `Engine`."""
+        self._traced = folder
+        if is_first():
+            start_trace(folder)
+
+    def stop_profile(self) -> list[Operation]:
+        """See `Engine`."""
+        return stop_trace(self._traced, self._step.as_text()) if is_first() else []
 
     def save(self, manifest: Manifest) -> None:
         """See `Engine`: in the background."""

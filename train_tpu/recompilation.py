@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-_EXPLAINS = logging.getLogger("jax._src.interpreters.partial_eval")  # where JAX logs why it traces again
+_LOGGERS = [  # where JAX logs why it traces again, and with the same flag what is kept on the disk
+    logging.getLogger(f"jax._src.{name}")
+    for name in ("interpreters.partial_eval", "compiler", "compilation_cache")
+]
+_KEPT = re.compile("PERSISTENT COMPILATION CACHE MISS|Not writing persistent|Writing .* to persistent")
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -37,6 +41,7 @@ class Compilations:
         self.in_update = False
         """To be set while an update is dispatched."""
         self._open = self._hearing = False
+        self._wanted = False  # whether the user has JAX explain
         self._heard: list[Compilation] = []
         self._changed: dict[str, str] = {}
 
@@ -46,15 +51,18 @@ class Compilations:
 
     def __exit__(self, *_: object) -> None:
         if self._hearing:
-            jax.config.update("jax_explain_cache_misses", False)
-            _EXPLAINS.removeFilter(self._explained)
+            jax.config.update("jax_explain_cache_misses", self._wanted)
+            for logger in _LOGGERS:
+                logger.removeFilter(self._explained)
         self._open = self._hearing = False  # a listener cannot be taken back; it hears nothing more
 
     def begin(self) -> None:
         """Hears from now on, if the context is entered: what a run needs has been compiled."""
         if self._open and not self._hearing:
             self._hearing = True
-            _EXPLAINS.addFilter(self._explained)
+            for logger in _LOGGERS:
+                logger.addFilter(self._explained)
+            self._wanted = jax.config.jax_explain_cache_misses
             jax.config.update("jax_explain_cache_misses", True)
             jax.monitoring.register_event_duration_secs_listener(self._compiled)
 
@@ -69,14 +77,14 @@ class Compilations:
         self._heard.append(compilation)
 
     def _explained(self, record: logging.LogRecord) -> bool:
-        """JAX's explanation goes here and not to the terminal."""
+        """JAX's explanations come here, and not to the terminal of a user who did not ask JAX for them."""
         text = record.getMessage()
         if not text.startswith("TRACING CACHE MISS"):
-            return True
+            return self._wanted or not _KEPT.match(text)
         if function := re.search(r"^  for (\S+)", text, re.MULTILINE):
             changes = re.findall(r"^  \* (?:at )?(.*)$", text, re.MULTILINE)
             self._changed[function[1]] = "; ".join(changes)
-        return False
+        return self._wanted
 
     def _compiled(self, event: str, seconds: float, **more: Any) -> None:
         if self._hearing and event == _COMPILED:

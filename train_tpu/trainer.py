@@ -61,6 +61,7 @@ def run(setup: Setup, report: bool = True) -> int:
         if done := nothing_to_do(setup, manifest.step):
             console.print(done)
             return EXIT_FINISHED
+        setup.require_profile(manifest.step)
         if processes.is_first():
             setup.tokenizer.carry(setup.out)
             write_config(setup.out, setup.record)

@@ -1,6 +1,7 @@
 """What the training loop asks of whatever computes: train_tpu/engine.py and port_torch/training/engine.py."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,6 +10,7 @@ from core.checkpoint.manifest import Manifest
 from core.run.cadence import Flags
 from core.run.guard import GuardConfig
 from core.run.metrics import Score
+from core.run.profiling import Operation
 from core.sampling import Sampling
 
 
@@ -116,6 +118,12 @@ class Engine(Protocol):
         self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
     ) -> list[list[int]] | None:
         """At most `n` new ids for each prompt; None in a process that is not the first."""
+
+    def start_profile(self, folder: Path) -> None:
+        """Begins a trace of what the first process computes, to be written into `folder`."""
+
+    def stop_profile(self) -> list[Operation]:
+        """Ends the trace; gives the operations in it, none in a process that is not the first."""
 
     def save(self, manifest: Manifest) -> None:
         """Saves the newest state as checkpoint `manifest.step`, and deletes those no longer kept.

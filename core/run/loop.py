@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ from core.run.guard import GuardConfig, Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import END, HALT, NoLog, RunLog
 from core.run.metrics import model_flops_utilization
+from core.run.profiling import FOLDER as PROFILE
+from core.run.profiling import describe, parse_updates
 from core.run.settings import PretrainingSource, TrainingSettings
 from core.run.steering import LASTING, Command, Record, Steered, apply, parse, settle, steered
 from core.run.steering_queue import REFUSED, STEERED, Inbox, Typed
@@ -103,6 +106,8 @@ class Loop:
         self._repeated = collections.deque(r for r in self.steering if r["step"] >= self.step)
         self._paused = False
         self._stopped_by: str | None = None
+        self._profiled = parse_updates(self.settings.profile) if self.settings.profile else None
+        self._profiling = False
         self._n_read = 0  # updates whose metrics were read
         self._health = Health(self.checkpoints, self.manifest)
         self._in_flight: collections.deque[InFlight] = collections.deque()
@@ -120,7 +125,11 @@ class Loop:
     def run(self) -> int:
         """Trains until done, interrupted or halted; returns the exit code. The newest state is saved."""
         with self._progress:
-            return self._run()
+            try:
+                return self._run()
+            finally:
+                if self._profiling:
+                    self._end_profile()
 
     def _run(self) -> int:
         try:
@@ -128,9 +137,13 @@ class Loop:
                 self._hear()
                 if self._stopping:
                     break
+                if self._profiling and self.step >= self._profiled[1]:
+                    self._end_profile()
                 self._before_step()
                 if self.step == self.end or self._stopping:
                     break
+                if self._profiled and self.step == self._profiled[0]:
+                    self._begin_profile()
                 self._dispatch()
                 self._read_metrics(leave=METRICS_LAG)
             self._read_metrics(leave=0)
@@ -237,6 +250,22 @@ class Loop:
             while self._paused and not self._stopping:
                 time.sleep(LISTEN)
                 self._hear(now=True)
+
+    def _begin_profile(self) -> None:
+        self._read_metrics(leave=0)
+        self.engine.start_profile(self.checkpoints.parent / PROFILE)
+        self._profiling = True
+
+    def _end_profile(self) -> None:
+        if not isinstance(sys.exception(), Exception):  # one that ends the run may be of the device
+            self._read_metrics(leave=0)
+        self._profiling = False
+        folder = self.checkpoints.parent / PROFILE
+        with Activity(f"writing the trace into {folder}"):
+            operations = self.engine.stop_profile()
+        made = self.step - self._profiled[0]
+        self.log.write(self.step, "event", what="profiled", updates=[self._profiled[0], self.step])
+        self._say(f"traced {made} updates into {folder}; {describe(operations, max(1, made))}")
 
     def _stop_early(self) -> int:
         started = self.step > self._first_step

@@ -12,6 +12,7 @@ from core.checkpoint.steps import Keep
 from core.config import PRESETS, Mlp, ModelConfig, preset
 from core.errors import UserError
 from core.run.guard import GuardConfig
+from core.run.profiling import parse_updates
 from core.run.schedule import OptimizerConfig
 
 _COUNTS = ("vocab_size", "context", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp")
@@ -125,6 +126,9 @@ class TrainingSettings:
     stop_at: int | None = None
     """Save and stop at this step. The schedule stays that of all --steps, so the model has not been decayed
     yet: a trunk, to grow or to resume."""
+    profile: str | None = None
+    """Trace these updates, 100:105 for 100 to 104, for Perfetto (JAX: or XProf), into the run folder's
+    profile/, and print the ten costliest operations."""
     log_every: int = 10
     """Steps between lines of output where it is not a terminal; metrics.jsonl has every step."""
 
@@ -147,6 +151,8 @@ class TrainingSettings:
         for step in self.keep_steps:
             checks.counts(keep_steps=step)
         checks.positive(**checks.fields(self, "epochs", "save_minutes"))
+        if self.profile is not None:
+            parse_updates(self.profile)
         checks.not_negative(z_loss=self.z_loss)
         checks.seeds(seed=self.seed)
 
@@ -187,12 +193,12 @@ FREE_SETTINGS = frozenset((
     "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
-    "recompile",
+    "recompile", "profile",
 ))  # fmt: skip
 # What older and grown records say where they do not say what it stood for.
 AUTOMATIC = {"dtype": "auto", "grad_accum_steps": None}
 # Settings that a run folder does not pass on to the next start: they are of one start only.
-ONCE = ("allow_change", "fallback", "from_step", "stop_at")
+ONCE = ("allow_change", "fallback", "from_step", "stop_at", "profile")
 
 
 def model_config(config: Any, vocab_size: int) -> ModelConfig:

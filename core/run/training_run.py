@@ -15,6 +15,7 @@ from core.run.engine import Engine, LoadedBatch
 from core.run.interrupt import Interrupt
 from core.run.log import END, NoLog, RunLog, read_log
 from core.run.loop import Loop
+from core.run.profiling import require_among
 from core.run.schedule import require_continuous
 from core.run.settings import TrainingSettings
 from core.run.steering import resumed
@@ -93,6 +94,11 @@ class TrainingRun:
         if self.config.from_step is not None:
             for left in leave_newer(self.checkpoints, self.config.from_step):
                 say(f"a newer checkpoint is left, as {left}")
+
+    def require_profile(self, step: int) -> None:
+        """Refuses a --profile of updates that a start at `step` does not make."""
+        if self.config.profile is not None:
+            require_among(self.config.profile, step, self.end)
 
     def is_finished(self, step: int) -> bool:
         """Whether the run, now at `step`, has made all its updates and logged its end.

@@ -13,12 +13,14 @@ from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
 from core.run.metrics import Score
+from core.run.profiling import Operation
 from core.sampling import Sampling
 from port_torch.sampling import stream
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
+from port_torch.training.profile import Trace
 from port_torch.training.step import METRICS, TrainStep
 
 
@@ -122,6 +124,14 @@ class TorchEngine:
             return None
         columns = list(stream(self.train_step.decoder.eval(), prompts, sampling, n, eos))
         return [[id for id in row if id is not None] for row in zip(*columns, strict=True)]
+
+    def start_profile(self, folder: Path) -> None:
+        """See `Engine`."""
+        self._trace = Trace(folder, self._ranks.device) if self._ranks.first else None
+
+    def stop_profile(self) -> list[Operation]:
+        """See `Engine`."""
+        return self._trace.stop() if self._trace else []
 
     def save(self, manifest: Manifest) -> None:
         """See `Engine`: the first rank writes it, and returns when it is on the disk."""

@@ -56,6 +56,7 @@ def train(job: Job, ranks: Distributed) -> int:
             made = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
             console.print(made, markup=False)
             return EXIT_FINISHED
+        job.require_profile(manifest.step)
         load_kernels(config, ranks)
         with Activity("trying out an update", console=console):
             grad_accum_steps = choose_grad_accum_steps(job, train_step, rows)

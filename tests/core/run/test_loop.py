@@ -89,6 +89,13 @@ class FakeEngine:
     def news(self):
         return ()
 
+    def start_profile(self, folder):
+        self.calls.append(("trace", folder.name))
+
+    def stop_profile(self):
+        self.calls.append(("traced",))
+        return []
+
     def score(self, split, limit, stop):
         self.calls.append(("score", limit))
         return None if stop() else Score(1.0, math.e, 1.5, 7)
@@ -187,6 +194,22 @@ def test_what_is_printed_of_a_run(tmp_path: Path, monkeypatch):
 def test_a_part_of_a_run_says_of_how_many_steps(tmp_path: Path):
     assert make_loop(tmp_path, FakeEngine(), end=4).run() == EXIT_FINISHED
     assert events(tmp_path)[-1] == "stopped, as asked, of 10"
+
+
+@pytest.mark.parametrize("stopped_at", [None, 3])
+def test_a_profile_holds_its_updates_whole_and_ends_with_the_run(stopped_at: int | None, tmp_path: Path):
+    engine = FakeEngine()
+    loop = make_loop(tmp_path, engine, profile="2:5", eval_every=0, sample_every=0)
+    if stopped_at:
+        engine.before[stopped_at] = lambda: setattr(loop.interrupt, "requested", "SIGTERM")
+    loop.run()
+    begun, ended = engine.calls.index(("trace", "profile")), engine.calls.index(("traced",))
+    last = stopped_at or 4
+    assert engine.calls[begun - 1] == ("read", 1) and engine.calls[ended - 1 : ended] != [("dispatch", last)]
+    made = [call[1] for call in engine.calls[begun:ended] if call[0] == "dispatch"]
+    assert made == [2, 3, 4][: last - 1] and ("read", last) in engine.calls[begun:ended]
+    (row,) = (row for row in read_log(tmp_path, "event") if row["what"] == "profiled")
+    assert row["updates"] == [2, last + 1]
 
 
 def test_a_streak_of_refused_updates_halts_with_leaves_to_blame(tmp_path: Path):
