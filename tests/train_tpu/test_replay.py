@@ -135,6 +135,7 @@ def test_a_planted_value_is_found_by_name(made, tmp_path, leaf, layer, value, fo
     n = 32 * 32
     planted = f"not finite before the update already: 1 of {n:,} values of layers/{layer}/{leaf}"
     assert (planted in out) == np.isinf(value)
+    assert len(re.findall(r"\d+: nan", out)) == 4  # no record has a loss
     rows = dict(re.findall(r"^(embed|layers/\d) +\|[^|]+ ([0-9.]+)% [^|]+\|", out, re.M))
     assert float(rows["embed"]) == 0 < float(rows[f"layers/{layer}"])
 

@@ -97,7 +97,7 @@ class Passage:
 
     layers: list[Layer]
     losses: np.ndarray
-    """[rows]: nats per token; NaN for a row that predicts nothing."""
+    """[rows]: nats per token; 0 for a row that predicts nothing."""
     loss: float
     grad_norm: float
     bad_parameters: list[tuple[str, int, int]]
@@ -277,7 +277,6 @@ def go_through(setup: Setup, replayed: Replayed) -> Passage:
     embedded = {name: part for name, part in gradients[0].items() if name in ("embed", "positions")}
     for layer, found in zip(layers, [stages.squares(embedded), *of_weights[1:]], strict=True):
         layer.weights = float(found) ** 0.5
-    losses[batch.bad] = np.nan
     return Passage(layers, losses, loss, float(sum(of_weights)) ** 0.5, bad_parameters(params), search.wrong)
 
 

@@ -55,13 +55,14 @@ def layer_table(passage: Passage) -> Iterator[str]:
 
 
 def _sizes(sizes: Sizes, before: Sizes | None) -> str:
-    growth = f"{ratio(sizes, before):.2f}x" if before else ""
-    return f"{sizes.rms:>9.3g} {sizes.largest:>9.3g} {sizes.bad / sizes.n:>10.2%} {growth:>7}"
+    growth = "" if before is None or math.isnan(ratio(sizes, before)) else f"{ratio(sizes, before):.2f}x"
+    rms, largest = (f"{x:.3g}" if sizes.bad < sizes.n else "" for x in (sizes.rms, sizes.largest))
+    return f"{rms:>9} {largest:>9} {sizes.bad / sizes.n:>10.2%} {growth:>7}"
 
 
 def ratio(sizes: Sizes, before: Sizes) -> float:
-    """How much larger the rms has become."""
-    return sizes.rms / before.rms if before.rms else math.nan
+    """How much larger the rms has become; NaN where one of them is that of no value."""
+    return sizes.rms / before.rms if before.rms and sizes.bad < sizes.n else math.nan
 
 
 def verdict(passage: Passage) -> Iterator[str]:
@@ -86,15 +87,15 @@ def verdict(passage: Passage) -> Iterator[str]:
     )
 
 
-def by_loss(passage: Passage) -> list[int]:
-    """Rows from the largest loss down; one that is not finite is the largest, and a left-out row is none."""
-    rows = [row for row in range(len(passage.losses)) if not np.isnan(passage.losses[row])]
-    return sorted(rows, key=lambda row: -passage.losses[row])
+def by_loss(replayed: Replayed, passage: Passage) -> list[int]:
+    """Rows from the largest loss down, those that are not finite first; a left-out row is none of them."""
+    order = np.argsort(-np.nan_to_num(passage.losses, nan=np.inf), kind="stable")
+    return [int(row) for row in order if not replayed.batch.bad[row]]
 
 
 def record_losses(replayed: Replayed, passage: Passage) -> Iterator[str]:
     """The loss of every record of the batch, largest first."""
-    batch, rows = replayed.batch, by_loss(passage)
+    batch, rows = replayed.batch, by_loss(replayed, passage)
     left_out = batch.records[batch.bad].tolist()
     median = np.median(passage.losses[rows]) if rows else math.nan
     yield f"losses of the records, nats per token (median {median:.4g}):"
@@ -108,7 +109,7 @@ def record_losses(replayed: Replayed, passage: Passage) -> Iterator[str]:
 
 def worst_texts(replayed: Replayed, passage: Passage, tokenizer: Tokenizer) -> Iterator[str]:
     """The beginnings of the records with the largest losses."""
-    for row in by_loss(passage)[:WORST]:
+    for row in by_loss(replayed, passage)[:WORST]:
         text = tokenizer.decode(replayed.batch.tokens[row].tolist())
         shown = text[:SHOWN] + ("..." if len(text) > SHOWN else "")
         yield f"record {replayed.batch.records[row]} ({passage.losses[row]:.4g}): {shown!r}"
