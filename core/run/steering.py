@@ -23,6 +23,9 @@ LASTING = (*SETTINGS, "skip", "steps")
 ACTIONS = ("save", "evaluate", "sample", "pause", "continue", "stop")
 COMMANDS = 'lr=0.5x, lr=3e-4, guard.sigma=5, guard.halt_after=20, skip=1200:1260, steps=+2000, save, evaluate, sample "PROMPT", pause, continue, stop'  # noqa: E501
 
+LR_FACTORS = (0.01, 100.0)
+MOST_LR = 1.0
+"""Of what is typed: beyond are slips of the finger."""
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
@@ -126,10 +129,13 @@ def _check_value(name: str, value: str) -> None:
         raise UserError(f"{name}={value}: {rule}")
 
     if name == "lr":
-        rule = "give a factor above 0 such as lr=0.5x, or a peak learning rate above 0 such as lr=3e-4"
         number = re.fullmatch(_NUMBER, value.removesuffix("x"))
-        if not number or not 0 < float(number[0]) < float("inf"):
-            refuse(rule)
+        least, most = LR_FACTORS if value.endswith("x") else (0.0, MOST_LR)
+        if not number or not least <= float(number[0]) <= most or float(number[0]) == 0:
+            refuse(
+                "give a factor from {:g}x to {:g}x, such as lr=0.5x, or a peak learning rate above 0 and at "
+                "most {:g}, such as lr=3e-4".format(*LR_FACTORS, MOST_LR)
+            )
     elif name == "guard.sigma":
         if not re.fullmatch(_NUMBER, value) or not 0 <= float(value) < float("inf"):
             refuse("give a number of standard deviations, 0 or more (0 skips only what is not finite)")

@@ -41,6 +41,7 @@ def running(out: Path, steps: int = 100):
     ("typed", "said"),
     [
         ("lr=0x", "above 0"), ("lr=-1", "above 0"), ("lr=nan", "above 0"), ("lr=1e999", "above 0"),
+        ("lr=101x", "from 0.01x to 100x"), ("lr=0.001x", "from 0.01x"), ("lr=2", "at most 1"),
         ("lr=2xx", "above 0"), ("guard.sigma=-1", "0 or more"), ("guard.halt_after=0", "1 to 2,147,483,647"),
         ("skip=5:5", "the one after the last"), ("skip=7", "the one after the last"), ("steps=+0", r"\+2000"),
         ("steps=1e3", r"\+2000"), ("sample", "needs a prompt"), ("momentum=1", "not a command"),
