@@ -53,6 +53,10 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     out: Path | None = None
     """The run folder. Default: runs/PRESET-torch. The trained model is written into its folder `model`."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_source()
+
 
 def main() -> int:
     """Runs the command; core.run.interrupt says what its exit codes mean."""

@@ -64,6 +64,7 @@ class RunConfig(TrainingSettings, PretrainingSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_source()
         checks.counts(**checks.fields(self, "unroll", "loss_chunk", "num_processes"))
         checks.counts(0, process_id=self.process_id)
 

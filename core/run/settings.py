@@ -184,6 +184,11 @@ class PretrainingSource:
     leave_out: tuple[int, ...] = ()
     """Training records to leave out of the loss, by the numbers that the guard and train_tpu.replay give."""
 
+    def check_source(self) -> None:
+        """Raises a UserError for a number out of range. Each command's settings call it when they are made."""
+        for record in self.leave_out:
+            checks.counts(0, leave_out=record)
+
 
 # Overrides that a preset has the values of; the vocabulary is the tokenizer's.
 FROM_PRESET = tuple(f.name for f in dataclasses.fields(ModelOverrides) if f.name != "vocab_size")
