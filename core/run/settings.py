@@ -185,7 +185,7 @@ class PretrainingSource:
     """Training records to leave out of the loss, by the numbers that the guard and train_tpu.replay give."""
 
     def check_source(self) -> None:
-        """Raises a UserError for a number out of range. Each command's settings call it when they are made."""
+        """Raises a UserError for a number out of range. Each command's settings call it once made."""
         for record in self.leave_out:
             checks.counts(0, leave_out=record)
 
