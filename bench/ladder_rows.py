@@ -36,35 +36,41 @@ class Piece(NamedTuple):
 
 
 def torch_gelu(x: Any) -> Any:
+    """GELU in the tanh form, written out."""
     import torch
 
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def jax_gelu(x: Any) -> Any:
+    """GELU in the tanh form, written out."""
     import jax.numpy as jnp
 
     return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def torch_norm(x: Any) -> Any:
+    """x and its RMS norm, added."""
     import torch
 
     return x + x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
 
 
 def jax_norm(x: Any) -> Any:
+    """x and its RMS norm, added."""
     from jax import lax
 
     return x + x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
 
 def torch_softmax(x: Any) -> Any:
+    """x without its softmax."""
     e = (x - x.amax(-1, keepdim=True)).exp()
     return x - e / e.sum(-1, keepdim=True)
 
 
 def jax_softmax(x: Any) -> Any:
+    """x without its softmax."""
     import jax.numpy as jnp
 
     e = jnp.exp(x - x.max(-1, keepdims=True))
@@ -72,12 +78,14 @@ def jax_softmax(x: Any) -> Any:
 
 
 def torch_adam(x: Any) -> Any:
+    """An update of Adam whose moments were 0."""
     m = 0.1 * x
     v = 0.05 * x * x
     return x * (1 - 1e-4) - 1e-3 * (m / 0.1) / ((v / 0.05).sqrt() + 1e-8)
 
 
 def jax_adam(x: Any) -> Any:
+    """An update of Adam whose moments were 0."""
     import jax.numpy as jnp
 
     m = 0.1 * x
