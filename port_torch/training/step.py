@@ -219,8 +219,6 @@ class TrainStep:
     def _room_to_record(self) -> bool:
         """Whether what an update needs for itself fits into the memory twice: a recording keeps it, and
         evaluation and samples need no more than that."""
-        if self.ranks.device.type != "cuda":
-            return False
         free, _ = torch.cuda.mem_get_info(self.ranks.device)
         return free >= 2 * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
 
