@@ -1,5 +1,6 @@
 """One run by several processes: the same losses, one folder, and an end for all when one of them dies."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.run.log import read_log
 from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
 
 pytestmark = pytest.mark.slow
+GLOO = set("[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :".split())
 COMMON = (*TINY, "--batch", "8", "--mesh", "fsdp=2,tensor=2")  # over 2 processes of 2 devices
 
 
@@ -33,8 +35,9 @@ def test_two_processes_make_the_run_of_one(cache, text):
     assert [code for code, _, _ in ended] == [0, 0], ended
     (_, said, _), (_, other, _) = ended
     assert "devices     4 x cpu (cpu), fsdp=2,tensor=2" in said
-    # The first speaks for both; Gloo, which carries what CPUs exchange, speaks for itself.
-    assert all(line.startswith("[Gloo]") for line in other.splitlines()), other
+    # The first speaks for both; Gloo, which carries what CPUs exchange, speaks for itself, and its threads write
+    # into each other's lines.
+    assert set(re.sub(r"\d+", " ", other).split()) <= GLOO, other
     # Their checkpoint is one of one process, which goes on with it.
     verify(find_step(folder))
     assert load_manifest(find_step(folder)).data["cursor"] == 7 * 8
