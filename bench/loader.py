@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from core import checks, cli
-from core.data.dataset import TRAIN, Dataset, Split, open_dataset, train_batches, write_manifest
+from core.data.batches import train_batches
+from core.data.dataset import TRAIN, Dataset, Split, open_dataset, write_manifest
 from core.data.packing import WindowWriter
 from core.errors import run_command
 from core.tokenizer import id_dtype

@@ -29,7 +29,7 @@ from core.checkpoint.manifest import code_version, sync_path
 from core.checkpoint.steps import step_path
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
-from core.data.dataset import train_batches
+from core.data.batches import train_batches
 from core.data.prepare import open_or_prepare
 from core.errors import UserError
 from core.folders import CACHE, new_folder

@@ -17,7 +17,8 @@ import torch
 
 from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.config import ModelConfig
-from core.data.dataset import open_dataset, open_windows, train_batches
+from core.data.batches import train_batches
+from core.data.dataset import open_dataset, open_windows
 from core.model import Compute, abstract_params, forward, logits
 from core.run.log import read_log
 from port_torch.formats import exported

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from core.checkpoint.checkpointer import Checkpointer
 from core.checkpoint.manifest import Manifest
-from core.data.dataset import Batch as LoadedBatch
+from core.data.batches import Batch as LoadedBatch
 from core.errors import UserError
 from core.generation import Generator
 from core.model import Params

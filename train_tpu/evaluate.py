@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.config import ModelConfig
-from core.data.dataset import Dataset, heldout_windows
+from core.data.batches import heldout_windows
+from core.data.dataset import Dataset
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
 from core.progress import Activity

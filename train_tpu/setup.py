@@ -18,7 +18,8 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, training_flags
-from core.data.dataset import Dataset, require_records
+from core.data.batches import require_records
+from core.data.dataset import Dataset
 from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind

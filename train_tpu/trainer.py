@@ -13,7 +13,7 @@ from core import processes
 from core.checkpoint.checkpointer import Checkpointer, restore
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.compilation_cache import programs_found
-from core.data.dataset import train_batches
+from core.data.batches import train_batches
 from core.errors import UserError
 from core.extras import install_command
 from core.generation import Generator

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.dataset import Batch as Windows
-from core.data.dataset import Dataset, heldout_windows, train_batches
+from core.data.batches import Batch as Windows
+from core.data.batches import heldout_windows, train_batches
+from core.data.dataset import Dataset
 from core.loss import IGNORE
 
 
@@ -123,7 +124,7 @@ def pretraining_batches(
     on_bad: str,
     leave_out: Collection[int] = (),
 ) -> Iterator[Batch]:
-    """The batches of `core.data.dataset.train_batches`, in its order, as a step here takes them."""
+    """The batches of `core.data.batches.train_batches`, in its order, as a step here takes them."""
     windows = train_batches(
         dataset,
         seed=seed,

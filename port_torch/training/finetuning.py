@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
-from core.data.dataset import record_at
+from core.data.batches import record_at
 from core.errors import UserError
 from core.loss import IGNORE
 from core.run.folder import run_record

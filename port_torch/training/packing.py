@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from core.data.dataset import record_at
+from core.data.batches import record_at
 from core.loss import IGNORE
 from port_torch.training.batches import Batch, Rows
 from port_torch.training.examples import Example

@@ -7,7 +7,8 @@ import jax
 import torch
 
 from core.config import ModelConfig
-from core.data.dataset import Dataset, require_records
+from core.data.batches import require_records
+from core.data.dataset import Dataset
 from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.folders import CACHE
 from core.keys import Purpose, make_key

@@ -21,7 +21,8 @@ from core import cli
 from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.checkpoint.manifest import EXPORT_MANIFEST, seal
 from core.config import ModelConfig, preset, training_flags
-from core.data.dataset import heldout_windows, open_dataset
+from core.data.batches import heldout_windows
+from core.data.dataset import open_dataset
 from core.errors import UserError
 from core.loss import cross_entropy
 from core.model import abstract_params, forward, head_table, logits

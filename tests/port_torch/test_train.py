@@ -16,7 +16,8 @@ from core.checkpoint.checkpointer import Checkpointer, restore
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
 from core.checkpoint.steps import Keep, find_step, list_steps
 from core.config import PRESETS, ModelConfig
-from core.data.dataset import Dataset, train_batches
+from core.data.batches import train_batches
+from core.data.dataset import Dataset
 from core.data.prepare import open_or_prepare
 from core.errors import UserError
 from core.model import Compute

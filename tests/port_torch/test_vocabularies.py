@@ -10,7 +10,8 @@ import transformers
 
 from core.checkpoint.checkpointer import find_step, load_manifest
 from core.config import ModelConfig
-from core.data.dataset import heldout_windows, open_dataset
+from core.data.batches import heldout_windows
+from core.data.dataset import open_dataset
 from core.keys import Purpose, make_key
 from core.model import init_params
 from core.run.log import read_log

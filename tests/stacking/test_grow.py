@@ -17,7 +17,8 @@ from core.checkpoint.checkpointer import find_step, flatten, load_manifest, rest
 from core.checkpoint.manifest import seal
 from core.checkpoint.steps import step_path
 from core.config import ModelConfig
-from core.data.dataset import open_dataset, train_batches
+from core.data.batches import train_batches
+from core.data.dataset import open_dataset
 from core.errors import UserError
 from core.folders import CACHE
 from core.keys import Purpose, make_key

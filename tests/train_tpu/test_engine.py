@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.config import ModelConfig
-from core.data.dataset import Batch as LoadedBatch
+from core.data.batches import Batch as LoadedBatch
 from core.run.guard import GuardConfig
 from core.sharding import make_mesh, replicated
 from tests.compilations import listen

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.data.dataset import heldout_windows, open_dataset
+from core.data.batches import heldout_windows
+from core.data.dataset import open_dataset
 from core.data.prepare import prepare
 from core.model import Compute, forward, init_params, logits
 from core.sharding import make_mesh

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.checkpoint.steps import list_steps
-from core.data.dataset import Batch
+from core.data.batches import Batch
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, refusal_here, run_here
 from train_tpu import engine, trainer

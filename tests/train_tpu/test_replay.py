@@ -12,7 +12,7 @@ import pytest
 
 from core.checkpoint.manifest import load_manifest, seal
 from core.checkpoint.steps import list_steps, step_path
-from core.data.dataset import record_at
+from core.data.batches import record_at
 from core.data.prepare import open_or_prepare, prepare
 from core.folders import CACHE
 from core.run.log import read_log

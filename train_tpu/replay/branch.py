@@ -7,7 +7,8 @@ import dataclasses
 import math
 from pathlib import Path
 
-from core.data.dataset import TRAIN, Dataset, record_at, require_records
+from core.data.batches import record_at, require_records
+from core.data.dataset import TRAIN, Dataset
 from core.errors import UserError
 from core.folders import require_new
 from core.run.settings import flatten

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from core.checkpoint.manifest import JAX
 from core.compilation_cache import keep_compiled
-from core.data.dataset import Batch as LoadedBatch
+from core.data.batches import Batch as LoadedBatch
 from core.data.dataset import Dataset
 from core.errors import UserError
 from core.gpu_memory import require_free_memory

@@ -14,16 +14,8 @@ import pytest
 from bench import loader
 from core.data import packing
 from core.data import windows as module
-from core.data.dataset import (
-    Dataset,
-    Split,
-    heldout_windows,
-    open_dataset,
-    open_windows,
-    record_at,
-    train_batches,
-    write_manifest,
-)
+from core.data.batches import heldout_windows, record_at, train_batches
+from core.data.dataset import Dataset, Split, open_dataset, open_windows, write_manifest
 from core.data.windows import BadRecord
 from core.errors import UserError
 

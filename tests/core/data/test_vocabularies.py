@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from core.data.dataset import heldout_windows, open_dataset, open_windows, train_batches
+from core.data.batches import heldout_windows, train_batches
+from core.data.dataset import open_dataset, open_windows
 from core.data.prepare import choose_tokenizer, open_or_prepare, prepare
 from core.data.windows import BadRecord
 from core.errors import UserError

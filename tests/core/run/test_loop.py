@@ -319,7 +319,7 @@ def test_ranks_of_torch_hear_each_others_flags_and_a_save_answers_them():
 
 def jax_engine(data, settings, checkpoints: Path):
     from core.checkpoint.checkpointer import Checkpointer
-    from core.data.dataset import train_batches
+    from core.data.batches import train_batches
     from core.generation import Generator
     from core.model import Compute
     from core.sharding import make_mesh
