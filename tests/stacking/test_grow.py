@@ -1,6 +1,8 @@
 """`python -m stacking.grow` on real runs: what it writes, that training goes on to the bit, refusals."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -56,13 +58,21 @@ def trunk(base):
 
 
 @pytest.fixture(scope="module")
-def stacked(cache, trunk):
-    """The trunk, grown as the command grows by default, and trained to its end."""
-    folder = cache / "grow-stacked"
-    out, _ = run_here(trunk, "--out", folder, module="stacking.grow")
-    shutil.copytree(folder, cache / "grow-untrained")
+def untrained(cache, trunk):
+    """The trunk, grown as the command grows by default, and what the command said."""
+    folder, out = cache / "grow-untrained", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", ["grow", str(trunk), "--out", str(folder)])
+        assert command.main() == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def stacked(cache, untrained):
+    """The grown run, trained to its end, and what that said."""
+    folder = shutil.copytree(untrained[0], cache / "grow-stacked")
     trained, _ = run_here("--out", folder)
-    return folder, out, trained
+    return folder, trained
 
 
 @pytest.fixture
@@ -105,14 +115,18 @@ def train_here(state, manifest, run_config, step_config, end=None) -> list[tuple
     return rows
 
 
-def test_grow_save_restore_train_equals_grow_train(stacked, base, trunk, cache):
+@pytest.mark.slow
+def test_grow_save_restore_train_equals_grow_train(stacked, untrained, trunk):
     """The run that went through files and commands, against the same in memory, to the bit."""
-    folder, _, _ = stacked
+    folder, trained = stacked
+    assert "grown here from 3 to 6 layers (stack)" in trained
     state, manifest, _, _ = open_state(trunk)
-    _, _, grown_run, grown_step = open_state(cache / "grow-untrained")
+    _, _, grown_run, grown_step = open_state(untrained[0])
     expected = train_here(grow(state, make_plan("stack", 3)), manifest, grown_run, grown_step)
     own = [row for row in losses(folder) if row[0] >= GROWN_AT]
     assert own == expected and len(own) == 6
+    # What the growth recorded stays with what is trained from there.
+    assert load_manifest(find_step(folder)).lineage == load_manifest(find_step(untrained[0])).lineage
 
 
 SIZES = {"V": 258, "C": 32, "D": 32, "F": 64}  # of TINY's model
@@ -122,14 +136,14 @@ def leaves_of(run_folder) -> oracle.Leaves:
     return oracle.read(find_step(run_folder))
 
 
-def test_every_array_on_the_disk_is_the_oracles(cache, stacked, trunk):
-    old, new = oracle.read(trunk), leaves_of(cache / "grow-untrained")
+def test_every_array_on_the_disk_is_the_oracles(untrained, trunk):
+    old, new = oracle.read(trunk), leaves_of(untrained[0])
     assert {path: leaf.shape for path, leaf in old.items()} == oracle.shapes("mtlm1", "adamw", 3, 4, SIZES)
     oracle.assert_equal(new, oracle.grown("mtlm1", "adamw", old, "0 1 2 0 1 2", "cccccc"))
 
 
-def test_the_command_says_what_it_did_and_records_it(cache, stacked, trunk):
-    folder, out, trained = stacked
+def test_the_command_says_what_it_did_and_records_it(untrained, trunk):
+    folder, out = untrained
     # d 32, MLP 64, 258 ids: 4 d^2 + 3 d 64 + 2 d a layer, d behind the last, a tied table.
     for n_layers in (3, 6):
         assert f"{n_layers * (4 * 32**2 + 3 * 32 * 64 + 2 * 32) + 32 + 258 * 32:,}" in out
@@ -137,8 +151,7 @@ def test_the_command_says_what_it_did_and_records_it(cache, stacked, trunk):
     for words in ("3 -> 6 layers (0-2,0-2)", f"verified: {n_leaves} leaves", "loss on the probe batch"):
         assert words in out, words
     assert f"next: python -m train_tpu.run --out {folder}" in out
-    assert "grown here from 3 to 6 layers (stack)" in trained
-    manifest = load_manifest(find_step(cache / "grow-untrained"))
+    manifest = load_manifest(find_step(folder))
     (entry,) = manifest.lineage
     source = load_manifest(trunk)
     assert (entry["operation"], entry["plan"], entry["layers"]) == ("grow", "stack", [3, 6])
@@ -151,12 +164,11 @@ def test_the_command_says_what_it_did_and_records_it(cache, stacked, trunk):
     for counter in ("step", "sequences", "tokens"):
         assert getattr(manifest, counter) == getattr(source, counter)
     assert manifest.data == source.data
-    # The record stays with what is trained from here.
-    assert load_manifest(find_step(folder)).lineage == manifest.lineage
 
 
+@pytest.mark.slow
 def test_the_log_tells_the_whole_history(stacked, base):
-    folder, _, _ = stacked
+    folder, _ = stacked
     assert [row["step"] for row in read_log(folder, "train")] == list(range(12))
     assert losses(folder)[:GROWN_AT] == losses(base)[:GROWN_AT]
     # The held-out loss just before and just after, at the same step.

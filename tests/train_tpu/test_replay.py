@@ -182,6 +182,7 @@ def train_on_poison(folder: Path, n: int) -> tuple[Path, str, list[int]]:
     return folder / "run", out, records
 
 
+@pytest.mark.slow
 def test_nonsense_and_one_poisoned_record_are_named(tmp_path):
     folder, said, records = train_on_poison(tmp_path, RECORDS)
     (typed,) = re.findall(r"step 30: update skipped.*replay (.*)", said)

@@ -71,6 +71,7 @@ def test_held_out_loss_falls(finished):
     assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"] - 0.5
 
 
+@pytest.mark.slow
 def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
     folder = cache / "often"
     run_here(*TINY, "--data", text, "--out", folder, "--eval-every", "2", "--sample-every", "5")
@@ -232,6 +233,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(finished, cache, text, tmp_p
     assert "16" in message and "32" in message
 
 
+@pytest.mark.slow
 def test_out_alone_resumes_a_run_as_it_is(finished, cache, text):
     """A trunk stopped half-way, the steps named that are to be kept, and the rest by --out alone."""
     folder = cache / "trunk"
@@ -247,6 +249,7 @@ def test_out_alone_resumes_a_run_as_it_is(finished, cache, text):
     assert list_steps(folder / "checkpoints") == [2, 5, 12]
 
 
+@pytest.mark.slow
 def test_settings_younger_than_a_run_have_their_defaults(finished, text, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(finished[0], folder)
