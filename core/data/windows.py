@@ -8,6 +8,8 @@ own, and never a reason to leave a record out.
 import bisect
 import itertools
 import resource
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +30,47 @@ class BadRecord(UserError):
 
 
 def most_open() -> int:
-    """How many shards of a split are held open: half of what the process may open, and at most 512.
+    """How many shards a process holds open, whatever it reads: half of what it may open, and at most 512.
 
     A reader takes a descriptor and about 0.3 MB. Opening one takes about a millisecond.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if soft == resource.RLIM_INFINITY else max(1, min(512, soft // 2))
+
+
+class _OpenReaders:
+    """The readers of all splits and data sets of this process; the one used longest ago is closed first.
+
+    A reader that is dropped closes its file when the last thread that reads from it is done.
+    """
+
+    def __init__(self) -> None:
+        self._readers: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._lock = threading.RLock()  # collecting garbage within `get` may call `drop`
+
+    def get(self, key: tuple[int, int], file: Path) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            reader = self._readers.pop(key, None)
+            if reader is None:
+                options = "readahead_buffer_size:0"  # records are read in random order
+                reader = ArrayRecordReader(str(file), options=options, file_reader_buffer_size=2**15)
+            self._readers[key] = reader
+            while len(self._readers) > most_open():
+                self._readers.popitem(last=False)
+        return reader
+
+    def drop(self, owner: int, shard: int | None = None) -> None:
+        """Forgets one reader, or all of an owner."""
+        with self._lock:
+            for key in tuple(self._readers):
+                if key[0] == owner and shard in (None, key[1]):
+                    self._readers.pop(key, None)
+
+
+_OPEN = _OpenReaders()
+_OWNERS = itertools.count()
 
 
 class Shards:
@@ -43,8 +80,8 @@ class Shards:
         """files: with their numbers of records, in order."""
         self.files = [file for file, _ in files]
         self._ends = list(itertools.accumulate(n for _, n in files))
-        self._readers: OrderedDict[int, Any] = OrderedDict()  # by shard, the one used last at the end
-        self._most_open = most_open()
+        self._owner = next(_OWNERS)
+        weakref.finalize(self, _OPEN.drop, self._owner)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -61,31 +98,15 @@ class Shards:
         found = [b""] * len(records)
         for shard, places in wanted.items():
             start = self._ends[shard - 1] if shard else 0
-            reader = self._reader(shard)
             try:
+                reader = _OPEN.get((self._owner, shard), self.files[shard])
                 contents = reader.read([records[place] - start for place in places])
             except BaseException:
-                self._readers.pop(shard, None)  # it opens its file late: it may be the opening that failed
+                _OPEN.drop(self._owner, shard)  # it opens its file late: it may be the opening that failed
                 raise
             for place, content in zip(places, contents, strict=True):
                 found[place] = content
         return found
-
-    def _reader(self, shard: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        # A reader that is dropped closes its file when the last thread that reads from it is done.
-        reader = self._readers.pop(shard, None)
-        if reader is None:
-            options = "readahead_buffer_size:0"  # records are read in random order
-            reader = ArrayRecordReader(str(self.files[shard]), options=options, file_reader_buffer_size=2**15)
-        self._readers[shard] = reader
-        while len(self._readers) > self._most_open:
-            try:
-                self._readers.popitem(last=False)
-            except KeyError:  # another thread was quicker
-                break
-        return reader
 
 
 class Windows:

@@ -197,6 +197,13 @@ def test_few_files_are_open_at_a_time(tmp_path, tokens, monkeypatch):
     assert (np.concatenate([opened.read([n], VOCAB) for n in order]) == tokens[order]).all()
     assert n_open() <= before + 3
     assert (opened.read(order, VOCAB) == tokens[order]).all()
+    other = open_windows(dataset, "train")  # of all that a process reads, as those of a mixture
+    for n in order:
+        opened.read([n], VOCAB), other.read([n], VOCAB)
+    assert n_open() <= before + 3
+    del opened, other
+    gc.collect()
+    assert n_open() == before
     monkeypatch.undo()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert 1 <= module.most_open() <= max(1, soft // 2)
