@@ -17,7 +17,7 @@ from rich.table import Table
 from core import checks, cli
 from core.data.batches import train_batches
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset, write_manifest
-from core.data.packing import WindowWriter
+from core.data.packing import write_splits
 from core.errors import run_command
 from core.tokenizer import id_dtype
 
@@ -49,9 +49,7 @@ def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
     vocab_size = 32_000
     dtype = id_dtype(vocab_size)
     tokens = np.random.default_rng(0).geometric(1 / 3000, size=(windows, context + 1)) % vocab_size
-    writer = WindowWriter(folder, context, [TRAIN], dtype)
-    writer.write(TRAIN, tokens.astype(dtype))
-    writer.close()
+    write_splits(folder, context, {TRAIN: tokens.astype(dtype)})
     record = {"name": "random", "sha256": "0" * 64, "vocab_size": vocab_size}
     split = Split(TRAIN, documents=0, bytes=0, tokens=windows * context + 1, windows=windows)
     return write_manifest(folder, context, record, [split], dropped={}, sources=["random tokens"])

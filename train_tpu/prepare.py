@@ -46,11 +46,17 @@ class PrepareConfig:
     """Stop reading once the train split has this many tokens, at the end of a document. What --valid-fraction
     holds out comes from the documents read; sets of --valid are read whole. Default: all text."""
     field: str = "text"
-    """JSON field, Parquet column or TFDS feature that holds the text."""
+    """JSON field, Parquet column or TFDS feature that holds the text; `meta.title` is one within another. A
+    row where it is missing or null is left out, and counted."""
+    template: str | None = None
+    """The text made of several fields, instead of --field: '{title}\\n\\n{text}'."""
     format: Form | None = None
     """Format of the files, whatever their names: text for plain text such as .raw or .md."""
+    dedup: bool = False
+    """Leave out training documents that are exact copies of earlier ones, or of documents of --valid. Takes 8
+    bytes of memory for every document, 16 at times."""
     workers: int | None = None
-    """Tokenising processes. Default: one per core."""
+    """Processes that read, tokenise and write. Default: one per core. The result does not depend on it."""
     verify: Path | None = None
     """Only check this prepared folder: read all of it and compare it with its recorded hashes."""
 
@@ -83,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         return verify(config.verify)
     if config.out is None:
         raise UserError("no output folder is given: name a new one with --out DIR")
+    if config.template is not None and config.field != "text":
+        raise UserError("give --field or --template, not both")
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")
     pairs = [pair.partition("=") for pair in config.valid]
@@ -97,7 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(**options)
     except KeyboardInterrupt:
-        print(f"interrupted: {config.out} was not made", file=sys.stderr)
+        print(
+            f"interrupted: {config.out} was not made; what is done is kept, and the same command resumes",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     print(f"\nnext: {next_command(config.out, config.tokenizer, config.context)}")
     return 0

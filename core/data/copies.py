@@ -8,7 +8,7 @@ together or not at all, and the count is an unbiased estimate.
 """
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Bool, UInt64
 
 LIMIT = 1 << 24
 """Hashes that are held: 128 MiB, and as much again while new ones are added."""
@@ -69,3 +69,27 @@ class Copies:
         while len(self._seen) > self.limit:
             self._halvings += 1
             self._seen = self._looked_at(self._seen)
+
+
+class Seen:
+    """Which documents were there before, exactly: 8 bytes for every different one, and as much again for a
+    moment now and then. A hash of 64 bits is taken for its document."""
+
+    def __init__(self) -> None:
+        self._sorted: list[
+            UInt64[np.ndarray, " n"]
+        ] = []  # different hashes, each array at most half the last
+
+    def add(self, hashes: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Adds documents by their hashes, in order; which of them are new."""
+        _, firsts = np.unique(hashes, return_index=True)
+        new = np.zeros(len(hashes), bool)
+        new[firsts] = True
+        for seen in self._sorted:
+            places = np.searchsorted(seen, hashes)
+            new &= seen[np.minimum(places, len(seen) - 1)] != hashes
+        if new.any():
+            self._sorted.append(np.sort(hashes[new]))
+        while len(self._sorted) > 1 and 2 * len(self._sorted[-1]) > len(self._sorted[-2]):
+            self._sorted[-2:] = [np.sort(np.concatenate(self._sorted[-2:]))]
+        return new

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.data.formats import KNOWN, Form, Unpacked, format_of, open_unpacked
+from core.data.rows import MISSING, RowText, find
 from core.data.source import Source
 from core.data.text import json_values, place, text_blocks
 from core.errors import UserError
@@ -16,17 +17,23 @@ from core.errors import UserError
 # a blank line (or the next best place), so that no file needs more memory than a few such pieces.
 LONG_TEXT = 1 << 22
 
+SEARCHED = 1000
+"""Rows of a JSON file after which a field that none of them has is refused; at its end in a shorter one."""
+
 # Files of these are read otherwise than by the first version, which lost what stood behind zero bytes between
 # two streams: what was prepared of them then is not taken for what would be prepared now.
 READ_ANEW = (".xz",)
 
 
 class FileSource(Source):
-    """A file of plain text (one document), JSON records (a field of each) or Parquet (a column)."""
+    """A file of plain text (one document), JSON records (a text of each) or Parquet (a text of each row)."""
 
-    def __init__(self, path: Path, field: str, form: Form | None = None) -> None:
-        """form: what the file holds, if its name does not say so."""
-        self.path, self.field = path, field
+    def __init__(self, path: Path, rows: RowText, form: Form | None = None) -> None:
+        """rows: what of a JSON record or of a Parquet file's row is its text.
+
+        form: what the file holds, if its name does not say so.
+        """
+        self.path, self.rows = path, rows
         self.name = str(path)
         known, self._compression, _ = format_of(path)
         if form is None and known is None:
@@ -46,10 +53,10 @@ class FileSource(Source):
             (self._form, self._form != known), ("2", self._compression in READ_ANEW),
         ) if holds]  # fmt: skip
         return " ".join(
-            [str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), self.field, *marks]
+            [str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), self.rows.identity, *marks]
         )
 
-    def documents(self) -> Iterator[tuple[str, int]]:
+    def documents(self) -> Iterator[tuple[str | None, int]]:
         read = {"text": self._texts, "json": self._records, "parquet": self._rows}[self._form]
         with open_unpacked(self.path) as file:
             yield from read(file)
@@ -64,26 +71,44 @@ class FileSource(Source):
                 text = text[cut:]
         yield text, self.size
 
-    def _records(self, file: Unpacked) -> Iterator[tuple[str, int]]:
-        for line, record in json_values(file.stream, self.path):
-            text = record.get(self.field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise self._no_text(place(self.path, line), record)
-            yield text, file.raw.tell()
+    def _records(self, file: Unpacked) -> Iterator[tuple[str | None, int]]:
+        found: set[str] = set()
+        lacking: dict[str, UserError] = {}  # of a field that no row had so far: what its first row says
+        n = 0
+        for n, (line, record) in enumerate(json_values(file.stream, self.path), 1):
+            values = {name: find(record, name) for name in self.rows.names}
+            for name, value in values.items():
+                if value is MISSING and isinstance(record, dict):
+                    if name not in found and name not in lacking:
+                        lacking[name] = self._no_text(place(self.path, line), record, name)
+                elif value is None or isinstance(value, str):
+                    found.add(name)
+                else:
+                    raise self._no_text(place(self.path, line), record, name)
+            if n == SEARCHED:
+                self._require_found(found, lacking)
+            whole = all(isinstance(value, str) for value in values.values())
+            yield self.rows.join(values) if whole else None, file.raw.tell()
+        if n:
+            self._require_found(found, lacking)
 
-    def _no_text(self, where: str, record: Any) -> UserError:
+    @staticmethod
+    def _require_found(found: set[str], lacking: dict[str, UserError]) -> None:
+        for name, error in lacking.items():
+            if name not in found:
+                raise error
+
+    def _no_text(self, where: str, record: Any, name: str) -> UserError:
         """For a JSON value that has no text where it is looked for."""
-        sentence = f"{where} has no text in the field {self.field!r}"
+        sentence = f"{where} has no text in the field {name!r}"
         if not isinstance(record, dict):
             return UserError(f"{sentence}, as it is {_kind(record)}: give a JSON object with a text per line")
-        if self.field in record and not isinstance(record[self.field], dict | list):
-            return UserError(
-                f"{sentence} but {_kind(record[self.field])}: remove such records, or give them a text"
-            )
+        if (value := find(record, name)) is not MISSING and not isinstance(value, dict | list):
+            return UserError(f"{sentence} but {_kind(value)}: remove such records, or give them a text")
         kinds = {name: "" if isinstance(v, str) else _kind(v) for name, v in record.items()}
         return UserError(f"{sentence} (its fields: {_listed(kinds)}): {_advice(kinds)}")
 
-    def _rows(self, file: Unpacked) -> Iterator[tuple[str, int]]:
+    def _rows(self, file: Unpacked) -> Iterator[tuple[str | None, int]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -93,34 +118,55 @@ class FileSource(Source):
                 unpacked.seek(0)
             try:
                 table = pyarrow.parquet.ParquetFile(unpacked if self._compression else file.raw)
-                schema = table.schema_arrow
-                kinds = {column.name: "" if _is_text(column.type) else str(column.type) for column in schema}
-                if kinds.get(self.field, "none"):
-                    raise UserError(
-                        f"{self.path} has no text in the column {self.field!r} (its columns: "
-                        f"{_listed(kinds)}): {_advice(kinds)}"
-                    )
+                paths = {name: self._column(table.schema_arrow, name) for name in self.rows.names}
+                names = [".".join(path) for path in paths.values()]
                 n_rows, row = table.metadata.num_rows, 0
-                for batch in table.iter_batches(batch_size=64, columns=[self.field]):
-                    for value in batch.column(self.field):
+                for batch in table.iter_batches(batch_size=64, columns=names):
+                    columns = {name: _values(batch, path) for name, path in paths.items()}
+                    for values in zip(*columns.values(), strict=True):
                         row += 1
-                        yield self._text_of(value, row), self.size * row // n_rows
+                        texts = {
+                            name: self._text_of(value, row, name)
+                            for name, value in zip(columns, values, strict=True)
+                            if value.is_valid
+                        }
+                        whole = len(texts) == len(columns)
+                        yield self.rows.join(texts) if whole else None, self.size * row // n_rows
             except pyarrow.ArrowException as error:
                 raise UserError(f"{self.path} cannot be read: {error}") from error
 
-    def _text_of(self, value: Any, row: int) -> str:
+    def _column(self, schema: Any, name: str) -> list[str]:
+        """Where a Parquet file has a field: the names of its columns, from the outermost on."""
+        import pyarrow
+
+        fields, path, rest = schema, [], name
+        while True:
+            found = {field.name: field.type for field in fields}
+            key = rest if rest in found else rest.partition(".")[0]
+            if key not in found:
+                break
+            path.append(key)
+            if key == rest:
+                if not _is_text(found[key]):
+                    break
+                return path
+            if not pyarrow.types.is_struct(found[key]):
+                break
+            fields, rest = found[key].fields, rest.partition(".")[2]
+        kinds = {column.name: "" if _is_text(column.type) else str(column.type) for column in schema}
+        raise UserError(
+            f"{self.path} has no text in the column {name!r} (its columns: {_listed(kinds)}): "
+            f"{_advice(kinds)}"
+        )
+
+    def _text_of(self, value: Any, row: int, name: str) -> str:
         """The text of a value of a Parquet file's column, which may be of strings or of bytes."""
-        if not value.is_valid:
-            raise UserError(
-                f"{self.path} row {row} has no text in the column {self.field!r} but null: remove such rows, "
-                "or give them a text"
-            )
         try:
             text = value.as_py()
             return text if isinstance(text, str) else text.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} row {row} is not UTF-8 text in the column {self.field!r} ({error.reason} at "
+                f"{self.path} row {row} is not UTF-8 text in the column {name!r} ({error.reason} at "
                 f"offset {error.start}): convert it or leave it out"
             ) from None
 
@@ -151,8 +197,19 @@ def _listed(kinds: dict[str, str]) -> str:
 
 def _advice(kinds: dict[str, str]) -> str:
     if "" in kinds.values():
-        return "name the right one with --field (`python -m train_tpu.prepare SOURCE --field NAME --out DIR`)"
+        return (
+            "name the right one with --field, or several with --template "
+            "(`python -m train_tpu.prepare SOURCE --field NAME --out DIR`)"
+        )
     return "none of them is a text: write the text into a field of its own"
+
+
+def _values(batch: Any, path: list[str]) -> Any:
+    """The values of a column, or of one within others."""
+    import pyarrow.compute
+
+    column = batch.column(path[0])
+    return pyarrow.compute.struct_field(column, path[1:]) if path[1:] else column
 
 
 def _is_text(kind: Any) -> bool:

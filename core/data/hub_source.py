@@ -8,6 +8,7 @@ from typing import Any
 from core.data.data_files import TRAIN, Choice, File, choose, listed, report, split_of
 from core.data.file_source import FileSource
 from core.data.formats import FORMS, Form, format_of
+from core.data.rows import RowText
 from core.data.source import Source
 from core.errors import UserError
 from core.hub import require_reachable
@@ -17,9 +18,9 @@ class HubSource(Source):
     """The data files of a dataset repository on the Hugging Face hub, downloaded one by one."""
 
     def __init__(
-        self, name: str, field: str, form: Form | None, heldout: bool, say: Callable[[str], None]
+        self, name: str, rows: RowText, form: Form | None, heldout: bool, say: Callable[[str], None]
     ) -> None:
-        self.name, self._field, self._form = name, field, form
+        self.name, self._rows, self._form = name, rows, form
         self._dataset, _, config = name.removeprefix("hf:").partition(":")
         self._revision, choice = _choose_files(self._dataset, config, form, heldout)
         self._files = dict(sorted(choice.read))
@@ -29,15 +30,33 @@ class HubSource(Source):
 
     def identity(self) -> str:
         form = f" {self._form}" if self._form else ""
-        return f"hf {self._dataset} {self._revision} {' '.join(self._files)} {self._field}{form}"
+        files = " ".join(self._files)
+        return f"hf {self._dataset} {self._revision} {files} {self._rows.identity}{form}"
 
-    def documents(self) -> Iterator[tuple[str, int]]:
+    def documents(self) -> Iterator[tuple[str | None, int]]:
         before = 0
-        for file, size in self._files.items():
-            path = _hub_download(self._dataset, file, self._revision)
-            for text, position in FileSource(path, self._field, self._form).documents():
+        for part in self.parts():
+            for text, position in part.documents():
                 yield text, before + position
-            before += size
+            before += part.size
+
+    def parts(self) -> list[Source]:
+        return [_HubFile(self, file, size) for file, size in self._files.items()]
+
+
+class _HubFile(Source):
+    """One file of a repository, downloaded when it is read."""
+
+    def __init__(self, repository: HubSource, file: str, size: int) -> None:
+        self.name, self.size = f"{repository.name}/{file}", size
+        self._at = repository._dataset, file, repository._revision
+        self._rows, self._form = repository._rows, repository._form
+
+    def identity(self) -> str:
+        return f"hf {' '.join(self._at)} {self._rows.identity} {self._form}"
+
+    def documents(self) -> Iterator[tuple[str | None, int]]:
+        yield from FileSource(_hub_download(*self._at), self._rows, self._form).documents()
 
 
 def _choose_files(dataset: str, config: str, form: Form | None, heldout: bool) -> tuple[str, Choice]:

@@ -1,210 +1,216 @@
-"""Documents to records: tokenising on all cores, cutting into windows, writing ArrayRecord through TFDS.
+"""Tokens to windows to shards: files of ArrayRecord, and TFDS's description of them.
 
-A tokenising worker is `python -m core.data.packing TOKENIZER`, fed through its stdin and read from its
-stdout. It imports a tokenizer and nothing of JAX, and its stdin ends when its parent does, however that
-dies.
-
-Windows have context + 1 tokens and begin `context` apart, so that every token of a stream but the first
-is predicted exactly once. TFDS's sequential writer keeps their order and holds one shard open at a time,
-where its builders would gather a whole split first (and need TensorFlow beyond 1 GB).
+A split's documents joined are one stream of tokens. Its windows have context + 1 tokens and begin `context`
+apart, so that every token but the first is predicted exactly once. A shard holds `WINDOWS_PER_SHARD` of them;
+it is written by itself, out of the pieces (`core.data.pieces`) that have its tokens, in a few MB of memory.
+TFDS's own builders would gather a whole split first (and need TensorFlow beyond 1 GB), and its sequential
+writer writes one shard after another, at a fifth of the speed.
 """
 
 import contextlib
-import dataclasses
+import hashlib
+import itertools
+import json
 import os
-import queue
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
-from core.errors import UserError
-from core.tokenizer import load_tokenizer
+from core.checkpoint.manifest import sync_path
 
 DATASET_NAME = "windows"
 WINDOWS_PER_SHARD = 1 << 14
+CHUNK = 256  # windows that are made at once
+READ = 1 << 20  # tokens that are read at once
+
+Spans = list[tuple[str, list[tuple[int, int]]]]
+"""(file of tokens, [(first token, number of tokens)]), in the order of the stream."""
 
 
-def encode_batches(
-    batches: Iterable[tuple[object, list[bytes]]], tokenizer: str, dtype: np.dtype, workers: int
-) -> Iterator[tuple[object, np.ndarray, np.ndarray]]:
-    """(label, documents in UTF-8) -> (label, ids, lengths int64), in the order given, whatever `workers` is.
+def shard_name(split: str, number: int) -> str:
+    """The file of a shard, as TFDS names it."""
+    return f"{DATASET_NAME}-{split}.array_record-{number:05d}"
 
-    The ids are those of `<s>` document `</s>` for every document, joined; a length for each. At most two
-    batches for every worker are held at a time.
 
-    dtype: of the tokenizer's ids.
-    """
-    processes = [_start_worker(tokenizer) for _ in range(workers)]
-    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-    for process in processes:
-        idle.put(process)
+class Shard(NamedTuple):
+    """A shard to be written."""
 
-    def encode(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        process = idle.get()
-        try:
-            _send(process.stdin, np.array([len(d) for d in documents], np.int64), b"".join(documents))
-            lengths = np.frombuffer(_receive(process.stdout), np.int64)
-            ids = np.frombuffer(_receive(process.stdout), dtype)
-            if message := _receive(process.stdout).decode():
-                raise UserError(message)
-            return ids, lengths
-        except (BrokenPipeError, EOFError) as error:
-            code = process.wait()
-            if code >= 0:  # its own traceback is on stderr
-                raise RuntimeError(f"a tokenising process ended with code {code}") from error
-            raise UserError(
-                f"a tokenising process was killed ({signal.Signals(-code).name}), as the system does when "
-                "memory runs out: free some, or prepare the data with fewer processes (--workers N)"
-            ) from error
-        finally:
-            idle.put(process)
+    name: str
+    """The file in the folder DATA of the job's folder."""
+    spans: Spans
+    """Its tokens, in files of the job's folder."""
+    windows: int
+    context: int
+    fill: int
+    """With which the last window of a held-out split is filled up."""
+    dtype: str
+    """Of the tokens."""
 
-    pending: deque[tuple[object, Future]] = deque()
-    threads = ThreadPoolExecutor(workers)
+
+DATA = "data"
+"""The folder within the job's where shards are written."""
+
+
+def written(shard: Shard, folder: Path) -> int | None:
+    """Bytes of the records of a shard that was written out of the same tokens; None if it was not."""
     try:
-        for label, documents in batches:
-            pending.append((label, threads.submit(encode, documents)))
-            if len(pending) > 2 * workers:
-                done, encoded = pending.popleft()
-                yield done, *encoded.result()
-        while pending:
-            done, encoded = pending.popleft()
-            yield done, *encoded.result()
-    finally:
-        for process in processes:
-            process.kill()
-        threads.shutdown(cancel_futures=True)
-        for process in processes:
-            process.communicate()
-
-
-def _start_worker(tokenizer: str) -> subprocess.Popen:
-    # The packages are importable here because of where this process was started: the worker is told.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    return subprocess.Popen(
-        [sys.executable, "-m", "core.data.packing", tokenizer],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        note = json.loads((folder / f"{shard.name}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return (
+        note["bytes"] if note["made_of"] == _digest(shard) and (folder / DATA / shard.name).exists() else None
     )
 
 
-def _work(tokenizer_name: str, source: BinaryIO, sink: BinaryIO) -> None:
-    """Encodes what comes from `source` into `sink`, until `source` ends."""
-    tokenizer = load_tokenizer(tokenizer_name)
-    bos, eos = (np.array([] if i is None else [i], tokenizer.dtype) for i in (tokenizer.bos, tokenizer.eos))
-    while True:
-        try:
-            lengths = np.frombuffer(_receive(source), np.int64)
-            text = _receive(source)
-        except EOFError:
-            return
-        ends = np.cumsum(lengths)
-        ids, message = [np.empty(0, tokenizer.dtype)], ""
-        try:
-            ids = [
-                np.concatenate([bos, tokenizer.encode(text[start:end].decode()), eos])
-                for start, end in zip(ends - lengths, ends, strict=True)
-            ]
-        except UserError as error:  # a document that the tokenizer cannot encode
-            message = str(error)
-        lengths = np.array([len(i) for i in ids], np.int64)
-        _send(sink, lengths, np.concatenate(ids), message.encode())
+def write_shard(shard: Shard, folder: Path) -> int:
+    """Writes a shard, whole or not at all; the bytes of its records. A note says what it was made of."""
+    partial = folder / f".{shard.name}.{os.getpid()}"
+    size = write_records(partial, _windows(shard, folder))
+    sync_path(partial)
+    partial.replace(folder / DATA / shard.name)
+    note = folder / f"{shard.name}.json"
+    half = folder / f".{note.name}.{os.getpid()}"
+    half.write_text(json.dumps({"made_of": _digest(shard), "bytes": size}))
+    half.replace(note)
+    return size
 
 
-def _send(stream: BinaryIO, *messages: bytes | np.ndarray) -> None:
-    for message in messages:
-        data = memoryview(message).cast("B")
-        stream.write(len(data).to_bytes(8, "little"))
-        stream.write(data)
-    stream.flush()
+def _digest(shard: Shard) -> str:
+    return hashlib.sha256(json.dumps(shard).encode()).hexdigest()
 
 
-def _receive(stream: BinaryIO) -> bytes:
-    size = stream.read(8)
-    data = stream.read(int.from_bytes(size, "little"))
-    if len(size) < 8 or len(data) < int.from_bytes(size, "little"):
-        raise EOFError
-    return data
+def _windows(shard: Shard, folder: Path) -> Iterator[np.ndarray]:
+    """The windows of a shard, at most `CHUNK` of them at a time: [n, context + 1]."""
+    dtype, left = np.dtype(shard.dtype), shard.windows
+    held, n_held = [np.empty(0, dtype)], 0
+    for part in itertools.chain(_tokens(shard.spans, folder, dtype), [None]):
+        if part is None:  # what a held-out split's last window lacks
+            part = np.full(max(left * shard.context + 1 - n_held, 0), shard.fill, dtype)
+        elif n_held + len(part) <= CHUNK * shard.context:
+            held.append(part)
+            n_held += len(part)
+            continue
+        stream = np.concatenate([*held, part])
+        n = min((len(stream) - 1) // shard.context, left)
+        if n > 0:
+            views = np.lib.stride_tricks.sliding_window_view(stream, shard.context + 1)[:: shard.context]
+            yield from (views[i : min(i + CHUNK, n)] for i in range(0, n, CHUNK))
+        left -= n
+        held = [stream[n * shard.context :].copy()]
+        n_held = len(held[0])
 
 
-@dataclasses.dataclass
-class Packer:
-    """Cuts one split's stream into windows."""
-
-    context: int
-    dtype: np.dtype
-    """Of the ids."""
-    tokens: int = 0
-    """Length of the stream so far."""
-    windows: int = 0
-
-    def __post_init__(self) -> None:
-        self._rest = np.empty(0, self.dtype)
-
-    def add(self, ids: np.ndarray) -> np.ndarray:
-        """Appends `ids` [n] to the stream; the windows this completes, [m, context + 1]."""
-        self.tokens += len(ids)
-        stream = np.concatenate([self._rest, ids])
-        n = max(len(stream) - 1, 0) // self.context
-        self._rest = stream[n * self.context :]
-        self.windows += n
-        if n == 0:
-            return np.empty((0, self.context + 1), self.dtype)
-        views = np.lib.stride_tricks.sliding_window_view(stream, self.context + 1)
-        return views[:: self.context][:n]
-
-    @property
-    def rest(self) -> int:
-        """Tokens at the stream's end that no window predicts yet."""
-        return max(len(self._rest) - 1, 0)
-
-    def last(self, fill: int) -> np.ndarray:
-        """The window of what is left, filled up with `fill`: [1 or 0, context + 1]."""
-        if self.rest == 0:
-            return np.empty((0, self.context + 1), self.dtype)
-        window = np.full((1, self.context + 1), fill, self.dtype)
-        window[0, : len(self._rest)] = self._rest
-        self.windows += 1
-        return window
+def _tokens(spans: Spans, folder: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tokens of spans, in order, some at a time; one file is open at a time."""
+    for name, places in spans:
+        with (folder / name).open("rb") as file:
+            for first, n in places:
+                file.seek(first * dtype.itemsize)
+                for start in range(0, n, READ):
+                    found = np.fromfile(file, dtype, min(READ, n - start))
+                    if len(found) < min(READ, n - start):
+                        raise OSError(f"{folder / name} is shorter than it was written")
+                    yield found
 
 
-class WindowWriter:
-    """Writes windows of several splits into one folder that TFDS reads."""
+def write_records(path: Path, windows: Iterator[np.ndarray]) -> int:
+    """Writes windows [n, context + 1], which come some at a time, into one file; the bytes of its records."""
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    def __init__(self, folder: Path, context: int, splits: list[str], dtype: np.dtype) -> None:
-        """dtype: of the ids, as the folder records it."""
-        import tensorflow_datasets as tfds
+    size = 0
+    with _disk_errors():
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for some in windows:
+            for record in serialize(some):
+                writer.write(record)
+                size += len(record)
+        writer.close()
+    return size
 
-        identity = tfds.core.dataset_info.DatasetIdentity(
-            name=DATASET_NAME,
-            version=tfds.core.Version("1.0.0"),
-            data_dir=str(folder),
-            module_name=__name__,
+
+def serialize(windows: np.ndarray) -> list[bytes]:
+    """Each row of [n, context + 1] as TFDS serialises {"tokens": row}: tf.train.Example, an int64 list."""
+    rows, width = windows.shape
+    ids = np.ascontiguousarray(windows).reshape(-1).astype(np.uint64)
+    n_bytes = np.ones(len(ids), np.int64)  # of each id as a varint: 7 bits each, the lowest first
+    for shift in range(7, 64, 7):
+        more = ids >= np.uint64(1 << shift)
+        if not more.any():
+            break
+        n_bytes += more
+    ends = np.cumsum(n_bytes)
+    packed = np.empty(ends[-1] if len(ends) else 0, np.uint8)
+    starts = ends - n_bytes
+    for place in range(int(n_bytes.max(initial=0))):
+        has = n_bytes > place
+        bits = (ids[has] >> np.uint64(7 * place)) & np.uint64(127)
+        continues = (n_bytes[has] > place + 1).astype(np.uint8) << 7
+        packed[starts[has] + place] = bits.astype(np.uint8) | continues
+    data = packed.tobytes()
+    row_ends = ends[width - 1 :: width] if rows else []
+    records, start = [], 0
+    for end in row_ends:
+        values = _field(1, data[start:end])  # Int64List.value, packed
+        entry = _field(1, b"tokens") + _field(2, _field(3, values))  # key, Feature.int64_list
+        records.append(_field(1, _field(1, entry)))  # Example.features, Features.feature
+        start = end
+    return records
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer that has a length."""
+    size, length = len(content), bytearray()
+    while size >= 128:
+        length.append(size & 127 | 128)
+        size >>= 7
+    length.append(size)
+    return bytes([number << 3 | 2]) + length + content
+
+
+def describe(folder: Path, context: int, dtype: np.dtype, splits: dict[str, tuple[list[int], int]]) -> None:
+    """Writes TFDS's description of the shards in a folder.
+
+    splits: the number of windows of each shard, and the bytes of all records, by split.
+    """
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=DATASET_NAME,
+        version=tfds.core.Version("1.0.0"),
+        data_dir=str(folder),
+        module_name=__name__,
+    )
+    features = tfds.features.FeaturesDict(
+        {"tokens": tfds.features.Tensor(shape=(context + 1,), dtype=dtype.type)}
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+    info.set_file_format("array_record")
+    infos = []
+    for split, (lengths, size) in splits.items():
+        template = tfds.core.ShardedFileTemplate(
+            dataset_name=DATASET_NAME,
+            data_dir=folder,
+            split=split,
+            filetype_suffix="array_record",
+            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
         )
-        features = tfds.features.FeaturesDict(
-            {"tokens": tfds.features.Tensor(shape=(context + 1,), dtype=dtype.type)}
+        infos.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
         )
-        info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
-        self._writer = tfds.core.SequentialWriter(info, WINDOWS_PER_SHARD, file_format="array_record")
-        self._writer.initialize_splits(splits)
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(folder)
 
-    def write(self, split: str, windows: np.ndarray) -> None:
-        """Appends windows [n, context + 1] to a split."""
-        if len(windows):
-            with _disk_errors():
-                self._writer.add_examples({split: [{"tokens": window} for window in windows]})
 
-    def close(self) -> None:
-        with _disk_errors():
-            self._writer.close_all()
+def write_splits(folder: Path, context: int, splits: dict[str, np.ndarray]) -> None:
+    """Writes windows [n, context + 1] of each split that are in memory, with their description."""
+    described = {}
+    for split, windows in splits.items():
+        parts = [windows[i : i + WINDOWS_PER_SHARD] for i in range(0, len(windows), WINDOWS_PER_SHARD)]
+        sizes = [write_records(folder / shard_name(split, n), iter([part])) for n, part in enumerate(parts)]
+        described[split] = ([len(part) for part in parts], sum(sizes))
+    describe(folder, context, next(iter(splits.values())).dtype, described)
 
 
 @contextlib.contextmanager
@@ -214,8 +220,3 @@ def _disk_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from error
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _work(sys.argv[1], sys.stdin.buffer, sys.stdout.buffer)

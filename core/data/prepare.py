@@ -1,13 +1,16 @@
 """Text to training data, once; `python -m train_tpu.prepare` is the command.
 
-Every document becomes `<s>` tokens `</s>`; a split's documents joined are one stream, which is cut into
-windows of context + 1 tokens (`packing`) and written as ArrayRecord. Documents are read here, tokenised
-by worker processes and written here, in order: the result does not depend on the number of workers.
+1. Worker processes read the text and tokenise it, in pieces (`pieces`), which stay on the disk.
+2. This process goes over what is known of the pieces, in the order of the text: which document goes where,
+   and where reading ends (`splits`).
+3. The workers write the shards out of the pieces (`packing`).
+
+Everything is a function of the text and the options, and appears whole or not at all: what a preparation that
+was interrupted has made is used by the next one, whatever the number of workers, and the result is the same.
 """
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -17,16 +20,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from core import checks
 from core.data import dataset as ds
 from core.data.formats import Form
-from core.data.packing import Packer, WindowWriter, encode_batches
+from core.data.packing import DATA, Shard, describe, written
+from core.data.pieces import Dealer, Job, part_key, tokens_of
 from core.data.sources import open_sources
 from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, make_plan
+from core.data.workers import Workers
 from core.errors import UserError
 from core.file_tokenizer import keeps_text
 from core.folders import require_new
@@ -42,6 +46,12 @@ from core.tokenizer import (
     tokenizer_record,
 )
 
+SMALLEST_PIECE, LARGEST_PIECE = 1 << 20, 1 << 24
+"""Bytes of a piece's text: what a process loses that is killed, and what it holds in memory."""
+PIECES = 64  # at least, of what is to be read; none is smaller than that for it
+WORTH_KEEPING = 1 << 28
+"""Bytes of tokens from which on what an error ends is kept, to be resumed when its cause is gone."""
+
 
 def prepare(
     sources: list[str],
@@ -54,28 +64,35 @@ def prepare(
     field: str = "text",
     format: Form | None = None,
     workers: int | None = None,
+    template: str | None = None,
+    dedup: bool = False,
 ) -> Path:
     """Prepares `sources` into the new folder `out` and returns it.
 
     `train_tpu.prepare.PrepareConfig` describes the arguments.
-    Nothing called `out` exists before all of it is written. A `UserError` for input that cannot be used.
+    Nothing called `out` exists before all of it is written; what is interrupted is resumed by the next call.
+    A `UserError` for input that cannot be used.
     """
     checks.counts(context=context, workers=workers)
     checks.counts(most=2**63, train_tokens=train_tokens)
+    if out.is_dir() and not (_work(out) / DATA).exists():
+        shutil.rmtree(_work(out), ignore_errors=True)  # a run that was killed when all was done left it
     require_new(out)
     with Activity("looking at the text", console=Console()):
-        plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format)
+        plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format, template, dedup)
     loaded = load_tokenizer(tokenizer)
     n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    with Activity(f"preparing {out}", console=Console()), _partial_folder(out) as folder:
+    with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
         try:
-            loaded.carry(folder)
+            data = folder / DATA
+            data.mkdir(exist_ok=True)
+            loaded.carry(data)
             _write(folder, plan, loaded, context, n_workers)
             opened = ds.write_manifest(
-                folder,
+                data,
                 context,
                 tokenizer_record(loaded),
-                plan.counts(),
+                plan.counts(context),
                 plan.dropped,
                 plan.sources_read(),
                 train_tokens,
@@ -84,7 +101,7 @@ def prepare(
             raise UserError(
                 f"{out} could not be written ({error}): make room or choose another --out"
             ) from error
-        folder.rename(out)
+        data.rename(out)
     _print_summary(opened, plan, train_tokens)
     if not keeps_text(loaded):
         print(
@@ -166,57 +183,125 @@ def _prepared_by_one(out: Path) -> Iterator[None]:
         yield
 
 
-def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers: int) -> None:
+def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_workers: int) -> None:
     """Tokenises and writes all splits, and counts them in `plan`."""
-    names = list(plan.documents)
-    plan.packers = {name: Packer(context, tokenizer.dtype) for name in names}
-    writer = WindowWriter(folder, context, names, tokenizer.dtype)
-    name = tokenizer.named_for(folder / TOKENIZER_FILE)
-    encoded = encode_batches(plan.batches(), name, tokenizer.dtype, workers)
-    with Activity("tokenizing", 1.0) as progress, contextlib.closing(encoded):
-        for batch, ids, lengths in encoded:
-            n = plan.take(batch, lengths)
-            owners = np.repeat([names.index(split) for split in batch.splits[:n]], lengths[:n])
-            for owner in np.unique(owners):
-                split = names[owner]
-                writer.write(split, plan.packers[split].add(ids[: len(owners)][owners == owner]))
-            done, seconds = plan.done(), progress.work
-            thousands = sum(packer.tokens for packer in plan.packers.values()) / seconds / 1e3
-            megabytes = sum(plan.bytes.values()) / seconds / 1e6
-            text = f"{done:.0%}, {thousands:,.0f}k tokens/s, {megabytes:.1f} MB/s"
-            progress.advance(done - progress.done, text)
-            if plan.is_full:
-                break
-    for split, window in plan.finish(tokenizer.eos):
-        writer.write(split, window)
-    for split, packer in plan.packers.items():
-        if packer.windows == 0:
-            need = context + 1 if split == ds.TRAIN else 1
+    expected = min(plan.size, 4 * (plan.train_tokens or plan.size))
+    piece_bytes = max(SMALLEST_PIECE, min(expected // PIECES, LARGEST_PIECE))
+    record = identity(tokenizer_record(tokenizer))
+    job = Job(
+        folder,
+        tokenizer.named_for(folder / DATA / TOKENIZER_FILE),
+        plan.parts,
+        [part_key(part, record, piece_bytes) for part in plan.parts],
+        piece_bytes,
+    )
+    n_workers = min(n_workers, 1 + expected // (SMALLEST_PIECE // 4))  # more would find nothing to do
+    with Workers(n_workers, job) as workers:
+        _tokenize(job, plan, workers)
+        plan.finish(context)
+        _require_text(plan, context)
+        shards = plan.shards(
+            context, tokenizer.eos, tokenizer.dtype, lambda *piece: tokens_of(job.path(*piece)).name
+        )
+        sizes = _write_shards(folder, [shard for group in shards.values() for shard in group], workers)
+    names = {TOKENIZER_FILE, *sizes}
+    for file in (folder / DATA).iterdir():  # what was begun under other options, or half written
+        if file.name not in names:
+            file.unlink()
+    described = {
+        split: ([shard.windows for shard in group], sum(sizes[shard.name] for shard in group))
+        for split, group in shards.items()
+    }
+    describe(folder / DATA, context, tokenizer.dtype, described)
+
+
+def _require_text(plan: Plan, context: int) -> None:
+    """A UserError if a split has no window."""
+    left_out = [
+        (plan.dropped.get("rows_without_text", 0), "rows have no text in the field"),
+        (plan.dropped.get("duplicate_documents", 0), "documents are copies, which --dedup leaves out"),
+    ]
+    but = "".join(f"; {n:,} {what}" for n, what in left_out if n)
+    for split in plan.counts(context):
+        if split.windows == 0:
+            need = context + 1 if split.name == ds.TRAIN else 1
             raise UserError(
-                f"the split {split!r} is empty: its {plan.documents[split]} documents give "
-                f"{packer.tokens} tokens, and {need} are needed; give more text"
-                + (" or a shorter context" if split == ds.TRAIN else " or hold out a larger part of it")
+                f"the split {split.name!r} is empty: its {split.documents} documents give "
+                f"{split.tokens} tokens, and {need} are needed{but}; give more text"
+                + (" or a shorter context" if split.name == ds.TRAIN else " or hold out a larger part of it")
             )
-    writer.close()
+
+
+def _tokenize(job: Job, plan: Plan, workers: Workers) -> None:
+    """Makes the pieces, and has `plan` take them."""
+    dealer = Dealer(job, in_order=plan.train_tokens is not None)
+
+    def take() -> bool:
+        """Takes what comes next and is made; whether that is all that is needed."""
+        for piece in dealer.in_order():
+            plan.take(*piece)
+            if plan.is_full:
+                return True
+        return dealer.is_done
+
+    if take():
+        return
+    if before := sum(plan.tokens.values()):
+        print(f"resuming: {before:,} tokens ({plan.done():.0%}) were made before", flush=True)
+    begun, bytes_before = plan.done(), sum(plan.bytes.values())
+    results = workers.results(dealer.next_task)
+    with Activity("tokenizing", 1.0, done=begun) as progress, contextlib.closing(results):
+        for task, there_is in results:
+            dealer.made(task, there_is)
+            done = take()
+            seconds = progress.work
+            thousands = (sum(plan.tokens.values()) - before) / seconds / 1e3
+            megabytes = (sum(plan.bytes.values()) - bytes_before) / seconds / 1e6
+            text = f"{plan.done():.0%}, {thousands:,.0f}k tokens/s, {megabytes:.1f} MB/s"
+            progress.advance(plan.done() - progress.done, text)
+            if done:
+                break
+
+
+def _write_shards(folder: Path, shards: list[Shard], workers: Workers) -> dict[str, int]:
+    """Has those written that are not; the bytes of each one's records, by its name."""
+    sizes = {shard.name: size for shard in shards if (size := written(shard, folder)) is not None}
+    left = iter([shard for shard in shards if shard.name not in sizes])
+    with Activity("writing", len(shards), "shards", done=len(sizes)) as progress:
+        for shard, size in workers.results(lambda _: next(left, None)):
+            sizes[shard.name] = size
+            progress.advance()
+    return sizes
 
 
 @contextlib.contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
-    """A folder next to `out` to write into, removed on any failure. What a killed run left goes, too.
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A folder next to `out` to work in, as an interrupted run left it; removed at the end.
 
-    A run holds a lock on its own; the kernel lets it go however the run ends.
+    It stays where this run is interrupted, or where an error ends much work. A run holds a lock on it, which
+    the kernel lets go however the run ends.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        with _locked(stale):
-            shutil.rmtree(stale)
-    folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-    folder.mkdir()
-    try:
-        with _locked(folder):
+    folder = _work(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        keep = False
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            made = sum(file.stat().st_size for file in folder.glob("*.tokens"))
+            keep = made >= (1 if isinstance(error, KeyboardInterrupt) else WORTH_KEEPING)
+            if keep and isinstance(error, UserError):
+                raise UserError(
+                    f"{error} (what is done is kept in {folder}: the next run of this --out resumes there)"
+                ) from error
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _work(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.partial"
 
 
 @contextlib.contextmanager
@@ -241,8 +326,10 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
         counts = (f"{n:,}" for n in (split.documents, split.bytes, split.tokens))
         table.add_row(split.name, *counts, f"{split.bytes / split.tokens:.3f}", f"{split.windows:,}")
     Console().print(table)
+    without = dropped.get("rows_without_text", 0)
+    rows = f"{without:,} rows of which a field is missing or null, " if without else ""
     print(
-        f"left out: {dropped['empty_documents']:,} empty documents and the last "
+        f"left out: {rows}{dropped['empty_documents']:,} empty documents and the last "
         f"{dropped['train_tokens_at_end']:,} tokens of train, which do not fill a window"
     )
     if train_tokens is not None:
@@ -251,6 +338,8 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
             f"train was to reach {train_tokens:,} tokens: "
             + (f"read no further than {found:,}" if found >= train_tokens else f"all the text has {found:,}")
         )
+    if (n := dropped.get("duplicate_documents")) is not None:
+        print(f"left out: {n:,} documents that are exact copies of earlier ones (--dedup)")
     about = "" if plan.copies_are_exact else "about "
     if n := dropped["copied_documents"]:
         print(f"copies: {about}{n:,} documents are exact copies of earlier ones; they are kept")

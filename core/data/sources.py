@@ -8,12 +8,14 @@ file and the line; what is not read is said.
 import glob
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from core.data import corpus
 from core.data.data_files import choose, describe, listed, report, total_size, walk, without_compression
 from core.data.file_source import FileSource
 from core.data.formats import KNOWN, Form, format_of
 from core.data.hub_source import HubSource
+from core.data.rows import MISSING, RowText, find
 from core.data.source import Source
 from core.errors import UserError
 
@@ -24,18 +26,21 @@ def open_sources(
     form: Form | None = None,
     heldout: bool = False,
     say: Callable[[str], None] = print,
+    template: str | None = None,
 ) -> list[Source]:
     """The sources of `names` in the given order; folders and globs become their files, sorted.
 
     names: files, folders, globs, `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`.
-    field: the JSON field, Parquet column or TFDS feature that holds the text.
+    field: the JSON field, Parquet column or TFDS feature that holds the text (`core.data.rows`).
     form: what files hold, whatever their names say.
     heldout: whether they are to be held out, and not to be trained on (`data_files`).
     say: what tells the user which files are not read.
+    template: how the text is made of several fields, instead of `field`.
     """
+    rows = RowText(field, template)
     found: dict[str, Source] = {}
     for name in names:
-        for source in _open(name, field, form, heldout, say):
+        for source in _open(name, rows, form, heldout, say):
             first = found.setdefault(_what_it_is(source), source)
             if first is not source:
                 say(f"{source.name} is left out: {first.name}, which is the same or a copy of it, is read")
@@ -50,14 +55,14 @@ def _what_it_is(source: Source) -> str:
 
 
 def _open(
-    name: str, field: str, form: Form | None, heldout: bool, say: Callable[[str], None]
+    name: str, rows: RowText, form: Form | None, heldout: bool, say: Callable[[str], None]
 ) -> list[Source]:
     if name == "builtin":
         return [BuiltinSource()]
     if name.startswith("tfds:"):
-        return [TfdsSource(name, field)]
+        return [TfdsSource(name, rows)]
     if name.startswith("hf:"):
-        return [HubSource(name, field, form, heldout, say)]
+        return [HubSource(name, rows, form, heldout, say)]
     path = Path(name)
     if path.is_dir():
         found = _files_of(path, form, heldout, say)
@@ -72,7 +77,7 @@ def _open(
             raise UserError(f"there is no file, folder or glob {name!r}: give the path of your text")
         if "**" not in name and (n_others := len(matches) - len(found)):
             say(f"{name}: left out {n_others:,} that are not files (** in a glob searches folders too)")
-    return [FileSource(file, field, form) for file in found]
+    return [FileSource(file, rows, form) for file in found]
 
 
 def _files_of(folder: Path, form: Form | None, heldout: bool, say: Callable[[str], None]) -> list[Path]:
@@ -110,6 +115,7 @@ class BuiltinSource(Source):
     """The built-in corpus: docstrings of the installed Python packages."""
 
     name = "builtin"
+    one_reader = True
 
     def __init__(self) -> None:
         self.size = corpus.n_files()
@@ -124,10 +130,10 @@ class BuiltinSource(Source):
 class TfdsSource(Source):
     """The train split of a dataset of the TFDS catalogue, or of TFDS's data folder."""
 
-    def __init__(self, name: str, field: str) -> None:
+    def __init__(self, name: str, rows: RowText) -> None:
         import tensorflow_datasets as tfds
 
-        self.name, self._field = name, field
+        self.name, self._rows = name, rows
         dataset = name.removeprefix("tfds:")
         try:
             builder = tfds.builder(dataset, file_format="array_record")
@@ -142,26 +148,41 @@ class TfdsSource(Source):
             raise _needs_tensorflow(name, error) from error
         except Exception as error:  # the network's, the disk's, the dataset's own
             raise UserError(f"{name} could not be loaded through TFDS: {error}") from error
-        if field not in builder.info.features:
+        known = builder.info.features
+        if lacking := [field for field in rows.names if _feature(known, field) is MISSING]:
             raise UserError(
-                f"{name} has no feature {field!r} (its features: {', '.join(builder.info.features)}): "
+                f"{name} has no feature {lacking[0]!r} (its features: {', '.join(builder.info.features)}): "
                 "name the right one with --field"
             )
         self._version = str(builder.info.full_name)
         self.size = len(self._records)
 
     def identity(self) -> str:
-        return f"tfds {self._version} {self._field} {self.size}"
+        return f"tfds {self._version} {self._rows.identity} {self.size}"
+
+    def __reduce__(self):
+        return TfdsSource, (self.name, self._rows)
 
     def documents(self) -> Iterator[tuple[str, int]]:
         for index in range(self.size):
-            text = self._records[index][self._field]
-            if not isinstance(text, bytes | str):
-                raise UserError(
-                    f"{self.name} has no text in the feature {self._field!r}: name one with --field"
-                )
-            # What is not UTF-8 becomes lone surrogates, which whoever reads this replaces and counts.
-            yield text if isinstance(text, str) else text.decode("utf-8", "surrogateescape"), index + 1
+            row = self._records[index]
+            texts = {name: self._text(find(row, name), name) for name in self._rows.names}
+            yield self._rows.join(texts), index + 1
+
+    def _text(self, value: object, name: str) -> str:
+        if not isinstance(value, bytes | str):
+            raise UserError(f"{self.name} has no text in the feature {name!r}: name one with --field")
+        # What is not UTF-8 becomes lone surrogates, which whoever reads this replaces and counts.
+        return value if isinstance(value, str) else value.decode("utf-8", "surrogateescape")
+
+
+def _feature(features: Any, name: str) -> Any:
+    """A feature, or one within others, by its name; `MISSING` if there is none."""
+
+    def plain(value: Any) -> Any:
+        return {key: plain(inner) for key, inner in value.items()} if hasattr(value, "items") else value
+
+    return find(plain(features), name)
 
 
 def _needs_tensorflow(name: str, error: Exception) -> UserError:

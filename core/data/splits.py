@@ -1,21 +1,19 @@
 """Which document of which source goes into which split, and where reading ends."""
 
-import dataclasses
-import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from core import checks
 from core.data import dataset as ds
-from core.data.copies import Copies
-from core.data.file_source import cut_point
+from core.data import packing
+from core.data.copies import Copies, Seen
 from core.data.formats import Form
-from core.data.packing import Packer
+from core.data.packing import Shard, Spans, shard_name
+from core.data.pieces import Part, Piece
 from core.data.source import Source
 from core.data.sources import open_sources
-from core.data.text import repair
 from core.errors import UserError
 
 VALID = "valid"
@@ -24,28 +22,14 @@ VALID_FRACTION = 0.01
 FEW_DOCUMENTS = 1000
 VALID_FRACTION_OF_FEW = 0.05
 
-BATCH_BYTES = 1 << 20  # of text, for one call of a worker: long enough to hide the call, short in memory
-
-
-@dataclasses.dataclass
-class DocumentBatch:
-    """Neighbouring documents in the order in which they are read; a list has an entry for each."""
-
-    splits: list[str]
-    bytes: list[int]
-    """Length of the text in UTF-8."""
-    seen: list[tuple[int, int, int, int]]
-    """Empty documents, repaired documents and training sources met until then, this one's included; and the
-    position in all sources after it."""
-    hashes: list[int | None]
-    """64 bits of the hash of the whole document; None for the first of two parts that one was cut into."""
+PathOf = Callable[[int, int], str]  # (part, number) of a piece -> the file of its tokens
 
 
 class Plan:
     """Which document goes into which split, where reading ends, and what was counted on the way.
 
-    Documents are read some batches ahead of the tokens that say where reading ends. So what a document adds
-    to the counts is kept in its batch until it is known to be taken: the result depends on the text alone.
+    It takes pieces in the order of the text and holds nothing but sums, a hash for each document, and where
+    the tokens of each split are: so the result depends on the text alone, whoever made the pieces and when.
     """
 
     def __init__(
@@ -55,87 +39,132 @@ class Plan:
         fraction: float,
         few: bool,
         train_tokens: int | None,
+        dedup: bool = False,
     ) -> None:
-        self.train, self.heldout, self.fraction, self.few = train, heldout, fraction, few
+        self.train, self.fraction, self.few = train, fraction, few
         self.train_tokens = train_tokens
-        self.size = sum(source.size for source in [*train, *(s for group in heldout.values() for s in group)])
+        cut = fraction if few and fraction > 0 else None
+        self.parts = [
+            Part(part, name, None)
+            for name, group in heldout.items()
+            for source in group
+            for part in source.parts()
+        ]
+        self._n_heldout_parts = len(self.parts)
+        self._source_of: list[int] = [0] * len(self.parts)  # its number among the training sources, from 1
+        for number, source in enumerate(train, 1):
+            parts = source.parts()
+            self.parts += [Part(part, ds.TRAIN, cut) for part in parts]
+            self._source_of += [number] * len(parts)
+        sizes = [part.source.size for part in self.parts]
+        self.size = sum(sizes)
+        self._before = np.cumsum([0, *sizes])  # size of what is before each part
+        self._position = 0  # of `size`, after what was taken
+
         names = [ds.TRAIN, *heldout] + ([VALID] if fraction > 0 else [])
         self.documents = dict.fromkeys(names, 0)
         self.bytes = dict.fromkeys(names, 0)
-        self.packers: dict[str, Packer] = {}
+        self.tokens = dict.fromkeys(names, 0)
+        self._spans: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._pieces: list[tuple[int, int]] = []  # that have tokens in them, by their numbers in the spans
         self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
+        self._without_text = 0
+        self._behind = np.zeros(
+            2, np.int64
+        )  # empty documents and rows without text behind the last one taken
         self._copies, self._heldout = Copies(), Copies()
         self._heldout_in_train = 0
-        self._met = (0, 0, 0, 0)  # as `DocumentBatch.seen`, of what is read
+        self._seen = Seen() if dedup else None
+        self._duplicates = 0
         self._sources_taken = 0
-        self._position = 0  # of `size`, after what was taken
 
-    def batches(self) -> Iterator[tuple[DocumentBatch, list[bytes]]]:
-        """Documents, about `BATCH_BYTES` of them together."""
-        batch, documents, size = DocumentBatch([], [], [], []), [], 0
-        for split, text, hashed in self._assigned():
-            batch.splits.append(split)
-            batch.hashes.append(hashed)
-            batch.bytes.append(len(text))
-            batch.seen.append(self._met)
-            documents.append(text)
-            size += len(text)
-            if size >= BATCH_BYTES:
-                yield batch, documents
-                batch, documents, size = DocumentBatch([], [], [], []), [], 0
-        if documents:
-            yield batch, documents
-
-    def take(self, batch: DocumentBatch, lengths: np.ndarray) -> int:
-        """How many documents of the next batch are used: all, unless reading ends within it; counts them.
-
-        lengths: their tokens.
-        """
-        train = np.array(batch.splits) == ds.TRAIN
-        n = len(lengths)
+    def take(self, part: int, number: int, piece: Piece) -> None:
+        """Takes the next piece of the text, or as much of it as reading goes."""
+        documents = piece.documents[:-1]
+        split = self.parts[part].split
+        trains = np.full(len(documents), split == ds.TRAIN)
+        if split == ds.TRAIN and not self.few:  # by the text alone, so copies are held out together
+            trains &= documents["hash"] / 2.0**64 >= self.fraction
+        kept = np.ones(len(documents), bool)
+        if self._seen is not None:
+            new = self._seen.add(documents["hash"])
+            kept = new if split == ds.TRAIN else kept
+        n = len(documents)
         if self.train_tokens is not None:
-            reached = self.packers[ds.TRAIN].tokens + np.cumsum(lengths * train) >= self.train_tokens
-            if reached.any():
-                n = int(reached.argmax()) + 1
-        for split, size in zip(batch.splits[:n], batch.bytes[:n], strict=True):
-            self.documents[split] += 1
-            self.bytes[split] += size
-        self._count(batch.seen[n - 1])
-        self._compare(batch, n)
-        return n
+            counted = documents["tokens"] * (trains & kept)
+            reached = self.tokens[ds.TRAIN] + np.cumsum(counted) >= self.train_tokens
+            n = int(reached.argmax()) + 1 if reached.any() else n
+        self._count(part, piece, n)
+        self._duplicates += int((~kept[:n]).sum())
+        self._compare(documents["hash"][:n][kept[:n]], split)
+        self._take_tokens(part, number, documents[:n], trains[:n], kept[:n])
 
-    def _compare(self, batch: DocumentBatch, n: int) -> None:
-        """Looks for copies among the batch's first `n` documents, and in what was taken before."""
-        hashes: dict[bool, list[int]] = {False: [], True: []}
-        for split, hashed in zip(batch.splits[:n], batch.hashes[:n], strict=True):
-            if hashed is not None:
-                hashes[split in self.heldout].append(hashed)
-        train, heldout = (np.array(hashes[held], np.uint64) for held in (False, True))
-        self._heldout.add(heldout)  # these are read first
-        self._heldout_in_train += self._heldout.among(train)
-        self._copies.add(train)
+    def _count(self, part: int, piece: Piece, n: int) -> None:
+        """Counts what was met until the piece's first `n` documents were read."""
+        met = [piece.documents[name] for name in ("empty", "without_text")]
+        if n:
+            before = self._behind + [values[:n].sum() for values in met]
+            self.dropped["empty_documents"] += int(before[0])
+            self._without_text += int(before[1])
+            self._behind = np.zeros(2, np.int64)
+            self._sources_taken = max(self._sources_taken, self._source_of[part])
+        self._behind = self._behind + [values[n:].sum() for values in met]
+        self.dropped["repaired_documents"] += int(piece.documents["repaired"][:n].sum())
+        self._position = int(self._before[part]) + piece.position
+
+    def _compare(self, hashes: np.ndarray, split: str) -> None:
+        """Looks for copies among the documents taken, and in what was taken before."""
+        if split != ds.TRAIN:  # these are read first
+            self._heldout.add(hashes)
+        else:
+            self._heldout_in_train += self._heldout.among(hashes)
+            self._copies.add(hashes)
+
+    def _take_tokens(
+        self, part: int, number: int, documents: np.ndarray, trains: np.ndarray, kept: np.ndarray
+    ) -> None:
+        ends = np.cumsum(documents["tokens"] + documents["end_tokens"])
+        middles = ends - documents["tokens"]
+        starts = middles - documents["end_tokens"]
+        split = self.parts[part].split
+        groups = [(split, middles, "", kept & trains if split == ds.TRAIN else kept)]
+        if split == ds.TRAIN and self.fraction > 0:
+            if self.few:
+                groups.append((VALID, starts, "end_", kept))
+            else:
+                groups.append((VALID, middles, "", kept & ~trains))
+        for name, first, kind, mask in groups:
+            sizes, lengths = documents[f"{kind}bytes"][mask], documents[f"{kind}tokens"][mask]
+            self.documents[name] += int((sizes > 0).sum())
+            self.bytes[name] += int(sizes.sum())
+            self.tokens[name] += int(lengths.sum())
+            self._spans[name].append(_joined(len(self._pieces), first[mask], lengths))
+        self._pieces.append((part, number))
 
     @property
     def is_full(self) -> bool:
         """Whether the train split has the tokens that were asked for."""
-        return self.train_tokens is not None and self.packers[ds.TRAIN].tokens >= self.train_tokens
+        return self.train_tokens is not None and self.tokens[ds.TRAIN] >= self.train_tokens
 
-    def finish(self, eos: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The last windows of the held-out splits, filled up with `eos`."""
-        if not self.is_full:
-            self._count(self._met)  # with the empty documents behind the last one
-        self.dropped["train_tokens_at_end"] = self.packers[ds.TRAIN].rest
+    def finish(self, context: int) -> None:
+        """Counts what is known when all is taken."""
+        if not self.is_full:  # with what is behind the last document
+            self.dropped["empty_documents"] += int(self._behind[0])
+            self._without_text += int(self._behind[1])
+            self._sources_taken = len(self.train)
+        self.dropped["train_tokens_at_end"] = max(self.tokens[ds.TRAIN] - 1, 0) % context
         # These are not dropped, but counted.
         self.dropped["copied_documents"] = self._copies.count()
         self.dropped["heldout_documents_in_train"] = self._heldout_in_train
-        for split, packer in self.packers.items():
-            if split != ds.TRAIN:
-                yield split, packer.last(fill=eos)
+        if self._without_text:
+            self.dropped["rows_without_text"] = self._without_text
+        if self._seen is not None:
+            self.dropped["duplicate_documents"] = self._duplicates
 
     def done(self) -> float:
-        """Roughly the fraction of the work that is done: of the tokens asked for, or of the text."""
+        """Roughly the fraction of the text that is taken: of the tokens asked for, or of all."""
         limit = self.train_tokens
-        asked = 0 if limit is None else self.packers[ds.TRAIN].tokens / max(limit, 1)
+        asked = 0 if limit is None else self.tokens[ds.TRAIN] / max(limit, 1)
         return min(1.0, max(asked, self._position / max(self.size, 1)))
 
     @property
@@ -147,54 +176,68 @@ class Plan:
         """Names of the training sources that were read; others lie behind the end."""
         return [source.name for source in self.train[: self._sources_taken]]
 
-    def _count(self, seen: tuple[int, int, int, int]) -> None:
-        empty, repaired, self._sources_taken, self._position = seen
-        self.dropped |= {"empty_documents": empty, "repaired_documents": repaired}
+    def windows(self, split: str, context: int) -> int:
+        """How many windows a split has; the last one of a held-out split is filled up."""
+        predicted = max(self.tokens[split] - 1, 0)
+        return predicted // context if split == ds.TRAIN else -(-predicted // context)
 
-    def _assigned(self) -> Iterator[tuple[str, bytes, int | None]]:
-        """(split, document or part of one, hash)."""
-        for name, group in self.heldout.items():
-            for text in self._clean(group):
-                document = text.encode()
-                yield name, document, hash64(document)
-        for text in self._clean(self.train, training=True):
-            document = text.encode()
-            hashed = hash64(document)
-            if self.few:
-                cut = int(len(text) * (1 - self.fraction))
-                cut = cut_point(text, cut, within=(len(text) - cut) // 4)
-                # The end goes first: where the document is the last one taken, both parts of it are.
-                # A copy is cut where this one is, so no end that is held out trains.
-                parts = [(VALID, text[cut:]), (ds.TRAIN, text[:cut])]
-                parts = [(split, part.encode()) for split, part in parts if part.strip()]
-                for split, part in parts[:-1]:
-                    yield split, part, None
-                yield *parts[-1], hashed
-            else:  # by the text alone, so copies are held out together
-                held = self.fraction > 0 and hashed / 2**64 < self.fraction
-                yield VALID if held else ds.TRAIN, document, hashed
-
-    def _clean(self, group: list[Source], training: bool = False) -> Iterator[str]:
-        empty, repaired, sources, before = self._met
-        for source in group:
-            sources += training
-            for text, position in source.documents():
-                if text.strip():
-                    whole = repair(text)
-                    repaired += whole != text
-                    self._met = empty, repaired, sources, before + position
-                    yield whole
-                else:
-                    empty += 1
-            before += source.size
-            self._met = empty, repaired, sources, before
-
-    def counts(self) -> list[ds.Split]:
+    def counts(self, context: int) -> list[ds.Split]:
         """What each split contains, of what was taken."""
         return [
-            ds.Split(name, self.documents[name], self.bytes[name], packer.tokens, packer.windows)
-            for name, packer in self.packers.items()
+            ds.Split(
+                name, self.documents[name], self.bytes[name], self.tokens[name], self.windows(name, context)
+            )
+            for name in self.documents
         ]
+
+    def shards(
+        self, context: int, fill: int, dtype: np.dtype, path: PathOf, first: dict[str, int] | None = None
+    ) -> dict[str, list[Shard]]:
+        """The shards of each split.
+
+        path: the file of tokens of a piece (part, number).
+        first: the number of a split's first shard, where that is not 0.
+        """
+        return {
+            split: self._shards(split, context, fill, dtype, path, (first or {}).get(split, 0))
+            for split in self.documents
+        }
+
+    def _shards(
+        self, split: str, context: int, fill: int, dtype: np.dtype, path: PathOf, first: int
+    ) -> list[Shard]:
+        spans = np.concatenate([*self._spans[split], np.empty((0, 3), np.int64)])
+        ends = np.cumsum(spans[:, 2])
+        n_windows, shards = self.windows(split, context), []
+        for start in range(0, n_windows, packing.WINDOWS_PER_SHARD):
+            n = min(packing.WINDOWS_PER_SHARD, n_windows - start)
+            low, high = start * context, (start + n) * context + 1  # tokens; the last window may lack some
+            i, j = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high) + 1
+            part = spans[i:j].copy()
+            begin = int(ends[i] - part[0, 2])
+            part[0, 1] += low - begin
+            part[0, 2] -= low - begin
+            part[-1, 2] -= max(int(part[:, 2].sum()) - (high - low), 0)
+            name = shard_name(split, first + len(shards))
+            shards.append(Shard(name, self._by_file(part, path), n, context, fill, dtype.name))
+        return shards
+
+    def _by_file(self, spans: np.ndarray, path: PathOf) -> Spans:
+        borders = np.flatnonzero(np.diff(spans[:, 0])) + 1
+        return [
+            (path(*self._pieces[group[0, 0]]), [tuple(place) for place in group[:, 1:].tolist()])
+            for group in np.split(spans, borders)
+        ]
+
+
+def _joined(piece: int, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[n, 3]: (piece, first token, tokens) of stretches in their order, joined where they meet."""
+    first, lengths = first[lengths > 0], lengths[lengths > 0]
+    begins = np.flatnonzero(np.append(True, first[1:] != (first + lengths)[:-1])) if len(first) else []
+    spans = np.empty((len(begins), 3), np.int64)
+    spans[:, 0], spans[:, 1] = piece, first[begins] if len(first) else []
+    spans[:, 2] = np.add.reduceat(lengths, begins) if len(first) else []
+    return spans
 
 
 def make_plan(
@@ -202,8 +245,10 @@ def make_plan(
     valid: dict[str, str],
     fraction: float | None,
     train_tokens: int | None,
-    field: str,
-    form: Form | None,
+    field: str = "text",
+    form: Form | None = None,
+    template: str | None = None,
+    dedup: bool = False,
 ) -> Plan:
     """The plan for sources as `PrepareConfig` names them, and what it says of the rest.
 
@@ -218,10 +263,13 @@ def make_plan(
             raise UserError(
                 f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
             )
-    heldout = {name: open_sources([path], field, form, heldout=True) for name, path in valid.items()}
+    heldout = {
+        name: open_sources([path], field, form, heldout=True, template=template)
+        for name, path in valid.items()
+    }
     held = {source.identity(): name for name, group in heldout.items() for source in group}
     train = []
-    for source in open_sources(sources, field, form):
+    for source in open_sources(sources, field, form, template=template):
         if source.identity() in held:
             print(f"{source.name} is held out as {held[source.identity()]}, so it does not train")
         else:
@@ -229,18 +277,13 @@ def make_plan(
     if not train:
         raise UserError("there is nothing to train on: every source is also held out by --valid")
     if valid:
-        return Plan(train, heldout, 0.0, False, train_tokens)
+        return Plan(train, heldout, 0.0, False, train_tokens, dedup)
     few = fraction != 0 and _fewer_than(FEW_DOCUMENTS, train)
     if fraction is None:
         fraction = VALID_FRACTION_OF_FEW if few else VALID_FRACTION
-    return Plan(train, heldout, fraction, few, train_tokens)
+    return Plan(train, heldout, fraction, few, train_tokens, dedup)
 
 
 def _fewer_than(n: int, sources: list[Source]) -> bool:
-    documents = (text for source in sources for text, _ in source.documents() if text.strip())
+    documents = (text for source in sources for text, _ in source.documents() if text and text.strip())
     return all(count < n for count, _ in enumerate(documents, start=1))
-
-
-def hash64(document: bytes) -> int:
-    """A number in [0, 2^64) that depends on the document's text alone."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.batch_file import read_prompts
+from core.data.pieces import cut_into_pieces
 from core.data.splits import make_plan
 from core.data.text import read_text
 from core.errors import UserError
@@ -17,8 +18,10 @@ LAMBADA = "lambada/lambada_test_openai.jsonl"
 
 
 def prepared(path: Path) -> list[str]:
-    plan = make_plan([str(path)], {}, 0.0, None, "text", None)
-    return [document.decode() for _, documents in plan.batches() for document in documents]
+    parts = make_plan([str(path)], {}, 0.0, None).parts
+    return [
+        d.decode() for part in parts for piece in cut_into_pieces(part.source, 50) for d in piece.documents
+    ]
 
 
 def evaluated(path: Path) -> list[str]:

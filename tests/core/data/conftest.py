@@ -5,42 +5,43 @@ import threading
 
 import pytest
 
-from core.data import packing
+from core.data import workers
 
-START = packing._start_worker
+START = workers.start_process
 
 
 class Worker:
-    """What `packing` uses of a tokenising process."""
+    """What `core.data.workers` uses of a process."""
 
-    def __init__(self, tokenizer: str) -> None:
+    def __init__(self) -> None:
         (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
         self.stdin, self.stdout = os.fdopen(write_in, "wb"), os.fdopen(read_out, "rb")
         self._ends = os.fdopen(read_in, "rb"), os.fdopen(write_out, "wb")
-        self._thread = threading.Thread(target=self._work, args=[tokenizer], daemon=True)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def _work(self, tokenizer: str) -> None:
+    def _work(self) -> None:
         source, sink = self._ends
         with source, sink:
-            packing._work(tokenizer, source, sink)
+            workers.work(source, sink)
 
     def kill(self) -> None:
         """Its input ends."""
         self.stdin.close()
 
-    def communicate(self) -> None:
-        """Waits for its end."""
+    def wait(self) -> int:
+        """For its end; its exit code."""
         self._thread.join()
         self.stdout.close()
+        return 1
 
 
 @pytest.fixture(autouse=True)
 def threads_as_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_start_worker", Worker)
+    monkeypatch.setattr(workers, "start_process", Worker)
 
 
 @pytest.fixture
 def real_workers(threads_as_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes, for what a thread does not prove."""
-    monkeypatch.setattr(packing, "_start_worker", START)
+    monkeypatch.setattr(workers, "start_process", START)

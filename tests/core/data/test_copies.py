@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from core.data.copies import Copies
+from core.data.copies import Copies, Seen
 
 
 def hashes(n: int, seed: int = 0) -> np.ndarray:
@@ -34,3 +34,17 @@ def test_beyond_the_limit_the_count_is_an_estimate(cuts):
     whole = Copies(limit=1000)
     whole.add(drawn)
     assert whole.count() == copies.count()
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 1, 2, 500], range(0, 1000, 7), range(1000)])
+def test_what_was_seen_is_known(cuts):
+    drawn = np.random.default_rng(3).choice(hashes(300), 1000)
+    before, expected = set(), []
+    for one in drawn.tolist():
+        expected.append(one not in before)
+        before.add(one)
+    seen = Seen()
+    found = np.concatenate([seen.add(part) for part in np.split(drawn, cuts)])
+    assert found.tolist() == expected
+    assert sum(map(len, seen._sorted)) == len(before)
+    assert len(seen._sorted) <= 9  # each at most half of the one before it: 300 are in at most log2(300) + 1

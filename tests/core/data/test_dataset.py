@@ -27,10 +27,7 @@ def make(folder: Path, tokens: np.ndarray, heldout: np.ndarray | None = None, pr
     """A dataset whose train windows are the rows of `tokens`."""
     folder.mkdir()
     splits = {"train": tokens} | ({} if heldout is None else {"held-out": heldout})
-    writer = packing.WindowWriter(folder, CONTEXT, list(splits), tokens.dtype)
-    for name, windows in splits.items():
-        writer.write(name, windows)
-    writer.close()
+    packing.write_splits(folder, CONTEXT, splits)
     counts = {"train": len(tokens) * CONTEXT + 1, "held-out": predicted + 1}
     listed = [Split(name, 0, 0, counts[name], len(windows)) for name, windows in splits.items()]
     return write_manifest(folder, CONTEXT, RECORD, listed, dropped={}, sources=[])

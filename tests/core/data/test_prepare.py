@@ -1,3 +1,5 @@
+import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -14,15 +16,17 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tokenizers
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from core.data import corpus, packing
+from core.data import corpus, packing, workers
 from core.data import prepare as module
 from core.data import splits as splits_module
 from core.data.dataset import open_dataset
 from core.data.file_source import FileSource
 from core.data.prepare import choose_tokenizer, open_or_prepare, prepare
 from core.errors import UserError
-from core.tokenizer import load_tokenizer
+from core.tokenizer import ByteTokenizer, id_dtype, load_tokenizer
+from tests.core.data.conftest import Worker
 from tests.core.test_tokenizer import bpe_file
 from train_tpu import prepare as command
 
@@ -105,27 +109,52 @@ def test_every_token_is_predicted_once_in_order(tmp_path, name):
     assert manifest["dropped"]["train_tokens_at_end"] == (dataset.splits["train"].tokens - 1) % CONTEXT
 
 
-@pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 2 * CONTEXT, 2 * CONTEXT + 1, 5])
-def test_packer_at_the_borders(length):
+@pytest.mark.parametrize("length", [CONTEXT + 1, 2 * CONTEXT, 2 * CONTEXT + 1, 7 * CONTEXT + 5])
+def test_windows_at_the_borders(tmp_path, monkeypatch, length):
+    """Out of a stream that lies in pieces of two files, between what belongs to other splits."""
+    monkeypatch.setattr(packing, "CHUNK", 2)
+    monkeypatch.setattr(packing, "READ", 20)
     rng = np.random.default_rng(length)
-    stream = rng.integers(0, 100, length).astype(np.uint16)
-    packer = packing.Packer(CONTEXT, stream.dtype)
-    cuts = np.sort(rng.integers(0, length + 1, 3))
-    windows = [packer.add(part) for part in np.split(stream, cuts)]
-    left = packer.rest
-    whole = np.concatenate([*windows, packer.last(fill=7)])
+    stream = rng.integers(0, 2**16, length).astype(np.uint16)
+    parts = np.split(stream, np.sort(rng.integers(0, length + 1, 5)))
+    spans = []
+    for name, group in (("a", parts[:3]), ("b", parts[3:])):
+        others = [rng.integers(0, 9, 3).astype(np.uint16) for _ in group]
+        np.concatenate([ids for pair in zip(others, group, strict=True) for ids in pair]).tofile(
+            tmp_path / name
+        )
+        ends = np.cumsum([3 + len(part) for part in group]).tolist()
+        spans.append((name, [(end - len(part), len(part)) for end, part in zip(ends, group, strict=True)]))
+    n = -(-(length - 1) // CONTEXT)
+    found = packing._windows(packing.Shard("x", spans, n, CONTEXT, 7, "uint16"), tmp_path)
+    whole = np.concatenate(list(found))
+    assert whole.shape == (n, CONTEXT + 1)
     predicted = whole[:, 1:].ravel()
     assert predicted[: length - 1].tolist() == stream[1:].tolist()
     assert (predicted[length - 1 :] == 7).all()
-    assert left == (length - 1) % CONTEXT
-    assert (packer.tokens, packer.windows) == (length, len(whole))
+    assert (whole[1:, 0] == whole[:-1, -1]).all() and whole[0, 0] == stream[0]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 128, 129, 2**16, 2**18])
+def test_records_are_those_of_tfds(vocabulary):
+    dtype = id_dtype(vocabulary)
+    drawn = np.random.default_rng(0).uniform(0, np.log(vocabulary), (20, CONTEXT + 1))
+    windows = np.exp(drawn).astype(dtype)  # as many short ids as long ones
+    windows[0] = vocabulary - 1
+    features = tfds.features.FeaturesDict(
+        {"tokens": tfds.features.Tensor(shape=(CONTEXT + 1,), dtype=dtype.type)}
+    )
+    serializer = ExampleSerializer(features.get_serialized_info())
+    rows = [features.encode_example({"tokens": window}) for window in windows]
+    assert packing.serialize(windows) == [serializer.serialize_example(row) for row in rows]
 
 
 def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch, real_workers):
-    monkeypatch.setattr(splits_module, "BATCH_BYTES", 500)  # so that there are many batches
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 500)  # so that there are many
     source = write_jsonl(tmp_path / "t.jsonl", documents(60))
     outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
     monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 20)
+    monkeypatch.setattr(workers, "start_process", Worker)  # a process would not know of the line above
     outs.append(prepare([source], tmp_path / "shards", "bytes", CONTEXT))
     one, three, shards = (open_dataset(out) for out in outs)
     assert one.fingerprint == three.fingerprint
@@ -169,10 +198,10 @@ def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkey
     sources = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(files)]
     held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
     manifests = []
-    for workers, size in ((3, 300), (1, 1 << 20)):
-        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
-        out = tmp_path / f"{workers}-{size}"
-        prepare(sources, out, "bytes", CONTEXT, valid=held, workers=workers, train_tokens=train_tokens)
+    for n_workers, size in ((3, 300), (1, 1 << 20)):
+        monkeypatch.setattr(module, "SMALLEST_PIECE", size)
+        out = tmp_path / f"{n_workers}-{size}"
+        prepare(sources, out, "bytes", CONTEXT, valid=held, workers=n_workers, train_tokens=train_tokens)
         manifests.append(json.loads((out / "dataset.json").read_text()))
     assert all(manifest == manifests[0] for manifest in manifests)
 
@@ -198,10 +227,10 @@ def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch)
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     read = up_to(texts, 15_000, held)
     assert 3 < len(held & set(read)) < len(held) - 20
-    for workers, size in ((3, 700), (1, 1 << 20)):
-        monkeypatch.setattr(splits_module, "BATCH_BYTES", size)
-        out = tmp_path / f"{workers}-{size}"
-        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=workers, train_tokens=15_000)
+    for n_workers, size in ((3, 700), (1, 1 << 20)):
+        monkeypatch.setattr(module, "SMALLEST_PIECE", size)
+        out = tmp_path / f"{n_workers}-{size}"
+        prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=n_workers, train_tokens=15_000)
         splits = open_dataset(out).splits
         assert splits["train"].tokens == len(expected_stream([t for t in read if t not in held]))
         stream = expected_stream([t for t in read if t in held])
@@ -290,6 +319,37 @@ def test_copies_are_counted_and_said(tmp_path, capsys):
     assert open_dataset(out).splits["train"].documents == 43  # none is left out
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_copies_are_left_out(tmp_path, monkeypatch, capsys, few):
+    """As if they had not been there, wherever pieces are cut; copies of what --valid holds out, too."""
+    monkeypatch.setattr(splits_module, "FEW_DOCUMENTS", 1000 if few else 0)
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 3_000)
+    texts = documents(100)
+    drawn = [texts[n] for n in np.random.default_rng(1).integers(0, 100, 300)]
+    whole, once = (
+        write_jsonl(tmp_path / "t.jsonl", drawn),
+        write_jsonl(tmp_path / "o.jsonl", list(dict.fromkeys(drawn))),
+    )
+    a = prepare([whole], tmp_path / "a", "bytes", CONTEXT, dedup=True, valid_fraction=0.1)
+    n = 300 - len(set(drawn))
+    assert f"left out: {n} documents that are exact copies of earlier ones" in capsys.readouterr().out
+    b = prepare([once], tmp_path / "b", "bytes", CONTEXT, valid_fraction=0.1)
+    assert open_dataset(a).fingerprint == open_dataset(b).fingerprint
+    assert json.loads((a / "dataset.json").read_text())["dropped"]["duplicate_documents"] == n
+    held = {"held": write_jsonl(tmp_path / "v.jsonl", texts[:10])}
+    c = open_dataset(prepare([whole], tmp_path / "c", "bytes", CONTEXT, valid=held, dedup=True))
+    assert c.splits["train"].documents == len(set(drawn) - set(texts[:10]))
+    assert c.splits["held"].documents == 10
+
+
+def test_nothing_left_but_copies_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", documents(5) * 2)
+    held = {"held": write_jsonl(tmp_path / "v.jsonl", documents(5))}
+    with pytest.raises(UserError, match=r"'train' is empty.*; 10 documents are copies, which --dedup leaves"):
+        prepare([source], tmp_path / "out", "bytes", CONTEXT, valid=held, dedup=True)
+    assert left_in(tmp_path) == ["t.jsonl", "v.jsonl"]
+
+
 def test_verify_names_the_damaged_file(tmp_path):
     out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(50))], tmp_path / "out", "bytes", CONTEXT)
     dataset = open_dataset(out)
@@ -372,33 +432,24 @@ def test_a_tokenizer_that_loses_text_is_refused_or_said(tmp_path, capsys):
 
 
 def test_what_a_worker_cannot_encode_is_one_sentence(tmp_path, monkeypatch):
-    code = (
-        "import sys\n"
-        "import core.data.packing as p; from core.errors import UserError; from core.tokenizer import *\n"
-        "def fail(self, text): raise UserError('cannot encode it')\n"
-        "ByteTokenizer.encode = fail; p._work('bytes', sys.stdin.buffer, sys.stdout.buffer)"
-    )
+    def fail(self, text):
+        raise UserError("cannot encode it")
 
-    def start(tokenizer):
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-        )
-
-    monkeypatch.setattr(packing, "_start_worker", start)
+    monkeypatch.setattr(ByteTokenizer, "encode", fail)
     source = write_jsonl(tmp_path / "t.jsonl", documents(50))
     with pytest.raises(UserError, match=r"^cannot encode it$"):
         prepare([source], tmp_path / "out", "bytes", CONTEXT, workers=1)
 
 
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, real_workers):
-    start = packing._start_worker
+    start = workers.start_process
 
-    def start_and_kill(tokenizer):
-        process = start(tokenizer)
+    def start_and_kill():
+        process = start()
         process.kill()
         return process
 
-    monkeypatch.setattr(packing, "_start_worker", start_and_kill)
+    monkeypatch.setattr(workers, "start_process", start_and_kill)
     (tmp_path / "made").mkdir()
     source = write_jsonl(tmp_path / "t.jsonl", documents(50))
     with pytest.raises(UserError, match=r"a tokenising process was killed \(SIGKILL\).*--workers N"):
@@ -530,40 +581,47 @@ def test_an_existing_folder_is_refused(tmp_path):
         prepare([source], tmp_path / "out", "bytes", CONTEXT)
 
 
-SLOW_COMMAND = """
-import time
-from core.errors import run_command
-from core.data import sources, splits
-from train_tpu import prepare
+SLOW_WORKER = """
+import sys, time
+from core.data import file_source, workers
 
-splits.BATCH_BYTES = 10_000
-
-documents = sources.FileSource.documents
+documents = file_source.FileSource.documents
 
 def slow_documents(self):
     for n, document in enumerate(documents(self)):
         time.sleep(600 if n == 90 else 0)
         yield document
 
-sources.FileSource.documents = slow_documents
+file_source.FileSource.documents = slow_documents
+workers.work(sys.stdin.buffer, sys.stdout.buffer)
+"""
+
+SLOW_COMMAND = f"""
+import subprocess, sys
+from core.errors import run_command
+from core.data import prepare as module, workers
+from train_tpu import prepare
+
+module.SMALLEST_PIECE = 10_000
+code = {SLOW_WORKER!r}
+pipe = subprocess.PIPE
+workers.start_process = lambda: subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
 run_command(prepare.main)
 """
 
 
 @pytest.fixture
 def slow_run(tmp_path):
-    """The command in a real process, in the middle of writing: its source hangs after 1 MB."""
+    """The command in a real process, in the middle of its work: its source hangs after 1 MB."""
     write_jsonl(tmp_path / "slow.jsonl", ["some words " * 1000] * 100)
     write_jsonl(tmp_path / "t.jsonl", documents(80))
     (tmp_path / "made").mkdir()
-    arguments = ["--out", str(tmp_path / "made/out"), "--tokenizer", "bytes", "--workers", "2"]
-    arguments += ["--valid", f"held={tmp_path / 't.jsonl'}", str(tmp_path / "slow.jsonl")]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_COMMAND, *arguments],
+        [sys.executable, "-c", SLOW_COMMAND, *slow_arguments(tmp_path), "--workers", "2"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "made").glob(".out.partial-*/windows-train*")):
+    while len(list((tmp_path / "made").glob(".out.partial/*.npz"))) < 20:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     yield process
@@ -571,12 +629,65 @@ def slow_run(tmp_path):
     process.communicate()
 
 
-def test_interrupted_leaves_nothing(slow_run, tmp_path):
+def slow_arguments(folder: Path, out: str = "made/out") -> list[str]:
+    held, source = folder / "t.jsonl", folder / "slow.jsonl"
+    return ["--out", str(folder / out), "--tokenizer", "bytes", "--valid", f"held={held}", str(source)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_interrupted_is_resumed(slow_run, tmp_path, monkeypatch, capsys):
     slow_run.send_signal(signal.SIGINT)
     _, errors = slow_run.communicate(timeout=30)
     assert slow_run.returncode == 130
-    assert "interrupted" in errors and "Traceback" not in errors
-    assert left_in(tmp_path / "made") == []
+    assert "interrupted: " in errors and "the same command resumes" in errors and "Traceback" not in errors
+    assert left_in(tmp_path / "made") == [".out.partial"]
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 10_000)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "made/.out.partial").glob("*.npz")}
+    for out in ("made/out", "whole"):
+        command.main(slow_arguments(tmp_path, out))
+    assert "resuming: " in capsys.readouterr().out and len(before) >= 20
+    assert contents(tmp_path / "made/out") == contents(tmp_path / "whole")
+    assert left_in(tmp_path / "made") == ["out"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("options", [{"train_tokens": 20_000}, {"valid_fraction": 0.2, "dedup": True}])
+def test_ended_at_every_step_it_makes_the_same(tmp_path, monkeypatch, options):
+    """Whatever is written appears by being renamed. Ended after the first of these, the next run after its
+    second, the next after its third, and again, in whichever process that is."""
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 10_000)
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 300)
+    source = write_jsonl(tmp_path / "t.jsonl", documents(200) + documents(20))
+    prepare([source], tmp_path / "whole", "bytes", CONTEXT, **options)
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # what is killed cleans up nothing
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    n_ends, n_renamed = 0, 0
+    for name in ("replace", "rename"):
+        whole = getattr(Path, name)
+
+        def ending(self, target, whole=whole):
+            nonlocal n_renamed
+            whole(self, target)
+            n_renamed += 1
+            if n_renamed == 1 + n_ends % 3:
+                raise Killed
+
+        monkeypatch.setattr(Path, name, ending)
+    out = tmp_path / "out"
+    while not out.exists():
+        n_renamed = 0
+        with contextlib.suppress(Killed, RuntimeError):
+            prepare([source], out, "bytes", CONTEXT, **options, workers=1 + n_ends % 2)
+        n_ends += 1
+        assert n_ends < 100
+    assert n_ends > 8
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def children_of(pid: int) -> list[int]:
@@ -586,28 +697,28 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in listed.stdout.split()]
 
 
-def is_running(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return state.stdout.strip()[:1] not in ("", "Z")
-
-
 def test_killed_leaves_nothing_that_looks_finished(slow_run, tmp_path):
-    workers = children_of(slow_run.pid)
+    started = children_of(slow_run.pid)
     slow_run.kill()
     slow_run.communicate()
     made = tmp_path / "made"
-    assert not (made / "out").exists()
-    (partial,) = made.iterdir()
-    assert partial.name.startswith(".out.partial-")
-    with pytest.raises(UserError, match="not a prepared dataset"):
-        open_dataset(partial)
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert workers and not any(map(is_running, workers))
-    # The next run of the same --out takes its place.
+    assert left_in(made) == [".out.partial"]
+    for folder in (made / ".out.partial", made / ".out.partial/data"):
+        with pytest.raises(UserError, match="not a prepared dataset"):
+            open_dataset(folder)
+    for process in started:
+        os.kill(process, signal.SIGKILL)  # its source hangs; it would end with its parent otherwise
+    # The next run of the same --out, of whatever text, takes its place.
     prepare([str(tmp_path / "t.jsonl")], made / "out", "bytes", CONTEXT)
+    prepare([str(tmp_path / "t.jsonl")], tmp_path / "whole", "bytes", CONTEXT)
     assert left_in(made) == ["out"]
+    assert contents(made / "out") == contents(tmp_path / "whole")
+
+
+def test_processes_end_with_their_parent(real_workers):
+    process = workers.start_process()
+    process.stdin.close()
+    assert process.wait(20) == 0
 
 
 def test_two_runs_of_one_out(slow_run, tmp_path):
@@ -615,6 +726,49 @@ def test_two_runs_of_one_out(slow_run, tmp_path):
         prepare([str(tmp_path / "t.jsonl")], tmp_path / "made/out", "bytes", CONTEXT)
     assert slow_run.poll() is None
     assert len(left_in(tmp_path / "made")) == 1
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_makes_the_same(tmp_path):
+    """The whole group of processes, at random moments."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        texts = documents(3000, seed=ord(name)) + documents(300)
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
+    code = (
+        "from core.data import prepare as module; module.SMALLEST_PIECE = 50_000\n"
+        "from core.errors import run_command; from train_tpu.prepare import main; run_command(main)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "*.gz"),
+        "--tokenizer",
+        "mistral",
+        "--context",
+        "64",
+    ]
+    command += ["--dedup", "--workers", "2", "--out"]
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)
+    whole_time = time.monotonic() - started
+    n_kills, made = 0, tmp_path / "made"
+    made.mkdir()
+    while not (made / "out").exists():
+        process = subprocess.Popen([*command, str(made / "out")], cwd=ROOT, start_new_session=True)
+        try:  # of the time that one that is not killed takes, most goes into starting
+            process.wait(whole_time * rng.uniform(0.1, 1.0) if n_kills < 20 else 600)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            n_kills += 1
+        process.wait()
+        if (made / "out").exists() and n_kills < 20:  # it was ended too late: once more
+            assert contents(made / "out") == contents(tmp_path / "whole")
+            shutil.rmtree(made / "out")
+    assert n_kills == 20
+    assert contents(made / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.data import splits
-from core.data.packing import Packer
+from core.data.pieces import Piece, cut_into_pieces, encode
 from core.data.splits import Plan, make_plan
+from core.tokenizer import load_tokenizer
 
 TEXTS = st.one_of(
     st.sampled_from(["", " \n", "one document", "another one.\n\nIts end."]),
@@ -36,29 +37,34 @@ def write(path: Path, texts: list[str], form: str) -> None:
 SUFFIXES = {"parquet": ".parquet", "array": ".json", "lines": ".NDJSON", "packed": ".jsonl.gz"}
 
 
-def take_all(plan: Plan) -> list[tuple[str, str]]:
-    """(split, text) of all that the plan gives; a document has as many tokens as bytes here."""
-    plan.packers = {name: Packer(8, np.dtype(np.uint16)) for name in plan.documents}
-    taken = []
-    for batch, documents in plan.batches():
-        assert plan.take(batch, np.array([len(d) for d in documents])) == len(documents)
-        taken += zip(batch.splits, (d.decode() for d in documents), strict=True)
-    for _ in plan.finish(eos=0):
-        pass
+def take_all(plan: Plan, piece_bytes: int) -> dict[str, list[str]]:
+    """The documents of each split that the plan gives."""
+    tokenizer, ids = load_tokenizer("bytes"), {}
+    for part, place in enumerate(plan.parts):
+        for number, texts in enumerate(cut_into_pieces(place.source, piece_bytes)):
+            ids[part, number], documents = encode(texts, place.cut, tokenizer)
+            plan.take(part, number, Piece(documents, texts.position, texts.is_last))
+    plan.finish(context=8)
+    taken = {}
+    for split, spans in plan._spans.items():
+        stream = [ids[plan._pieces[piece]][at : at + n] for piece, at, n in np.concatenate(spans).tolist()]
+        joined = np.concatenate([np.empty(0, np.uint16), *stream]).tolist()
+        documents = bytes(i if i < 256 else 255 for i in joined).split(b"\xff")  # which is in no UTF-8
+        taken[split] = [document.decode() for document in documents if document]
     return taken
 
 
-def test_what_is_read_ahead_is_not_done(tmp_path, monkeypatch):
+def test_what_is_read_ahead_is_not_done(tmp_path):
     """Documents of the same length: the part that is done is that of the documents taken."""
     write(tmp_path / "a.jsonl", ["the same text"] * 10, "lines")
-    monkeypatch.setattr(splits, "BATCH_BYTES", 1)
-    plan = make_plan([str(tmp_path)], {}, 0, None, "text", None)
-    plan.packers = {name: Packer(8, np.dtype(np.uint16)) for name in plan.documents}
+    plan = make_plan([str(tmp_path)], {}, 0, None)
+    pieces = list(cut_into_pieces(plan.parts[0].source, 1))
     done = []
-    for batch, documents in list(plan.batches()):
+    for number, texts in enumerate(pieces):
         done.append(plan.done())
-        plan.take(batch, np.array([len(d) for d in documents]))
-    assert [*done, plan.done()] == pytest.approx([i / 10 for i in range(11)], abs=0.02)
+        _, documents = encode(texts, None, load_tokenizer("bytes"))
+        plan.take(0, number, Piece(documents, texts.position, texts.is_last))
+    assert done == pytest.approx([i / 10 for i in range(11)], abs=0.02)
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,10 +78,9 @@ def test_what_is_counted_is_all_there_was(tmp_path_factory, data):
         write(folder / f"{number}{SUFFIXES[form]}", texts, form)
     few = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "BATCH_BYTES", data.draw(st.integers(1, 60)))
         patch.setattr(splits, "FEW_DOCUMENTS", 1000 if few else 0)
-        plan = make_plan([str(folder)], {}, 0.3, None, "text", None)
-        taken = take_all(plan)
+        plan = make_plan([str(folder)], {}, 0.3, None)
+        taken = take_all(plan, data.draw(st.integers(1, 60)))
 
     everything = [text for texts in files for text in texts]
     whole = [text for text in everything if text.strip()]
@@ -83,11 +88,11 @@ def test_what_is_counted_is_all_there_was(tmp_path_factory, data):
     assert plan.dropped["empty_documents"] == len(everything) - len(whole)
     assert plan.dropped["repaired_documents"] == sum(a != b for a, b in zip(whole, repaired, strict=True))
     assert plan.dropped["copied_documents"] == len(repaired) - len(set(repaired))
-    assert sum(plan.bytes.values()) == sum(len(text.encode()) for _, text in taken)
-    if few:  # cut in two, the end first; a part that is blank is left out
-        kept = [len(word) for _, text in taken for word in text.split()]
+    assert plan.bytes == {split: sum(len(t.encode()) for t in texts) for split, texts in taken.items()}
+    if few:  # cut in two; a part that is blank is left out
+        kept = [len(word) for texts in taken.values() for text in texts for word in text.split()]
         assert sum(kept) == sum(len(word) for text in repaired for word in text.split())
     else:
-        assert [text for _, text in taken] == repaired
-        by_split = {split: {t for s, t in taken if s == split} for split in ("train", "valid")}
-        assert not by_split["train"] & by_split["valid"]  # copies fall together
+        held = set(taken["valid"])
+        assert taken["valid"] == [text for text in repaired if text in held]
+        assert taken["train"] == [text for text in repaired if text not in held]  # copies fall together
