@@ -16,6 +16,7 @@ from core import checks, cli
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import pinned
+from core.lora import LoraConfig
 from core.run.folder import require_folder
 from core.run.help import TRAINING_OPTIONS
 from port_torch.training.rows import read_rows
@@ -38,10 +39,7 @@ class FinetuneConfig(TrainerConfig):
     """The run folder. The model is written into its folder `model`."""
     validation: float = 0.05
     """Fraction of the rows held out for validation; 0 for none."""
-    lora_rank: int | None = None
-    """Train LoRA adapters of this rank instead of all weights; 8 to 64 are common."""
-    lora_alpha: float | None = None
-    """The adapters' output is multiplied by this over the rank. Default: twice the rank."""
+    lora: LoraConfig = LoraConfig()
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
     epochs: float | None = None
@@ -58,11 +56,7 @@ class FinetuneConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.below_one(validation=self.validation)
-        checks.counts(lora_rank=self.lora_rank)
-        checks.positive(lora_alpha=self.lora_alpha)
-        if self.lora_alpha is not None and self.lora_rank is None:
-            raise UserError("--lora-alpha scales adapters: give --lora-rank with it")
-        if self.lora_rank is not None and self.optim.optimizer == "muon":
+        if self.lora.lora_rank is not None and self.optim.optimizer == "muon":
             raise UserError(
                 "--optimizer muon is for the layers' matrices, not for adapters: leave it or --lora-rank out"
             )

@@ -106,12 +106,13 @@ class Attention(nn.Module):
         """
         parts = (self.q, self.k, self.v)
         adapted = any(type(part) is not nn.Linear for part in parts)  # LoRA adds to what the maps give
-        weights, biases = tuple(part.weight for part in parts), tuple(part.bias for part in parts)
-        if rotation is not None and self.q_norm is None and not adapted:
-            return rotated_projections(x, weights, biases, *rotation, self.heads)
-        if adapted or stepwise:
+        fused = rotation is not None and self.q_norm is None
+        if adapted or (stepwise and not fused):
             q, k, v = (part(x).view(*x.shape[:2], -1, self.head_size) for part in parts)
         else:
+            weights, biases = tuple(part.weight for part in parts), tuple(part.bias for part in parts)
+            if fused:
+                return rotated_projections(x, weights, biases, *rotation, self.heads)
             bias = None if biases[0] is None else torch.cat(biases)
             packed = F.linear(x, torch.cat(weights), bias)
             q, k, v = packed.view(*x.shape[:2], -1, self.head_size).split(self.heads, dim=2)

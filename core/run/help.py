@@ -19,7 +19,7 @@ TRAINING_OPTIONS: Groups = {
         "context", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_mlp", "mlp", "positions", "tied",
         "dropout",
     ),
-    "LoRA": ("lora_rank", "lora_alpha"),
+    "LoRA": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
     "evaluation and samples": (
         "eval_every", "eval_tasks", "eval_data_dir", "sample_every", "prompts", "log_every", "profile",
     ),

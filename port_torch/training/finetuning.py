@@ -45,10 +45,8 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
     model, mine = decoder.config, ranks.rows(config.batch)
     divided = divide(file, tokenizer, model.context, config)
     trained = "all weights"
-    if config.lora_rank is not None:
-        trained = f"LoRA adapters of rank {config.lora_rank}"
-        alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        add_adapters(decoder, config.lora_rank, alpha, config.seed)
+    if config.lora.lora_rank is not None:
+        trained = add_adapters(decoder, config.lora, config.seed)
     n = len(divided.train.tokens)
     steps = config.steps
     if steps is None:

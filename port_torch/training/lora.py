@@ -1,38 +1,69 @@
-"""LoRA (Hu et al. 2021) with the `peft` library: every linear map of the layers gets two narrow matrices.
+"""LoRA (core/lora.py) in the mirror: linear maps of the layers get two narrow matrices each.
 
 The maps themselves, embeddings, norms and head stay as they are. An adapted map is another module than
-`nn.Linear`, whose output and not whose weight counts; port_torch.model.Attention knows that.
+`nn.Linear`, whose output and not whose weight counts; port_torch.model.Attention knows that. Its parameters
+have the names that `peft` gives them, but nothing here imports it: that takes longer than PyTorch itself.
+Dropout draws from PyTorch's generator, as the decoder's own does: `seed_dropout` of step.py makes every
+update's masks a function of its step.
 """
 
-import torch
-from torch import Tensor
+import math
 
-from core.errors import UserError
-from core.extras import install_command
-from core.leaves import LEAVES
+import torch
+from torch import Tensor, nn
+
+from core.lora import LoraConfig
 from port_torch.model import Decoder
 
-MAPS = [leaf.module.rpartition("/")[2] for leaf in LEAVES if leaf.is_layer_kernel]
 BASE, LORA = ".base_layer", ".lora_"  # in the names of an adapted map's parameters
+ADAPTER = "default"  # the adapter's name there
 
 
-def add_adapters(decoder: Decoder, rank: int, alpha: float, seed: int) -> None:
+class Adapted(nn.Module):
+    """W x + alpha / rank * B A dropout(x), W and its bias as they were."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig):
+        """A is drawn from PyTorch's generator, evenly from +-1 / sqrt(in), as peft does; B is zero."""
+        super().__init__()
+        self.base_layer = base
+        self.lora_dropout = nn.Dropout(config.dropout)
+        a = nn.Linear(base.in_features, config.rank, bias=False)
+        b = nn.Linear(config.rank, base.out_features, bias=False)
+        nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+        nn.init.zeros_(b.weight)
+        self.lora_A, self.lora_B = nn.ModuleDict({ADAPTER: a}), nn.ModuleDict({ADAPTER: b})
+        self.scale = config.alpha / config.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        return self.base_layer(x) + b(a(self.lora_dropout(x))) * self.scale
+
+    def delta(self) -> Tensor:
+        """What merging adds to W."""
+        return self.lora_B[ADAPTER].weight @ self.lora_A[ADAPTER].weight * self.scale
+
+
+def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> str:
     """Puts adapters into the decoder, which compute nothing yet, and leaves only them to be trained.
 
     Args:
-        rank: width of the two matrices.
-        alpha: what their product is multiplied by, divided by the rank.
-        seed: of the first matrix; the second is zero.
+        seed: of the first matrix of each; the second is zero.
+
+    Returns:
+        What is trained, in words.
 
     Raises:
-        UserError: `peft` is not installed.
+        UserError: the model lacks a map that the settings name.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError(f"LoRA needs peft: {install_command('torch')}") from None
+    targets = config.targets(decoder.config)
+    decoder.requires_grad_(False)
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=MAPS), decoder)
+    for name, module in list(decoder.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child in targets and isinstance(module, nn.Linear):
+            setattr(decoder.get_submodule(parent), child, Adapted(module, config))
+    dropout = f", dropout {config.dropout:g}" if config.dropout > 0 else ""
+    return f"LoRA adapters of rank {config.rank}{dropout}, at {', '.join(targets)}"
 
 
 @torch.no_grad()
@@ -42,7 +73,6 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
         name.replace(BASE, ""): p.detach() for name, p in decoder.named_parameters() if LORA not in name
     }
     for name, module in decoder.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            key = f"{name}.weight"
-            weights[key] = weights[key] + module.get_delta_weight("default")
+        if isinstance(module, Adapted):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.delta()
     return weights

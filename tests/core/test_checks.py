@@ -17,6 +17,7 @@ from core import checks
 from core.config import preset
 from core.errors import UserError
 from core.generate import GenerateConfig
+from core.lora import LoraConfig
 from core.run.schedule import OptimizerConfig
 from core.run.settings import ModelOverrides
 from core.sampling import Sampling
@@ -36,8 +37,8 @@ from train_tpu.step import GuardConfig
 X = Path("x")
 CONFIGS = [
     RunConfig(), ModelOverrides(), OptimizerConfig(), GuardConfig(), preset("mtlm1-tiny"), TrainConfig(),
-    MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X, lora_rank=8), GenerateConfig(X),
-    Sampling(),
+    MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X), LoraConfig(lora_rank=8),
+    GenerateConfig(X), Sampling(),
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),
     StepBenchConfig(), TrainBenchConfig(),

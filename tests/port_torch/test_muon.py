@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.checkpoint.steps import Keep, find_step
 from core.config import ModelConfig
 from core.errors import UserError
+from core.lora import LoraConfig
 from core.model import Params
 from port_torch.export import reader
 from port_torch.finetune import FinetuneConfig
@@ -155,4 +156,6 @@ def test_resumed_to_the_bit(tmp_path):
 
 def test_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match="--optimizer muon is for the layers' matrices, not for adapters"):
-        FinetuneConfig(init_from=tmp_path, data=tmp_path, out=tmp_path, lora_rank=8, optim=OPTIM)
+        FinetuneConfig(
+            init_from=tmp_path, data=tmp_path, out=tmp_path, lora=LoraConfig(lora_rank=8), optim=OPTIM
+        )
