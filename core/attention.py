@@ -168,9 +168,20 @@ def masked_attention(
     On a CPU its gradient takes half the time of `jax.nn.dot_product_attention`'s.
     """
     k, v = _for_all_heads(q, k, v)
+    return jnp.einsum("bhts,bshk->bthk", _weights(q, k, visible).astype(v.dtype), v)
+
+
+def _weights(q: Array, k: Array, visible: Array) -> Float[Array, "B H T S"]:
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)
+    return jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+
+
+def attention_entropy(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], visible: Bool[Array, "#B T S"]
+) -> Float[Array, " H"]:
+    """The entropy of each head's attention in nats, the mean over the T positions; as `masked_attention`."""
+    weights = _weights(q, _for_all_heads(q, k, k)[0], visible)
+    return jax.scipy.special.entr(weights).sum(-1).mean((0, 2))
 
 
 def _for_all_heads(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

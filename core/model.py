@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from core.attention import RESIDUALS, Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
 from core.ops import Kernels, Rotation, add_rms_norm, norms_run_on, rms_norm, rotate_both, split_heads
+from core.shapes import naming_shapes, require_shapes
 from core.sharding import (
     all_gather_weights,
     constrain_activations,
@@ -93,9 +94,9 @@ class ForwardContext:
 
 
 def scoped(name: str, part: Callable, *inputs: Any) -> Any:
-    """What a part of a module gives, computed under its name: profiles and replays show it."""
+    """What a part of a module gives, computed under its name: profiles, replays and errors show it."""
     with jax.named_scope(name):
-        return part(*inputs)
+        return naming_shapes(name, part, *inputs)
 
 
 class Linear(nnx.Module):
@@ -251,6 +252,10 @@ class Embedding(nnx.Module):
         return self.table[...][index]
 
 
+Look = Callable[[Block, Array, Array, ForwardContext], Any]
+"""Takes a layer, the residual stream [B, S, D] before and after it, and what the layer was handed down."""
+
+
 class Decoder(nnx.Module):
     """Embedding, `n_layers` blocks, final norm; the head is `head_table`, applied by the loss."""
 
@@ -271,28 +276,32 @@ class Decoder(nnx.Module):
         dropout_keys: Key[Array, " B"] | None,
         cache: KVCache | None,
         positions: Int[Array, "B S"] | None,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        look: Look | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
         c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         ctx = forward_context(c, compute, index, dropout_keys)
         x = scoped("embed", self.embed_tokens, tokens, ctx)
         # A kernel adds what a layer leaves in the pass of the next one's norm. Not where layers are
         # recomputed: both would have to be kept for each.
-        adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none"
+        adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none" and not look
 
         def layer(stream, inputs):
             block, number, cache = inputs
             block = all_gather_weights(block, compute.dtype, compute.mesh)
-            x, branch, cache = block(*stream, ctx.of_layer(number, cache))
+            ctx_of_layer = ctx.of_layer(number, cache)
+            x, branch, cache = block(*stream, ctx_of_layer)
             if not adds_late:
                 x, branch = constrain_activations(x + branch, compute.mesh), None
-            return (x, branch), cache
+            seen = look(block, stream[0], x, ctx_of_layer) if look else None
+            return (x, branch), (cache, seen)
 
         inputs = (self.layers, jnp.arange(c.n_layers), cache)
         layer = rematerialized(layer, compute)
         stream = (x, jnp.zeros_like(x) if adds_late else None)
-        stream, cache = jax.lax.scan(layer, stream, inputs, unroll=min(compute.unroll, c.n_layers))
-        return scoped("norm", self.norm.add, *stream, compute)[0], cache
+        scanned = jax.lax.scan(layer, stream, inputs, unroll=min(compute.unroll, c.n_layers))
+        stream, (cache, seen) = scanned
+        return scoped("norm", self.norm.add, *stream, compute)[0], cache, seen
 
     def embed_tokens(self, tokens: Int[Array, "B S"], ctx: ForwardContext) -> Float[Array, "B S D"]:
         """What goes into the first layer."""
@@ -365,7 +374,9 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """The tree of `init_params` as shapes and types, without the arrays; no device is touched."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    require_shapes(config, params)
+    return params
 
 
 @functools.lru_cache(maxsize=8)
@@ -374,9 +385,10 @@ def definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
 
 
-def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None):
+def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, look=None):
+    require_shapes(config, params)
     model = nnx.merge(definition(config), params)
-    return model(tokens, compute, dropout_keys, cache, positions)
+    return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, look)
 
 
 def forward(
@@ -393,6 +405,24 @@ def forward(
         dropout_keys: one key a sequence; None means no dropout.
     """
     return _run(config, params, tokens, compute, dropout_keys)[0]
+
+
+def forward_looked_at(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B S"], compute: Compute, look: Look
+) -> tuple[Float[Array, "B S D"], Any]:
+    """As `forward`, without dropout; and what `look` gives of every layer, on a first axis [L]."""
+    hidden, _, seen = _run(config, params, tokens, compute, look=look)
+    return hidden, seen
+
+
+def require_fit(config: ModelConfig) -> None:
+    """Traces the model once, without computing anything: for whoever edits this file.
+
+    Raises:
+        UserError: shapes do not fit; it names the module and its axes.
+    """
+    tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
+    jax.eval_shape(functools.partial(forward, config), abstract_params(config), tokens)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> KVCache:
@@ -414,7 +444,7 @@ def forward_cached(
     Entries of the cache beyond a row's position are invisible to it, so prompts of several lengths
     can be padded on the right and decoded on from their own ends.
     """
-    return _run(config, params, tokens, compute, cache=cache, positions=positions)
+    return _run(config, params, tokens, compute, cache=cache, positions=positions)[:2]
 
 
 def head_table(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

@@ -7,6 +7,7 @@ called.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,6 +201,12 @@ class Block(nn.Module):
         return x, self.dropout(self.mlp(normed))
 
 
+Stream = tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"] | None]
+"""The residual stream, and what a branch is still to add to it."""
+Look = Callable[[Block, Stream, Stream, tuple[Tensor, Tensor] | None], None]
+"""Takes a layer, the stream before and after it, and the angles of rotary positions."""
+
+
 class Decoder(nn.Module):
     """Embedding, `n_layers` blocks, final norm; `logits` applies the head, `loss` compares with targets."""
 
@@ -243,8 +250,9 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         documents: Int[Tensor, "B S"] | None = None,
         starts: Int[Tensor, " M"] | None = None,
-    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
-        """What the final norm is of: the residual stream, and what the last branch adds to it."""
+        look: Look | None = None,
+    ) -> Stream:
+        """What the final norm is of. look: is shown every layer."""
         if (positions is None) != (cache is None):
             raise ValueError("positions are those of a cache's rows: give both or neither")
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
@@ -261,7 +269,10 @@ class Decoder(nn.Module):
         rotation = self.rotary_angles(index) if self.config.positions == "rope" else None
         for number, layer in enumerate(self.layers):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
+            before = x, branch
             x, branch = layer(x, branch, rotation, of_layer, positions, visible, starts)
+            if look is not None:
+                look(layer, before, (x, branch), rotation)
         return x, branch
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:

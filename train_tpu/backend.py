@@ -125,7 +125,9 @@ def choose_step(
     if chunk is None:
         chunk = tpu_loss_chunk(model) if tpu else LOSS_CHUNK if kernels is None else KERNELS_LOSS_CHUNK
     options = tuple(compiler_options(config.preset, platform).items())
-    return StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk, options), attention
+    watches = config.watch_every > 0
+    step = StepConfig(model, config.optim, config.guard, compute, config.z_loss, chunk, options, watches)
+    return step, attention
 
 
 def tpu_loss_chunk(model: ModelConfig) -> int:

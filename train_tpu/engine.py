@@ -30,6 +30,7 @@ from train_tpu.profile import start_trace, stop_trace
 from train_tpu.recompilation import Compilation, Compilations, differences
 from train_tpu.step import Batch, Controls, StepConfig, TrainState, abstract_inputs, lower_for
 from train_tpu.step import Metrics as StepMetrics
+from train_tpu.watch import record_of
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether to stop or to save
 
@@ -81,20 +82,22 @@ class JaxEngine:
         self._forbid(self._unexpected)
         self.compilations.in_update = True
         try:
-            return self._dispatch(batch, lr, guard)
+            return self._dispatch(batch, step, lr, guard)
         finally:
             self.compilations.in_update = False
 
-    def _dispatch(self, batch: LoadedBatch, lr: float, guard: GuardConfig) -> StepMetrics:
+    def _dispatch(self, batch: LoadedBatch, step: int, lr: float, guard: GuardConfig) -> StepMetrics:
         config, whole = self._config, replicated(self._mesh)
+        watched = config.watch_every > 0 and step % config.watch_every == 0
         controls = Controls(
             lr=np.float32(lr),
             sigma=np.float32(guard.sigma),
             halt_after=np.int32(guard.halt_after),
             seed=np.uint32(config.seed),
+            watch=np.bool_(watched) if config.watch_every else None,
         )
         placed = place_batch(batch, config.batch, config.grad_accum_steps, self._mesh)
-        controls = Controls(*(place(value, whole) for value in controls))
+        controls = jax.tree.map(lambda value: place(value, whole), controls)
         try:
             self.state, metrics = self._run_step(placed, controls)
         except (TypeError, ValueError):  # before anything is computed or donated
@@ -102,7 +105,7 @@ class JaxEngine:
                 raise
             self._compile_again(found, self.state, placed, controls)
             self.state, metrics = self._run_step(placed, controls)
-        return metrics
+        return metrics if watched else metrics._replace(seen=None)
 
     def read(self, pending: StepMetrics) -> Metrics:
         """See `Engine`."""
@@ -116,7 +119,13 @@ class JaxEngine:
             streak=int(found.streak),
             skipped=int(found.skipped),
             leaf_norms=found.leaf_norms,
+            watched=found.seen and self._record(found),
         )
+
+    def _record(self, found: StepMetrics) -> dict[str, Any]:
+        """What was seen of a watched update, as it is logged."""
+        model, rows = self._config_of_step.model, self._config.batch // self._config.grad_accum_steps
+        return record_of(found.seen, found.leaf_norms, rows, model.context, model.d_model)
 
     def _run_step(self, batch: Batch, controls: Controls) -> tuple[TrainState, StepMetrics]:
         with jax.transfer_guard("disallow"):  # what the step takes lies on the devices already

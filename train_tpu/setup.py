@@ -25,7 +25,7 @@ from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.folders import CACHE
 from core.gpu_memory import require_free_memory
-from core.model import Params, compute_dtype
+from core.model import Params, compute_dtype, require_fit
 from core.progress import Activity, make_console
 from core.run.folder import read_config, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
@@ -92,6 +92,7 @@ def prepare_run(config: RunConfig) -> Setup:
     given = TRAINING_DEFAULTS[config.preset]
     tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
     model = model_config(config, tokenizer.vocab_size)
+    require_fit(model)
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
         require_room(prompts, model.context)

@@ -9,6 +9,7 @@ Shapes: A micro-batches, B rows of one, S positions, W the guard's window.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from core.config import ModelConfig
 from core.keys import Purpose, make_key
-from core.leaves import path_names
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
+from core.ops import Kernels
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from core.run.schedule import OptimizerConfig
 from core.sharding import (
@@ -36,6 +37,7 @@ from core.sharding import (
 )
 from core.tokenizer import id_dtype
 from train_tpu.optimizer import apply_gradients, make_optimizer
+from train_tpu.watch import Seen, leaf_squares, look
 
 
 class Guard(NamedTuple):
@@ -75,6 +77,8 @@ class Controls(NamedTuple):
     sigma: Float[Array, ""]
     halt_after: Int[Array, ""]
     seed: Integer[Array, ""]
+    watch: Bool[Array, ""] | None = None
+    """Whether this update is watched; None in a step that watches none."""
 
 
 class Metrics(NamedTuple):
@@ -91,6 +95,8 @@ class Metrics(NamedTuple):
     skipped: Int[Array, ""]
     leaf_norms: dict[str, Float[Array, "..."]]
     """Gradient norm of every leaf, of every layer where it has layers: who is to blame for a spike."""
+    seen: Seen | None = None
+    """Of a watched update; zeros at others, None in a step that watches none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +111,8 @@ class StepConfig:
     loss_chunk: int
     compiler_options: tuple[tuple[str, bool], ...] = ()
     """For XLA, by name."""
+    watches: bool = False
+    """Whether updates can be watched (train_tpu/watch.py)."""
 
 
 def init_state(config: StepConfig, params: Params) -> TrainState:
@@ -166,15 +174,34 @@ def train_step(
     else:
         loss, nll, gradients = _gradients(config, state.params, batch, n_targets, controls.seed)
 
-    leaf_norms, norm = _norms(gradients)
+    squares = leaf_squares(gradients)
+    norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
+    leaf_norms = {name: jnp.sqrt(s) for name, s in squares.items()}
     ok = _acceptable(state.guard, loss, norm, controls)
-    kept = apply_gradients(
-        config.optim, gradients, norm, state.params, state.opt_state, controls.lr, ok,
-        config.compute.dtype, mesh, config.compute.kernels,
-    )  # fmt: skip
+
+    def update(ok: Array, kernels: Kernels | None) -> tuple[Params, optax.OptState]:
+        return apply_gradients(
+            config.optim, gradients, norm, state.params, state.opt_state, controls.lr, ok,
+            config.compute.dtype, mesh, kernels,
+        )  # fmt: skip
+
+    def look_at() -> Seen:
+        tokens = batch.tokens[0, :, :-1].astype(jnp.int32)
+        return look(config.model, config.compute, state.params, update(ok, None)[0], tokens)
+
+    seen = None
+    if config.watches:
+        seen = jax.lax.cond(controls.watch, look_at, functools.partial(_zeros, look_at))
+        # Always true. The update then waits for the look at what it changes, which need not be copied.
+        ok &= seen.hidden[2] >= 0
+    kept = update(ok, config.compute.kernels)
     guard = _remember(state.guard, loss, norm, ok)
-    metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms)
+    metrics = Metrics(loss, nll, norm, ok, guard.streak, guard.skipped, leaf_norms, seen)
     return TrainState(*kept, guard), metrics
+
+
+def _zeros(function: Callable[[], Any]) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function))
 
 
 def _gradients(
@@ -213,17 +240,6 @@ def _gradients(
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add_micro, start, batch)[0]
-
-
-def _norms(gradients: Params) -> tuple[dict[str, Array], Array]:
-    """The norm of every leaf (of every layer of it) and of all together, from the same sums of squares."""
-    squares = {}
-    for path, g in jax.tree_util.tree_leaves_with_path(gradients):
-        names = path_names(path)
-        axes = tuple(range(1, g.ndim)) if names[0] == "layers" else None
-        squares["/".join(names)] = jnp.sum(jnp.square(g), axis=axes)
-    total = sum(jnp.sum(s) for s in squares.values())
-    return {name: jnp.sqrt(s) for name, s in squares.items()}, jnp.sqrt(total)
 
 
 def _acceptable(guard: Guard, loss: Array, norm: Array, controls: Controls) -> Bool[Array, ""]:
@@ -270,8 +286,11 @@ def abstract_inputs(
     config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh
 ) -> tuple[TrainState, Batch, Controls]:
     """Shapes, types and shardings of what the step takes."""
-    types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
-    controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in types))
+    types = Controls(
+        lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32,
+        watch=jnp.bool_ if config.watches else None,
+    )  # fmt: skip
+    controls = jax.tree.map(lambda t: jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)), types)
     batch = abstract_batch(rows, grad_accum_steps, config.model, mesh)
     return abstract_state(config, mesh), batch, controls
 

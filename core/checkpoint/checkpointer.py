@@ -49,6 +49,7 @@ from core.checkpoint.steps import (
 from core.errors import FULL, UserError
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
 from core.progress import Activity
+from core.shapes import named_axes
 from core.sharding import place
 from core.tokenizer import Tokenizer
 
@@ -306,9 +307,9 @@ def _check_tree(step_dir: Path, wanted: dict[str, Any], saved: dict[str, Any]) -
         path, (there, here) = next(iter(differing.items()))
         more = len(differing) - 1
         raise UserError(
-            f"{step_dir} has a different model or optimizer: {path} is {there} in the checkpoint and {here} "
-            f"here{f' ({more} more leaves differ)' * bool(more)}; use the configuration it was saved with "
-            f"(`config` in its {MANIFEST})"
+            f"{step_dir} has a different model or optimizer: {named_axes(path)} is {there} in the checkpoint "
+            f"and {here} here{f' ({more} more leaves differ)' * bool(more)}; use the configuration it was "
+            f"saved with (`config` in its {MANIFEST})"
         )
 
 

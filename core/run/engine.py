@@ -43,6 +43,8 @@ class Metrics(NamedTuple):
     """Updates not applied in the whole run."""
     leaf_norms: Mapping[str, Any]
     """Gradient norm of every leaf: a number, or one for each layer of it."""
+    watched: dict[str, Any] | None = None
+    """Of an update that --watch-every asks for: `core.run.watching.make_record`."""
 
 
 class Device(NamedTuple):

@@ -22,6 +22,7 @@ TRAINING_OPTIONS: Groups = {
     "LoRA": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
     "evaluation and samples": (
         "eval_every", "eval_tasks", "eval_data_dir", "sample_every", "prompts", "log_every", "profile",
+        "watch_every",
     ),
     "checkpoints": ("save_every", "save_minutes", "keep_last", "keep_every", "keep_steps"),
     "starting and resuming": ("init_from", "allow_change", "from_step", "fallback"),

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl (every update), TensorBoard, samples.txt.
+"""The log of a run: metrics.jsonl (every update), watch.jsonl (every watched one), TensorBoard, samples.txt.
 
 A log never stops a run: lines that cannot be read are set aside, once and with a notice, and a missing file
 is begun again.
@@ -18,7 +18,8 @@ END = "end"  # the event that a finished run logs last
 HALT = "halt"  # that of one which the guard ended
 SAMPLES = "samples.txt"
 LAST_LINES = 1 << 18  # bytes of a log that hold its newest updates
-DAMAGED = "metrics.damaged.jsonl"  # the lines of metrics.jsonl that could not be read
+WATCHED = "watch.jsonl"  # what core/run/watching.py has of some updates
+WATCH = "watch"  # the kind of its lines
 CARRIED = "before_growth"
 """Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
 READ = {
@@ -31,7 +32,7 @@ READ = {
 
 
 class RunLog:
-    """Appends to a run folder's metrics.jsonl, TensorBoard events and samples.txt.
+    """Appends to a run folder's metrics.jsonl, watch.jsonl, TensorBoard events and samples.txt.
 
     A line of metrics.jsonl is an object with "step" and "kind": "train" (one per update), "eval", "task",
     "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
@@ -41,7 +42,8 @@ class RunLog:
         """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
         self.folder = folder
         self.path = folder / METRICS
-        self.notice = _open_again(self.path, resume_step)
+        notices = (_open_again(self.path, resume_step), _open_again(folder / WATCHED, resume_step))
+        self.notice = "; ".join(notice for notice in notices if notice) or None
         """What is to be said of an earlier log that was damaged or is gone; None otherwise."""
         self._file = self.path.open("a", encoding="utf-8")
         self._board = Board(folder / "tensorboard", resume_step)
@@ -53,6 +55,11 @@ class RunLog:
         self._file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float | int)}
         self._board.scalars(step, {tag: value for tag, value in numbers.items() if math.isfinite(value)})
+
+    def watch(self, step: int, record: dict[str, Any]) -> None:
+        """A line of watch.jsonl, of `core.run.watching.make_record`."""
+        with (self.folder / WATCHED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": WATCH} | record) + "\n")
 
     def sample(self, step: int, texts: list[str]) -> None:
         """Logs samples; samples.txt is written again from all that metrics.jsonl holds."""
@@ -77,6 +84,8 @@ class NoLog:
     notice = None
 
     def write(self, step: int, kind: str, **values: Any) -> None: ...
+
+    def watch(self, step: int, record: dict[str, Any]) -> None: ...
 
     def sample(self, step: int, texts: list[str]) -> None: ...
 
@@ -106,7 +115,7 @@ def read_from(folder: Path, offset: int) -> list[dict[str, Any]]:
         return []
     with path.open("rb") as file:
         file.seek(offset if offset <= path.stat().st_size else 0)  # shorter: a resume has begun it again
-        return [row for _, row in _parse_lines(file.read()) if row]
+        return [row for _, row in parse_lines(file.read()) if row]
 
 
 def carry_log(source: Path, target: Path, step: int) -> None:
@@ -131,10 +140,11 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
     A last line without an end is what a killed process left: it is none.
     """
-    return _parse_lines(path.read_bytes() if path.is_file() else b"")
+    return parse_lines(path.read_bytes() if path.is_file() else b"")
 
 
-def _parse_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def parse_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """As `_read_lines`, of the content of a file."""
     for line in content.split(b"\n")[:-1]:
         try:
             row = json.loads(line.decode())
@@ -162,7 +172,7 @@ def _is_whole(row: Any) -> bool:
 def _open_again(path: Path, resume_step: int) -> str | None:
     """Drops the lines from `resume_step` on and sets damaged ones aside; returns what is to be said of it."""
     if not path.is_file():
-        if resume_step == 0:
+        if resume_step == 0 or path.name != METRICS:
             return None
         return f"{path} is missing: the loss curve begins at step {resume_step}; training is not affected"
     kept, damaged = [], []
@@ -171,15 +181,17 @@ def _open_again(path: Path, resume_step: int) -> str | None:
             damaged.append(line)
         elif row["step"] < resume_step or CARRIED in row:
             kept.append(line.decode())
+    aside = path.with_suffix(".damaged.jsonl")
     if damaged:
-        with path.with_name(DAMAGED).open("ab") as aside:
-            aside.writelines(damaged)
+        with aside.open("ab") as file:
+            file.writelines(damaged)
     write_atomically(path, "".join(kept))
     if not damaged:
         return None
+    picture = "the loss curve lacks" if path.name == METRICS else "train_tpu.inspect lacks"
     return (
-        f"{len(damaged)} lines of {path} cannot be read and were moved to {DAMAGED} next to it; the loss "
-        "curve lacks them, training is not affected"
+        f"{len(damaged)} lines of {path} cannot be read and were moved to {aside.name} next to it; {picture} "
+        "them, training is not affected"
     )
 
 

@@ -363,6 +363,8 @@ class Loop:
             lr=done.lr,
             tokens_per_second=round(rate),
         )
+        if metrics.watched:
+            self.log.watch(done.step, metrics.watched)
         if not metrics.applied:
             self._report_skip(done, metrics)
         bad = set(done.batch.records[done.batch.bad].tolist())

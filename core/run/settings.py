@@ -183,11 +183,15 @@ class PretrainingSource:
     """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
     leave_out: tuple[int, ...] = ()
     """Training records to leave out of the loss, by the numbers that the guard and train_tpu.replay give."""
+    watch_every: int = 0
+    """Measure every layer at each update whose number is a multiple of this (norms, activations, attention),
+    for train_tpu.inspect; 0: never."""
 
     def check_source(self) -> None:
         """Raises a UserError for a number out of range. Each command's settings call it once made."""
         for record in self.leave_out:
             checks.counts(0, leave_out=record)
+        checks.counts(0, watch_every=self.watch_every)
 
 
 # Overrides that a preset has the values of; the vocabulary is the tokenizer's.
@@ -198,7 +202,7 @@ FREE_SETTINGS = frozenset((
     "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
     "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
-    "recompile", "profile",
+    "recompile", "profile", "watch_every",
 ))  # fmt: skip
 # What older and grown records say where they do not say what it stood for.
 AUTOMATIC = {"dtype": "auto", "grad_accum_steps": None}

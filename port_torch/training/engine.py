@@ -22,13 +22,14 @@ from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.profile import Trace
 from port_torch.training.step import METRICS, TrainStep
+from port_torch.training.watch import Watch
 
 
 class Pending:
     """What an update reports, on its way to the host."""
 
-    def __init__(self, on_device: Tensor):
-        self._event = None
+    def __init__(self, on_device: Tensor, watched: bool):
+        self.watched, self._event = watched, None
         if on_device.is_cuda:
             # A plain copy would wait for whatever was queued behind it as well.
             self._host = torch.empty(on_device.shape, pin_memory=True)
@@ -57,10 +58,11 @@ class TorchEngine:
         tasks: Any,
         checkpoints: Path,
         keep: Keep,
+        watch: Watch | None = None,
     ):
         """grad_accum_steps: micro-batches of a rank; rows: of one of them.
 
-        tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
+        tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated. watch: looks at updates.
         """
         self.train_step, self._ranks = train_step, train_step.ranks
         self.alone = self._ranks.size == 1
@@ -68,7 +70,7 @@ class TorchEngine:
         self.heldout: Sequence[str] = [one.name for one in heldout]
         self._grad_accum_steps, self._rows, self._tasks = grad_accum_steps, rows, tasks
         self._sets = {one.name: one for one in heldout}
-        self._checkpoints, self._keep = checkpoints, keep
+        self._checkpoints, self._keep, self._watch = checkpoints, keep, watch
         self._flags = self._heard = NO_FLAGS  # this rank's, and those that any rank had set
 
     def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
@@ -84,14 +86,22 @@ class TorchEngine:
 
     def dispatch(self, batch: Batch, step: int, lr: float, guard: GuardConfig) -> Pending:
         """See `Engine`."""
-        self.train_step.guard.set_limits(guard)
-        return Pending(self.train_step.update(batch.rows, self._grad_accum_steps, step, lr, self._flags))
+        train_step, watch = self.train_step, self._watch
+        train_step.guard.set_limits(guard)
+        watched = watch is not None and step % watch.every == 0
+        if watched:
+            with train_step.autocast():
+                watch.before(train_step.place(batch.rows.part(slice(self._rows))).tokens[0])
+        reported = train_step.update(batch.rows, self._grad_accum_steps, step, lr, self._flags)
+        return Pending(watch.after(reported) if watched else reported, watched)
 
     def read(self, pending: Pending) -> Metrics:
         """See `Engine`."""
         values = pending.read()
         found = dict(zip(METRICS, values, strict=False))
         self._heard = Flags(*(found[name] > 0 for name in Flags._fields))
+        parameters, values = self.train_step.parameters, values[len(METRICS) :]
+        norms, seen = values[: len(parameters)], values[len(parameters) :]
         return Metrics(
             loss=found["loss"],
             nll=found["nll"],
@@ -99,7 +109,8 @@ class TorchEngine:
             applied=found["applied"] > 0,
             streak=int(found["streak"]),
             skipped=int(found["skipped"]),
-            leaf_norms=dict(zip(self.train_step.parameters, values[len(METRICS) :], strict=True)),
+            leaf_norms=dict(zip(parameters, norms, strict=True)),
+            watched=self._watch.record(seen, norms) if pending.watched else None,
         )
 
     def news(self) -> Sequence[News]:

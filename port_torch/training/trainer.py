@@ -30,6 +30,7 @@ from port_torch.training.result import FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.setup import Job, describe, is_compiled, load_kernels
 from port_torch.training.step import TrainStep
+from port_torch.training.watch import Watch
 
 
 def train(job: Job, ranks: Distributed) -> int:
@@ -58,6 +59,8 @@ def train(job: Job, ranks: Distributed) -> int:
             return EXIT_FINISHED
         job.require_profile(manifest.step)
         load_kernels(config, ranks)
+        every = getattr(config, "watch_every", 0)  # of runs that pretrain
+        watch = Watch(job.decoder, train_step.parameters, every) if every and ranks.first else None
         with Activity("trying out an update", console=console):
             grad_accum_steps = choose_grad_accum_steps(job, train_step, rows)
         if ranks.first:
@@ -68,7 +71,7 @@ def train(job: Job, ranks: Distributed) -> int:
         stack.callback(batches.close)
         folder, micro_batch = job.checkpoints, rows // grad_accum_steps
         engine = TorchEngine(
-            train_step, grad_accum_steps, micro_batch, job.heldout, tasks, folder, config.keep
+            train_step, grad_accum_steps, micro_batch, job.heldout, tasks, folder, config.keep, watch
         )
         code = run_loop(
             job,

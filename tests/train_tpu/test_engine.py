@@ -40,10 +40,12 @@ def engine() -> JaxEngine:
 
     def step(state, batch, controls):
         total = batch.tokens.sum() + controls.lr
-        return state + total, Metrics(total, total, total, total > 0, *controls[2:], {"leaf": total})
+        return state + total, Metrics(
+            total, total, total, total > 0, controls.halt_after, controls.seed, {"leaf": total}
+        )
 
     types = Controls(lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32)
-    controls = Controls(*(jax.ShapeDtypeStruct((), t, sharding=whole) for t in types))
+    controls = jax.tree.map(lambda t: jax.ShapeDtypeStruct((), t, sharding=whole), types)
     state = jax.device_put(np.float32(0), whole)
     abstract = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     small = ModelConfig(vocab_size=258, context=8, d_model=8, n_layers=1, n_heads=1, d_mlp=8)

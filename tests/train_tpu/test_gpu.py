@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from core.run.watching import read_watched
 from tests.train_tpu.processes import TINY, finish, losses, make_text, run, start_two, without
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,21 @@ def test_a_run_trains_with_cudnn_in_bfloat16(tmp_path):
     assert "cudnn: the fastest on a GPU" in out and "bfloat16" in out
     first, *_, last = losses(tmp_path / "run")
     assert last[1] < first[1]
+
+
+@pytest.mark.parametrize("module", ["train_tpu.run", "port_torch.train"])
+def test_watching_changes_no_update_and_compiles_nothing(module, tmp_path):
+    """To the bit. A step of JAX that watches is another program than one that does not, so both runs have
+    it: the flag alone differs. PyTorch's update is in both runs the recorded one."""
+    arguments = (*WIDE, "--optimizer", "adamw", "--data", make_text(tmp_path), "--deterministic")
+    more = ("--no-recompile",) if module == "train_tpu.run" else ()
+    for every in ("3", "1000"):
+        out = tmp_path / every
+        run(tmp_path, *arguments, *more, "--watch-every", every, "--out", out, module=module, environ=FIRST)
+    assert losses(tmp_path / "3") == losses(tmp_path / "1000")
+    assert read_watched(tmp_path / "3").steps.tolist() == [0, 3, 6, 9]
+    found = read_watched(tmp_path / "3")
+    assert all(np.isfinite(values).all() for values in (*found.of_rows.values(), *found.of_layers.values()))
 
 
 @pytest.fixture(scope="module")

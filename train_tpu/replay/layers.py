@@ -32,37 +32,15 @@ from core.model import (
 )
 from core.ops import rms_norm
 from core.progress import Activity
+from core.run.watching import Sizes
 from train_tpu.engine import own_copy
 from train_tpu.replay.compiled import Replayed
 from train_tpu.replay.operations import first_lost
 from train_tpu.setup import Setup
 from train_tpu.step import StepConfig
+from train_tpu.watch import measure
 
 TOKENS = 8192  # that go through a layer at once
-
-
-@dataclasses.dataclass
-class Sizes:
-    """How large the values of an array are, part by part of it."""
-
-    squares: float = 0.0
-    """Sum of the squares of those that are finite."""
-    largest: float = 0.0
-    """Absolute value, of those that are finite."""
-    bad: int = 0
-    """How many are not finite."""
-    n: int = 0
-
-    def add(self, found: Any, n: int) -> None:
-        """Takes what `measure` found of a part of `n` values."""
-        largest, mean, bad = (float(x) for x in found)
-        self.squares += largest**2 * mean * n  # in the host's float64, where it does not overflow
-        self.largest, self.bad, self.n = max(self.largest, largest), self.bad + int(bad), self.n + n
-
-    @property
-    def rms(self) -> float:
-        """Of the values that are finite."""
-        return (self.squares / max(1, self.n - self.bad)) ** 0.5
 
 
 @dataclasses.dataclass
@@ -103,16 +81,6 @@ class Passage:
     bad_parameters: list[tuple[str, int, int]]
     """Those that hold values that are not finite: their name, how many, and of how many."""
     wrong: Wrong | None
-
-
-def measure(x: jax.Array) -> jax.Array:
-    """Largest value, mean of the squares relative to it, and how many are not finite."""
-    finite = jnp.isfinite(x)
-    size = jnp.abs(jnp.where(finite, x, 0).astype(jnp.float32))
-    largest = size.max()
-    relative = size / jnp.where(largest > 0, largest, 1)
-    mean = jnp.square(relative).sum() / jnp.maximum(1, finite.sum())
-    return jnp.stack([largest, mean, (~finite).sum().astype(jnp.float32)])
 
 
 class Stage:

@@ -7,9 +7,10 @@ import numpy as np
 
 from core.data.dataset import Dataset
 from core.progress import make_console
+from core.run.watching import Sizes, growth
 from core.tokenizer import Tokenizer
 from train_tpu.replay.compiled import Replayed, compare, make_again, open_setup
-from train_tpu.replay.layers import Layer, Passage, Sizes, go_through
+from train_tpu.replay.layers import Layer, Passage, go_through
 from train_tpu.replay.recorded import Recorded
 
 WORST = 3  # records whose text is shown
@@ -55,14 +56,14 @@ def layer_table(passage: Passage) -> Iterator[str]:
 
 
 def _sizes(sizes: Sizes, before: Sizes | None) -> str:
-    growth = "" if before is None or math.isnan(ratio(sizes, before)) else f"{ratio(sizes, before):.2f}x"
+    grown = "" if before is None or math.isnan(ratio(sizes, before)) else f"{ratio(sizes, before):.2f}x"
     rms, largest = (f"{x:.3g}" if sizes.bad < sizes.n else "" for x in (sizes.rms, sizes.largest))
-    return f"{rms:>9} {largest:>9} {sizes.bad / sizes.n:>10.2%} {growth:>7}"
+    return f"{rms:>9} {largest:>9} {sizes.bad / sizes.n:>10.2%} {grown:>7}"
 
 
 def ratio(sizes: Sizes, before: Sizes) -> float:
     """How much larger the rms has become; NaN where one of them is that of no value."""
-    return sizes.rms / before.rms if before.rms and sizes.bad < sizes.n else math.nan
+    return growth(sizes.rms, before.rms) if sizes.bad < sizes.n else math.nan
 
 
 def verdict(passage: Passage) -> Iterator[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.run.curve import plot_curve
-from core.run.log import DAMAGED, METRICS, RunLog, read_log
+from core.run.log import METRICS, RunLog, read_log
 
 
 def write_steps(folder, steps, resume_step):
@@ -61,10 +61,10 @@ def test_a_damaged_line_is_set_aside_once_and_stops_nothing(tmp_path: Path, dama
         assert plot_curve(tmp_path).stat().st_size > 1000
 
     log = RunLog(tmp_path, 4)
-    assert "1 lines of" in log.notice and DAMAGED in log.notice
+    assert "1 lines of" in log.notice and "metrics.damaged.jsonl" in log.notice
     log.sample(4, ["text 4"])
     log.close()
-    assert (tmp_path / DAMAGED).read_bytes() == DAMAGES[damage]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == DAMAGES[damage]
     assert [row["step"] for row in read_log(tmp_path, "train")] == list(range(4))
     again = RunLog(tmp_path, 5)
     assert again.notice is None  # named once
