@@ -101,7 +101,7 @@ def test_a_healthy_run_has_no_symptoms():
     [
         ("weight", np.s_[3:, 4], np.inf, ("not finite", "layers/3")),
         ("not_finite", np.s_[4:, 6:], 0.5, ("not finite", "layers/5")),
-        ("update", np.s_[2:4, 0], 2.0, ("exploding update", "embed")),
+        ("update", np.s_[2:4, 0], 4.0, ("exploding update", "embed")),
         ("weight", np.s_[0, 2:4], 0.4, ("exploding update", "layers/1 to layers/2")),
         ("gradient", np.s_[-2:, 3], 1e-5, ("dead layer", "layers/2")),
         ("added", np.s_[-2:, 5], 1e-3, ("dead layer", "layers/5")),
