@@ -35,11 +35,12 @@ class FileTokenizer(Tokenizer):
     text spells `<s>` and the library makes `bos` of it nevertheless, its characters are encoded one by one.
     """
 
-    def __init__(self, path: Path, named: Named) -> None:
-        """named: the tokens for bos and eos, as `core.special_tokens` has them."""
+    def __init__(self, path: Path, named: Named, content: bytes | None = None) -> None:
+        """named: the tokens for bos and eos, as `core.special_tokens` has them; content: what the file is
+        going to hold, where it is not written yet."""
         import tokenizers
 
-        self.content = content = path.read_bytes()
+        self.content = content = path.read_bytes() if content is None else content
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)

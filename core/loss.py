@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from core.data.examples import IGNORE
 from core.ops import Kernels
 from core.sharding import BATCH_AXES, is_parallel, split_axes
-
-IGNORE = -1  # a target that does not count
 
 
 class LossSums(NamedTuple):

@@ -73,7 +73,7 @@ def model_card(
         f"A small language model {made} {tuning.what if tuning else UNTUNED} "
         "What it says may be wrong or offensive.",
         "## Use",
-        _usage(model, manifest.tokenizer, tuning.prompt if tuning else "This function returns"),
+        _usage(model, manifest, tuning.prompt if tuning else "This function returns"),
         *([tuning.format] if tuning else []),
         "## Model",
         _table(_model_rows(model)),
@@ -101,7 +101,7 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in scores.values() if all(isinstance(row.get(metric), float) for metric in METRICS)]
 
 
-def _usage(model: ModelConfig, tokenizer: dict[str, Any], prompt: str) -> str:
+def _usage(model: ModelConfig, manifest: Manifest, prompt: str) -> str:
     stock = stock_type(model)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
@@ -114,17 +114,26 @@ def _usage(model: ModelConfig, tokenizer: dict[str, Any], prompt: str) -> str:
     )
     # transformers 5 opens the tokenizer of every Qwen2 folder as Qwen2's own.
     opener = "PreTrainedTokenizerFast" if stock == "qwen2" else "AutoTokenizer"
+    encoded = f'tokenizer({json.dumps(prompt)}, return_tensors="pt")'
+    read = "; special tokens that a text spells are text"
+    if manifest.chat_template is not None:
+        said = f'[{{"role": "user", "content": {json.dumps(prompt)}}}]'
+        encoded = (
+            f"tokenizer.apply_chat_template(\n    {said}, add_generation_prompt=True, return_dict=True, "
+            'return_tensors="pt"\n)'
+        )
+        read = ""
     return f"""```python
 from transformers import AutoModelForCausalLM, {opener}
 
 tokenizer = {opener}.from_pretrained(FOLDER{trust})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
-inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")
+inputs = {encoded}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {why}
-The tokenizer puts {_opening(tokenizer)} before a text, as every document in training had it; special tokens
-that a text spells are text."""
+The tokenizer puts {_opening(manifest.tokenizer)} before a text, as every document in training had
+it{read}."""
 
 
 def _opening(tokenizer: dict[str, Any]) -> str:

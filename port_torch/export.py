@@ -101,7 +101,7 @@ def write_rest(
     if stock_type(model) is None:
         for name in CODE:
             shutil.copy(Path(hf.__file__).with_name(name), folder)
-    write_tokenizer(folder, tokenizer, model.context)
+    write_tokenizer(folder, tokenizer, model.context, manifest.chat_template)
     if stock_type(model) == "qwen2" and not opens_with_auto_tokenizer(folder, tokenizer):
         print(
             "note: transformers 5 opens the tokenizer of every Qwen2 folder as Qwen2's own, which gives "

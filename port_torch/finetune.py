@@ -1,6 +1,6 @@
 """`python -m port_torch.finetune FOLDER --data FILE.jsonl --out DIR`: a folder's model trained on rows.
 
-Rows are texts, or prompts with responses, of which only the responses are learned (training/rows.py); they
+Rows are texts, or prompts with responses, of which only the responses are learned (core/data/tuning_rows.py); they
 are packed without seeing each other (training/packing.py). All weights are trained, or LoRA adapters, which
 are merged into the result. What the command does is in training/finetuning.py, imported after the rows have
 been read.
@@ -13,13 +13,13 @@ from typing import Annotated
 import tyro
 
 from core import checks, cli
+from core.data.tuning_rows import CHAT, read_rows
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import pinned
 from core.lora import LoraConfig
 from core.run.folder import require_folder
 from core.run.help import TRAINING_OPTIONS
-from port_torch.training.rows import read_rows
 from port_torch.training.settings import MirrorOptimizerConfig, TrainerConfig
 
 OPTIONS = TRAINING_OPTIONS | {"options": ("data", "out", "epochs", "batch", "lr", "lora_rank")}
@@ -33,10 +33,16 @@ class FinetuneConfig(TrainerConfig):
     """The exported folder to start from, or a compatible Hugging Face Llama's; or hf:OWNER/NAME[@REVISION], a
     model on the Hugging Face Hub."""
     data: Path
-    """A JSONL file: rows {"text"}, {"prompt", "response"} or {"instruction", "input", "output"}; only
-    responses are learned. Dolly's `context` is an input; a response may be called `completion`."""
+    """A JSONL file: rows {"text"}, {"prompt", "response"}, {"instruction", "input", "output"} or
+    {"messages"}; only responses and the assistant's turns are learned. Dolly's `context` is an input; a
+    response may be called `completion`, messages `conversations` (ShareGPT's)."""
     out: Path
     """The run folder. The model is written into its folder `model`."""
+    chat: bool = False
+    """Make conversations of prompts and instructions, too: each the user's turn, its response the answer."""
+    template: str | None = None
+    """How conversations are written: chatml, plain (no new tokens) or the path of a Jinja file. Default: the
+    folder's own template, else chatml."""
     validation: float = 0.05
     """Fraction of the rows held out for validation; 0 for none."""
     lora: LoraConfig = LoraConfig()
@@ -67,7 +73,9 @@ def main() -> int:
     config = cli.parse(FinetuneConfig, prog="python -m port_torch.finetune", groups=OPTIONS)
     require_kind(config.init_from, "start", Kind.WEIGHTS)
     require_folder(config.out)
-    file = read_rows(config.data)
+    file = read_rows(config.data, config.chat)
+    if config.template is not None and file.form != CHAT:
+        raise UserError("--template is for conversations: give rows of messages, or --chat with it")
     config = dataclasses.replace(config, init_from=pinned(config.init_from))
     from port_torch.training.finetuning import run  # slow: PyTorch, which a malformed row does not wait for
 

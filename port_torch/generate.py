@@ -13,11 +13,11 @@ import tyro
 
 from core import checks, cli
 from core.batch_file import BatchFile, generation_settings, write_texts
+from core.data.tuning_rows import instruction
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import local
 from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room
-from port_torch.training.rows import instruction
 
 if TYPE_CHECKING:
     from port_torch.sampling import Writer

@@ -4,38 +4,35 @@ A tokenizer.json is all that both transformers 4.57 and 5 read alike. From a lon
 another tokenizer, neither of them right: leading spaces and byte fallback differ.
 """
 
-import importlib.resources
 import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 
 from core.file_tokenizer import FileTokenizer
-from core.mistral_tokenizer import MISTRAL_FILE, SPACE, MistralTokenizer
+from core.mistral_tokenizer import MistralTokenizer
 from core.tokenizer import ORIGINAL, Tokenizer
+from core.tokenizer_json import as_library, mistral_file
 from port_torch.folder_tokenizer import PROBE
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
-    """Writes the files of `tokenizer` for a model of that context.
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, context: int, chat_template: str | None = None
+) -> None:
+    """Writes the files of `tokenizer` for a model of that context, which may have learned to converse.
 
     What they give for a text is `<s>` (if there is one) and the ids of `tokenizer.encode`, also where the
     text itself has `<s>`, which stays text; nothing is cut or padded unless asked for. A tokenizer.json that
     gives this already is copied byte for byte.
     """
     if isinstance(tokenizer, MistralTokenizer):
-        model_file = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
-        (folder / "tokenizer.model").write_bytes(model_file)  # for llama.cpp
-        built = from_sentencepiece(model_file)
-    elif isinstance(tokenizer, FileTokenizer):
-        built = tokenizers.Tokenizer.from_buffer(tokenizer.content)
-    else:
-        built = of_bytes()
-    padding = built.padding
-    settled = built.truncation is None and padding is None
-    built.no_truncation()
-    built.no_padding()
+        (folder / "tokenizer.model").write_bytes(mistral_file())  # for llama.cpp
+    built = as_library(tokenizer)
+    padding, settled = None, True
+    if isinstance(tokenizer, FileTokenizer):
+        own = tokenizers.Tokenizer.from_buffer(tokenizer.content)
+        padding, settled = own.padding, own.padding is None and own.truncation is None
     opening = [] if tokenizer.bos is None else [tokenizer.bos]
     bos, eos = (built.id_to_token(opening[0]) if opening else None), built.id_to_token(tokenizer.eos)
     opened = built.encode("a").ids == [*opening, *built.encode("a", add_special_tokens=False).ids]
@@ -61,8 +58,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": chat_template is None,
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -99,47 +98,3 @@ def pad_token(built: tokenizers.Tokenizer, bos: str | None, eos: str, padding: d
     ]
     taken = (token for token in candidates if token and token != eos and built.token_to_id(token) is not None)
     return next(taken, eos)
-
-
-def from_sentencepiece(model_file: bytes) -> tokenizers.Tokenizer:
-    """A sentencepiece model of byte pairs with byte fallback, as it is in the `tokenizers` library.
-
-    Sentencepiece merges the adjacent pair whose union has the best score; here that becomes a list of pairs
-    in the order of their unions' scores. Mistral's pieces of spaces have one score and go by their ids.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_file)
-    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
-    merges = []
-    for number, piece in enumerate(model.pieces):
-        if piece.type == piece.NORMAL:
-            text = piece.piece
-            parts = [(text[:i], text[i:]) for i in range(1, len(text))]
-            merges += [(-piece.score, number, a, b) for a, b in parts if a in ids and b in ids]
-    pairs = [(a, b) for *_, a, b in sorted(merges)]
-    unk, *specials = (p.piece for p in model.pieces if p.type in (p.UNKNOWN, p.CONTROL))
-    built = tokenizers.Tokenizer(models.BPE(ids, pairs, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    built.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    built.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in (unk, *specials)])
-    return built
-
-
-def of_bytes() -> tokenizers.Tokenizer:
-    """core.tokenizer's `bytes`: byte pairs without a single merge, over the bytes' printable stand-ins."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_in = {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    ids = {stand_in[byte]: byte for byte in range(256)}
-    built = tokenizers.Tokenizer(models.BPE({**ids, "<s>": 256, "</s>": 257}, []))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    built.decoder = decoders.ByteLevel()
-    built.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<s>", "</s>")])
-    return built

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from core import cli
+from core.chat import folder_template
 from core.checkpoint.checkpointer import save_params
 from core.checkpoint.manifest import Manifest, code_version
 from core.config import training_flags
@@ -88,6 +89,7 @@ def choose_tokenizer(imported: Imported, name: str | None, source: Path) -> Toke
 
 def make_manifest(imported: Imported, tokenizer: dict[str, Any], name: str, source: Path) -> Manifest:
     """The checkpoint's manifest; what was ours before keeps its counters and its history."""
+    template = imported.tokenizer_folder and folder_template(imported.tokenizer_folder)
     entry = {"operation": "import", "format": name, "path": origin(source) or str(source.absolute())}
     if imported.manifest:
         return dataclasses.replace(
@@ -96,5 +98,5 @@ def make_manifest(imported: Imported, tokenizer: dict[str, Any], name: str, sour
         )  # fmt: skip
     return Manifest(
         kind="params", step=0, sequences=0, tokens=0, config={"model": dataclasses.asdict(imported.config)},
-        tokenizer=tokenizer, data=None, lineage=[entry],
+        tokenizer=tokenizer, data=None, lineage=[entry], chat_template=template,
     )  # fmt: skip

@@ -27,7 +27,7 @@ ADVICE = {
     MANIFEST: "copy the checkpoint again from its source, or resume from an older one with --fallback",
     EXPORT_MANIFEST: "copy the folder again from its source, or export it again",
 }
-OPTIONAL = {"health", "steering"}  # fields that older files lack
+OPTIONAL = {"health", "steering", "chat_template"}  # fields that older files lack
 LISTINGS = ("tree", "files")  # fields written with one line per entry
 
 Json = dict[str, Any]
@@ -65,6 +65,8 @@ class Manifest:
     steering: list[Json] | None = None
     """What was changed while the run trained, up to here (core/run/steering.py). None, and not in the file:
     nothing."""
+    chat_template: str | None = None
+    """How conversations are written (core/chat.py). None, and not in the file: the model knows none."""
     lineage: list[Json] = dataclasses.field(default_factory=list)
     """What these parameters were grown or imported from, oldest first."""
     code: Json = dataclasses.field(default_factory=lambda: code_version())

@@ -52,7 +52,7 @@ class TrainingRun:
         return Manifest(
             kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
             tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
-            **more,
+            chat_template=record.get("chat_template"), **more,
         )  # fmt: skip
 
     def find_start(self, group: Any, say: Callable[[str], None]) -> Path | None:

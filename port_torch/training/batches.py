@@ -11,7 +11,7 @@ from torch import Tensor
 from core.data.batches import Batch as Windows
 from core.data.batches import heldout_windows, train_batches
 from core.data.dataset import Dataset
-from core.loss import IGNORE
+from core.data.examples import IGNORE
 
 
 class Rows(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.loss import IGNORE
+from core.data.examples import IGNORE
 from core.progress import Activity
 from core.run.metrics import Score, make_score
 from port_torch.training.batches import HeldOut, Rows

@@ -4,19 +4,24 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from core.chat import ChatFormat, open_chat
 from core.data.batches import record_at
+from core.data.conversations import Conversation, Turn
+from core.data.examples import IGNORE, example_of_conversation, examples_of
+from core.data.tuning_rows import CHAT, Row, RowFile, instruction
 from core.errors import UserError
-from core.loss import IGNORE
 from core.run.folder import run_record
 from core.sampling import require_room
 from core.tokenizer import Tokenizer, identity, tokenizer_record
+from core.vocabulary import vocabulary_leaves, with_room, with_rows
+from port_torch.model import Decoder, decoder_of
 from port_torch.training.batches import HeldOut, Rows, empty_rows
 from port_torch.training.distributed import Distributed, open_distributed
-from port_torch.training.examples import examples_of
 from port_torch.training.lora import add_adapters
 from port_torch.training.packing import PADDING, pack, packed_batches
 from port_torch.training.pretrained import open_pretrained
-from port_torch.training.rows import Row, RowFile, instruction
 from port_torch.training.setup import Job, begin, require_deterministic_operations
 from port_torch.training.trainer import train
 from port_torch.training.tuned import tuning
@@ -41,9 +46,14 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
     """Model and data of a run."""
     config = begin(config, config.out, ranks)
     pretrained = open_pretrained(config.init_from, "finetune", config.tokenizer)
-    decoder, tokenizer = pretrained.decoder, pretrained.tokenizer
+    decoder, tokenizer, chat, about = pretrained.decoder, pretrained.tokenizer, None, []
+    if file.form == CHAT:
+        chat = open_chat(tokenizer, pretrained.chat_template, config.template, config.out)
+        decoder, about = make_room(decoder, tokenizer, chat.tokenizer, config)
+        about.append(("conversations", f"written by {chat.where}, an answer ends with {chat.stop_text}"))
+        tokenizer = chat.tokenizer
     model, mine = decoder.config, ranks.rows(config.batch)
-    divided = divide(file, tokenizer, model.context, config)
+    divided = divide(file, tokenizer, chat, model.context, config)
     trained = "all weights"
     if config.lora.lora_rank is not None:
         trained = add_adapters(decoder, config.lora, config.seed)
@@ -56,15 +66,20 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
     contents = [file.sha256, *identity(record), model.context, config.validation, config.seed]
     if file.has_context:  # runs from before it was read did not learn from the same rows
         contents.append("context")
+    if chat is not None:
+        contents.append(chat.template)
     fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     filled = float((divided.train.documents != PADDING).mean())
+    run = run_record(config, model, steps, record, fingerprint)
+    if chat is not None:
+        run["chat_template"] = chat.template
     return Job(
         config=config,
         out=config.out,
         defaults=type(config)(init_from=config.init_from, data=config.data, out=config.out),
         decoder=decoder.to(ranks.device),
         tokenizer=tokenizer,
-        record=run_record(config, model, steps, record, fingerprint),
+        record=run,
         lineage=pretrained.lineage,
         steps=steps,
         batches=lambda start: packed_batches(
@@ -72,16 +87,17 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         ),
         example=lambda n: empty_rows(n, model.context, packed=True),
         heldout=divided.heldout,
-        prompts=sample_prompts(config, file.form, divided.shown, tokenizer, model.context),
+        prompts=sample_prompts(config, file.form, divided.shown, tokenizer, chat, model.context),
         table=[
             ("started from", str(config.init_from)),
             ("trained", trained),
             ("data", f"{config.data}: {len(file.rows):,} rows of {file.form!r}, packed into {n:,} sequences, "
                      f"{filled:.0%} filled"),
-            ("left out", f"{divided.n_long:,} rows, which are longer than the context"),
+            ("left out", ", ".join(divided.left_out(file)) or "nothing"),
+            *about,
             ("fields not used", ", ".join(f"{name} ({k:,} rows)" for name, k in file.unused.items()) or "-"),
         ],
-        tuning=tuning(file.form, divided.shown[0].prompt),
+        tuning=tuning(file.form, divided.shown[0]),
     )  # fmt: skip
 
 
@@ -90,19 +106,32 @@ class Divided(NamedTuple):
 
     train: Rows
     heldout: list[HeldOut]
-    shown: list[Row]
+    shown: list[Row | Conversation]
     """Held-out rows (training ones where none are held out), for samples."""
     n_long: int
     """Rows that do not fit into the context and are left out."""
+    n_cut: int
+    """Turns of conversations that do not fit, at their ends."""
+
+    def left_out(self, file: RowFile) -> list[str]:
+        """What of the file is not learned, in words."""
+        counts = {
+            "rows, which are longer than the context": self.n_long,
+            "turns at the ends of conversations, which do not fit into the context": self.n_cut,
+            "turns that nobody answers": file.unanswered,
+        }
+        return [f"{n:,} {what}" for what, n in counts.items() if n]
 
 
-def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneConfig") -> Divided:
+def divide(
+    file: RowFile, tokenizer: Tokenizer, chat: ChatFormat | None, context: int, config: "FinetuneConfig"
+) -> Divided:
     """Holds out the share of the rows that is asked for, drawn by the seed, and packs both parts.
 
     Raises:
         UserError: no row is left to train on or to score.
     """
-    n, n_long = len(file.rows), 0
+    n, n_long, n_cut = len(file.rows), 0, 0
     n_valid = max(1, round(config.validation * n)) if config.validation and n > 1 else 0
     drawn = {record_at(i, n, config.seed) for i in range(n_valid)}
     packed, n_bytes, shown = {}, 0, []
@@ -111,7 +140,12 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneC
         for number, row in enumerate(file.rows):
             if (number in drawn) is not held:
                 continue
-            of_row = examples_of(row, tokenizer, context)
+            if isinstance(row, Conversation):
+                fitted = example_of_conversation(row, chat, context)
+                of_row = [] if fitted.example is None else [fitted.example]
+                n_cut += fitted.n_cut if of_row else 0
+            else:
+                of_row = examples_of(row, tokenizer, context)
             n_long += not of_row
             examples += of_row
             if of_row and held is bool(drawn):
@@ -129,7 +163,7 @@ def divide(file: RowFile, tokenizer: Tokenizer, context: int, config: "FinetuneC
         scored = packed[True]
         predicted = int((scored.targets != IGNORE).sum())
         heldout = [HeldOut(VALID, predicted, n_bytes, lambda limit: some(scored, limit))]
-    return Divided(packed[False], heldout, shown, n_long)
+    return Divided(packed[False], heldout, shown, n_long, n_cut)
 
 
 def some(rows: Rows, limit: int | None) -> Rows:
@@ -139,15 +173,51 @@ def some(rows: Rows, limit: int | None) -> Rows:
 
 
 def sample_prompts(
-    config: "FinetuneConfig", form: str, shown: list[Row], tokenizer: Tokenizer, context: int
+    config: "FinetuneConfig",
+    form: str,
+    shown: list[Row | Conversation],
+    tokenizer: Tokenizer,
+    chat: ChatFormat | None,
+    context: int,
 ) -> list[list[int]]:
     """Ids to sample from: --prompts in the form of the rows, or the beginnings of rows."""
-    if config.prompts:
-        texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
+    if chat is not None:
+        asked = [(Turn("user", text),) for text in config.prompts] or [row.question for row in shown]
+        ids = [chat.prompt(turns) for turns in asked]
     else:
-        texts = [row.prompt or " ".join(row.response.split()[:6]) for row in shown]
-    ids = [tokenizer.begin(text) for text in texts]
+        texts = [instruction(text) if form == "instruction" else text for text in config.prompts]
+        texts = texts or [row.prompt or " ".join(row.response.split()[:6]) for row in shown]
+        ids = [tokenizer.begin(text) for text in texts]
     if config.prompts:
         require_room(ids, context)
         return ids
     return [prompt for prompt in ids if len(prompt) <= context // 2][:SAMPLES]
+
+
+def make_room(
+    decoder: Decoder, old: Tokenizer, new: Tokenizer, config: "FinetuneConfig"
+) -> tuple[Decoder, list[tuple[str, str]]]:
+    """The decoder with rows for the tokens that a template adds, and what the table says of that.
+
+    Raises:
+        UserError: adapters are trained, which leave the embedding as it is.
+    """
+    added = new.vocab_size - old.vocab_size
+    if not added:
+        return decoder, []
+    if config.lora_rank is not None:
+        raise UserError(
+            f"the template has {added} tokens that are new to the model, and adapters do not train the "
+            "embedding: give --template plain, which needs none, or train all weights"
+        )
+    before, wider = decoder.config, with_room(decoder.config, new.vocab_size)
+    weights = dict(decoder.state_dict())
+    for leaf, axis in vocabulary_leaves(wider):
+        name = leaf.torch_name()
+        rows = with_rows(
+            weights[name].numpy(), 1 - axis if leaf.transposed else axis, old.vocab_size, wider.vocab_size
+        )
+        weights[name] = torch.from_numpy(rows)
+    grown = "" if wider == before else f" (from {before.vocab_size:,} rows to {wider.vocab_size:,})"
+    what = f"{added} of the template, each begun as the mean of all others{grown}"
+    return decoder_of(wider, weights), [("new tokens", what)]

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from core.data.batches import record_at
-from core.loss import IGNORE
+from core.data.examples import IGNORE, Example
 from port_torch.training.batches import Batch, Rows
-from port_torch.training.examples import Example
 
 PADDING = 2**31 - 1  # the number of what fills a row up: behind every document's
 

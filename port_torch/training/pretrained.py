@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.chat import folder_template
 from core.hub_models import local, origin
 from core.tokenizer import Tokenizer
 from port_torch.folder import export_manifest, weights_hash
@@ -16,6 +17,8 @@ class Pretrained(NamedTuple):
     decoder: Decoder
     """On the CPU, float32."""
     tokenizer: Tokenizer
+    chat_template: str | None
+    """The folder's own."""
     lineage: list[dict[str, Any]]
     """The folder's own, and this start from it, with the hash of its weights."""
 
@@ -37,4 +40,4 @@ def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pret
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
     before = manifest.lineage if manifest else []
     entry = {"operation": operation, "path": origin(folder) or str(folder), "sha256": weights_hash(folder)}
-    return Pretrained(decoder, found, [*before, entry])
+    return Pretrained(decoder, found, folder_template(folder), [*before, entry])

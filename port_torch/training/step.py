@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from core.data.examples import IGNORE
 from core.errors import UserError
-from core.loss import IGNORE
 from core.run.cadence import NO_FLAGS, Flags
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale

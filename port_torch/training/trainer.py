@@ -149,11 +149,15 @@ def report_end(job: Job, console: Console) -> None:
     out, step_dir = job.out, find_step(job.out)
     folder = write_result(out, step_dir, job.decoder, job.tokenizer, load_manifest(step_dir), job.tuning)
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
-    arguments = job.tuning.arguments if job.tuning else "--prompt The"
+    then = (
+        f"{command('port_torch.generate', folder)} {job.tuning.arguments if job.tuning else '--prompt The'}"
+    )
+    if job.record.get("chat_template") is not None:
+        then = command("port_torch.chat", folder)
     console.print(
         f"loss curve: {plot_curve(out)}{samples}\n"
         f"the model: {folder}, a folder for transformers, proved by its logits\n"
-        f"next: {command('port_torch.generate', folder)} {arguments}",
+        f"next: {then}",
         highlight=False,
         markup=False,
         soft_wrap=True,

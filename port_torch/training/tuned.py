@@ -2,18 +2,26 @@
 
 import shlex
 
+from core.data.conversations import Conversation
+from core.data.tuning_rows import INSTRUCTION_WITH_INPUT, Row, instruction
 from port_torch.card import Tuning
-from port_torch.training.rows import INSTRUCTION_WITH_INPUT, instruction
 
 LONGEST_EXAMPLE = 200  # characters of a prompt that is shown as an example
 EXAMPLE = "Name three colours."
 
 
-def tuning(form: str, example: str) -> Tuning:
+def tuning(form: str, example: Row | Conversation) -> Tuning:
     """What is told of a model tuned on rows of that form.
 
-    example: the prompt of one of the rows, to be shown if it is short.
+    example: one of the rows, whose prompt is shown if it is short.
     """
+    if isinstance(example, Conversation):
+        return Tuning(
+            "It was fine-tuned to converse.", EXAMPLE,
+            "It was tuned on conversations, written by the chat template that lies with its tokenizer "
+            "(`tokenizer.apply_chat_template`). MTLM does that itself: `python -m port_torch.chat FOLDER`.",
+            "",
+        )  # fmt: skip
     end = "An answer ends with `</s>`, at which `generate` stops."
     if form == "text":
         return Tuning(
@@ -21,7 +29,7 @@ def tuning(form: str, example: str) -> Tuning:
             "It was tuned on whole texts, without a format for questions.", "--prompt The",
         )  # fmt: skip
     if form == "prompt":
-        prompt = example if 0 < len(example) <= LONGEST_EXAMPLE else "PROMPT"
+        prompt = example.prompt if 0 < len(example.prompt) <= LONGEST_EXAMPLE else "PROMPT"
         return Tuning(
             "It was fine-tuned to answer prompts.", prompt,
             f"It was tuned on prompts as they stand, each followed by its response. {end}",

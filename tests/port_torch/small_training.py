@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import port_torch.finetune
 import port_torch.train
 from core.config import ModelConfig
-from core.loss import IGNORE
+from core.data.examples import IGNORE
 from core.run.log import read_log
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import stock_type

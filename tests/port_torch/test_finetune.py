@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 
 import port_torch.generate
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
+from core.data.examples import IGNORE, Example, examples_of
+from core.data.tuning_rows import Row, RowFile, instruction, read_rows
 from core.errors import UserError
-from core.loss import IGNORE
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer
 from port_torch.model import load
 from port_torch.training.batches import Rows, document_starts
-from port_torch.training.examples import Example, examples_of
 from port_torch.training.packing import PADDING, pack, packed_batches
-from port_torch.training.rows import Row, RowFile, instruction, read_rows
 from port_torch.training.settings import MirrorOptimizerConfig
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export
@@ -331,6 +330,57 @@ def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):
     assert file_of(tmp_path, alpaca).rows == file.rows[:1] and not file_of(tmp_path, alpaca).has_context
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_conversations(kind: str, folders, tmp_path: Path, monkeypatch, capsys):
+    """From rows of messages to a folder with which transformers converses, a batch of questions at once."""
+    from transformers import AutoTokenizer
+
+    rows = tmp_path / "rows.jsonl"
+    exchange = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    lines = [{"messages": exchange}] * 3 + [
+        {"messages": exchange * 2 + exchange[:1]},
+        {"messages": exchange * 4},
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
+    out, arguments = tmp_path / "out", ("--validation", "0", "--steps", "24", "--batch", "2", "--lr", "0.01")
+    assert finetune_here(monkeypatch, folders[kind], "--data", rows, "--out", out, *arguments) == 0
+    said = capsys.readouterr().out
+    assert (
+        "new tokens" in said
+        and "(from 258 rows to 320)" in said
+        and "next: python -m port_torch.chat" in said
+    )
+    assert "4 turns at the ends of conversations" in said and "2 turns that nobody answers" in said
+    folder = out / "model"
+    manifest = load_manifest(folder, EXPORT_MANIFEST)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), transformers_model(folder)
+    assert tokenizer.chat_template == manifest.chat_template and model.config.vocab_size == 320
+    asked = [exchange[:1], exchange + exchange[:1]]  # of two lengths
+    inputs = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    assert (inputs["attention_mask"][0] == 0).any()
+    made = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answers = tokenizer.batch_decode(made, skip_special_tokens=True)
+    assert answers == ["Yes."] * 2  # and then it stops, at the token that it learned to end with
+    # The same command finds its run again, whose tokenizer is in its folder.
+    assert finetune_here(monkeypatch, folders[kind], "--data", rows, "--out", out, *arguments) == 0
+    assert "has made its 24 updates" in capsys.readouterr().out
+
+
+def test_templates(folders, data, tmp_path: Path, monkeypatch, capsys):
+    """Without new tokens adapters will do; with them they are refused, and so is a template for no one."""
+    common = (folders["llama"], "--data", data, "--steps", "2", "--batch", "2", "--lora-rank", "4")
+    with pytest.raises(UserError, match="2 tokens that are new to the model, and adapters do not train"):
+        finetune_here(monkeypatch, *common, "--chat", "--out", tmp_path / "a")
+    with pytest.raises(UserError, match="--template is for conversations"):
+        finetune_here(monkeypatch, *common, "--template", "plain", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert finetune_here(monkeypatch, *common, "--chat", "--template", "plain", "--out", tmp_path / "b") == 0
+    assert "'chat'" in capsys.readouterr().out
+    assert "### Assistant" in load_manifest(tmp_path / "b" / "model", EXPORT_MANIFEST).chat_template
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -351,12 +401,8 @@ def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):
             "field 'system', for which a row of 'instruction'",
         ),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history', for which"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "chat templates are not supported yet"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "chat templates are not supported yet"),
-        (
-            {"prompt": [{"role": "user", "content": "a"}], "completion": [{}]},
-            "chat templates are not supported",
-        ),
+        ({"messages": [{"role": "user", "content": "a"}]}, "has no turn of the assistant"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{}]}, "turn 1 of completion must say"),
     ],
 )
 def test_rows_that_would_be_falsified_are_refused(fields: dict, message: str, tmp_path: Path):

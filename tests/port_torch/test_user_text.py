@@ -10,9 +10,9 @@ from core.batch_file import read_prompts
 from core.data.pieces import cut_into_pieces
 from core.data.splits import make_plan
 from core.data.text import read_text
+from core.data.tuning_rows import read_rows
 from core.errors import UserError
 from eval.local_data import local_source, read_local
-from port_torch.training.rows import read_rows
 
 LAMBADA = "lambada/lambada_test_openai.jsonl"
 
