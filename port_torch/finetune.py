@@ -1,9 +1,9 @@
 """`python -m port_torch.finetune FOLDER --data FILE.jsonl --out DIR`: a folder's model trained on rows.
 
-Rows are texts, or prompts with responses, of which only the responses are learned (core/data/tuning_rows.py); they
-are packed without seeing each other (training/packing.py). All weights are trained, or LoRA adapters, which
-are merged into the result. What the command does is in training/finetuning.py, imported after the rows have
-been read.
+Rows are texts, prompts with responses, or conversations, of which only what answers is learned
+(core/data/tuning_rows.py); they are packed without seeing each other (training/packing.py). All weights are
+trained, or LoRA adapters, which are merged into the result. What the command does is in
+training/finetuning.py, imported after the rows have been read.
 """
 
 import dataclasses
