@@ -205,7 +205,7 @@ def make_room(
     added = new.vocab_size - old.vocab_size
     if not added:
         return decoder, []
-    if config.lora_rank is not None:
+    if config.lora.lora_rank is not None:
         raise UserError(
             f"the template has {added} tokens that are new to the model, and adapters do not train the "
             "embedding: give --template plain, which needs none, or train all weights"
