@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -55,6 +55,12 @@ class PrepareConfig:
     dedup: bool = False
     """Leave out training documents that are exact copies of earlier ones, or of documents of --valid. Takes 8
     bytes of memory for every document, 16 at times."""
+    overlap: Literal["count", "drop"] | None = None
+    """Look for training documents that share a run of 13 words with a set of --valid or with --eval-items:
+    count them, or drop them from training. Words are compared in lower case and without punctuation."""
+    eval_items: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Texts that --overlap looks for as well (repeatable): a file with a field `text`, such as
+    `python -m eval.items` writes of evaluation tasks."""
     workers: int | None = None
     """Processes that read, tokenise and write. Default: one per core. The result does not depend on it."""
     verify: Path | None = None
@@ -101,7 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("two --valid sets have the same name: give each its own")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "verify"}
     options["tokenizer"] = as_in_folder(config.tokenizer)
-    options |= {"sources": list(config.sources), "valid": {name: path for name, _, path in pairs}}
+    options |= {
+        "sources": list(config.sources),
+        "eval_items": list(config.eval_items),
+        "valid": {name: path for name, _, path in pairs},
+    }
     try:
         prepare(**options)
     except KeyboardInterrupt:

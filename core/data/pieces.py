@@ -23,6 +23,7 @@ import numpy as np
 
 from core.checkpoint.manifest import sync_path
 from core.data.file_source import cut_point
+from core.data.overlap import load
 from core.data.source import Source
 from core.data.text import repair
 from core.tokenizer import Tokenizer, load_tokenizer
@@ -41,6 +42,7 @@ DOCUMENT = np.dtype(
         ("empty", np.int64),  # empty documents directly before this one
         ("without_text", np.int64),  # rows directly before it, of which a field is missing or null
         ("repaired", np.int64),  # 1: it held half a surrogate pair
+        ("shared", np.int64),  # runs of words that it shares with held-out text, where these are looked for
     ]
 )
 """A piece ends with a record of no document, for what comes behind its last one."""
@@ -69,15 +71,20 @@ class Job:
     """With which the names of a part's pieces begin."""
     piece_bytes: int
     """A piece ends with the document with which its text has this many bytes."""
+    heldout_runs: Path | None
+    """The file of what training text is compared with (`core.data.overlap`)."""
 
     def path(self, part: int, number: int) -> Path:
         """A piece's file of records; the tokens lie next to it."""
         return self.folder / f"{self.keys[part]}-{number:06d}.npz"
 
 
-def part_key(part: Part, tokenizer: list, piece_bytes: int) -> str:
-    """Hash of what the pieces of a part are made of. tokenizer: `core.tokenizer.identity` of its record."""
-    made_of = [PIECES, part.source.identity(), part.split, part.cut, tokenizer, piece_bytes]
+def part_key(part: Part, tokenizer: list, piece_bytes: int, compared_with: str) -> str:
+    """Hash of what the pieces of a part are made of.
+
+    tokenizer: `core.tokenizer.identity` of its record. compared_with: a hash of the held-out runs.
+    """
+    made_of = [PIECES, part.source.identity(), part.split, part.cut, tokenizer, piece_bytes, compared_with]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
@@ -90,6 +97,8 @@ class Piece(NamedTuple):
     """In its part, after it (`Source.documents`)."""
     is_last: bool
     """Whether its part ends with it."""
+    shared: np.ndarray
+    """The held-out runs of words that are in it, of one document after another."""
 
 
 def tokens_of(path: Path) -> Path:
@@ -100,7 +109,8 @@ def tokens_of(path: Path) -> Path:
 def read_piece(path: Path) -> Piece:
     """A piece that was made."""
     with np.load(path) as content:
-        return Piece(content["documents"], int(content["position"]), bool(content["is_last"]))
+        documents, shared = content["documents"], content["shared"]
+        return Piece(documents, int(content["position"]), bool(content["is_last"]), shared)
 
 
 class PieceMaker:
@@ -109,6 +119,7 @@ class PieceMaker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._tokenizer = load_tokenizer(job.tokenizer)
+        self._overlap = None if job.heldout_runs is None else load(job.heldout_runs)
         self._part, self._next, self._texts = -1, 0, iter(())
 
     def make(self, part: int, number: int) -> bool:
@@ -123,14 +134,21 @@ class PieceMaker:
         for texts in self._texts:
             self._next += 1
             if self._next > number:
-                self._write(self._job.path(part, number), texts, self._job.parts[part].cut)
+                self._write(self._job.path(part, number), texts, self._job.parts[part])
                 return True
         return False
 
-    def _write(self, path: Path, texts: "Texts", cut: float | None) -> None:
-        ids, documents = encode(texts, cut, self._tokenizer)
+    def _write(self, path: Path, texts: "Texts", part: Part) -> None:
+        ids, documents = encode(texts, part.cut, self._tokenizer)
+        shared = [np.empty(0, np.uint64)]
+        if self._overlap is not None and part.split == TRAIN:
+            shared += [self._overlap.find(document.decode()) for document in texts.documents]
+            documents["shared"][:-1] = [len(runs) for runs in shared[1:]]
         content = io.BytesIO()
-        np.savez(content, documents=documents, position=texts.position, is_last=texts.is_last)
+        np.savez(
+            content, documents=documents, position=texts.position, is_last=texts.is_last,
+            shared=np.concatenate(shared),
+        )  # fmt: skip
         write_whole(tokens_of(path), ids.tobytes())
         write_whole(path, content.getvalue())
 
@@ -153,12 +171,12 @@ def cut_into_pieces(source: Source, piece_bytes: int) -> Iterator[Texts]:
     for text, position in source.documents():
         if text is None:
             without_text[-1] += 1
-        elif not text.strip():
+        elif not text or text.isspace():
             empty[-1] += 1
         else:
-            whole = repair(text)
-            documents.append(whole.encode())
-            repaired.append(whole != text)
+            document = _utf8(text)
+            repaired.append(document is None)
+            documents.append(repair(text).encode() if document is None else document)
             empty.append(0)
             without_text.append(0)
             size += len(documents[-1])
@@ -166,6 +184,14 @@ def cut_into_pieces(source: Source, piece_bytes: int) -> Iterator[Texts]:
                 yield Texts(documents, repaired, empty, without_text, position, False)
                 documents, repaired, empty, without_text, size = [], [], [0], [0], 0
     yield Texts(documents, repaired, empty, without_text, source.size, True)
+
+
+def _utf8(text: str) -> bytes | None:
+    """The text in UTF-8; None if it holds half a surrogate pair. Encoding is quicker than a search."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
 
 
 def encode(texts: Texts, cut: float | None, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -25,11 +25,12 @@ from rich.table import Table
 
 from core import checks
 from core.data import dataset as ds
+from core.data import overlap as overlaps
 from core.data.formats import Form
 from core.data.packing import DATA, Shard, describe, written
 from core.data.pieces import Dealer, Job, part_key, tokens_of
 from core.data.sources import open_sources
-from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, make_plan
+from core.data.splits import VALID, VALID_FRACTION, VALID_FRACTION_OF_FEW, Overlapping, Plan, make_plan
 from core.data.workers import Workers
 from core.errors import UserError
 from core.file_tokenizer import keeps_text
@@ -66,6 +67,8 @@ def prepare(
     workers: int | None = None,
     template: str | None = None,
     dedup: bool = False,
+    overlap: Overlapping | None = None,
+    eval_items: list[str] | None = None,
 ) -> Path:
     """Prepares `sources` into the new folder `out` and returns it.
 
@@ -79,7 +82,10 @@ def prepare(
         shutil.rmtree(_work(out), ignore_errors=True)  # a run that was killed when all was done left it
     require_new(out)
     with Activity("looking at the text", console=Console()):
-        plan = make_plan(sources, valid or {}, valid_fraction, train_tokens, field, format, template, dedup)
+        plan = make_plan(
+            sources, valid or {}, valid_fraction, train_tokens, field, format, template, dedup, overlap,
+            eval_items,
+        )  # fmt: skip
     loaded = load_tokenizer(tokenizer)
     n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
     with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
@@ -188,12 +194,15 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_worke
     expected = min(plan.size, 4 * (plan.train_tokens or plan.size))
     piece_bytes = max(SMALLEST_PIECE, min(expected // PIECES, LARGEST_PIECE))
     record = identity(tokenizer_record(tokenizer))
+    heldout_runs = None if plan.overlap is None else _gather_runs(folder, plan)
+    compared_with = "" if heldout_runs is None else hashlib.sha256(heldout_runs.read_bytes()).hexdigest()
     job = Job(
         folder,
         tokenizer.named_for(folder / DATA / TOKENIZER_FILE),
         plan.parts,
-        [part_key(part, record, piece_bytes) for part in plan.parts],
+        [part_key(part, record, piece_bytes, compared_with) for part in plan.parts],
         piece_bytes,
+        heldout_runs,
     )
     n_workers = min(n_workers, 1 + expected // (SMALLEST_PIECE // 4))  # more would find nothing to do
     with Workers(n_workers, job) as workers:
@@ -215,11 +224,25 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_worke
     describe(folder / DATA, context, tokenizer.dtype, described)
 
 
+def _gather_runs(folder: Path, plan: Plan) -> Path:
+    """Writes what the training text is compared with; the file."""
+    path = folder / "heldout-runs.npy"
+    with Activity("reading held-out text"):
+        runs = overlaps.gather(text for group in plan.compared.values() for text in overlaps.texts_of(group))
+    if not len(runs):
+        raise UserError(
+            f"no text of --valid or --eval-items has {overlaps.N} words, so --overlap has nothing to look for"
+        )
+    overlaps.save(runs, path)
+    return path
+
+
 def _require_text(plan: Plan, context: int) -> None:
     """A UserError if a split has no window."""
     left_out = [
         (plan.dropped.get("rows_without_text", 0), "rows have no text in the field"),
         (plan.dropped.get("duplicate_documents", 0), "documents are copies, which --dedup leaves out"),
+        (plan.dropped.get("overlapping_documents_left_out", 0), "documents overlap with held-out text"),
     ]
     but = "".join(f"; {n:,} {what}" for n, what in left_out if n)
     for split in plan.counts(context):
@@ -340,6 +363,8 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
         )
     if (n := dropped.get("duplicate_documents")) is not None:
         print(f"left out: {n:,} documents that are exact copies of earlier ones (--dedup)")
+    if plan.overlap is not None:
+        _print_overlap(plan)
     about = "" if plan.copies_are_exact else "about "
     if n := dropped["copied_documents"]:
         print(f"copies: {about}{n:,} documents are exact copies of earlier ones; they are kept")
@@ -350,3 +375,17 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
         )
     if dropped["repaired_documents"]:
         print(f"repaired: {dropped['repaired_documents']:,} documents with lone surrogates (now U+FFFD)")
+
+
+def _print_overlap(plan: Plan) -> None:
+    n, runs = plan.dropped["overlapping_documents"], plan.shared_runs()
+    left = "they are left out" if plan.overlap == "drop" else "they are kept (--overlap drop leaves them out)"
+    print(f"overlap: {n:,} training documents share a run of {overlaps.N} words with held-out text; {left}")
+    for name, group in plan.compared.items():
+        touched, short, total = overlaps.touched(overlaps.texts_of(group), runs)
+        print(
+            f"  {name}: {touched:,} of {total:,} texts share one; {short:,} have fewer than {overlaps.N} "
+            "words, and cannot be looked for"
+        )
+    if VALID in plan.documents:
+        print(f"  the split {VALID}, held out by hash, is not looked for: --valid NAME=PATH sets are")

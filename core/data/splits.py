@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,7 @@ VALID_FRACTION = 0.01
 FEW_DOCUMENTS = 1000
 VALID_FRACTION_OF_FEW = 0.05
 
+Overlapping = Literal["count", "drop"]
 PathOf = Callable[[int, int], str]  # (part, number) of a piece -> the file of its tokens
 
 
@@ -40,8 +42,15 @@ class Plan:
         few: bool,
         train_tokens: int | None,
         dedup: bool = False,
+        overlap: Overlapping | None = None,
+        compared: dict[str, list[Source]] | None = None,
     ) -> None:
+        """overlap: whether documents that share a run of words with `compared` are counted or left out.
+
+        compared: held-out text by the name of its set.
+        """
         self.train, self.fraction, self.few = train, fraction, few
+        self.overlap, self.compared = overlap, compared or {}
         self.train_tokens = train_tokens
         cut = fraction if few and fraction > 0 else None
         self.parts = [
@@ -76,6 +85,8 @@ class Plan:
         self._heldout_in_train = 0
         self._seen = Seen() if dedup else None
         self._duplicates = 0
+        self._overlapping = 0
+        self._shared: list[np.ndarray] = []
         self._sources_taken = 0
 
     def take(self, part: int, number: int, piece: Piece) -> None:
@@ -89,13 +100,20 @@ class Plan:
         if self._seen is not None:
             new = self._seen.add(documents["hash"])
             kept = new if split == ds.TRAIN else kept
+        overlaps = trains & kept & (documents["shared"] > 0)
+        duplicates = ~kept
+        if self.overlap == "drop":
+            kept &= ~overlaps
         n = len(documents)
         if self.train_tokens is not None:
             counted = documents["tokens"] * (trains & kept)
             reached = self.tokens[ds.TRAIN] + np.cumsum(counted) >= self.train_tokens
             n = int(reached.argmax()) + 1 if reached.any() else n
         self._count(part, piece, n)
-        self._duplicates += int((~kept[:n]).sum())
+        self._duplicates += int(duplicates[:n].sum())
+        self._overlapping += int(overlaps[:n].sum())
+        counted = np.repeat(overlaps[:n], documents["shared"][:n])
+        self._shared.append(np.unique(piece.shared[: len(counted)][counted]))
         self._compare(documents["hash"][:n][kept[:n]], split)
         self._take_tokens(part, number, documents[:n], trains[:n], kept[:n])
 
@@ -160,6 +178,14 @@ class Plan:
             self.dropped["rows_without_text"] = self._without_text
         if self._seen is not None:
             self.dropped["duplicate_documents"] = self._duplicates
+        if self.overlap is not None:
+            self.dropped["overlapping_documents"] = self._overlapping
+        if self.overlap == "drop":
+            self.dropped["overlapping_documents_left_out"] = self._overlapping
+
+    def shared_runs(self) -> np.ndarray:
+        """The held-out runs of words that were found in training text, sorted."""
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *self._shared]))
 
     def done(self) -> float:
         """Roughly the fraction of the text that is taken: of the tokens asked for, or of all."""
@@ -249,6 +275,8 @@ def make_plan(
     form: Form | None = None,
     template: str | None = None,
     dedup: bool = False,
+    overlap: Overlapping | None = None,
+    eval_items: list[str] | None = None,
 ) -> Plan:
     """The plan for sources as `PrepareConfig` names them, and what it says of the rest.
 
@@ -263,6 +291,15 @@ def make_plan(
             raise UserError(
                 f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
             )
+    if eval_items and overlap is None:
+        raise UserError(
+            "--eval-items is what --overlap looks for: give --overlap count or --overlap drop, too"
+        )
+    if overlap is not None and not (valid or eval_items):
+        raise UserError(
+            "--overlap has nothing to compare the training text with: name held-out sets with --valid "
+            "NAME=PATH, or texts with --eval-items FILE"
+        )
     heldout = {
         name: open_sources([path], field, form, heldout=True, template=template)
         for name, path in valid.items()
@@ -276,12 +313,16 @@ def make_plan(
             train.append(source)
     if not train:
         raise UserError("there is nothing to train on: every source is also held out by --valid")
+    compared = {}
+    if overlap is not None:
+        items = open_sources(eval_items or [], heldout=True)
+        compared = heldout | {source.name: [source] for source in items}
     if valid:
-        return Plan(train, heldout, 0.0, False, train_tokens, dedup)
+        return Plan(train, heldout, 0.0, False, train_tokens, dedup, overlap, compared)
     few = fraction != 0 and _fewer_than(FEW_DOCUMENTS, train)
     if fraction is None:
         fraction = VALID_FRACTION_OF_FEW if few else VALID_FRACTION
-    return Plan(train, heldout, fraction, few, train_tokens, dedup)
+    return Plan(train, heldout, fraction, few, train_tokens, dedup, overlap, compared)
 
 
 def _fewer_than(n: int, sources: list[Source]) -> bool:

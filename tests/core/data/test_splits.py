@@ -43,7 +43,7 @@ def take_all(plan: Plan, piece_bytes: int) -> dict[str, list[str]]:
     for part, place in enumerate(plan.parts):
         for number, texts in enumerate(cut_into_pieces(place.source, piece_bytes)):
             ids[part, number], documents = encode(texts, place.cut, tokenizer)
-            plan.take(part, number, Piece(documents, texts.position, texts.is_last))
+            plan.take(part, number, Piece(documents, texts.position, texts.is_last, np.empty(0, np.uint64)))
     plan.finish(context=8)
     taken = {}
     for split, spans in plan._spans.items():
@@ -63,7 +63,7 @@ def test_what_is_read_ahead_is_not_done(tmp_path):
     for number, texts in enumerate(pieces):
         done.append(plan.done())
         _, documents = encode(texts, None, load_tokenizer("bytes"))
-        plan.take(0, number, Piece(documents, texts.position, texts.is_last))
+        plan.take(0, number, Piece(documents, texts.position, texts.is_last, np.empty(0, np.uint64)))
     assert done == pytest.approx([i / 10 for i in range(11)], abs=0.02)
 
 
