@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from core.checkpoint.manifest import CHANGE, Manifest
 from core.config import ModelConfig
+from core.data.mixture import describe_phases, phases_of
 from core.hub_models import PREFIX, parse
 from core.run.log import read_log
 from core.special_tokens import named_in
@@ -170,8 +171,11 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{manifest.tokens:,}{later}"
     if manifest.data:
         # Of a path only its end: the rest says where someone keeps their files.
-        name = f"{Path(run['data']).name}, " if run.get("data") else ""
+        given = run.get("data")
+        name = f"{Path(given).name}, " if isinstance(given, str) else ""
         yield "data", f"{name}fingerprint `{manifest.data['fingerprint'][:16]}`"
+        if phases := phases_of(manifest.data):
+            yield "mixture", describe_phases(phases)
     tokenizer = manifest.tokenizer
     yield "tokenizer", f"{Path(tokenizer['name']).name}, sha256 `{tokenizer['sha256'][:16]}`"
     for setting in ("optimizer", "lr", "batch", "seed"):

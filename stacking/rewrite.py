@@ -30,15 +30,15 @@ from core.checkpoint.steps import step_path
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.data.batches import train_batches
-from core.data.prepare import open_or_prepare
 from core.errors import UserError
-from core.folders import CACHE, new_folder
+from core.folders import new_folder
 from core.keys import Purpose, make_key
 from core.leaves import path_names
 from core.loss import cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.progress import Activity
-from core.run.folder import write_config
+from core.run.data import open_recorded_data
+from core.run.folder import data_name, recorded_data, write_config
 from core.run.log import carry_log
 from core.run.settings import flatten as flatten_settings
 from core.sharding import make_mesh
@@ -102,7 +102,7 @@ def choose_probe(growth: Growth) -> tuple[Int[Array, "B S1"], str]:
     if growth.runs:
         run, manifest = growth.runs[0], growth.manifest
         try:
-            dataset = open_or_prepare(run.data, growth.tokenizer.name, model.context, CACHE)
+            dataset = open_recorded_data(run.data, manifest.data, growth.tokenizer.name, model.context)
         except UserError as error:
             why = f"the run's data cannot be opened ({error})"
         else:
@@ -114,7 +114,9 @@ def choose_probe(growth: Growth) -> tuple[Int[Array, "B S1"], str]:
                 tokens = jnp.asarray(next(batches).tokens, jnp.int32)
                 batches.close()
                 return tokens, "the next sequence of the run's data"
-            why = f"{run.data} is no longer what the run was trained on, so resuming will be refused"
+            why = (
+                f"{data_name(run.data)} is no longer what the run was trained on, so a resume will be refused"
+            )
     random = np.random.default_rng(0).integers(0, model.vocab_size, (PROBE_ROWS, model.context + 1))
     return jnp.asarray(random, jnp.int32), f"random tokens, since {why}"
 
@@ -183,7 +185,7 @@ def finish_run_folder(folder: Path, step_dir: Path, grown: Manifest) -> None:
         "run": grown.config["run"],
         "model": grown.config["model"],
         "tokenizer": grown.tokenizer,
-        "data": {"path": grown.config["run"]["data"], "fingerprint": grown.data["fingerprint"]},
+        "data": recorded_data(grown),
     }
     write_config(folder, record)
     carry_log(run_folder(step_dir), folder, grown.step)

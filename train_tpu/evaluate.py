@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.config import ModelConfig
-from core.data.batches import heldout_windows
-from core.data.dataset import Dataset
+from core.data.batches import Data, heldout_windows
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
 from core.progress import Activity
@@ -23,7 +22,7 @@ class Evaluator:
     """Scores the held-out splits of a dataset. Reads parameters and nothing else of a run."""
 
     def __init__(
-        self, config: ModelConfig, compute: Compute, dataset: Dataset, rows: int, chunk: int, mesh: Mesh
+        self, config: ModelConfig, compute: Compute, dataset: Data, rows: int, chunk: int, mesh: Mesh
     ):
         """rows: windows scored at once, over all devices; chunk: see `core.loss`."""
         self.dataset = dataset

@@ -10,8 +10,9 @@ from rich.table import Table
 from core.attention import Choice
 from core.cli import command
 from core.config import ModelConfig
-from core.data.dataset import Dataset
+from core.data.batches import Data
 from core.model import Compute
+from core.run.data import data_rows
 from core.run.schedule import in_decay
 from core.sharding import layouts, splits_weights
 from train_tpu.backend import KernelsChoice
@@ -22,7 +23,7 @@ from train_tpu.step import TrainState
 def describe(
     config: RunConfig,
     model: ModelConfig,
-    dataset: Dataset,
+    dataset: Data,
     steps: int,
     mesh: Mesh,
     compute: Compute,
@@ -36,15 +37,12 @@ def describe(
     along = f", {config.mesh}" if splits_weights(mesh) else ""
     if jax.process_count() > 1:
         along += f", of {jax.process_count()} processes"
-    heldout = [f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout]
     rows = [
         ("model", f"{config.preset}: {model.summary}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
                        f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
         ("tokenizer", "{name}, {vocab_size:,} ids".format(**dataset.tokenizer_record)),
-        ("data", f"{config.data}: {train.tokens:,} tokens in {train.documents:,} documents, "
-                 f"{train.bytes / train.tokens:.2f} bytes per token"),
-        ("held-out", ", ".join(heldout) or "none"),
+        *data_rows(config, dataset, steps),
         ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
                      f"{tokens / (train.windows * model.context):.2f} epochs, "
                      f"{tokens / model.n_params:.1f} tokens per parameter"),

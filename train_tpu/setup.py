@@ -18,15 +18,13 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, training_flags
-from core.data.batches import require_records
-from core.data.dataset import Dataset
-from core.data.prepare import choose_tokenizer, open_or_prepare
+from core.data.batches import Data, data_record, require_records
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from core.folders import CACHE
 from core.gpu_memory import require_free_memory
 from core.model import Params, compute_dtype, require_fit
 from core.progress import Activity, make_console
+from core.run.data import choose_run_tokenizer, open_data
 from core.run.folder import read_config, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.schedule import check_room
@@ -58,7 +56,7 @@ class Setup(TrainingRun):
     config: RunConfig
     """With what `auto` and defaults stand for on these devices."""
     out: Path
-    dataset: Dataset
+    dataset: Data
     tokenizer: Tokenizer
     prompts: list[list[int]]
     steps: int
@@ -90,13 +88,13 @@ def prepare_run(config: RunConfig) -> Setup:
 
     # Data and tokenizer.
     given = TRAINING_DEFAULTS[config.preset]
-    tokenizer = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"])
+    tokenizer = choose_run_tokenizer(config, given["tokenizer"])
     model = model_config(config, tokenizer.vocab_size)
     require_fit(model)
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
         require_room(prompts, model.context)
-    dataset = processes.in_turn(lambda: open_or_prepare(config.data, tokenizer.name, model.context, CACHE))
+    dataset = processes.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
     require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
 
@@ -111,7 +109,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
     # What the run starts from is opened before its folder is made, so that a refusal leaves nothing behind.
     alone = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
-    record = run_record(alone, model, steps, dataset.tokenizer_record, dataset.fingerprint)
+    record = run_record(alone, model, steps, dataset.tokenizer_record, data_record(dataset))
     source = None
     if config.init_from and not config.show_sharding and not list_steps(out / "checkpoints"):
         with Activity(f"opening {config.init_from}", console=console):

@@ -1,21 +1,28 @@
 """Batches of prepared data, read through Grain.
 
 There is one endless sequence of training windows: epoch after epoch, each a shuffle of all records, seeded
-by (seed, epoch). A global batch is B neighbours of that sequence, so it depends only on the seed and on the
-index of its first window; a host reads its rows of it. The cursor of a run is that index: another batch
-size or number of hosts neither repeats nor skips a window, and there is no iterator state to save.
+by (seed, epoch); or a mixture of several such (core/data/mixture.py). A global batch is B neighbours of that
+sequence, so it depends only on the seed and on the index of its first window; a host reads its rows of it.
+The cursor of a run is that index: another batch size or number of hosts neither repeats nor skips a window,
+and there is no iterator state to save.
 """
 
 import dataclasses
 import hashlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from core.data.dataset import TRAIN, Dataset, open_windows
+from core.data.mixture import Mixture, alone
+from core.data.windows import Windows
 from core.errors import UserError
+
+Data = Dataset | Mixture
+Record = int | str
+"""A train record as users name it: its number, and in a mixture SOURCE:NUMBER."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +34,40 @@ class Batch:
     first: int
     """Index of the global batch's first window in the endless sequence."""
     records: np.ndarray
-    """int64 [rows]: which train record each row is."""
+    """[rows]: which train record each row is: its number, and in a mixture SOURCE:NUMBER."""
     bad: np.ndarray
     """bool [rows]: the row predicts nothing: its record is to be left out or, with on_bad="skip", cannot be
     used (then the row is zeros)."""
 
 
-def require_records(dataset: Dataset, records: Collection[int], option: str) -> None:
+def data_record(data: Data) -> dict[str, Any]:
+    """What config.json and manifests say of the data: `fingerprint`, and `mixture` where it is one."""
+    mixture = {"mixture": data.record()} if isinstance(data, Mixture) else {}
+    return {"fingerprint": data.fingerprint, **mixture}
+
+
+def require_records(data: Data, records: Collection[Record], option: str) -> None:
     """A UserError that names the first of `records`, which a user gave `option`, that train does not have."""
-    n = dataset.splits[TRAIN].windows
+    sources = _as_mixture(data).sources
     for record in records:
-        if not 0 <= record < n:
-            raise UserError(f"{option} {record}: the training records of {dataset.path} are 0 to {n - 1}")
+        name, _, number = str(record).rpartition(":")
+        if name not in sources:
+            example = _label(next(iter(sources)), 0)
+            raise UserError(f"{option} {record}: the data has no such record; the first one is {example}")
+        n = sources[name].splits[TRAIN].windows
+        if not 0 <= int(number) < n:
+            raise UserError(
+                f"{option} {record}: the training records of {sources[name].path} are 0 to {n - 1}"
+            )
+
+
+def record_of(data: Data, index: int, seed: int) -> Record:
+    """The train record that is window `index` of the endless sequence."""
+    return _label(*_locate(_as_mixture(data), index, seed))
 
 
 def train_batches(
-    dataset: Dataset,
+    data: Data,
     *,
     seed: int,
     batch: int,
@@ -50,7 +75,7 @@ def train_batches(
     rows: slice | Sequence[int] = slice(None),
     vocab_size: int,
     on_bad: Literal["fail", "skip"] = "fail",
-    leave_out: Collection[int] = (),
+    leave_out: Collection[Record] = (),
     dtype: np.dtype | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `batch` windows, the first one beginning at window `start` of the sequence.
@@ -66,19 +91,19 @@ def train_batches(
     """
     import grain
 
-    windows = open_windows(dataset, TRAIN)
+    mixture, left_out = _as_mixture(data), set(leave_out)
+    windows = {name: open_windows(source, TRAIN) for name, source in mixture.sources.items()}
     offsets = np.arange(batch)[rows].tolist()
 
     def read(number: int) -> Batch:
         first = start + number * batch
-        records = [record_at(first + offset, len(windows), seed) for offset in offsets]
-        if on_bad == "skip":
-            tokens, bad = windows.read_or_skip(records, vocab_size)
-        else:
-            tokens, bad = windows.read(records, vocab_size), np.zeros(len(records), bool)
-        bad |= np.isin(records, list(leave_out))
+        found = [_locate(mixture, first + offset, seed) for offset in offsets]
+        tokens, bad = _read(windows, found, vocab_size, on_bad)
+        records = [_label(*one) for one in found]
+        if left_out:
+            bad |= np.array([record in left_out for record in records])
         tokens = tokens if dtype is None else tokens.astype(dtype, copy=False)
-        return Batch(tokens, first, np.array(records, np.int64), bad)
+        return Batch(tokens, first, np.array(records), bad)
 
     # Four batches of 256 x 1025 tokens are 2 MB.
     read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -89,8 +114,45 @@ def train_batches(
         batches.close()
 
 
+def _as_mixture(data: Data) -> Mixture:
+    return data if isinstance(data, Mixture) else alone(data)
+
+
+def _locate(mixture: Mixture, index: int, seed: int) -> tuple[str, int]:
+    """Source and record that are window `index` of the endless sequence."""
+    name, place = mixture.place(index, seed)
+    if name not in mixture.sources:
+        raise UserError(f"sequence {index} is of the source {name}, which --data does not name any more")
+    return name, record_at(place, mixture.sources[name].splits[TRAIN].windows, seed)
+
+
+def _label(name: str, record: int) -> Record:
+    return f"{name}:{record}" if name else record
+
+
+def _read(
+    windows: dict[str, Windows], found: Sequence[tuple[str, int]], vocab_size: int, on_bad: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [n, context + 1], bad [n]) of the records `found`, source by source."""
+    of_source: dict[str, list[int]] = {}
+    for row, (name, _) in enumerate(found):
+        of_source.setdefault(name, []).append(row)
+    parts = []
+    for name, rows in of_source.items():
+        records = [found[row][1] for row in rows]
+        if on_bad == "skip":
+            parts.append(windows[name].read_or_skip(records, vocab_size))
+        else:
+            parts.append((windows[name].read(records, vocab_size), np.zeros(len(records), bool)))
+    if len(parts) == 1:
+        return parts[0]
+    tokens, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    back = np.argsort(np.concatenate(list(of_source.values())))
+    return tokens[back], bad[back]
+
+
 def record_at(index: int, n_records: int, seed: int) -> int:
-    """The train record that is window `index` of the endless sequence.
+    """The train record that is window `index` of the endless sequence of one source.
 
     Grain's pseudorandom permutation of one epoch, computed for a single index: nothing is held in memory,
     however long the dataset. Its usual 4 rounds leave neighbours correlated; 16 do not.
@@ -103,13 +165,17 @@ def record_at(index: int, n_records: int, seed: int) -> int:
     return grain.experimental.index_shuffle(place, max_index=n_records - 1, seed=epoch_seed, rounds=16)
 
 
-def heldout_windows(dataset: Dataset, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def heldout_windows(data: Data, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [n, context + 1], mask bool [n, context]) of a held-out split.
 
     The mask is False where the last window is filled up. All windows, or `limit` of them spread evenly.
     """
-    if split not in dataset.splits:
-        raise UserError(f"{dataset.path} has no split {split!r}: it has {', '.join(dataset.splits)}")
+    if split not in data.splits:
+        raise UserError(f"the data has no split {split!r}: it has {', '.join(data.splits)}")
+    dataset = data
+    if isinstance(data, Mixture):
+        source, _, split = split.partition("/")
+        dataset = data.sources[source]
     windows = open_windows(dataset, split)
     n = len(windows) if limit is None else min(limit, len(windows))
     records = [i * len(windows) // n for i in range(n)]

@@ -5,19 +5,20 @@ import fcntl
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from core.checkpoint.manifest import Manifest, digest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.config import ModelConfig
+from core.data.mixture import data_paths, describe_phases, phases_of
 from core.errors import UserError
 from core.folders import require_place, write_atomically
 from core.run import settings
 from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
 from core.run.schedule import require_continuous
-from core.run.settings import FREE_SETTINGS
+from core.run.settings import FREE_SETTINGS, MIXTURE
 from core.tokenizer import BUILT_IN, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 
@@ -27,15 +28,29 @@ Settings = TypeVar("Settings")
 
 
 def run_record(
-    config: Any, model: ModelConfig, steps: int, tokenizer: dict[str, Any], fingerprint: str
+    config: Any, model: ModelConfig, steps: int, tokenizer: dict[str, Any], data: dict[str, Any]
 ) -> dict[str, Any]:
-    """What config.json and every manifest say of a run: the command's settings, tokenizer and data."""
+    """What config.json and every manifest say of a run: the command's settings, tokenizer and data.
+
+    data: its `fingerprint`, and its `mixture` if it is one.
+    """
     return {
         "run": settings.flatten(config) | {"steps": steps, "epochs": None},
         "model": dataclasses.asdict(model),
         "tokenizer": tokenizer,
-        "data": {"path": str(config.data), "fingerprint": fingerprint},
+        "data": {"path": data_name(config.data), **data},
     }
+
+
+def data_name(data: str | Path | Sequence[str]) -> str:
+    """What --data was given, as one text."""
+    return str(data) if isinstance(data, str | Path) else " ".join(data)
+
+
+def recorded_data(manifest: Manifest) -> dict[str, Any]:
+    """What the record of a run says of its data, as a manifest has it."""
+    data = {name: value for name, value in manifest.data.items() if name != "cursor"}
+    return {"path": data_name(manifest.config["run"]["data"]), **data}
 
 
 def require_folder(out: Path) -> None:
@@ -107,12 +122,38 @@ def check_run_folder(
         free = FREE_SETTINGS | ENGINE_SETTINGS if changes else FREE_SETTINGS
         run = settings_for(defaults.engine, old)
         settings.require_same(run, record["run"], allowed, out, defaults, mesh, free)
-        if old["data"]["fingerprint"] != record["data"]["fingerprint"] and "data" not in allowed:
-            raise UserError(
-                f"the run in {out} was trained on {old['data']['path']} ({old['data']['fingerprint'][:12]}), "
-                f"not {record['data']['path']} ({record['data']['fingerprint'][:12]}): give the same data, "
-                "another --out, or --allow-change data"
-            )
+        require_same_data(old["data"], record["data"], allowed, out)
+
+
+def require_same_data(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], out: Path) -> None:
+    """Refuses to resume on other data, or in another mixture, that `allowed` does not name."""
+    if old["fingerprint"] == new["fingerprint"]:
+        return
+    mixtures = old.get(MIXTURE), new.get(MIXTURE)
+    before, now = (mixture["sources"] if mixture else {} for mixture in mixtures)
+    changed = next((name for name in before if name in now and before[name] != now[name]), None)
+    known = bool(before) or old["fingerprint"] in now.values()
+    if "data" not in allowed and (changed or not known or not now):
+        was, here = old["fingerprint"], new["fingerprint"]
+        if changed:
+            was, here = before[changed], now[changed]
+        of = f", whose source {changed} is another one" if changed else ""
+        raise UserError(
+            f"the run in {out} was trained on {old['path']} ({was[:12]}), not {new['path']} ({here[:12]}){of}"
+            ": give the same data, another --out, or --allow-change data"
+        )
+    phases = [mixture and mixture["phases"] for mixture in mixtures]
+    if MIXTURE not in allowed and now and (phases[0] != phases[1] or before.keys() != now.keys()):
+        raise UserError(
+            f"the run in {out} was started with the mixture {describe(old)}, not {describe(new)}: give the "
+            f"same --data, --weights and --phases, another --out, or --allow-change {MIXTURE} if the change "
+            "is meant"
+        )
+
+
+def describe(data: dict[str, Any]) -> str:
+    """The shares of a recorded mixture, in words."""
+    return describe_phases(phases_of(data)) if MIXTURE in data else f"{data['path']} alone"
 
 
 def newest_manifest(out: Path) -> Manifest | None:
@@ -151,7 +192,7 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     run = settings_for(default.engine, record)
     saved = dataclasses.replace(settings.unflatten(run, type(default)), **once)
     if record["tokenizer"]["name"] not in BUILT_IN and settings.given_value(argv, "--tokenizer") is None:
-        carriers = (folder, Path(saved.data))
+        carriers = (folder, *map(Path, data_paths(saved.data)))
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
         saved = dataclasses.replace(saved, tokenizer=own)
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved

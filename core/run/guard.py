@@ -11,6 +11,7 @@ from typing import Any
 from core import checks
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import good_steps, step_path
+from core.data.mixture import phase_number
 
 EARLY = 16
 """Applied updates from which on the guard judges by what it has seen, before its window is full."""
@@ -95,14 +96,21 @@ class Health:
         self._best: float | None = None
         if manifest.health and manifest.health["loss"] is not None:
             self._recent.append(manifest.health["loss"])
+        phase = phase_number(manifest.data, manifest.sequences)
         for step in good_steps(checkpoints):
             old = load_manifest(step_path(checkpoints, step))
-            if old.health and not changed_measure(old, manifest):
+            same = old.data is not None and phase_number(old.data, old.sequences) == phase
+            if old.health and same and not changed_measure(old, manifest):
                 self._note(old.health["loss"])
 
     def _note(self, loss: float | None) -> None:
         if loss is not None:
             self._best = loss if self._best is None else min(self._best, loss)
+
+    def forget(self) -> None:
+        """Levels seen so far compare no longer: the mixture of the data changes."""
+        self._recent.clear()
+        self._best = None
 
     def see(self, loss: float, streak: int) -> None:
         """Takes the loss of the newest update, and how many in a row were not applied up to it."""

@@ -22,6 +22,7 @@ from rich.console import Console
 from core.checkpoint.manifest import TORCH, Manifest
 from core.cli import command as command_line
 from core.config import ModelConfig
+from core.data.mixture import phase_number, phases_of
 from core.errors import UserError
 from core.progress import Activity
 from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
@@ -30,6 +31,7 @@ from core.run.guard import GuardConfig, Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import END, HALT, NoLog, RunLog
 from core.run.metrics import model_flops_utilization
+from core.run.phases import phase_limits
 from core.run.profiling import FOLDER as PROFILE
 from core.run.profiling import describe, parse_updates
 from core.run.settings import PretrainingSource, TrainingSettings
@@ -110,6 +112,7 @@ class Loop:
         self._profiling = False
         self._n_read = 0  # updates whose metrics were read
         self._health = Health(self.checkpoints, self.manifest)
+        self._phase = phase_number(self.manifest.data, self.cursor)
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._durations: collections.deque[float] = collections.deque(maxlen=20)
         self._worked = 0.0  # seconds of work, without evaluations and the like, at the newest metrics
@@ -301,7 +304,8 @@ class Loop:
 
     def _dispatch(self) -> None:
         now = self._now
-        lr, guard, left_out = now.lr(self.step), now.guard, now.leaves_out(self.step)
+        lr, left_out = now.lr(self.step), now.leaves_out(self.step)
+        guard = phase_limits(now.guard, self.manifest.data, self.cursor, self.settings.batch)
         try:
             batch = next(self.batches)
             if batch.first != self.cursor:
@@ -336,6 +340,7 @@ class Loop:
                 self.log.write(done.step, "event", what="compiled", why=news.text)
                 if news.unexpected:
                     self._say(f"step {done.step}: {news.text}")
+            self._notice_phase(done)
             self._health.see(metrics.loss, metrics.streak)
             if metrics.streak >= done.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the engine stops applying by itself
@@ -343,6 +348,16 @@ class Loop:
                     f"{metrics.streak} updates in a row were not applied, the last at step {done.step} "
                     f"with loss {metrics.loss:.4g} and gradient norm {metrics.grad_norm:.4g}"
                 )
+
+    def _notice_phase(self, done: InFlight) -> None:
+        """Says so where another mixture begins: losses before and after do not compare."""
+        data = self.manifest.data
+        number = phase_number(data, done.batch.first + self.settings.batch)
+        if number > self._phase:
+            self._phase = number
+            self.log.write(done.step, "event", what="mixture", shares=str(phases_of(data)[number - 1]))
+            self._say(f"step {done.step}: mixture: {phases_of(data)[number - 1]}")
+            self._health.forget()
 
     def _report_start(self) -> None:
         seconds, aside = round(process_age(), 1), round(self._progress.aside, 1)

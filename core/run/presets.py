@@ -3,7 +3,7 @@
 from typing import Any
 
 from core import checks
-from core.data.dataset import Dataset
+from core.data.batches import Data
 from core.errors import UserError
 
 # What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
@@ -24,7 +24,7 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def count_steps(config: Any, dataset: Dataset) -> int:
+def count_steps(config: Any, dataset: Data) -> int:
     """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's."""
     windows = dataset.splits["train"].windows
     given = TRAINING_DEFAULTS[config.preset]

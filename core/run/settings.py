@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from core import checks
 from core.checkpoint.steps import Keep
 from core.config import PRESETS, Mlp, ModelConfig, preset
+from core.data.mixture import NAME, parse_mixture
 from core.errors import UserError
 from core.run.guard import GuardConfig
 from core.run.profiling import parse_updates
@@ -169,9 +171,15 @@ class PretrainingSource:
     preset: str = "mtlm1-tiny"
     """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny, mtlm2-tiny, or the shape of smollm2-135m, smollm2-360m or
     qwen3-0.6b."""
-    data: str = "builtin"
+    data: str | tuple[str, ...] = "builtin"
     """A prepared folder, text files (.txt, .jsonl, .json, .parquet, also .gz, .bz2, .xz, .zst), a folder,
-    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation."""
+    a glob, tfds:NAME, hf:DATASET, or the built-in corpus of English documentation. Several are mixed, each
+    with a name: wiki=DIR books=DIR."""
+    weights: tuple[str, ...] = ()
+    """Shares of the windows that a mixture takes from each source: wiki=0.7 books=0.3."""
+    phases: tuple[str, ...] = ()
+    """Other shares later in the run: 0.8 wiki=0.3 books=0.7 from four fifths of it on, 0.9 books=1 ... Once
+    the run has begun, they stay where they are, whatever --steps says."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
     the prepared data's, or that of the model to start from; else bytes for the tiny presets and mistral for
@@ -181,33 +189,45 @@ class PretrainingSource:
     model: ModelOverrides = ModelOverrides()
     on_bad_record: Literal["fail", "skip"] = "fail"
     """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
-    leave_out: tuple[int, ...] = ()
-    """Training records to leave out of the loss, by the numbers that the guard and train_tpu.replay give."""
+    leave_out: tuple[int | str, ...] = ()
+    """Training records to leave out of the loss, as the guard and train_tpu.replay name them."""
     watch_every: int = 0
     """Measure every layer at each update whose number is a multiple of this (norms, activations, attention),
     for train_tpu.inspect; 0: never."""
 
     def check_source(self) -> None:
-        """Raises a UserError for a number out of range. Each command's settings call it once made."""
-        for record in self.leave_out:
-            checks.counts(0, leave_out=record)
+        """Raises a UserError for what is out of range. Each command's settings call it once made."""
+        check_records(leave_out=self.leave_out)
+        parse_mixture(self.data, self.weights, self.phases)
         checks.counts(0, watch_every=self.watch_every)
 
 
 # Overrides that a preset has the values of; the vocabulary is the tokenizer's.
 FROM_PRESET = tuple(f.name for f in dataclasses.fields(ModelOverrides) if f.name != "vocab_size")
-# Settings that change how a run is watched, kept or carried out, but not its losses; data and tokenizer are
-# compared by what they hold and not by their names.
+# Settings that change how a run is watched, kept or carried out, but not its losses; data, its mixture and
+# tokenizer are compared by what they hold and not by their names.
 FREE_SETTINGS = frozenset((
-    "out", "data", "tokenizer", "eval_every", "eval_windows", "eval_tasks", "eval_data_dir", "eval_questions",
-    "sample_every", "prompts", "save_every", "save_minutes", "keep_last", "keep_every", "keep_steps",
+    "out", "data", "weights", "phases", "tokenizer", "eval_every", "eval_windows", "eval_tasks",
+    "eval_data_dir", "eval_questions", "sample_every", "prompts", "save_every", "save_minutes", "keep_last",
+    "keep_every", "keep_steps",
     "stop_at", "log_every", "init_from", "allow_change", "fallback", "from_step", "kernels",
     "recompile", "profile", "watch_every",
 ))  # fmt: skip
+MIXTURE = "mixture"  # what --allow-change calls the sources, --weights and --phases
 # What older and grown records say where they do not say what it stood for.
 AUTOMATIC = {"dtype": "auto", "grad_accum_steps": None}
 # Settings that a run folder does not pass on to the next start: they are of one start only.
 ONCE = ("allow_change", "fallback", "from_step", "stop_at", "profile")
+
+
+def check_records(**options: Collection[int | str]) -> None:
+    """A UserError for what is no training record: a number or, of a mixture, SOURCE:NUMBER."""
+    for name, records in options.items():
+        for record in records:
+            if isinstance(record, int):
+                checks.counts(0, **{name: record})
+            elif not re.fullmatch(rf"{NAME}:\d+", record):
+                raise UserError(f"{checks.option(name)} {record}: give a record's number, or SOURCE:NUMBER")
 
 
 def model_config(config: Any, vocab_size: int) -> ModelConfig:
@@ -285,7 +305,7 @@ def require_same(
     Raises:
         UserError: a setting differs and is not named in `allowed`; both values are given.
     """
-    unknown = sorted(set(allowed) - set(new))
+    unknown = sorted(set(allowed) - set(new) - {MIXTURE})
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
     old, new = resolved(flatten(defaults) | today(old)), resolved(new)

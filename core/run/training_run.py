@@ -51,7 +51,8 @@ class TrainingRun:
         record = self.record
         return Manifest(
             kind="train", step=0, sequences=0, tokens=0, config={k: record[k] for k in ("model", "run")},
-            tokenizer=record["tokenizer"], data={"fingerprint": record["data"]["fingerprint"], "cursor": 0},
+            tokenizer=record["tokenizer"],
+            data={name: value for name, value in record["data"].items() if name != "path"} | {"cursor": 0},
             chat_template=record.get("chat_template"), **more,
         )  # fmt: skip
 

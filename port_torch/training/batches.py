@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from core.data.batches import Batch as Windows
-from core.data.batches import heldout_windows, train_batches
-from core.data.dataset import Dataset
+from core.data.batches import Data, Record, heldout_windows, train_batches
 from core.data.examples import IGNORE
 
 
@@ -114,7 +113,7 @@ class HeldOut:
 
 
 def pretraining_batches(
-    dataset: Dataset,
+    dataset: Data,
     *,
     seed: int,
     batch: int,
@@ -122,7 +121,7 @@ def pretraining_batches(
     rows: slice,
     vocab_size: int,
     on_bad: str,
-    leave_out: Collection[int] = (),
+    leave_out: Collection[Record] = (),
 ) -> Iterator[Batch]:
     """The batches of `core.data.batches.train_batches`, in its order, as a step here takes them."""
     windows = train_batches(
@@ -148,7 +147,7 @@ def shifted(windows: Windows) -> Rows:
     return Rows(windows.tokens[:, :-1], targets, None)
 
 
-def heldout_sets(dataset: Dataset) -> list[HeldOut]:
+def heldout_sets(dataset: Data) -> list[HeldOut]:
     """The held-out splits of prepared data."""
 
     def reader(split: str) -> Callable[[int | None], Rows]:

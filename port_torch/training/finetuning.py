@@ -70,7 +70,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         contents.append(chat.template)
     fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     filled = float((divided.train.documents != PADDING).mean())
-    run = run_record(config, model, steps, record, fingerprint)
+    run = run_record(config, model, steps, record, {"fingerprint": fingerprint})
     if chat is not None:
         run["chat_template"] = chat.template
     return Job(

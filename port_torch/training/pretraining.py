@@ -7,12 +7,10 @@ import jax
 import torch
 
 from core.config import ModelConfig
-from core.data.batches import require_records
-from core.data.dataset import Dataset
-from core.data.prepare import choose_tokenizer, open_or_prepare
-from core.folders import CACHE
+from core.data.batches import data_record, require_records
 from core.keys import Purpose, make_key
 from core.model import init_params
+from core.run.data import choose_run_tokenizer, data_rows, open_data
 from core.run.folder import run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.settings import model_config
@@ -49,15 +47,16 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         decoder, tokenizer, lineage = open_pretrained(config.init_from, "train", config.tokenizer)
         if config.steps is None and config.epochs is None:
             config = dataclasses.replace(config, epochs=1.0)
-        dataset = open_data(config, tokenizer.name, decoder.config.context, ranks)
+        context = decoder.config.context
+        dataset = ranks.in_turn(lambda: open_data(config, tokenizer.name, context, out))
         require_same(
             tokenizer_record(tokenizer), dataset.tokenizer_record, str(config.init_from), "the data given"
         )
     else:
         given = TRAINING_DEFAULTS[config.preset]
-        tokenizer, lineage = choose_tokenizer(config.tokenizer, config.data, given["tokenizer"]), []
+        tokenizer, lineage = choose_run_tokenizer(config, given["tokenizer"]), []
         model = model_config(config, tokenizer.vocab_size)
-        dataset = open_data(config, tokenizer.name, model.context, ranks)
+        dataset = ranks.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
         decoder = fresh_decoder(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
     require_records(dataset, config.leave_out, "--leave-out")
@@ -65,15 +64,13 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
         require_room(prompts, model.context)
-    heldout = ", ".join(f"{name} ({dataset.splits[name].bytes:,} bytes)" for name in dataset.heldout)
-    tokens = dataset.splits["train"].tokens
     return Job(
         config=config,
         out=out,
         defaults=type(config)(),
         decoder=decoder.to(ranks.device),
         tokenizer=tokenizer,
-        record=run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint),
+        record=run_record(config, model, steps, dataset.tokenizer_record, data_record(dataset)),
         lineage=lineage,
         steps=steps,
         batches=lambda start: pretraining_batches(
@@ -86,15 +83,9 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         prompts=prompts,
         table=[
             ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
-            ("data", f"{config.data}: {tokens:,} tokens"),
-            ("held out", heldout or "none"),
+            *data_rows(config, dataset, steps),
         ],
     )  # fmt: skip
-
-
-def open_data(config: "TrainConfig", tokenizer: str, context: int, ranks: Distributed) -> Dataset:
-    """The dataset; text is prepared by the first rank while the others wait."""
-    return ranks.in_turn(lambda: open_or_prepare(config.data, tokenizer, context, CACHE))
 
 
 def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from core import cli
 from core.config import preset
-from core.data.prepare import choose_tokenizer, open_or_prepare
 from core.errors import UserError
-from core.folders import CACHE
+from core.run.data import choose_run_tokenizer, open_data
+from core.run.folder import data_name
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import flatten, given_value, model_config
 from stacking.plan import make_plan
@@ -103,12 +103,14 @@ def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
         raise UserError("the target needs --steps after --: the updates that scratch gets")
     if run.optim.schedule != "wsd" or not run.optim.decay:
         raise UserError("arms are decayed off a trunk: the target's --schedule must be wsd, with a --decay")
-    tokenizer = choose_tokenizer(run.tokenizer, run.data, TRAINING_DEFAULTS[run.preset]["tokenizer"])
+    tokenizer = choose_run_tokenizer(run, TRAINING_DEFAULTS[run.preset]["tokenizer"])
     context = preset(run.preset).context if run.model.context is None else run.model.context
-    dataset = open_or_prepare(run.data, tokenizer.name, context, CACHE)
+    dataset = open_data(run, tokenizer.name, context, config.out)
     names = dataset.heldout
     if not names or (config.heldout and config.heldout not in names):
-        raise UserError(f"--heldout {config.heldout}: {run.data} holds out {', '.join(names) or 'nothing'}")
+        raise UserError(
+            f"--heldout {config.heldout}: {data_name(run.data)} holds out {', '.join(names) or 'nothing'}"
+        )
     model = model_config(run, dataset.tokenizer_record["vocab_size"])
     n = round(model.n_layers / config.factor)
     if n < 1 or n * config.factor != model.n_layers:

@@ -8,6 +8,7 @@ import tyro
 
 from core import checks, cli
 from core.errors import UserError, run_command
+from core.run.settings import check_records
 from train_tpu.replay.branch import plan_branch
 from train_tpu.replay.recorded import open_data, open_recorded, open_tokenizer
 
@@ -25,17 +26,18 @@ class ReplayConfig:
     until: int | None = None
     """What if: train on as a branch of its own, from that checkpoint up to this update, with the changes
     below, and compare."""
-    without: tuple[int, ...] = ()
-    """Records that the branch leaves out, as the guard and the log number them: they predict nothing."""
+    without: tuple[int | str, ...] = ()
+    """Records that the branch leaves out, as the guard and the log name them: they predict nothing."""
     lr: str | None = None
     """Peak learning rate of the branch: 3e-4, or 0.5x for half of the run's."""
     out: Path | None = None
     """Run folder of the branch. Default: RUN-branch-N, next to the run."""
-    data: str | None = None
-    """Where the run's data is now, if it was moved. Default: where it was."""
+    data: tuple[str, ...] = ()
+    """Where the run's data is now, if it was moved: DIR, or wiki=DIR books=DIR. Default: where it was."""
 
     def __post_init__(self) -> None:
         checks.counts(0, **checks.fields(self, "step", "until"))
+        check_records(without=self.without)
         for name in ("without", "lr", "out"):
             if self.until is None and getattr(self, name):
                 raise UserError(f"--{name} is for a branch: give --until M, its last update")

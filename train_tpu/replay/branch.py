@@ -7,8 +7,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from core.data.batches import record_at, require_records
-from core.data.dataset import TRAIN, Dataset
+from core.data.batches import Data, Record, record_of, require_records
 from core.errors import UserError
 from core.folders import require_new
 from core.run.settings import flatten
@@ -24,7 +23,7 @@ class Branch:
     until: int
     """Its last update."""
     config: RunConfig
-    without: tuple[int, ...]
+    without: tuple[Record, ...]
     out: Path
 
     @property
@@ -42,15 +41,15 @@ class Branch:
             said.append(f"without the records {', '.join(map(str, self.without))}")
         return " and ".join(said) or "nothing changed"
 
-    def require_read(self, dataset: Dataset) -> None:
+    def require_read(self, dataset: Data) -> None:
         """Refuses a record to be left out that none of the updates reads: nothing would change."""
         require_records(dataset, self.without, "--without")
         first, cursor, batch = self.recorded.first, self.recorded.cursor, self.config.batch
-        missing, n = set(self.without), dataset.splits[TRAIN].windows
+        missing = set(self.without)
         for index in range(cursor, cursor + (self.until - first + 1) * batch):
             if not missing:
                 return
-            missing.discard(record_at(index, n, self.config.seed))
+            missing.discard(record_of(dataset, index, self.config.seed))
         if missing:
             raise UserError(
                 f"--without {min(missing)}: no batch of the updates {first} to {self.until} holds that record"
@@ -58,7 +57,7 @@ class Branch:
 
 
 def plan_branch(
-    recorded: Recorded, until: int, lr: str | None, without: tuple[int, ...], out: Path
+    recorded: Recorded, until: int, lr: str | None, without: tuple[Record, ...], out: Path
 ) -> Branch:
     """The branch that is asked for.
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from core.checkpoint.manifest import JAX
 from core.compilation_cache import keep_compiled
 from core.data.batches import Batch as LoadedBatch
-from core.data.dataset import Dataset
+from core.data.batches import Data
 from core.errors import UserError
 from core.gpu_memory import require_free_memory
 from core.model import Params
@@ -61,7 +61,7 @@ class Replayed:
         return Figures(self.metrics.loss, self.metrics.grad_norm)
 
 
-def open_setup(recorded: Recorded, dataset: Dataset, tokenizer: Tokenizer, console: Console) -> Setup:
+def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console: Console) -> Setup:
     """The run as these devices train it: with its own mesh where that fits them, else with all of them on
     `data`, or with one where they cannot share its batch."""
     config, folder = recorded.config, recorded.folder
@@ -101,14 +101,15 @@ def make_again(recorded: Recorded, setup: Setup) -> Replayed:
                 if settings.leaves_out(step):
                     done.advance(text=f"update {step}, left out")
                     continue
-                metrics = engine.read(engine.dispatch(batch, step, recorded.lr(step), settings.guard))
+                guard = recorded.limits(settings.guard, batch.first)
+                metrics = engine.read(engine.dispatch(batch, step, recorded.lr(step), guard))
                 logged = figures_in(recorded, step)
                 if logged and not logged.equals(Figures(metrics.loss, metrics.grad_norm)):
                     others.append(step)
                 done.advance(text=f"update {step}, loss {metrics.loss:.4f}")
             params = jax.tree.map(jnp.copy, engine.state.params)  # the step donates them
             batch, lr = next(batches), recorded.lr(recorded.step)
-            guard = recorded.settings(recorded.step).guard
+            guard = recorded.limits(recorded.settings(recorded.step).guard, batch.first)
             metrics = engine.read(engine.dispatch(batch, recorded.step, lr, guard))
             done.advance(text=f"update {recorded.step}, loss {metrics.loss:.4f}")
     finally:

@@ -10,14 +10,16 @@ from typing import Any
 from core.checkpoint.manifest import CHANGE, JAX, Manifest, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.config import ModelConfig
-from core.data.dataset import Dataset
-from core.data.prepare import open_or_prepare
+from core.data.batches import Data
+from core.data.mixture import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from core.folders import CACHE
-from core.run.folder import newest_manifest, read_config
+from core.run.data import open_recorded_data
+from core.run.folder import data_name, newest_manifest, read_config, recorded_data
+from core.run.guard import GuardConfig
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import KEPT, engine_of, settings_for
+from core.run.phases import phase_limits
 from core.run.settings import unflatten
 from core.run.steering import Record, Steered, steered
 from core.run.steering_queue import find_record
@@ -79,6 +81,10 @@ class Recorded:
         """Those of an update, as it was steered."""
         start = Steered(self.config.optim, self.config.guard, self.steps)
         return steered(start, self.steering, step)
+
+    def limits(self, guard: GuardConfig, first: int) -> GuardConfig:
+        """The guard's limits for the batch whose first sequence has the index `first`."""
+        return phase_limits(guard, self.record["data"], first, self.config.batch)
 
     def lr(self, step: int) -> float:
         """The rate of an update: what the log has, since a resume may have changed it, else what it was."""
@@ -146,8 +152,7 @@ def _record_at(folder: Path, newest: dict[str, Any], step: int) -> dict[str, Any
     if not later:
         return newest
     manifest = load_manifest(step_path(folder / "checkpoints", later[0]))
-    data = {"path": manifest.config["run"]["data"], "fingerprint": manifest.data["fingerprint"]}
-    record = newest | manifest.config | {"tokenizer": manifest.tokenizer, "data": data}
+    record = newest | manifest.config | {"tokenizer": manifest.tokenizer, "data": recorded_data(manifest)}
     if engine_of(record["run"]) != engine_of(newest["run"]):
         record.pop(KEPT, None)  # it is of the engine that made this update
     return record
@@ -192,26 +197,26 @@ def _device_at(folder: Path, step: int) -> tuple[str, int] | None:
 def open_tokenizer(recorded: Recorded) -> Tokenizer:
     """The tokenizer of the run."""
     folder, record = recorded.folder, recorded.record
-    carriers = (folder, Path(record["data"]["path"]))
+    carriers = (folder, *map(Path, data_paths(record["run"]["data"])))
     return load_tokenizer_of(record["tokenizer"], carriers, f"the run in {folder}")
 
 
-def open_data(recorded: Recorded, tokenizer: Tokenizer, given: str | None) -> Dataset:
+def open_data(recorded: Recorded, tokenizer: Tokenizer, given: tuple[str, ...]) -> Data:
     """The data that the run was trained on, where it was, or where `given` says that it is now.
 
     Raises:
         UserError: it is gone, or is not what it was; the path and both hashes are named.
     """
-    path, wanted = recorded.record["data"]["path"], recorded.record["data"]["fingerprint"]
-    path = given or path
-    what = f"the data of the run in {recorded.folder} ({path}, fingerprint {wanted[:12]})"
+    record, wanted = recorded.record["data"], recorded.record["data"]["fingerprint"]
+    data = given or recorded.record["run"]["data"]
+    what = f"the data of the run in {recorded.folder} ({data_name(data)}, fingerprint {wanted[:12]})"
     try:
-        dataset = open_or_prepare(path, tokenizer.name, recorded.model.context, CACHE)
+        dataset = open_recorded_data(data, record, tokenizer.name, recorded.model.context)
     except UserError as error:
-        raise UserError(f"{what} cannot be opened: {error}; --data PATH names another place") from None
+        raise UserError(f"{what} cannot be opened: {error}; --data names another place") from None
     if dataset.fingerprint != wanted:
         raise UserError(
             f"{what} has changed: its fingerprint is {dataset.fingerprint[:12]} now, so its batches would be "
-            "others; give what it was trained on with --data PATH"
+            "others; give what it was trained on with --data"
         )
     return dataset

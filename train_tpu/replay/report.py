@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from core.data.dataset import Dataset
+from core.data.batches import Data
 from core.progress import make_console
 from core.run.watching import Sizes, growth
 from core.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ WORST = 3  # records whose text is shown
 SHOWN = 200  # characters of it
 
 
-def replay(recorded: Recorded, dataset: Dataset, tokenizer: Tokenizer) -> int:
+def replay(recorded: Recorded, dataset: Data, tokenizer: Tokenizer) -> int:
     """Makes the update again and says what is found; the exit code."""
     console = make_console()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from core.checkpoint.manifest import MANIFEST, load_manifest
-from core.data.dataset import Dataset
+from core.data.batches import Data, data_record
 from core.folders import new_folder, write_atomically
 from core.progress import make_console
 from core.run.curve import plot_branch
@@ -26,7 +26,7 @@ ROWS = 10  # of the table
 RECENT = 8  # updates at the end of the stretch whose losses are averaged
 
 
-def run_branch(branch: Branch, dataset: Dataset, tokenizer: Tokenizer) -> int:
+def run_branch(branch: Branch, dataset: Data, tokenizer: Tokenizer) -> int:
     """Trains the branch, draws both curves and prints the table; the exit code."""
     console = make_console()
 
@@ -37,7 +37,7 @@ def run_branch(branch: Branch, dataset: Dataset, tokenizer: Tokenizer) -> int:
     setup = open_setup(recorded, dataset, tokenizer, console)
     config = dataclasses.replace(setup.config, out=branch.out)
     model, steps = setup.step.model, setup.steps
-    record = run_record(config, model, steps, dataset.tokenizer_record, dataset.fingerprint)
+    record = run_record(config, model, steps, dataset.tokenizer_record, data_record(dataset))
     setup = dataclasses.replace(setup, config=config, out=branch.out, record=record)
     make_folder(branch, setup)
     of = f"a branch of {branch.recorded.folder} from update {recorded.first} on"

@@ -1,0 +1,185 @@
+"""The data of a run: its sources opened, and from which sequence on which mixture of them holds.
+
+A phase of a mixture is given as a part of the run. When the run begins it becomes the index of a sequence,
+which config.json and the manifests record: whatever --steps or --batch a later start has, it stays there. A
+mixture that is changed at a resume is a new phase, which begins at the next sequence.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.steps import list_steps, step_path
+from core.data.batches import Data
+from core.data.dataset import TRAIN, Dataset, Split, open_dataset
+from core.data.mixture import (
+    BLOCK,
+    Asked,
+    Mixture,
+    Phase,
+    describe_phases,
+    parse_data,
+    parse_mixture,
+    phases_of,
+)
+from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
+from core.errors import UserError
+from core.folders import CACHE
+from core.run.folder import newest_manifest, read_config
+from core.run.presets import count_steps
+from core.run.settings import today
+from core.tokenizer import Tokenizer, require_same
+
+
+def choose_run_tokenizer(config: Any, default: str) -> Tokenizer:
+    """The tokenizer that the user names, else that of prepared data, else the one named `default`.
+
+    Raises:
+        UserError: sources were prepared with different ones, or for different contexts.
+    """
+    data = parse_data(config.data)
+    if isinstance(data, str):
+        return choose_tokenizer(config.tokenizer, data, default)
+    prepared = {name: open_dataset(path) for name, path in data.items() if is_prepared(path)}
+    (first, one), *others = prepared.items() or [(None, None)]
+    for name, other in others:
+        what = f"the source {first}", f"the source {name}"
+        require_same(one.tokenizer_record, other.tokenizer_record, *what)
+        if one.context != other.context:
+            raise UserError(
+                f"the source {first} was prepared for a context of {one.context} and {name} for "
+                f"{other.context}: prepare one of them again with the other's --context"
+            )
+    path = data[first] if prepared else next(iter(data.values()))
+    return choose_tokenizer(config.tokenizer, path, default)
+
+
+def open_data(config: Any, tokenizer: str, context: int, out: Path) -> Data:
+    """The data that a run in the folder `out` reads; text is prepared.
+
+    Raises:
+        UserError: a source cannot be opened or holds no window, or a phase does not fit the run.
+    """
+    asked = parse_mixture(config.data, config.weights, config.phases)
+    if asked is None:
+        return open_or_prepare(config.data, tokenizer, context, CACHE)
+    sources = open_sources(asked.sources, tokenizer, context)
+    return Mixture(sources, find_phases(config, asked, sources, out))
+
+
+def open_recorded_data(
+    data: str | Sequence[str], record: dict[str, Any], tokenizer: str, context: int
+) -> Data:
+    """The data of a recorded run, as it was mixed then.
+
+    Args:
+        data: where it is, as --data names it.
+        record: what config.json or a manifest says of it.
+    """
+    sources = parse_data(data)
+    if isinstance(sources, str):
+        return open_or_prepare(sources, tokenizer, context, CACHE)
+    if "mixture" not in record:
+        raise UserError(f"the run was trained on one source without a name: give it so, --data {data[0]}")
+    return Mixture(open_sources(sources, tokenizer, context), phases_of(record))
+
+
+def open_sources(sources: dict[str, str], tokenizer: str, context: int) -> dict[str, Dataset]:
+    """The sources of a mixture, prepared folders or text, by name."""
+    found = {}
+    for name, path in sources.items():
+        try:
+            found[name] = open_or_prepare(path, tokenizer, context, CACHE)
+        except UserError as error:
+            raise UserError(f"the source {name}: {error}") from None
+        if found[name].splits[TRAIN].windows < 1:
+            raise UserError(
+                f"the source {name}: the text of {path} does not fill one window of {context} tokens: give "
+                "more text or a shorter --context"
+            )
+    return found
+
+
+def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Path) -> tuple[Phase, ...]:
+    """From which sequence on which mixture holds: what is recorded, if the same is asked for, else from where
+    the run in `out` resumes, or from its beginning."""
+    old = read_config(out)
+    if old and (recorded := as_recorded(old, asked)):
+        return recorded
+    start = start_of(config, out) if old else None
+    kept: tuple[Phase, ...] = ()
+    step, sequences = (start.step, start.sequences) if start else (0, 0)
+    if start:
+        if config.fallback:
+            raise UserError(
+                "--fallback may resume from an older step than the newest, where the mixture would change: "
+                "resume without the change first"
+            )
+        kept = tuple(phase for phase in phases_before(old["data"], sources) if phase.first < sequences)
+    steps = count_steps(config, Mixture(sources, ()))
+    phases = []
+    for share, counts in asked.shares:
+        begins = 0 if share == 0 else round(share * steps)
+        if share > 0 and not (0 < begins < steps and begins > phases[-1][0]):
+            raise UserError(
+                f"--phases {share:g} would begin at update {begins} of {steps}, where another one begins or "
+                "the run ends: give phases that are farther apart, or more steps"
+            )
+        phases.append((begins, counts))
+    now = [counts for begins, counts in phases if begins <= step][-1]
+    if not (kept and kept[-1].counts == now):
+        kept = (*kept, Phase(sequences, now))
+    later = ((begins - step, counts) for begins, counts in phases if begins > step)
+    return (*kept, *(Phase(sequences + n * config.batch, counts) for n, counts in later))
+
+
+def as_recorded(old: dict[str, Any], asked: Asked) -> tuple[Phase, ...] | None:
+    """The phases that a run's config.json records, if it was started with the mixture that is asked for."""
+    recorded, run = old["data"].get("mixture"), today(old["run"])
+    if recorded is None or recorded["sources"].keys() != asked.sources.keys():
+        return None
+    before = parse_mixture(run["data"], run["weights"], run["phases"])
+    return phases_of(old["data"]) if before and before.shares == asked.shares else None
+
+
+def phases_before(record: dict[str, Any], sources: dict[str, Dataset]) -> tuple[Phase, ...]:
+    """Those of the data that a run has read so far; data without a name may have one now."""
+    if "mixture" in record:
+        return phases_of(record)
+    same = [name for name, source in sources.items() if source.fingerprint == record["fingerprint"]]
+    return (Phase(0, ((same[0], BLOCK),)),) if same else ()
+
+
+def start_of(config: Any, out: Path) -> Manifest | None:
+    """The manifest of the checkpoint that a run resumes from; None where there is none."""
+    checkpoints = out / "checkpoints"
+    if config.from_step in list_steps(checkpoints):
+        return load_manifest(step_path(checkpoints, config.from_step))
+    return newest_manifest(out)
+
+
+def data_rows(config: Any, data: Data, steps: int) -> list[tuple[str, str]]:
+    """What the table that a run begins with says of its data, and of how often each source will be read."""
+    heldout = ", ".join(f"{name} ({data.splits[name].bytes:,} bytes)" for name in data.heldout) or "none"
+    rows = [] if isinstance(data, Dataset) else mixture_rows(config, data, steps)
+    name = config.data if isinstance(data, Dataset) else f"{len(data.sources)} sources"
+    return [("data", f"{name}: {_size(data.splits[TRAIN])}"), *rows, ("held-out", heldout)]
+
+
+def mixture_rows(config: Any, mixture: Mixture, steps: int) -> list[tuple[str, str]]:
+    """The sources, with their epochs, and the phases."""
+    end, paths = steps * config.batch, parse_data(config.data)
+    rows, read = [], mixture.read_before(end, config.seed)
+    for name, source in mixture.sources.items():
+        n = source.splits[TRAIN].windows
+        epochs = f"{read[name] / n:.2f} epochs"
+        if (at := mixture.used_up(name, config.seed, end)) is not None:
+            epochs += f", used up at sequence {at:,} and then read again"
+        rows.append((f"  {name}", f"{paths[name]}: {_size(source.splits[TRAIN])}; {epochs}"))
+    return [*rows, ("mixture", describe_phases(mixture.phases, end))]
+
+
+def _size(split: Split) -> str:
+    each = f"{split.bytes / split.tokens:.2f} bytes per token"
+    return f"{split.tokens:,} tokens in {split.documents:,} documents, {each}"
