@@ -65,14 +65,14 @@ def test_a_run_from_a_folder_says_its_model_and_comes_back_as_it_was(tmp_path: P
     model = dataclasses.replace(GROUPED, vocab_size=300, dropout=0.1, rope_theta=5e4)
     config = TrainConfig(init_from=Path("folder"), data="text", batch=4, grad_accum_steps=2)
     tokenizer = tokenizer_record(load_tokenizer("bytes"))
-    record = run_record(config, model, 9, tokenizer, "fingerprint")
+    record = run_record(config, model, 9, tokenizer, {"fingerprint": "f"})
     write_config(tmp_path, record)
     theirs = settings_of_run(tmp_path, RunConfig(), [])
     assert model_config(theirs, tokenizer["vocab_size"]) == model
     assert (theirs.tokenizer, theirs.batch) == ("bytes", 4)
     assert theirs.init_from is None and theirs.grad_accum_steps is None
 
-    write_config(tmp_path, run_record(theirs, model, 9, tokenizer, "fingerprint"))
+    write_config(tmp_path, run_record(theirs, model, 9, tokenizer, {"fingerprint": "f"}))
     back = settings_of_run(tmp_path, TrainConfig(), [])
     assert back == dataclasses.replace(config, steps=9)
 

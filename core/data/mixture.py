@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +38,13 @@ class Phase(NamedTuple):
     first: int
     counts: Counts
 
+    @property
+    def size(self) -> int:
+        """Windows in a block."""
+        return sum(n for _, n in self.counts)
+
     def __str__(self) -> str:
-        return ", ".join(f"{name} {100 * n / _size(self):.4g}%" for name, n in self.counts)
+        return ", ".join(f"{name} {100 * n / self.size:.4g}%" for name, n in self.counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +97,34 @@ class Mixture:
 
     def place(self, index: int, seed: int) -> tuple[str, int]:
         """The source of window `index` of the sequence, and how many windows of that source come before."""
-        number = bisect.bisect(self.phases, index, key=lambda phase: phase.first) - 1
+        number = bisect.bisect(self._firsts, index) - 1
         if number < 0:
             raise UserError(f"sequence {index} was read before its data became a mixture, so it is not known")
         phase = self.phases[number]
         if len(self.phases) == len(phase.counts) == 1:
             return phase.counts[0][0], index - phase.first
-        block, place = divmod(index - phase.first, _size(phase))
-        sources, ranks = _block(phase.counts, index - place, seed)
-        name, n = phase.counts[sources[place]]
-        return name, _before(self.phases[: number + 1], seed).get(name, 0) + block * n + int(ranks[place])
+        offset = (index - phase.first) % phase.size
+        return self._places(number, index - offset, seed)[offset]
+
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        return [phase.first for phase in self.phases]
+
+    @functools.cached_property
+    def _places(self) -> Callable[[int, int, int], list[tuple[str, int]]]:
+        """What `place` gives for the windows of a block, by its phase's number and its first index."""
+
+        @functools.lru_cache(maxsize=16)
+        def places(number: int, first: int, seed: int) -> list[tuple[str, int]]:
+            phase, before = self.phases[number], _before(self.phases[: number + 1], seed)
+            sources, ranks = _block(phase.counts, first, seed)
+            block = (first - phase.first) // phase.size
+            starts = [before.get(name, 0) + block * n for name, n in phase.counts]
+            names = [name for name, _ in phase.counts]
+            at = (ranks + np.array(starts)[sources]).tolist()
+            return [(names[source], place) for source, place in zip(sources.tolist(), at, strict=True)]
+
+        return places
 
     def read_before(self, index: int, seed: int) -> dict[str, int]:
         """Windows of each source that come before window `index` of the sequence."""
@@ -141,10 +164,6 @@ def alone(dataset: Dataset) -> Mixture:
     return Mixture({"": dataset}, (Phase(0, (("", 1),)),))
 
 
-def _size(phase: Phase) -> int:
-    return sum(n for _, n in phase.counts)
-
-
 @functools.lru_cache(maxsize=64)
 def _before(phases: tuple[Phase, ...], seed: int) -> dict[str, int]:
     """Windows of each source before the last of `phases` begins."""
@@ -152,7 +171,7 @@ def _before(phases: tuple[Phase, ...], seed: int) -> dict[str, int]:
         return {}
     *_, phase, last = phases
     read = dict(_before(phases[:-1], seed))
-    blocks, rest = divmod(last.first - phase.first, _size(phase))
+    blocks, rest = divmod(last.first - phase.first, phase.size)
     sources, _ = _block(phase.counts, last.first - rest, seed)
     of_rest = np.bincount(sources[:rest], minlength=len(phase.counts)).tolist()
     for (name, n), more in zip(phase.counts, of_rest, strict=True):
@@ -160,7 +179,7 @@ def _before(phases: tuple[Phase, ...], seed: int) -> dict[str, int]:
     return read
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _block(counts: Counts, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(sources, ranks) of the block whose first window has the index `first`.
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from core.data.mixture import phases_of
+from core.run.folder import read_config
 from core.run.log import CARRIED, read_log
 
 TRAIN, SMOOTHED, GREY = "#a9c7de", "#0072b2", "#5f6368"
@@ -30,6 +32,10 @@ def plot_curve(folder: Path) -> Path:
         after = [row["tokens"] / 1e6 for row in train if row["step"] >= growth]
         if after:
             axes.axvline(after[0], color=GREY, linestyle=":", linewidth=1.2, label=f"grown at step {growth}")
+    if record := read_config(folder):
+        for phase in phases_of(record["data"])[1:]:
+            at = phase.first * record["model"]["context"] / 1e6
+            axes.axvline(at, color=GREY, linestyle="--", linewidth=1.2, label=f"from here {phase}")
     splits = sorted({row["split"] for row in evals})
     for i, name in enumerate(splits):
         rows = [row for row in evals if row["split"] == name]

@@ -49,11 +49,13 @@ class RunLog:
         self._board = Board(folder / "tensorboard", resume_step)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """One line; finite numbers also go to TensorBoard as kind/name, others become strings."""
+        """One line; finite numbers also go to TensorBoard as kind/name (eval/split/name), others become
+        strings."""
         line = {"step": step, "kind": kind} | {k: _jsonable(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float | int)}
+        tag = "/".join([kind, *([values["split"]] if kind == "eval" else [])])
+        numbers = {f"{tag}/{k}": v for k, v in values.items() if isinstance(v, float | int)}
         self._board.scalars(step, {tag: value for tag, value in numbers.items() if math.isfinite(value)})
 
     def watch(self, step: int, record: dict[str, Any]) -> None:

@@ -272,7 +272,8 @@ def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_
     config = defaults("mtlm1-tiny")
     config = dataclasses.replace(config, tokenizer=str(file), data=str(tmp_path / "data"))
     model = model_config(config, tokenizer.vocab_size)
-    write_config(folder, run_record(config, model, 5, tokenizer_record(tokenizer), "f" * 64))
+    recorded = tokenizer_record(tokenizer), {"fingerprint": "f" * 64}
+    write_config(folder, run_record(config, model, 5, *recorded))
     given = ["--out", str(folder)]
     assert parse(given).tokenizer == str(file)  # a run of an older version, which carries none
     tokenizer.carry(folder)
@@ -288,9 +289,7 @@ def test_the_runs_own_copy_of_the_tokenizer_is_used_unless_another_is_typed(tmp_
     # The name of the file is not a setting of the run; its hash is compared instead.
     check_run_folder(
         folder,
-        run_record(
-            dataclasses.replace(config, tokenizer=own), model, 5, tokenizer_record(tokenizer), "f" * 64
-        ),
+        run_record(dataclasses.replace(config, tokenizer=own), model, 5, *recorded),
         (),
         RunConfig(),
     )

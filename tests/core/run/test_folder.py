@@ -38,7 +38,7 @@ def record(**changes) -> dict:
     config = dataclasses.replace(defaults("mtlm1-tiny"), model=overrides)
     optim = {k: changes.pop(k) for k in list(changes) if hasattr(config.optim, k)}
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim), **changes)
-    return run_record(config, model_config(config, 258), steps, TOKENIZER, "f" * 64)
+    return run_record(config, model_config(config, 258), steps, TOKENIZER, {"fingerprint": "f" * 64})
 
 
 def make_run(folder: Path, step: int, **changes) -> Path:
@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused_before_the_data_is_prepared(arguments, says, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(preparing, "keep_compiled", lambda: None)
-    monkeypatch.setattr(preparing, "open_or_prepare", lambda *_: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(preparing, "open_data", lambda *_: pytest.fail("the data was prepared"))
     monkeypatch.setattr(command.sys, "argv", ["run", "--data", "nowhere", *arguments])
     with pytest.raises(UserError, match=says):
         command.main()
