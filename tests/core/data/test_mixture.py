@@ -55,10 +55,7 @@ def make(folder: Path, first: int, windows: int, heldout: int = 0) -> Dataset:
     folder.mkdir(parents=True)
     rows = (first + np.arange(windows)[:, None] + np.zeros(CONTEXT + 1, int)).astype(np.uint16)
     splits = {"train": rows} | ({"valid": rows[:heldout]} if heldout else {})
-    writer = packing.WindowWriter(folder, CONTEXT, list(splits), rows.dtype)
-    for name, those in splits.items():
-        writer.write(name, those)
-    writer.close()
+    packing.write_splits(folder, CONTEXT, splits)
     record = {"name": "random", "sha256": "0" * 64, "vocab_size": VOCAB}
     listed = [Split(name, 1, 10, len(those) * CONTEXT + 1, len(those)) for name, those in splits.items()]
     return write_manifest(folder, CONTEXT, record, listed, dropped={}, sources=[])
