@@ -36,6 +36,12 @@ def require_extra(extra: str, commands: Collection[str] | None = None) -> None:
         sys.exit(tell(UserError(f"this command needs {needed}: {install_command(extra)}")))
 
 
+def require_peft() -> None:
+    """A UserError if `peft` is not installed, told without importing it."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"LoRA adapters are saved and opened with peft: {install_command('torch')}")
+
+
 def install_command(extra: str, root: Path = Path(__file__).parents[1]) -> str:
     """What to type to install an extra: from the checkout with its pinned versions, where there is one.
 

@@ -11,6 +11,7 @@ from core.errors import UserError
 from core.hub_models import is_hub_name, parse
 
 DATASET = "dataset.json"  # of prepared data
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter, as peft has it
 RESULT = "model"  # of a run of port_torch: the folder with its model
 
 
@@ -19,6 +20,7 @@ class Kind(enum.Enum):
 
     CHECKPOINT = "a checkpoint, or a run with checkpoints"
     ADAPTERS = "a LoRA run of port_torch"
+    ADAPTER = "a LoRA adapter"
     WEIGHTS = "a folder of weights for PyTorch"
     DATA = "prepared data"
     OTHER = "none of these"
@@ -28,6 +30,8 @@ def kind_of(path: Path) -> Kind:
     """What a folder is. Nothing is verified: whoever opens it does that."""
     if (path / DATASET).exists():
         return Kind.DATA
+    if (path / ADAPTER_CONFIG).exists():
+        return Kind.ADAPTER
     for folder in (path / "checkpoints", path):
         steps = list_steps(folder)
         step_dir = step_path(folder, steps[-1]) if steps else folder
@@ -46,6 +50,7 @@ def _holds_adapters(step_dir: Path) -> bool:
 
 
 IMPORT = "import it first, with `python -m port_torch.import_checkpoint {path} CHECKPOINT`"
+MERGE = "merge it into its base first, with `python -m port_torch.merge {path} FOLDER`"
 # What a folder was given for, its kind -> what to do instead.
 ADVICE = {
     ("generate", Kind.CHECKPOINT): "use `python -m core.generate {path}`",
@@ -89,4 +94,6 @@ def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
                 raise UserError(f"{what}: give that folder")
         elif kind is Kind.ADAPTERS:
             raise UserError(f"{what} without its model yet: run its command to the end, which writes {model}")
+    if kind is Kind.ADAPTER:
+        raise UserError(f"{what}: {MERGE.format(path=shlex.quote(str(path)))}")
     raise UserError(f"{what}: {ADVICE[purpose, kind].format(path=shlex.quote(str(path)))}")

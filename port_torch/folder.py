@@ -79,7 +79,7 @@ def open_folder(path: Path) -> Folder:
     config = read_json(path, CONFIG)
     tensors: dict[str, TensorInfo] = {}
     for file, names in _weight_files(path).items():
-        found = _read_header(inside(path, file))
+        found = read_header(inside(path, file))
         for name in found:
             if name in tensors:
                 raise UserError(f"{name} is in {file} and in {tensors[name].file}: remove one of them")
@@ -194,7 +194,7 @@ def inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file; their values stay on the disk."""
     tensors: dict[str, TensorInfo] = {}
     try:

@@ -82,14 +82,21 @@ def compare(
         theirs = kind.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=False).logits.numpy()
     limit = tolerance(model, expected, noise)
     for name, got in (("port_torch.model", ours), ("transformers", theirs)):
-        difference = float(np.abs(got - expected).max())
+        difference = require_equal(got, expected, limit, name, source)
         print(f"logits of {name} against {source}: largest difference {difference:.1e} (limit {limit:.1e})")
-        if not difference <= limit:
-            raise UserError(
-                f"{name} computes logits from the exported folder that differ from {source}'s by up to "
-                f"{difference:.1e} where {limit:.1e} is allowed, so the folder was removed; this is a fault "
-                "of the export: please report it with the checkpoint's manifest"
-            )
+
+
+def require_equal(got: np.ndarray, expected: np.ndarray, limit: float, name: str, source: str) -> float:
+    """The largest difference of logits that `name` computes from those of `source`; a UserError beyond the
+    limit."""
+    difference = float(np.abs(got - expected).max())
+    if not difference <= limit:
+        raise UserError(
+            f"{name} computes logits from the exported folder that differ from {source}'s by up to "
+            f"{difference:.1e} where {limit:.1e} is allowed, so the folder was removed; this is a fault "
+            "of the export: please report it with the checkpoint's manifest"
+        )
+    return difference
 
 
 def mirror_logits(folder: Path, ids: torch.Tensor) -> tuple[np.ndarray, float]:

@@ -98,6 +98,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
             ("fields not used", ", ".join(f"{name} ({k:,} rows)" for name, k in file.unused.items()) or "-"),
         ],
         tuning=tuning(file.form, divided.shown[0]),
+        lora=None if config.lora.lora_rank is None else config.lora,
     )  # fmt: skip
 
 

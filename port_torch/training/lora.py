@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from core.extras import require_peft
 from core.lora import LoraConfig
 from port_torch.model import Decoder
 
@@ -53,8 +54,10 @@ def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> str:
         What is trained, in words.
 
     Raises:
-        UserError: the model lacks a map that the settings name.
+        UserError: the model lacks a map that the settings name, or peft is not installed, which opens the
+            result.
     """
+    require_peft()
     targets = config.targets(decoder.config)
     decoder.requires_grad_(False)
     torch.manual_seed(seed)
@@ -66,12 +69,15 @@ def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> str:
     return f"LoRA adapters of rank {config.rank}{dropout}, at {', '.join(targets)}"
 
 
+def base_weights(decoder: Decoder) -> dict[str, Tensor]:
+    """The parameters by the names of a plain decoder, without adapters."""
+    return {name.replace(BASE, ""): p.detach() for name, p in decoder.named_parameters() if LORA not in name}
+
+
 @torch.no_grad()
 def merged(decoder: Decoder) -> dict[str, Tensor]:
     """The parameters by the names of a plain decoder, what the adapters add included; nothing is changed."""
-    weights = {
-        name.replace(BASE, ""): p.detach() for name, p in decoder.named_parameters() if LORA not in name
-    }
+    weights = base_weights(decoder)
     for name, module in decoder.named_modules():
         if isinstance(module, Adapted):
             weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.delta()

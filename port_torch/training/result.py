@@ -1,47 +1,57 @@
-"""What a run ends in: a Hugging Face folder, read back and compared with the model that was trained."""
+"""What a run ends in: a Hugging Face folder, read back and compared with the model that was trained.
+
+Of a LoRA run that is the merged model; the adapters alone lie in another folder, as peft opens them.
+"""
 
 import contextlib
 import dataclasses
 import io
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, seal, verify
 from core.checkpoint.steps import set_aside
 from core.errors import UserError
 from core.folders import new_folder
-from core.tokenizer import Tokenizer
-from port_torch.card import Tuning, held_out_scores, model_card
-from port_torch.export import disk_errors, write_rest, write_weights
-from port_torch.model import Decoder, parameter_name
-from port_torch.training.lora import merged
+from port_torch.card import held_out_scores, model_card
+from port_torch.export import disk_errors, without_local_paths, write_rest, write_weights
+from port_torch.hf_tokenizer import write_tokenizer
+from port_torch.model import decoder_of, parameter_name
+from port_torch.names import exported_tensors
+from port_torch.training.lora import base_weights, merged
+from port_torch.training.setup import Job
 
 FOLDER = "model"
 """Of a run folder: where the result lies."""
+ADAPTER = "adapter"
+"""Where the adapters of a LoRA run lie."""
 
 
-def write_result(
-    run: Path,
-    step_dir: Path,
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    manifest: Manifest,
-    tuning: Tuning | None,
-) -> Path:
-    """Writes the model into the run folder, adapters merged, if it is not there yet; returns its path.
+def write_result(job: Job, step_dir: Path, manifest: Manifest) -> Path:
+    """Writes the model, adapters merged, and of a LoRA run the adapters into the run folder, where they are
+    not there yet; returns the path of the model.
 
     An older one, of a run that was continued, is removed first: its checkpoint was trained further. One that
     lacks a file or was changed is set aside, which is said on stderr.
 
-    manifest: of the checkpoint `step_dir`, which the decoder holds.
+    manifest: of the checkpoint `step_dir`, which the job's decoder holds.
     """
-    from port_torch.parity import compare, probe_tokens  # slow: transformers, which training does not need
+    if job.lora is not None:
+        renew(job.out / ADAPTER, manifest, lambda partial: write_adapters(partial, job, manifest))
+    folder = job.out / FOLDER
+    renew(folder, manifest, lambda partial: write_model(partial, job, step_dir, manifest))
+    return folder
 
-    folder = run / FOLDER
+
+def renew(folder: Path, manifest: Manifest, write: Callable[[Path], None]) -> None:
+    """Has a folder written, under a hidden name, unless it is there and whole and of the manifest's step."""
     damage = why_damaged(folder) if folder.exists() else None
     if damage:
         aside = set_aside(folder)
@@ -51,25 +61,64 @@ def write_result(
         )
     elif folder.exists():
         if load_manifest(folder, EXPORT_MANIFEST).step == manifest.step:
-            return folder
+            return
         shutil.rmtree(folder)
-    model = decoder.config
-    tokens = probe_tokens(model, tokenizer.prefix)
-    with torch.inference_mode():
-        # What is compared is the live model, so that a fault of the merging shows, too.
-        expected = decoder.eval()(torch.from_numpy(tokens).to(decoder.table.device))
-        expected = decoder.logits(expected).cpu().numpy()
-    weights: dict[str, Tensor] = merged(decoder)
     with new_folder(folder) as partial, disk_errors(folder):
         partial.mkdir()
-        tree = write_weights(partial, model, lambda leaf: weights[parameter_name(leaf)], "float32")
-        card = model_card(run.name, model, manifest, held_out_scores(step_dir, manifest.step), tuning)
-        entry = {"operation": "export", "step": manifest.step, "dtype": "float32"}
-        exported = dataclasses.replace(manifest, lineage=[*manifest.lineage, entry], tree=tree)
-        write_rest(partial, model, tokenizer, exported, "float32", card)
-        with contextlib.redirect_stdout(io.StringIO()):
-            compare(partial, model, tokens, expected, "the trained model")
-    return folder
+        write(partial)
+
+
+def live_logits(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and the logits of the model that was trained, so that a fault of the merging shows, too."""
+    from port_torch.parity import probe_tokens  # slow: transformers, which training does not need
+
+    decoder = job.decoder.eval()
+    tokens = probe_tokens(decoder.config, job.tokenizer.prefix)
+    with torch.inference_mode():
+        hidden = decoder(torch.from_numpy(tokens).to(decoder.table.device))
+        return tokens, decoder.logits(hidden).cpu().numpy()
+
+
+def write_model(folder: Path, job: Job, step_dir: Path, manifest: Manifest) -> None:
+    """Writes the trained model, and compares what is read back with it."""
+    from port_torch.parity import compare
+
+    tokens, expected = live_logits(job)
+    model = job.decoder.config
+    weights: dict[str, Tensor] = merged(job.decoder)
+    tree = write_weights(folder, model, lambda leaf: weights[parameter_name(leaf)], "float32")
+    scores = held_out_scores(step_dir, manifest.step)
+    card = model_card(job.out.name, model, manifest, scores, job.tuning)
+    write_rest(folder, model, job.tokenizer, exported(manifest, tree), "float32", card)
+    with contextlib.redirect_stdout(io.StringIO()):
+        compare(folder, model, tokens, expected, "the trained model")
+
+
+def write_adapters(folder: Path, job: Job, manifest: Manifest) -> None:
+    """Writes the adapters with the tokenizer, and compares what peft makes of them with the trained model."""
+    from port_torch.adapter import transformers_model, with_adapter, write_adapter
+    from port_torch.parity import require_equal, tolerance
+
+    tokens, expected = live_logits(job)
+    decoder, model, ids = job.decoder, job.decoder.config, torch.from_numpy(tokens)
+    tree = write_adapter(folder, decoder, job.lora, job.config.init_from)
+    write_tokenizer(folder, job.tokenizer, model.context, manifest.chat_template)
+    seal(folder, without_local_paths(exported(manifest, tree)), EXPORT_MANIFEST)
+    frozen, places = base_weights(decoder), exported_tensors(model)
+    base = transformers_model(model, {n: frozen[parameter_name(place)].cpu() for n, place in places.items()})
+    exact = decoder_of(model, {n: w.cpu().double() for n, w in merged(decoder).items()}).eval()
+    with torch.inference_mode():
+        noise = float(np.abs(exact.logits(exact(ids)).numpy() - expected).max())
+        found = with_adapter(base, folder)(ids, use_cache=False).logits.numpy()
+    require_equal(found, expected, tolerance(model, expected, noise), "peft", "the trained model")
+
+
+def exported(manifest: Manifest, tree: dict[str, dict[str, Any]]) -> Manifest:
+    """The manifest of an export of a checkpoint."""
+    entry = {"operation": "export", "step": manifest.step, "dtype": "float32"}
+    return dataclasses.replace(
+        manifest, kind="params", lineage=[*manifest.lineage, entry], tree=tree, files={}
+    )
 
 
 def why_damaged(folder: Path) -> str | None:

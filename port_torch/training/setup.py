@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.lora import LoraConfig
 from core.model import compute_dtype
 from core.run.folder import require_folder
 from core.run.training_run import TrainingRun
@@ -57,6 +58,8 @@ class Job(TrainingRun):
     """What is printed of model and data."""
     tuning: Tuning | None = None
     """What the card says of a fine-tuned model."""
+    lora: LoraConfig | None = None
+    """Of a run that trains adapters, which `decoder` has; its settings have `init_from`."""
 
 
 def begin(config: TrainerConfig, out: Path, ranks: Distributed) -> TrainerConfig:

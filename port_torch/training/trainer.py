@@ -26,7 +26,7 @@ from core.tokenizer import Tokenizer
 from port_torch.training import checkpoint
 from port_torch.training.distributed import Distributed
 from port_torch.training.engine import TorchEngine
-from port_torch.training.result import FOLDER, why_damaged, write_result
+from port_torch.training.result import ADAPTER, FOLDER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.setup import Job, describe, is_compiled, load_kernels
 from port_torch.training.step import TrainStep
@@ -53,7 +53,7 @@ def train(job: Job, ranks: Distributed) -> int:
             manifest, how = starting_state(job, train_step, console)
         if is_done(job, manifest.step):
             if ranks.first:
-                write_result(out, find_step(out), job.decoder, job.tokenizer, manifest, job.tuning)
+                write_result(job, find_step(out), manifest)
             made = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
             console.print(made, markup=False)
             return EXIT_FINISHED
@@ -147,7 +147,8 @@ def announce(
 def report_end(job: Job, console: Console) -> None:
     """Writes the result of a finished run, and says where it is and what one does next."""
     out, step_dir = job.out, find_step(job.out)
-    folder = write_result(out, step_dir, job.decoder, job.tokenizer, load_manifest(step_dir), job.tuning)
+    folder = write_result(job, step_dir, load_manifest(step_dir))
+    adapters = f"the adapters alone, for peft: {out / ADAPTER}\n" if job.lora else ""
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
     then = (
         f"{command('port_torch.generate', folder)} {job.tuning.arguments if job.tuning else '--prompt The'}"
@@ -156,7 +157,7 @@ def report_end(job: Job, console: Console) -> None:
         then = command("port_torch.chat", folder)
     console.print(
         f"loss curve: {plot_curve(out)}{samples}\n"
-        f"the model: {folder}, a folder for transformers, proved by its logits\n"
+        f"the model: {folder}, a folder for transformers, proved by its logits\n{adapters}"
         f"next: {then}",
         highlight=False,
         markup=False,

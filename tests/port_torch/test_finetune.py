@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from core.tokenizer import load_tokenizer
+from port_torch.folder import weights_hash
 from port_torch.model import load
 from port_torch.training.batches import Rows, document_starts
 from port_torch.training.packing import PADDING, pack, packed_batches
@@ -207,7 +208,7 @@ def test_a_rows_loss_does_not_depend_on_its_neighbours(kind: str, folders):
     assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) <= set(tokens[0, inside].tolist())
 
 
-def test_the_command_trains_and_tells_of_it(finished, folders, data):
+def test_the_command_trains_and_tells_of_it(finished, folders, data, tmp_path, monkeypatch):
     for kind, folder in finished.items():
         evals = read_log(folder, "eval")
         assert [row["step"] for row in evals] == [0, 3, 6] and evals[-1]["nll"] < evals[0]["nll"] - 0.1
@@ -226,6 +227,17 @@ def test_the_command_trains_and_tells_of_it(finished, folders, data):
         frozen = torch.equal(ours.embed.weight, before.embed.weight)
         assert frozen is (kind == "llama")  # LoRA leaves the embedding
         assert not torch.equal(ours.layers[0].attn.q.weight, before.layers[0].attn.q.weight)
+    adapter = finished["llama"] / "adapter"
+    assert not (finished["gpt"] / "adapter").exists()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folders["llama"])
+    assert settings["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.2)
+    manifest = load_manifest(adapter, EXPORT_MANIFEST)
+    assert manifest.lineage[1]["sha256"] == weights_hash(folders["llama"])
+    assert str(adapter.parent) not in manifest.to_json() and (adapter / "tokenizer.json").exists()
+    with pytest.raises(UserError, match=r"is a LoRA adapter: merge it .* port_torch\.merge .*adapter FOLDER"):
+        finetune_here(monkeypatch, adapter, "--data", data, "--out", tmp_path / "out")
     state = (finished["llama"] / "checkpoints" / "00000006" / "state.safetensors").stat().st_size
     assert state < (folders["llama"] / "model.safetensors").stat().st_size  # the adapters and no more
 

@@ -1,17 +1,42 @@
-"""LoRA in the mirror, against `peft` and against its formula."""
+"""LoRA in the mirror against `peft` and its formula; adapters saved, opened by peft, merged and refused."""
 
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import port_torch.merge
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest, seal
+from core.config import ModelConfig
+from core.errors import UserError
 from core.lora import LoraConfig
-from port_torch.model import Decoder, decoder_of, parameter_name
+from port_torch.adapter import write_adapter
+from port_torch.folder import weights_hash
+from port_torch.model import Decoder, decoder_of, load, parameter_name
 from port_torch.names import exported_tensors
+from port_torch.parity import probe_tokens, tolerance
 from port_torch.training.lora import add_adapters, merged
 from tests.models import BOTH, GROUPED, random_params
-from tests.port_torch.folders import tensors_of
+from tests.port_torch.folders import SMALL, manifest_of, tensors_of, write_export
+from tests.port_torch.small_training import call, theirs_of
 
 MODELS = {**BOTH, "grouped": GROUPED}
+
+
+class Saved(NamedTuple):
+    """Adapters in a folder."""
+
+    config: ModelConfig
+    base: Path
+    folder: Path
+    trained: Decoder
 
 
 def decoder(kind: str) -> Decoder:
@@ -79,3 +104,109 @@ def test_adapters_merge_to_what_their_formula_says(kind: str):
     ours, theirs = whole.logits(whole(tokens)), adapted.logits(adapted(tokens))
     assert (theirs - plain.logits(plain(tokens))).abs().max() > 0.5
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A base, adapters of the mirror for it as `write_adapter` saves them, and what the mirror computes."""
+    root = tmp_path_factory.mktemp(request.param)
+    config = SMALL[request.param]
+    base = write_export(root / "base", config, random_params(config, std=0.1))
+    adapted = load(base)
+    lora = LoraConfig(lora_rank=3, lora_alpha=7.5, lora_dropout=0.4, lora_targets=("q", "o", "mlp"))
+    add_adapters(adapted, lora, seed=1)
+    with torch.no_grad():
+        for p in adapters_of(adapted).values():
+            p.normal_(0, 0.05)
+    folder = root / "adapter"
+    folder.mkdir()
+    tree = write_adapter(folder, adapted.eval(), lora, base)
+    entry = {"operation": "finetune", "path": str(base), "sha256": weights_hash(base)}
+    seal(folder, dataclasses.replace(manifest_of(config), lineage=[entry], tree=tree), EXPORT_MANIFEST)
+    return Saved(config, base, folder, adapted)
+
+
+def test_peft_computes_what_was_trained(saved: Saved):
+    """Opened as its users open it, and merged: the logits of the trained model within float32's error."""
+    ids = torch.from_numpy(probe_tokens(saved.config, 256))
+    with torch.inference_mode():
+        expected = saved.trained.logits(saved.trained(ids)).numpy()
+        model = peft.PeftModel.from_pretrained(theirs_of(saved.base, saved.config), saved.folder).eval()
+        found = model(ids, use_cache=False).logits.numpy()
+        exact = decoder_of(saved.config, {n: w.double() for n, w in merged(saved.trained).items()})
+        noise = float(np.abs(exact.logits(exact(ids)).numpy() - expected).max())
+        plain = load(saved.base)
+        before = plain.logits(plain(ids)).numpy()
+    limit = tolerance(saved.config, expected, noise)
+    assert np.abs(found - expected).max() <= limit < 0.01 < np.abs(before - expected).max()
+    names = {name.rpartition(".")[2] for name in model.targeted_module_names}
+    gate = {"gate_proj"} if saved.config.mlp == "swiglu" else set()
+    assert names == {"q_proj", "o_proj", "up_proj", "down_proj"} | gate
+    assert json.loads((saved.folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_merging_gives_the_trained_weights(saved: Saved, tmp_path: Path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert call(monkeypatch, port_torch.merge, saved.folder, out) == 0
+    assert "against peft" in capsys.readouterr().out
+    found, expected = load(out).state_dict(), merged(saved.trained)
+    for name, weight in expected.items():
+        # One product of rank 3 and one sum: a rounding each, of values below 1.
+        assert torch.allclose(found[name], weight, rtol=0, atol=4 * 2**-24), name
+    lineage = load_manifest(out, EXPORT_MANIFEST).lineage
+    assert [entry["operation"] for entry in lineage] == ["finetune", "merge"]
+
+
+def test_an_adapter_of_peft_alone_is_merged_and_its_doubt_said(
+    saved: Saved, tmp_path: Path, monkeypatch, capsys
+):
+    """Saved by peft, with what our settings have not: rslora, and a rank of its own for one map."""
+    theirs = theirs_of(saved.base, saved.config)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["v_proj", "up_proj"], use_rslora=True, rank_pattern={"up_proj": 2},
+        task_type="CAUSAL_LM", init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(theirs, settings).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    ids = torch.arange(50)[None]
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    out = tmp_path / "out"
+    call(monkeypatch, port_torch.merge, tmp_path / "theirs", out, "--base", saved.base)
+    assert "has no hash of the weights that it was trained on" in capsys.readouterr().err
+    merged_here = load(out)
+    assert torch.allclose(merged_here.logits(merged_here(ids)), expected, atol=1e-4)
+
+
+def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
+    def refused(adapter: Path, message: str, *options: str | Path) -> None:
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, port_torch.merge, adapter, tmp_path / "out", *options)
+        assert not (tmp_path / "out").exists()
+
+    other = write_export(tmp_path / "other", saved.config, random_params(saved.config, seed=5))
+    refused(saved.folder, "was trained on other weights than those of .*other: give", "--base", other)
+    refused(saved.base, "is no LoRA adapter")
+    refused(tmp_path / "none", "is not there")
+    bare = shutil.copytree(saved.folder, tmp_path / "bare")
+    (bare / EXPORT_MANIFEST).unlink()
+    narrow = dataclasses.replace(saved.config, d_mlp=40)
+    small = write_export(tmp_path / "narrow", narrow, random_params(narrow))
+    refused(bare, "does not fit its base, by what peft says: .*size mismatch", "--base", small)
+    tensors = load_file(bare / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first] * float("nan")}, bare / "adapter_model.safetensors")
+    refused(bare, f"{first}.* has NaN")
+    save_file({name: t for name, t in tensors.items() if name != first}, bare / "adapter_model.safetensors")
+    refused(bare, f"lacks the tensor {first}")
+    (bare / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    refused(bare, "adapters of the kind 'IA3'")
+    damaged = shutil.copytree(saved.folder, tmp_path / "damaged")
+    content = bytearray((damaged / "adapter_model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "adapter_model.safetensors").write_bytes(content)
+    refused(damaged, "does not match its sha256")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(saved.folder, "with peft: pip install")
+    with pytest.raises(UserError, match="with peft: pip install"):
+        add_adapters(load(saved.base), LoraConfig(lora_rank=2), 0)
