@@ -157,7 +157,7 @@ def _flaw(description: dict[str, Any], marks: Collection[str | None]) -> str | N
     steps = [*_steps(description["normalizer"]), *_steps(description["pre_tokenizer"])]
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     of_bytes = "ByteLevel" in steps and kind in ("BPE", "Unigram") and not affixes
-    if of_bytes and _letters_of_bytes() <= known:
+    if of_bytes and letters_of_bytes() <= known:
         return None
     if kind == "BPE" and model["byte_fallback"] and all(f"<0x{byte:02X}>" in known for byte in range(256)):
         return None
@@ -176,7 +176,7 @@ def _flaw(description: dict[str, Any], marks: Collection[str | None]) -> str | N
     return None
 
 
-def _letters_of_bytes() -> set[str]:
+def letters_of_bytes() -> set[str]:
     """What ByteLevel writes for the 243 bytes that UTF-8 has; 0xC0, 0xC1 and those from 0xF5 on never occur.
 
     A vocabulary that was trained without an initial alphabet may lack the others.

@@ -59,6 +59,7 @@ ADVICE = {
     ("convert", Kind.WEIGHTS): "it is an exported folder already",
     ("grow", Kind.WEIGHTS): IMPORT,
     ("start", Kind.WEIGHTS): IMPORT,
+    ("gguf", Kind.CHECKPOINT): "export it first, with `python -m port_torch.convert {path} FOLDER`",
     ("start", Kind.CHECKPOINT): "export it first, with `python -m port_torch.convert {path} FOLDER`",
     ("import", Kind.CHECKPOINT): "it needs no import; give it to `train_tpu.run --init-from` as it is",
 }
