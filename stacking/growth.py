@@ -20,7 +20,8 @@ from core.run.other_engine import settings_for
 from core.run.schedule import learning_rate
 from core.run.settings import ModelOverrides, unflatten
 from core.tokenizer import Tokenizer, load_tokenizer_of
-from stacking.plan import Plan, custom_plan, make_plan
+from stacking.advise.verdict import advice_at
+from stacking.plan import Plan, choose_plan
 from stacking.schedule import continue_schedule, describe_schedule, parse_schedule, require_safe
 from train_tpu.config import RunConfig
 
@@ -46,11 +47,13 @@ class Growth:
     tokenizer: Tokenizer
     out: Path
     """The new run folder, or the new folder of parameters."""
+    advice: list[dict[str, Any]]
+    """What stacking.advise answered at this checkpoint."""
 
     def lineage_record(self) -> dict[str, Any]:
         """What the grown checkpoint's manifest says of its origin, but for the probe's losses."""
         manifest, plan = self.manifest, self.plan
-        return {
+        record = {
             "operation": "grow",
             "plan": plan.name,
             "layers": [plan.n_source, plan.n_layers],
@@ -68,6 +71,7 @@ class Growth:
             "source_files": {name: entry["sha256"] for name, entry in manifest.files.items()},
             "source_code": manifest.code,
         }
+        return record | {"advice": self.advice} if self.advice else record
 
     def describe(self) -> Table:
         """The table of before and after."""
@@ -88,6 +92,8 @@ class Growth:
             row("training FLOPs so far", [f"{training_flops(self.manifest, self.models[0]):.3g}"] * 2)
             row("learning rate here", (f"{rate:.3g}" for rate in rates))
             row("schedule", map(describe_schedule, self.runs))
+        for entry in self.advice:
+            row("stacking.advise said", ("", f"{entry['advice']} ({entry['layers'][1]} layers)"))
         return table
 
 
@@ -105,12 +111,7 @@ def decide(config: "GrowConfig") -> Growth:
         require_new(out)
     manifest = load_manifest(step_dir)
     model = source_model(step_dir, manifest)
-    if config.layers is not None:
-        if config.factor is not None:
-            raise UserError("--layers is the whole plan: leave --factor out")
-        plan = custom_plan(config.layers, model.n_layers)
-    else:
-        plan = make_plan(config.op, model.n_layers, config.factor)
+    plan = choose_plan(config.op, config.factor, config.layers, model.n_layers)
     models = (model, dataclasses.replace(model, n_layers=plan.n_layers))
 
     # 2. How its training continues.
@@ -125,7 +126,8 @@ def decide(config: "GrowConfig") -> Growth:
     carriers = tokenizer_carriers(step_dir)
     tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
     reset = config.optimizer == "reset"
-    return Growth(step_dir, manifest, plan, models, runs, config.schedule, reset, tokenizer, out)
+    advice = advice_at(run_folder(step_dir), step_dir)
+    return Growth(step_dir, manifest, plan, models, runs, config.schedule, reset, tokenizer, out, advice)
 
 
 def source_model(step_dir: Path, manifest: Manifest) -> ModelConfig:

@@ -103,6 +103,19 @@ class Plan:
         return "\n".join(lines)
 
 
+def choose_plan(operator: Operator, factor: float | None, layers: str | None, n_source: int) -> Plan:
+    """The plan that a command line asks for: its --layers, else its --op and --factor.
+
+    Raises:
+        UserError: it does not fit a model of `n_source` layers.
+    """
+    if layers is None:
+        return make_plan(operator, n_source, factor)
+    if factor is not None:
+        raise UserError("--layers is the whole plan: leave --factor out")
+    return custom_plan(layers, n_source)
+
+
 def make_plan(operator: Operator, n_source: int, factor: float | None = None) -> Plan:
     """The plan of a named operator for a model of `n_source` layers.
 

@@ -94,6 +94,20 @@ def in_decay(config: OptimizerConfig, step: int, steps: int) -> bool:
     return stable and steps - step < decay_steps
 
 
+def why_not_constant(config: OptimizerConfig, step: int, steps: int) -> str | None:
+    """Why the learning rate is not at its constant peak where a run has made `step` updates of `steps`; None
+    where it is, as up to the last step before a decay."""
+    if config.schedule == "cosine":
+        return "its schedule is cosine, which is never constant"
+    warm = config.schedule_start + config.warmup
+    if config.rewarm and config.rewarm_at <= step:
+        warm = max(warm, config.rewarm_at + config.rewarm)
+    if step < warm:
+        return f"it is warmed up until step {warm}"
+    begin = steps - round(config.decay * (steps - config.schedule_start))
+    return f"it decays from step {begin} on" if step > begin else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Jump:
     """A learning rate that does not continue where a run is: fractions of the peak."""

@@ -2,21 +2,15 @@
 
 import dataclasses
 import itertools
-import os
-import shutil
 from pathlib import Path
 
 from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
-from core.run.folder import read_config, write_config
 from core.run.log import CARRIED, read_log
-from core.run.loop import END, HALT
-from core.tokenizer import TOKENIZER_FILE
+from stacking.forks import NEVER, fork, is_finished, is_halted
+from stacking.jobs import Job
 from stacking.study.config import StudyConfig, Target
-from stacking.study.jobs import Job
 from stacking.study.results import Arm, Point
-
-NEVER = 10**9  # steps between checkpoints of an arm: those that are needed are named one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +92,9 @@ class Study:
                     ),
                     needs=(self._name(trunk),),
                     cost=self.target.flops(steps, 0) - self.target.flops(start, 0),
-                    before=lambda out=out, steps=steps, start=start: fork(trunk, start, out, steps),
+                    before=lambda out=out, steps=steps, start=start: fork(
+                        trunk, start, out, {"steps": steps}
+                    ),
                 )
             )
         return made
@@ -187,34 +183,3 @@ class Study:
 
     def _name(self, folder: Path) -> str:
         return str(folder.relative_to(self.config.out))
-
-
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a run has logged its end at `steps`."""
-    return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
-
-
-def is_halted(folder: Path) -> bool:
-    """Whether the guard ended a run, and nobody has started it again."""
-    if not (folder / "metrics.jsonl").is_file():
-        return False
-    events = read_log(folder, "event")
-    return bool(events) and events[-1]["what"] == HALT
-
-
-def fork(trunk: Path, step: int, out: Path, steps: int) -> None:
-    """A run that continues from a trunk's checkpoint under a schedule of `steps`. It shares the files, since
-    nothing in a checkpoint is ever written again."""
-    if out.exists():
-        return
-    record = read_config(trunk)
-    if record is None:
-        raise UserError(f"{trunk} is gone or holds no run: remove {trunk.parent} and start the study again")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    source = step_path(trunk / "checkpoints", step)
-    shutil.copytree(source, step_path(partial / "checkpoints", step), copy_function=os.link)
-    if (trunk / TOKENIZER_FILE).is_file():
-        os.link(trunk / TOKENIZER_FILE, partial / TOKENIZER_FILE)
-    write_config(partial, record | {"run": record["run"] | {"steps": steps, "out": str(out)}})
-    partial.rename(out)

@@ -14,11 +14,11 @@ from core.run.data import choose_run_tokenizer, open_data
 from core.run.folder import data_name
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import flatten, given_value, model_config
+from stacking.jobs import run_jobs
 from stacking.plan import make_plan
 from stacking.schedule import parse_schedule
 from stacking.study.arms import ArmKey, Study
 from stacking.study.config import StudyConfig, Target
-from stacking.study.jobs import run_jobs
 from stacking.study.report import write_report
 from stacking.study.results import Arm
 from train_tpu.config import RunConfig, defaults

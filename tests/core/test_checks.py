@@ -28,6 +28,7 @@ from port_torch.finetune import FinetuneConfig
 from port_torch.import_checkpoint import ImportConfig
 from port_torch.train import TrainConfig
 from port_torch.training.settings import MirrorOptimizerConfig
+from stacking.advise.config import AdviseConfig
 from stacking.grow import GrowConfig
 from stacking.study.config import StudyConfig
 from train_tpu.aot.__main__ import AotConfig
@@ -40,6 +41,7 @@ CONFIGS = [
     MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X), LoraConfig(lora_rank=8),
     GenerateConfig(X), Sampling(),
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
+    AdviseConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),
     StepBenchConfig(), TrainBenchConfig(),
 ]  # fmt: skip

@@ -21,11 +21,10 @@ from train_tpu.config import RunConfig
 
 COMMANDS = (
     "core.generate", "train_tpu.run", "train_tpu.prepare", "train_tpu.inspect", "train_tpu.replay.__main__",
-    "train_tpu.aot.__main__", "stacking.grow", "stacking.study.__main__", "port_torch.train",
-    "port_torch.finetune", "port_torch.convert", "port_torch.merge", "port_torch.import_checkpoint",
-    "port_torch.generate",
-    "eval.run", "eval.perplexity", "eval.compare", "kernels_cuda.build", "kernels_cuda.doctor",
-    "kernels_cuda.bench",
+    "train_tpu.aot.__main__", "stacking.advise.__main__", "stacking.grow", "stacking.study.__main__",
+    "port_torch.train", "port_torch.finetune", "port_torch.convert", "port_torch.merge",
+    "port_torch.import_checkpoint", "port_torch.generate", "eval.run", "eval.perplexity", "eval.compare",
+    "kernels_cuda.build", "kernels_cuda.doctor", "kernels_cuda.bench",
 )  # fmt: skip
 SIX = ["--preset", "--data", "--out", "--steps", "--batch", "--lr"]
 

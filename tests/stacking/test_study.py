@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import core.run.data
 from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
 from core.progress import make_console
 from core.run.log import read_log
 from core.run.loop import END, HALT
+from stacking.jobs import Job, run_jobs
 from stacking.study import __main__ as command
 from stacking.study import experiment, report
 from stacking.study.arms import ArmKey, Study
 from stacking.study.config import StudyConfig
-from stacking.study.jobs import Job, run_jobs
 from stacking.study.report import flops_to_reach, make_table
 from stacking.study.results import Arm, Point
 from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
@@ -120,7 +121,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
     )
     script = (
         "from pathlib import Path\n"
-        "from stacking.study.jobs import Job, run_jobs\n"
+        "from stacking.jobs import Job, run_jobs\n"
         "from core.progress import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
         f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
@@ -139,7 +140,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
 @pytest.fixture
 def study(cache, text, tmp_path, monkeypatch):
     """A study of three rates with nothing trained yet."""
-    monkeypatch.setattr(experiment, "CACHE", cache / "data")
+    monkeypatch.setattr(core.run.data, "CACHE", cache / "data")
     config = StudyConfig(tmp_path, ("stack",), (0.25,), schedule="rewarm:3", lrs=(0.1, 0.2, 0.4), seeds=(0,))
     return Study(config, experiment.open_target(config, (*map(str, TARGET), str(text))))
 
@@ -203,7 +204,7 @@ def test_the_table_names_arms_that_were_halted(tmp_path, monkeypatch):
 
 
 def test_refusals(cache, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "CACHE", cache / "data")
+    monkeypatch.setattr(core.run.data, "CACHE", cache / "data")
 
     def refused(*study, target=(*TARGET, text)):
         more = ("--out", tmp_path / "study", *study, "--", *target)

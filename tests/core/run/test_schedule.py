@@ -16,6 +16,7 @@ from core.run.schedule import (
     jump,
     learning_rate,
     require_continuous,
+    why_not_constant,
 )
 
 WSD = OptimizerConfig(lr=2.0, warmup=10, decay=0.2)
@@ -24,6 +25,26 @@ COSINE = dataclasses.replace(WSD, schedule="cosine")
 
 def change(optim: OptimizerConfig, **fields) -> OptimizerConfig:
     return dataclasses.replace(optim, **fields)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        WSD,
+        COSINE,
+        change(WSD, decay=0.0),
+        change(WSD, decay=1.0),
+        change(WSD, schedule_start=30),
+        change(WSD, rewarm=20, rewarm_at=50),
+        change(WSD, warmup=90),  # reaches into the decay
+        change(WSD, warmup=0),
+    ],
+)
+def test_constant_is_where_the_rates_before_and_after_are_the_peak(optim):
+    for step in range(1 + optim.schedule_start, 101):
+        around = {learning_rate(optim, at, 100) for at in (step - 1, step)}
+        constant = around == {optim.lr} and optim.schedule == "wsd"
+        assert (why_not_constant(optim, step, 100) is None) == constant, step
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ libc = ctypes.CDLL(None)
 if hasattr(libc, "prctl"):  # Linux
     libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
-    sys.exit("the study that started this has ended")
+    sys.exit("the command that started this has ended")
 os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
 
