@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from huggingface_hub import metadata_load
 
+from core.chat import folder_template
 from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import whole_file
@@ -29,7 +30,7 @@ from core.rope import KINDS
 from core.tokenizer import Tokenizer
 from port_torch.folder import inside
 from port_torch.folder_tokenizer import folder_tokenizer
-from port_torch.gguf_tokenizer import Vocabulary, chat_template, gguf_vocabulary, stop_tokens
+from port_torch.gguf_tokenizer import Vocabulary, gguf_vocabulary, stop_tokens
 from port_torch.hf_config import STOCK, stock_type
 from port_torch.model_folder import ModelFolder, open_model
 
@@ -83,7 +84,7 @@ def write_gguf(config: "GgufConfig") -> None:
     tokenizer = folder_tokenizer(folder, opened.folder.manifest, config.tokenizer, model.vocab_size)
     vocabulary = gguf_vocabulary(folder, tokenizer, model.vocab_size)
     stops = stop_tokens(folder, tokenizer.eos, model.vocab_size)
-    template = chat_template(folder)
+    template = folder_template(folder)
 
     with whole_file(out) as partial:
         require_room(out, sum(tensor.n_bytes for tensor in tensors))

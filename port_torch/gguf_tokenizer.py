@@ -5,7 +5,6 @@ llama.cpp has its own code for token ids: for sentencepiece's byte pairs ("llama
 gives the same ids is refused.
 """
 
-import importlib.resources
 import json
 import sys
 from collections.abc import Iterable
@@ -14,8 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from core.errors import UserError
 from core.file_tokenizer import FileTokenizer, letters_of_bytes
-from core.mistral_tokenizer import MISTRAL_FILE, MistralTokenizer
+from core.mistral_tokenizer import MistralTokenizer
 from core.tokenizer import Tokenizer
+from core.tokenizer_json import as_library, mistral_file
 from port_torch.folder import inside, read_json
 from port_torch.folder_tokenizer import PROBE, SENTENCEPIECE
 
@@ -67,8 +67,7 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> Vocabula
         UserError: llama.cpp has nothing that gives the same ids.
     """
     if isinstance(tokenizer, MistralTokenizer):
-        model_file = importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
-        vocabulary = _of_sentencepiece(tokenizer, model_file)
+        vocabulary = _of_sentencepiece(tokenizer, mistral_file())
     elif isinstance(tokenizer, FileTokenizer):
         vocabulary = _of_file(folder, tokenizer)
     else:
@@ -77,12 +76,8 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> Vocabula
 
 
 def _of_file(folder: Path, tokenizer: FileTokenizer) -> Vocabulary:
-    """A tokenizer.json: a byte-level BPE, or a copy of the sentencepiece model that lies next to it."""
-    import tokenizers
-
-    content = json.loads(
-        tokenizers.Tokenizer.from_buffer(tokenizer.content).to_str()
-    )  # one form for all releases
+    """A tokenizer.json: a byte-level BPE, or a copy of a sentencepiece model with or without more tokens."""
+    content = json.loads(as_library(tokenizer).to_str())  # in one form, whichever release wrote it
     kind = content["model"]["type"]
     if kind != "BPE":
         _refuse(tokenizer, f"is of the kind {kind}, and only BPE is written as GGUF here")
@@ -90,21 +85,20 @@ def _of_file(folder: Path, tokenizer: FileTokenizer) -> Vocabulary:
         _refuse(tokenizer, "marks the parts of its words with a prefix or suffix, as llama.cpp does not")
     for token in content["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            how = (
-                "is one only as a whole word" if token["single_word"] else "takes the blanks around it along"
-            )
+            how = "stands for a whole word only" if token["single_word"] else "takes blanks around it along"
             _refuse(tokenizer, f"has the token {token['content']!r}, which {how}, as in llama.cpp none does")
     steps = _steps(content["pre_tokenizer"])
     if steps[-1:] == [BYTE_LEVEL]:
         return _of_bytes(tokenizer, content, steps[:-1])
     file = inside(folder, SENTENCEPIECE)
-    if not file.is_file():
-        _refuse(
-            tokenizer,
-            f"is no byte-level BPE, and there is no {file}, the sentencepiece model that it was made of",
-        )
-    vocabulary = _of_sentencepiece(tokenizer, file.read_bytes())
-    return _with_added(vocabulary, tokenizer, content["added_tokens"])
+    if file.is_file():
+        model_file = file.read_bytes()
+    elif content["model"] == json.loads(as_library(MistralTokenizer()).to_str())["model"]:  # as for a chat
+        model_file = mistral_file()
+    else:
+        what = f"is no byte-level BPE, and there is no {file}, the sentencepiece model that it was made of"
+        _refuse(tokenizer, what)
+    return _with_added(_of_sentencepiece(tokenizer, model_file), tokenizer, content["added_tokens"])
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, model_file: bytes) -> Vocabulary:
@@ -250,22 +244,6 @@ def _steps(node: dict[str, Any] | None) -> list[str]:
         {name: value for name, value in node.items() if name != "trim_offsets"}, ensure_ascii=False
     )
     return [said, BYTE_LEVEL] if kind == BYTE_LEVEL else [said]
-
-
-def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
-    """The folder's template of conversations, or several with their names; None where it has none."""
-    file = inside(folder, "chat_template.jinja")
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if not inside(folder, "tokenizer_config.json").is_file():
-        return None
-    template = read_json(folder, "tokenizer_config.json").get("chat_template")
-    named = isinstance(template, list) and all(
-        isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template
-    )
-    if not (template is None or isinstance(template, str) or named):
-        raise UserError(f"{folder / 'tokenizer_config.json'} has a chat_template that is no text: remove it")
-    return template
 
 
 def stop_tokens(folder: Path, eos: int, n_rows: int) -> list[int]:

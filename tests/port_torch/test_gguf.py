@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.tokenizer import load_tokenizer
+from core.tokenizer_json import _from_sentencepiece, with_tokens
 from port_torch.gguf_tokenizer import LLAMA3, QWEN2, gguf_vocabulary
-from port_torch.hf_tokenizer import from_sentencepiece
 from port_torch.model import load
 from tests.core.test_special_tokens import CHAT
 from tests.core.test_tokenizer import MODEL, bpe_file
@@ -266,6 +266,17 @@ def test_mistral(tmp_path: Path):
     assert (made.model, made.pre, made.unknown, made.space_first) == ("llama", "default", 0, True)
 
 
+def test_mistral_with_the_tokens_of_a_conversation(tmp_path: Path):
+    """As port_torch.finetune leaves it: a tokenizer.json alone."""
+    tokens = ("<|im_start|>", "<|im_end|>")
+    tokenizer = with_tokens(load_tokenizer("mistral"), tokens, tmp_path / "tokenizer.json")
+    made = gguf_vocabulary(tmp_path, tokenizer, 32_064)
+    texts, scores, types = pieces(sentencepiece.SentencePieceProcessor(model_file=str(MODEL)))
+    assert made.tokens == [*texts, *tokens, *(f"[PAD{i}]" for i in range(32_002, 32_064))]
+    assert made.scores == [*scores, *[0.0] * 64] and made.types == [*types, 3, 3, *[5] * 62]
+    assert (made.model, made.space_first) == ("llama", True)
+
+
 def test_a_sentencepiece_model_next_to_its_tokenizer_json(tmp_path: Path):
     """As in TinyLlama's folder. With a token more in tokenizer.json; of another model it is refused."""
     config, folder = SMALL, tmp_path / "folder"
@@ -282,7 +293,7 @@ def test_a_sentencepiece_model_next_to_its_tokenizer_json(tmp_path: Path):
         return made.getvalue()
 
     model = train("the cat sat on the mat and the dog did not")
-    from_sentencepiece(model).save(str(file))
+    _from_sentencepiece(model).save(str(file))
     assert f"there is no {model_file}" in refusal_here(folder, tmp_path / "a", module="port_torch.gguf")
     model_file.write_bytes(train("The 3 quick brown foxes jumped over it"))
     assert "gives other ids than the tokenizer.model" in refusal_here(
@@ -373,7 +384,7 @@ REFUSED_TOKENIZERS = {
     "changes a text before it is split (Lowercase)": lambda t: setattr(
         t, "normalizer", normalizers.Lowercase()
     ),
-    "has the token '<x>', which takes the blanks around it along": lambda t: t.add_special_tokens(
+    "has the token '<x>', which takes blanks around it along": lambda t: t.add_special_tokens(
         [AddedToken("<x>", lstrip=True)]
     ),
     "has no merges": other_words,
