@@ -252,3 +252,10 @@ def preset(name: str) -> ModelConfig:
     near = difflib.get_close_matches(name, PRESETS, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(f"unknown preset {name!r}{guess} Presets: {', '.join(PRESETS)}")
+
+
+def compute_dtype(requested: str, platform: str) -> str:
+    """The type of activations: what is asked for, or for "auto" bfloat16 where the hardware multiplies it."""
+    if requested != "auto":
+        return requested
+    return "float32" if platform == "cpu" else "bfloat16"

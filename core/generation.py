@@ -18,7 +18,7 @@ from core.checkpoint.checkpointer import find_step, load_manifest, restore_param
 from core.checkpoint.manifest import recorded_hash
 from core.checkpoint.steps import tokenizer_carriers
 from core.compilation_cache import keep_compiled
-from core.config import ModelConfig
+from core.config import ModelConfig, compute_dtype
 from core.gpu_memory import require_free_memory
 from core.keys import Purpose, make_key
 from core.model import (
@@ -26,7 +26,6 @@ from core.model import (
     KVCache,
     Params,
     abstract_params,
-    compute_dtype,
     empty_cache,
     forward_cached,
     logits,

@@ -53,13 +53,6 @@ class Compute:
     """CUDA kernels for norms, rotation, loss and AdamW; None: XLA's formulas."""
 
 
-def compute_dtype(requested: str, platform: str) -> str:
-    """The type of activations: what is asked for, or for "auto" bfloat16 where the hardware multiplies it."""
-    if requested != "auto":
-        return requested
-    return "float32" if platform == "cpu" else "bfloat16"
-
-
 class KVCache(NamedTuple):
     """Keys and values of the positions seen so far, for every layer."""
 

@@ -8,18 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from core.checkpoint.checkpointer import flatten
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
 from core.errors import UserError
-from core.model import Params
 from core.progress import Activity
 from core.special_tokens import join_name, split_name
 from core.tokenizer import Tokenizer
@@ -30,12 +28,17 @@ from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
 from port_torch.names import Place, exported_tensors
 
+if TYPE_CHECKING:
+    from core.model import Params
+
 CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 
 
-def reader(params: Params) -> Callable[[Place], torch.Tensor]:
+def reader(params: "Params") -> Callable[[Place], torch.Tensor]:
     """What gives the tensor of a leaf out of parameters of core.model, in the same memory."""
+    from core.checkpoint.checkpointer import flatten  # slow: JAX, which a run in PyTorch does not need
+
     leaves = flatten(params)[0]
 
     def read(leaf: Place) -> torch.Tensor:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, recorded_hash
+from core.config import compute_dtype
 from core.errors import UserError
-from core.model import compute_dtype
 from core.sampling import Sampling, pieces, require_room, show, until_ended
 from core.tokenizer import Tokenizer
 from kernels_cuda import library

@@ -11,10 +11,10 @@ import jax
 from jax.sharding import Mesh
 
 from core.attention import Choice, choose
-from core.config import ModelConfig
+from core.config import ModelConfig, compute_dtype
 from core.errors import UserError
 from core.loss import head_axes
-from core.model import Compute, compute_dtype
+from core.model import Compute
 from core.ops import Kernels, norms_run_on
 from train_tpu.config import KernelsOption, RunConfig
 from train_tpu.step import StepConfig

@@ -17,12 +17,12 @@ from core.checkpoint.checkpointer import restore_params
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
-from core.config import ModelConfig, training_flags
+from core.config import ModelConfig, compute_dtype, training_flags
 from core.data.batches import Data, data_record, require_records
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
-from core.model import Params, compute_dtype, require_fit
+from core.model import Params, require_fit
 from core.progress import Activity, make_console
 from core.run.data import choose_run_tokenizer, open_data
 from core.run.folder import read_config, require_folder, run_record

@@ -31,6 +31,7 @@ from core.checkpoint.manifest import (
     MANIFEST,
     TORCH,
     Manifest,
+    differing_leaves,
     load_manifest,
     seal,
     sync_path,
@@ -285,14 +286,6 @@ def _complete(manifest: Manifest, leaves: dict[str, Any]) -> Manifest:
             raise TypeError(f"{path} is a {type(leaf).__name__}, not a jax array")
     tree = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()}
     return Manifest.from_json(replace(manifest, tree=tree, files={}).to_json())
-
-
-def differing_leaves(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Path -> (what a manifest's tree says of it, what `wanted` does) where path, shape or dtype differ."""
-    here = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in wanted.items()}
-    there = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in saved.items()}
-    pairs = {path: (there.get(path, "missing"), here.get(path, "missing")) for path in {**here, **there}}
-    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def stored(manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:

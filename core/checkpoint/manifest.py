@@ -184,6 +184,14 @@ def _git_commit(root: Path) -> str | None:
         return None
 
 
+def differing_leaves(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Path -> (what a manifest's tree says of it, what `wanted` does) where path, shape or dtype differ."""
+    here = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in wanted.items()}
+    there = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in saved.items()}
+    pairs = {path: (there.get(path, "missing"), here.get(path, "missing")) for path in {**here, **there}}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def seal(step_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Hashes every file of `step_dir` and writes its manifest; all of it is on the disk on return.
 

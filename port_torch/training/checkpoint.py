@@ -12,14 +12,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.checkpoint.checkpointer import differing_leaves, read_leaves
-from core.checkpoint.manifest import TORCH, Manifest, load_manifest, seal, verify
+from core.checkpoint.manifest import TORCH, Manifest, differing_leaves, load_manifest, seal, verify
 from core.checkpoint.steps import Keep, delete_dispensable, remove_unfinished, step_path
 from core.checkpoint.torch_state import GUARD, STATE, parts_of
 from core.errors import UserError
@@ -103,6 +101,10 @@ def tree_of_jax(tree: dict[str, Any]) -> dict[str, Any]:
 
 def restore_from_jax(step_dir: Path, manifest: Manifest, here: dict[str, Tensor]) -> None:
     """Copies what JAX saved into the tensors of those names."""
+    import jax  # slow, and only such a checkpoint needs it
+
+    from core.checkpoint.checkpointer import read_leaves
+
     leaves = {
         path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in manifest.tree.items()
     }

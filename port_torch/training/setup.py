@@ -17,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch.nn.attention import SDPBackend
 
-from core.config import ModelConfig
+from core.config import ModelConfig, compute_dtype
 from core.errors import UserError
 from core.lora import LoraConfig
-from core.model import compute_dtype
 from core.run.folder import require_folder
 from core.run.training_run import TrainingRun
 from core.tokenizer import Tokenizer

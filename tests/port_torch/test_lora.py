@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,3 +212,10 @@ def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
     refused(saved.folder, "with peft: pip install")
     with pytest.raises(UserError, match="with peft: pip install"):
         add_adapters(load(saved.base), LoraConfig(lora_rank=2), 0)
+
+
+def test_training_on_rows_imports_neither_jax_nor_peft():
+    """Each takes seconds before the first update; what needs them imports them late."""
+    slow = {"jax", "peft", "transformers"}
+    code = f"import sys, port_torch.training.finetuning; print({slow} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
