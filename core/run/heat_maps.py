@@ -40,7 +40,7 @@ def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | Non
         usable = values[np.isfinite(values) & (values > 0)]
         low, high = (usable.min(), usable.max()) if usable.size else (0.1, 1.0)
         norm = matplotlib.colors.LogNorm(low, max(high, 1.01 * low))
-        _panel(next(panels), watched, name, np.where(values > 0, values, low), norm, grown_at)
+        _panel(next(panels), watched, name, np.where(values == 0, low, values), norm, grown_at)
     for name, values in shares:
         _panel(next(panels), watched, name, values, matplotlib.colors.Normalize(0, 1), grown_at)
     for ax in axes[-1]:

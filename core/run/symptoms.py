@@ -42,10 +42,11 @@ def find_symptoms(watched: Watched, grown: Mapping[str, Any] | None = None) -> l
 
     grown: the manifest's record of the run's last growth, if it was grown.
     """
-    return [
-        *_not_finite(watched), *_exploding_update(watched), *_dead_layer(watched), *_loss_of_entropy(watched),
-        *_blow_up(watched), *(_seam(watched, grown) if grown else ()),
-    ]  # fmt: skip
+    with np.errstate(invalid="ignore"):  # a rule that is given NaN is not broken
+        return [
+            *_not_finite(watched), *_exploding_update(watched), *_dead_layer(watched),
+            *_loss_of_entropy(watched), *_blow_up(watched), *(_seam(watched, grown) if grown else ()),
+        ]  # fmt: skip
 
 
 def _not_finite(watched: Watched) -> Iterator[Symptom]:
@@ -67,7 +68,7 @@ def _not_finite(watched: Watched) -> Iterator[Symptom]:
 
 
 def _exploding_update(watched: Watched) -> Iterator[Symptom]:
-    ratio = np.nan_to_num(watched.update_over_weight[:, :-1], nan=0.0, posinf=0.0)
+    ratio = np.nan_to_num(watched.update_over_weight, nan=0.0, posinf=0.0)
     # The first update of random weights may be large in a healthy run, too.
     late = watched.steps > watched.steps[0]
     large = (ratio > LARGE_UPDATE) & late[:, None]
@@ -78,9 +79,9 @@ def _exploding_update(watched: Watched) -> Iterator[Symptom]:
             "exploding update", _list(watched.names, large.any(axis=0)),
             f"update {watched.steps[at]} changed {watched.names[row]} by {ratio[at, row]:.0%} of its norm; "
             f"{n} of {len(watched.steps)} watched updates changed something by more than {LARGE_UPDATE:.0%}",
-f"after the first at most {LARGE_UPDATE:.0%}; lower the learning rate or warm up longer",
+            f"after the first at most {LARGE_UPDATE:.0%}; lower the learning rate or warm up longer",
         )  # fmt: skip
-    weight = watched.of_rows["weight"][:, :-1]
+    weight = watched.of_rows["weight"]
     grown = np.divide(weight[-1], weight[0], out=np.zeros(weight.shape[1]), where=weight[0] > 0)
     if (far := np.isfinite(grown) & (grown > GROWN_WEIGHTS)).any():
         row = int(np.argmax(np.where(far, grown, 0)))
@@ -96,7 +97,8 @@ def _dead_layer(watched: Watched) -> Iterator[Symptom]:
     gradient = watched.of_rows["gradient"][:, 1:-1]
     median = np.median(gradient, axis=1, keepdims=True)
     relative = np.divide(gradient, median, out=np.ones(gradient.shape), where=median > 0)
-    if (dead := _lasting(share < ADDS_NOTHING)).any():
+    finite = watched.of_rows["not_finite"][:, 1:-1] == 0
+    if (dead := _lasting(finite & (share < ADDS_NOTHING))).any():
         row = int(np.argmin(np.where(dead, share[-1], np.inf)))
         yield Symptom(
             "dead layer", _list(layers, dead),

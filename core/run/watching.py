@@ -166,15 +166,18 @@ class Watched:
     @property
     def update_over_weight(self) -> np.ndarray:
         """[T, R]: the norm of the update over that of the parameters; NaN where these are all 0."""
-        weight, update = self.of_rows["weight"], self.of_rows["update"]
-        return np.divide(update, weight, out=np.full(weight.shape, np.nan), where=weight != 0)
+        return _over(self.of_rows["update"], self.of_rows["weight"])
 
     @property
     def share_added(self) -> np.ndarray:
         """[T, L]: rms of what a layer adds over that of the stream it is added to."""
-        before = self.of_rows["rms"][:, :-2]
-        added = self.of_layers["added"]
-        return np.divide(added, before, out=np.full(before.shape, np.nan), where=before != 0)
+        return _over(self.of_layers["added"], self.of_rows["rms"][:, :-2])
+
+
+def _over(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Their ratios; NaN where there are none."""
+    with np.errstate(invalid="ignore"):
+        return np.divide(values, others, out=np.full(others.shape, np.nan), where=others != 0)
 
 
 def read_watched(folder: Path) -> Watched:
