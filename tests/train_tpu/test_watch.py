@@ -200,11 +200,11 @@ def test_an_infinity_in_a_run_is_named(cache, text, monkeypatch, capsys):
     folder = cache / "with-an-infinity"
     run_here(*RUN, "--data", text, "--out", folder)
     plant(folder, "attn/q/kernel", 1, np.inf)
-    run_here("--out", folder, "--from-step", "6", "--watch-every", "2")
+    run_here("--out", folder, "--from-step", "9", "--watch-every", "2")
     assert call(monkeypatch, inspect, folder) == 0
     said = capsys.readouterr().out
-    assert "not finite: layers/1: the weights, first seen at update 6, in layers/1 (rule" in said
-    assert "not finite: layers/1: the residual stream after it, first seen at update 6, in layers/1" in said
+    assert "not finite: layers/1: the weights, first seen at update 10, in layers/1 (rule" in said
+    assert "not finite: layers/1: the residual stream after it, first seen at update 10, in layers/1" in said
 
 
 def test_inspect_refuses_what_it_cannot_draw(tmp_path):
