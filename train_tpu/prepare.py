@@ -15,9 +15,12 @@ import tyro
 from core import cli
 from core.config import PRESETS
 from core.data.formats import Form
-from core.data.prepare import open_prepared, prepare
+from core.data.prepare import append, prepare
+from core.data.versions import open_version
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.special_tokens import as_in_folder
+
+TOKENIZER, CONTEXT = "mistral", 1024
 
 
 @dataclasses.dataclass
@@ -31,12 +34,16 @@ class PrepareConfig:
     give a glob, to read them."""
     out: Path | None = None
     """The folder to write; it must not exist."""
-    tokenizer: str = "mistral"
-    """`mistral`, `bytes` or the path of a tokenizer.json, which `FILE,bos=TOKEN,eos=TOKEN` follows where
-    others than `<s>` and `</s>`, or `<|endoftext|>`, open and close a document (bos=none: nothing opens it).
+    append: Path | None = None
+    """Instead of --out: prepared data to make a new version of, with the sources behind what it has. Its
+    held-out sets stay what they are, and runs that began on an older version continue with that."""
+    tokenizer: str | None = None
+    """`mistral` (the default), `bytes` or the path of a tokenizer.json, which `FILE,bos=TOKEN,eos=TOKEN`
+    follows where others than `<s>` and `</s>`, or `<|endoftext|>`, open and close a document (bos=none:
+    nothing opens it).
     What a tokenizer_config.json next to it says need not be named."""
-    context: int = 1024
-    """Length of a training window, in tokens."""
+    context: int | None = None
+    """Length of a training window, in tokens. Default: 1024."""
     valid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=PATH")] = ()
     """NAME=PATH: a separate held-out set (repeatable). All of the sources is then trained on."""
     valid_fraction: float | None = None
@@ -70,7 +77,7 @@ class PrepareConfig:
 def verify(path: Path) -> int:
     """Reads every file of a prepared folder; a `UserError` names the first that is not as it was written."""
     started = time.monotonic()
-    dataset = open_prepared(path)
+    dataset = open_version(path)
     dataset.verify()
     total = sum(entry["bytes"] for entry in dataset.files.values())
     print(
@@ -93,35 +100,49 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare")
     if config.verify is not None:
         return verify(config.verify)
-    if config.out is None:
+    target = config.append if config.out is None else config.out
+    if target is None:
         raise UserError("no output folder is given: name a new one with --out DIR")
+    if config.append is not None and config.out is not None:
+        raise UserError("give --out for new data or --append for data that is there, not both")
     if config.template is not None and config.field != "text":
         raise UserError("give --field or --template, not both")
     if not config.sources:
         raise UserError("no text is given: name files, folders, `builtin`, `tfds:NAME` or `hf:DATASET`")
+    names = ("train_tokens", "field", "format", "workers", "template", "dedup", "overlap")
+    options = {name: getattr(config, name) for name in names}
+    options |= {"sources": list(config.sources), "eval_items": list(config.eval_items)}
+    tokenizer = None if config.tokenizer is None else as_in_folder(config.tokenizer)
+    try:
+        if config.append is not None:
+            if config.valid or config.valid_fraction is not None:
+                raise UserError(
+                    f"the held-out sets of {target} stay what they are: give --append without --valid"
+                )
+            append(out=target, tokenizer=tokenizer, context=config.context, **options)
+            return 0
+        tokenizer, context = tokenizer or TOKENIZER, CONTEXT if config.context is None else config.context
+        held_out = {"valid": _held_out(config), "valid_fraction": config.valid_fraction}
+        prepare(out=target, tokenizer=tokenizer, context=context, **held_out, **options)
+    except KeyboardInterrupt:
+        made = "was not made" if config.append is None else "has no new version"
+        print(
+            f"interrupted: {target} {made}; what is done is kept, and the same command resumes",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    print(f"\nnext: {next_command(target, config.tokenizer or TOKENIZER, context)}")
+    return 0
+
+
+def _held_out(config: PrepareConfig) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in config.valid]
     for name, _, path in pairs:
         if not path:
             raise UserError(f"--valid {name} has no path: write NAME=PATH")
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise UserError("two --valid sets have the same name: give each its own")
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "verify"}
-    options["tokenizer"] = as_in_folder(config.tokenizer)
-    options |= {
-        "sources": list(config.sources),
-        "eval_items": list(config.eval_items),
-        "valid": {name: path for name, _, path in pairs},
-    }
-    try:
-        prepare(**options)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: {config.out} was not made; what is done is kept, and the same command resumes",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
-    print(f"\nnext: {next_command(config.out, config.tokenizer, config.context)}")
-    return 0
+    return {name: path for name, _, path in pairs}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from core.tokenizer import TOKENIZER_FILE
 FORMAT = 1
 FIELDS = frozenset((
     "format", "tokenizer", "context", "splits", "dropped", "sources", "train_tokens", "files", "fingerprint",
-    "sha256",
+    "sha256", "version", "parent",
 ))  # fmt: skip
 MANIFEST = "dataset.json"
 TRAIN = "train"
@@ -63,6 +63,14 @@ class Dataset:
     sealed: bool
     """Whether dataset.json carries its own sha256. Older versions wrote none: there the fingerprint proves
     the tokenizer, the context and the hashes of the files, but not the counts of the splits."""
+    seal: str = ""
+    """The sha256 of dataset.json, or the fingerprint where that carries none."""
+    version: int = 1
+    """Above 1 for data that was appended to (`core.data.versions`)."""
+    parent: str | None = None
+    """The `seal` of the version before."""
+    dropped: dict = dataclasses.field(default_factory=dict)
+    """What was left out or found when it was prepared, counted."""
 
     @property
     def heldout(self) -> list[str]:
@@ -133,6 +141,10 @@ def open_dataset(path: Path | str) -> Dataset:
             files=content["files"],
             sources=content["sources"],
             sealed=seal is not None,
+            seal=seal or content["fingerprint"],
+            version=content.get("version", 1),
+            parent=content.get("parent"),
+            dropped=content["dropped"],
         )
         dataset.check_small_files()
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -158,11 +170,13 @@ def write_manifest(
     dropped: dict,
     sources: list[str],
     train_tokens: int | None = None,
+    parent: Dataset | None = None,
 ) -> Dataset:
     """Hashes the files in the folder `path` and writes its dataset.json, which completes it; all of it is on
     the disk on return.
 
     train_tokens: with which the reading of the sources was to end, if it was.
+    parent: the version that this one continues, if it does.
     """
     hashed = hash_files(path, sorted(file.name for file in path.iterdir()), sync=True)
     files = {name: {"sha256": entry["sha256"], "bytes": entry["size"]} for name, entry in hashed.items()}
@@ -179,6 +193,8 @@ def write_manifest(
         "train_tokens": train_tokens,
         "files": files,
     }
+    if parent is not None:
+        manifest |= {"version": parent.version + 1, "parent": parent.seal}
     manifest["fingerprint"] = fingerprint_of(manifest)
     manifest["sha256"] = digest(manifest)
     write_atomically(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +26,7 @@ from rich.table import Table
 from core import checks
 from core.data import dataset as ds
 from core.data import overlap as overlaps
+from core.data import versions
 from core.data.formats import Form
 from core.data.packing import DATA, Shard, describe, written
 from core.data.pieces import Dealer, Job, part_key, tokens_of
@@ -88,26 +89,7 @@ def prepare(
         )  # fmt: skip
     loaded = load_tokenizer(tokenizer)
     n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
-        try:
-            data = folder / DATA
-            data.mkdir(exist_ok=True)
-            loaded.carry(data)
-            _write(folder, plan, loaded, context, n_workers)
-            opened = ds.write_manifest(
-                data,
-                context,
-                tokenizer_record(loaded),
-                plan.counts(context),
-                plan.dropped,
-                plan.sources_read(),
-                train_tokens,
-            )
-        except OSError as error:
-            raise UserError(
-                f"{out} could not be written ({error}): make room or choose another --out"
-            ) from error
-        data.rename(out)
+    opened = _make(out, plan, loaded, context, n_workers, None)
     _print_summary(opened, plan, train_tokens)
     if not keeps_text(loaded):
         print(
@@ -115,6 +97,101 @@ def prepare(
             "capitals), so bits per byte, which divide by all bytes, do not compare with those of others"
         )
     return out
+
+
+def append(
+    sources: list[str],
+    out: Path,
+    tokenizer: str | None = None,
+    context: int | None = None,
+    train_tokens: int | None = None,
+    field: str = "text",
+    format: Form | None = None,
+    workers: int | None = None,
+    template: str | None = None,
+    dedup: bool = False,
+    overlap: Overlapping | None = None,
+    eval_items: list[str] | None = None,
+) -> Path:
+    """Makes a new version of the prepared folder `out`, which has `sources` as well; its folder.
+
+    The arguments are those of `prepare`, but `tokenizer` and `context` need not be given: they are those of
+    `out`. A `UserError` for others, or for input that cannot be used.
+    """
+    checks.counts(context=context, workers=workers)
+    checks.counts(most=2**63, train_tokens=train_tokens)
+    if not is_prepared(str(out)):
+        raise UserError(f"--append {out} is no prepared data: make it with --out, or name a folder that is")
+    parent = ds.open_dataset(versions.version_paths(out)[-1])
+    if context not in (None, parent.context):
+        raise UserError(
+            f"{out} has windows of {parent.context} tokens, not {context}: append without --context, or "
+            "prepare all of the text anew with --out"
+        )
+    if tokenizer is not None:
+        given = tokenizer_record(load_tokenizer(tokenizer))
+        require_same(given, parent.tokenizer_record, "--tokenizer", f"the data {out}")
+    loaded = load_tokenizer_of(parent.tokenizer_record, [parent.path], f"the data {out}")
+    new = out / f"v{parent.version + 1}"
+    require_new(new)
+    with Activity("looking at the text", console=Console()):
+        plan = make_plan(sources, {}, 0.0, train_tokens, field, format, template, dedup, overlap, eval_items)
+        _read_back(parent, plan, loaded)
+    n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    opened = _make(new, plan, loaded, parent.context, n_workers, parent)
+    _print_summary(opened, plan, train_tokens)
+    print(
+        f"{out} now has version {opened.version}, {opened.fingerprint[:12]}: new runs read it, and runs that "
+        f"began on version {parent.version} continue with that"
+    )
+    return new
+
+
+def _read_back(parent: ds.Dataset, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Tells `plan` which documents `parent` has already, as far as that matters."""
+    if not keeps_text(tokenizer):
+        print(
+            "note: the tokenizer does not keep all of a text, so copies of the documents there are not found"
+        )
+        return
+    for split in parent.splits:
+        if split != ds.TRAIN or plan.dedup:
+            for hashes in versions.document_hashes(parent, split, tokenizer):
+                plan.count_as_seen(hashes) if split == ds.TRAIN else plan.leave_out(hashes)
+
+
+def _make(
+    out: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_workers: int, parent: ds.Dataset | None
+) -> ds.Dataset:
+    """Makes the folder `out` of what is planned, and of what `parent` has."""
+    with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
+        try:
+            data = folder / DATA
+            data.mkdir(exist_ok=True)
+            tokenizer.carry(data)
+            _write(folder, plan, tokenizer, context, n_workers, parent)
+            splits, dropped, sources = plan.counts(context), plan.dropped, plan.sources_read()
+            if parent is not None:
+                splits = [_sum(parent.splits[ds.TRAIN], splits[0]), *list(parent.splits.values())[1:]]
+                names = dict.fromkeys([*parent.dropped, *dropped])
+                dropped = {name: parent.dropped.get(name, 0) + dropped.get(name, 0) for name in names}
+                sources = [*parent.sources, *sources]
+            record = tokenizer_record(tokenizer)
+            limit = plan.train_tokens
+            ds.write_manifest(data, context, record, splits, dropped, sources, limit, parent)
+        except OSError as error:
+            raise UserError(
+                f"{out} could not be written ({error}): make room or choose another --out"
+            ) from error
+        data.rename(out)
+    return ds.open_dataset(out)
+
+
+def _sum(a: ds.Split, b: ds.Split) -> ds.Split:
+    counts = {
+        name: getattr(a, name) + getattr(b, name) for name in ("documents", "bytes", "tokens", "windows")
+    }
+    return ds.Split(a.name, **counts)
 
 
 def is_prepared(data: str) -> bool:
@@ -130,14 +207,18 @@ def choose_tokenizer(given: str | None, data: str, default: str) -> Tokenizer:
     return open_tokenizer(default if given is None else given)
 
 
-def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.Dataset:
+def open_or_prepare(
+    data: str, tokenizer: str, context: int, cache: Path, wanted: Collection[str] = ()
+) -> ds.Dataset:
     """The dataset `data` names: a prepared folder, or text that is prepared once, into the folder `cache`.
+
+    wanted: fingerprints, of which a folder may have an older version (`core.data.versions`).
 
     Text is prepared again when the tokenizer, the context or the files (path, size, time) change.
     """
     record = tokenizer_record(load_tokenizer(tokenizer))
     if is_prepared(data):
-        dataset = open_prepared(Path(data))
+        dataset = open_prepared(Path(data), wanted)
         require_same(record, dataset.tokenizer_record, "the model", f"the data {data}")
         if context != dataset.context:
             raise UserError(
@@ -158,9 +239,10 @@ def open_or_prepare(data: str, tokenizer: str, context: int, cache: Path) -> ds.
     return open_prepared(out)
 
 
-def open_prepared(path: Path) -> ds.Dataset:
-    """The prepared dataset; says what is not proved of one that an older version made."""
-    dataset = ds.open_dataset(path)
+def open_prepared(path: Path, wanted: Collection[str] = ()) -> ds.Dataset:
+    """The version of prepared data that is wanted, else the newest; says what is not proved of one that an
+    older version of the program made."""
+    dataset = versions.open_version(path, wanted)
     if not dataset.sealed:
         print(
             f"note: an older version prepared {path}, so its counts of bytes, by which bits per byte are "
@@ -189,8 +271,11 @@ def _prepared_by_one(out: Path) -> Iterator[None]:
         yield
 
 
-def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_workers: int) -> None:
-    """Tokenises and writes all splits, and counts them in `plan`."""
+def _write(
+    folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_workers: int, parent: ds.Dataset | None
+) -> None:
+    """Tokenises and writes all splits behind those of `parent`, and counts them in `plan`."""
+    before = {} if parent is None else versions.described(parent)
     expected = min(plan.size, 4 * (plan.train_tokens or plan.size))
     piece_bytes = max(SMALLEST_PIECE, min(expected // PIECES, LARGEST_PIECE))
     record = identity(tokenizer_record(tokenizer))
@@ -210,17 +295,25 @@ def _write(folder: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_worke
         plan.finish(context)
         _require_text(plan, context)
         shards = plan.shards(
-            context, tokenizer.eos, tokenizer.dtype, lambda *piece: tokens_of(job.path(*piece)).name
+            context,
+            tokenizer.eos,
+            tokenizer.dtype,
+            lambda *piece: tokens_of(job.path(*piece)).name,
+            first={split: len(lengths) for split, (lengths, _) in before.items()},
         )
         sizes = _write_shards(folder, [shard for group in shards.values() for shard in group], workers)
     names = {TOKENIZER_FILE, *sizes}
     for file in (folder / DATA).iterdir():  # what was begun under other options, or half written
         if file.name not in names:
             file.unlink()
-    described = {
+    described = before | {
         split: ([shard.windows for shard in group], sum(sizes[shard.name] for shard in group))
         for split, group in shards.items()
     }
+    if parent is not None:
+        for split in shards:
+            described[split] = tuple(a + b for a, b in zip(before[split], described[split], strict=True))
+        versions.link_shards(parent, folder / DATA)
     describe(folder / DATA, context, tokenizer.dtype, described)
 
 
@@ -361,6 +454,8 @@ def _print_summary(dataset: ds.Dataset, plan: Plan, train_tokens: int | None) ->
             f"train was to reach {train_tokens:,} tokens: "
             + (f"read no further than {found:,}" if found >= train_tokens else f"all the text has {found:,}")
         )
+    if n := dropped.get("heldout_documents_left_out"):
+        print(f"left out: {n:,} documents that are exact copies of held-out ones")
     if (n := dropped.get("duplicate_documents")) is not None:
         print(f"left out: {n:,} documents that are exact copies of earlier ones (--dedup)")
     if plan.overlap is not None:

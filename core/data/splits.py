@@ -85,9 +85,20 @@ class Plan:
         self._heldout_in_train = 0
         self._seen = Seen() if dedup else None
         self._duplicates = 0
+        self._never = np.empty(0, np.uint64)
+        self._n_never = 0
         self._overlapping = 0
         self._shared: list[np.ndarray] = []
         self._sources_taken = 0
+
+    def leave_out(self, hashes: np.ndarray) -> None:
+        """Documents that are not to train, by their hashes: those that older versions hold out."""
+        self._never = np.unique(np.concatenate([self._never, hashes]))
+
+    def count_as_seen(self, hashes: np.ndarray) -> None:
+        """Documents of which --dedup is to leave copies out."""
+        if self._seen is not None:
+            self._seen.add(hashes)
 
     def take(self, part: int, number: int, piece: Piece) -> None:
         """Takes the next piece of the text, or as much of it as reading goes."""
@@ -100,8 +111,10 @@ class Plan:
         if self._seen is not None:
             new = self._seen.add(documents["hash"])
             kept = new if split == ds.TRAIN else kept
-        overlaps = trains & kept & (documents["shared"] > 0)
         duplicates = ~kept
+        never = np.isin(documents["hash"], self._never)
+        kept &= ~never
+        overlaps = trains & kept & (documents["shared"] > 0)
         if self.overlap == "drop":
             kept &= ~overlaps
         n = len(documents)
@@ -110,7 +123,8 @@ class Plan:
             reached = self.tokens[ds.TRAIN] + np.cumsum(counted) >= self.train_tokens
             n = int(reached.argmax()) + 1 if reached.any() else n
         self._count(part, piece, n)
-        self._duplicates += int(duplicates[:n].sum())
+        self._duplicates += int((duplicates & ~never)[:n].sum())
+        self._n_never += int(never[:n].sum())
         self._overlapping += int(overlaps[:n].sum())
         counted = np.repeat(overlaps[:n], documents["shared"][:n])
         self._shared.append(np.unique(piece.shared[: len(counted)][counted]))
@@ -160,6 +174,11 @@ class Plan:
         self._pieces.append((part, number))
 
     @property
+    def dedup(self) -> bool:
+        """Whether copies are left out."""
+        return self._seen is not None
+
+    @property
     def is_full(self) -> bool:
         """Whether the train split has the tokens that were asked for."""
         return self.train_tokens is not None and self.tokens[ds.TRAIN] >= self.train_tokens
@@ -178,6 +197,8 @@ class Plan:
             self.dropped["rows_without_text"] = self._without_text
         if self._seen is not None:
             self.dropped["duplicate_documents"] = self._duplicates
+        if len(self._never):
+            self.dropped["heldout_documents_left_out"] = self._n_never
         if self.overlap is not None:
             self.dropped["overlapping_documents"] = self._overlapping
         if self.overlap == "drop":

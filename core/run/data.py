@@ -5,7 +5,7 @@ which config.json and the manifests record: whatever --steps or --batch a later 
 mixture that is changed at a resume is a new phase, which begins at the next sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,11 @@ def open_data(config: Any, tokenizer: str, context: int, out: Path) -> Data:
         UserError: a source cannot be opened or holds no window, or a phase does not fit the run.
     """
     asked = parse_mixture(config.data, config.weights, config.phases)
+    old = None if "data" in config.allow_change else read_config(out)
+    wanted = fingerprints_of(old["data"]) if old else set()
     if asked is None:
-        return open_or_prepare(config.data, tokenizer, context, CACHE)
-    sources = open_sources(asked.sources, tokenizer, context)
+        return open_or_prepare(config.data, tokenizer, context, CACHE, wanted)
+    sources = open_sources(asked.sources, tokenizer, context, wanted)
     return Mixture(sources, find_phases(config, asked, sources, out))
 
 
@@ -79,18 +81,28 @@ def open_recorded_data(
     """
     sources = parse_data(data)
     if isinstance(sources, str):
-        return open_or_prepare(sources, tokenizer, context, CACHE)
+        return open_or_prepare(sources, tokenizer, context, CACHE, fingerprints_of(record))
     if "mixture" not in record:
         raise UserError(f"the run was trained on one source without a name: give it so, --data {data[0]}")
-    return Mixture(open_sources(sources, tokenizer, context), phases_of(record))
+    return Mixture(open_sources(sources, tokenizer, context, fingerprints_of(record)), phases_of(record))
 
 
-def open_sources(sources: dict[str, str], tokenizer: str, context: int) -> dict[str, Dataset]:
-    """The sources of a mixture, prepared folders or text, by name."""
+def fingerprints_of(record: dict[str, Any]) -> set[str]:
+    """Of all data that a run reads: of folders that were appended to, it gets the versions that these are of.
+
+    record: what config.json or a manifest says of it.
+    """
+    return {record["fingerprint"], *record.get("mixture", {}).get("sources", {}).values()}
+
+
+def open_sources(
+    sources: dict[str, str], tokenizer: str, context: int, wanted: Collection[str]
+) -> dict[str, Dataset]:
+    """The sources of a mixture, prepared folders or text, by name; in the version that is wanted, if any."""
     found = {}
     for name, path in sources.items():
         try:
-            found[name] = open_or_prepare(path, tokenizer, context, CACHE)
+            found[name] = open_or_prepare(path, tokenizer, context, CACHE, wanted)
         except UserError as error:
             raise UserError(f"the source {name}: {error}") from None
         if found[name].splits[TRAIN].windows < 1:

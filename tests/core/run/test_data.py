@@ -10,11 +10,14 @@ from core.checkpoint.manifest import Manifest, digest
 from core.checkpoint.steps import step_path
 from core.data.dataset import Dataset, Split, fingerprint_of
 from core.data.mixture import Mixture, Phase, parse_mixture, phases_of
+from core.data.prepare import append, prepare
 from core.errors import UserError
+from core.run import data as run_data
 from core.run.data import choose_run_tokenizer, data_rows, find_phases, open_data
 from core.run.folder import check_run_folder, run_record, write_config
 from core.run.settings import model_config
 from tests.core.data.test_mixture import make
+from tests.core.data.test_prepare import documents, write_jsonl
 from train_tpu.config import RunConfig, defaults
 
 BATCH = 16
@@ -170,3 +173,31 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("core.run.data.open_or_prepare", lambda *_: nothing)
     with pytest.raises(UserError, match=r"the source books: the text of .* does not fill one window of 8"):
         open_data(config, "bytes", 8, tmp_path / "run")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_keeps_the_version_that_it_began_on(tmp_path, monkeypatch, capsys, mixed):
+    monkeypatch.setattr(run_data, "CACHE", tmp_path / "cache")
+    text = write_jsonl(tmp_path / "t.jsonl", documents(60))
+    out = prepare([text], tmp_path / "data", "bytes", 32, valid_fraction=0)
+    data, weights = (f"a={out}", ("a=1",)) if mixed else (str(out), ())
+    config = settings(data=(data,) if mixed else data, weights=weights, phases=(), steps=10)
+
+    def opened(folder: Path, **changes) -> str:
+        found = open_data(dataclasses.replace(config, **changes), "bytes", 32, folder)
+        return (found.sources["a"] if mixed else found).fingerprint
+
+    first = opened(tmp_path / "run")
+    assert "version" not in capsys.readouterr().out
+    record = {"fingerprint": first} if not mixed else {
+        "fingerprint": "of the mixture", "mixture": {"sources": {"a": first}, "phases": []},
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", run_record(config, model_config(config, 258), 10, TOKENIZER, record))
+    append([write_jsonl(tmp_path / "new.jsonl", documents(40, seed=2))], out)
+    capsys.readouterr()
+    assert opened(tmp_path / "run") == first
+    assert f"data {out}: version 1 of 2, {first[:12]}, with which this run began" in capsys.readouterr().out
+    newest = opened(tmp_path / "another")
+    assert newest != first and "version 2 of 2" in capsys.readouterr().out
+    assert opened(tmp_path / "run", allow_change=("data",)) == newest
