@@ -27,9 +27,10 @@ class ShapeError(UserError):
         self.names, self._module, self._inputs, self._error = list(names), module, inputs, error
 
     def __str__(self) -> str:
-        path = "/".join(filter(None, self.names))
-        if path and any(leaf.module.startswith(f"layers/{path}") for leaf in LEAVES):
-            path = f"layers/{path}"
+        names = list(filter(None, self.names))
+        if any(leaf.in_layers and names[:1] == leaf.module.split("/")[1:2] for leaf in LEAVES):
+            names.insert(0, "layers")
+        path = "/".join(names)
         given = " and ".join(str(list(x.shape)) for x in self._inputs if hasattr(x, "shape"))
         frames = traceback.extract_tb(self._error.__traceback__)
         ours = [frame for frame in frames if "site-packages" not in frame.filename]

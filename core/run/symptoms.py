@@ -98,20 +98,19 @@ def _dead_layer(watched: Watched) -> Iterator[Symptom]:
     median = np.median(gradient, axis=1, keepdims=True)
     relative = np.divide(gradient, median, out=np.ones(gradient.shape), where=median > 0)
     finite = watched.of_rows["not_finite"][:, 1:-1] == 0
-    if (dead := _lasting(finite & (share < ADDS_NOTHING))).any():
-        row = int(np.argmin(np.where(dead, share[-1], np.inf)))
-        yield Symptom(
-            "dead layer", _list(layers, dead),
-            f"{layers[row]} adds {share[-1, row]:.2%} of the residual stream's rms to it",
-            f"at least {ADDS_NOTHING:.0%} in the newest {SETTLED} watched updates",
-        )  # fmt: skip
-    if (dead := _lasting(relative < NO_GRADIENT)).any():
-        row = int(np.argmin(np.where(dead, relative[-1], np.inf)))
-        yield Symptom(
-            "dead layer", _list(layers, dead),
-            f"the gradient of {layers[row]} is {relative[-1, row]:.1e} of the median layer's",
-            f"at least {NO_GRADIENT:g} in the newest {SETTLED} watched updates",
-        )  # fmt: skip
+    rules = (
+        (finite & (share < ADDS_NOTHING), share, "{} adds {:.2%} of the residual stream's rms to it",
+         f"{ADDS_NOTHING:.0%}"),
+        (relative < NO_GRADIENT, relative, "the gradient of {} is {:.1e} of the median layer's",
+         f"{NO_GRADIENT:g}"),
+    )  # fmt: skip
+    for broken, values, figures, least in rules:
+        if (dead := _lasting(broken)).any():
+            row = int(np.argmin(np.where(dead, values[-1], np.inf)))
+            rule = f"at least {least} in the newest {SETTLED} watched updates"
+            yield Symptom(
+                "dead layer", _list(layers, dead), figures.format(layers[row], values[-1, row]), rule
+            )
 
 
 def _loss_of_entropy(watched: Watched) -> Iterator[Symptom]:

@@ -20,11 +20,11 @@ ROWS = 8
 
 
 def record(name: str, kernels: bool) -> dict:
-    """Of the first update, in two micro-batches."""
+    """Of the first update, in two micro-batches, of Muon: AdamW has the embedding."""
     shape = parse_mesh(name, 4 if name != "data=1" else 1)
     mesh = make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
     config = StepConfig(
-        MODEL, OptimizerConfig(optimizer="adamw", eps=1e-3), GuardConfig(),
+        MODEL, OptimizerConfig(optimizer="muon", eps=1e-3), GuardConfig(),
         Compute(remat="dots", mesh=mesh, kernels=REFERENCE if kernels else None), 0.0, 20, watches=True,
     )  # fmt: skip
     step = compile_step(config, ROWS, 2, mesh)
