@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from core.errors import UserError
 from core.sharding import BATCH_AXES, is_parallel
@@ -114,6 +114,7 @@ def causal_attention(
     v: Float[Array, "B S G K"],
     implementation: Implementation,
     mesh: Mesh | None = None,
+    documents: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H K"]:
     """softmax(q k^T / sqrt(K)) v, each position seeing itself and those before it.
 
@@ -124,35 +125,45 @@ def causal_attention(
         mesh: if of several devices, each works on its own rows and heads, which need nothing of the others.
             XLA could not split a custom kernel by itself. Keys and values whose heads do not divide by
             `tensor` are whole on every device, which takes those that its queries need.
+        documents: numbers that rise along a row; a position sees only those with its own. None: a row is one
+            document. Any number of them is exact in every implementation.
     """
     local = functools.partial(_attend, implementation)
     if not is_parallel(mesh):
-        return local(q, k, v)
+        return local(q, k, v, documents)
     heads = kv_heads = P(BATCH_AXES, None, "tensor")
     if k.shape[2] % mesh.shape["tensor"]:
         kv_heads = P(BATCH_AXES)
         local = functools.partial(_attend_own_heads, implementation, q.shape[2] // k.shape[2])
-    specs = (heads, kv_heads, kv_heads)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v)
+    specs = (heads, kv_heads, kv_heads, None if documents is None else P(BATCH_AXES))
+    attend = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(q, k, v, documents)
 
 
-def _attend_own_heads(implementation: Implementation, shared: int, q: Array, k: Array, v: Array) -> Array:
+def _attend_own_heads(
+    implementation: Implementation, shared: int, q: Array, k: Array, v: Array, documents: Array | None
+) -> Array:
     """One device's heads of queries, and all of keys and values, each serving `shared` heads of queries."""
     first = jax.lax.axis_index("tensor") * q.shape[2]
     needed = (first + jnp.arange(q.shape[2])) // shared
-    return _attend(implementation, q, k[:, :, needed], v[:, :, needed])
+    return _attend(implementation, q, k[:, :, needed], v[:, :, needed], documents)
 
 
-def _attend(implementation: Implementation, q: Array, k: Array, v: Array) -> Array:
+def _attend(implementation: Implementation, q: Array, k: Array, v: Array, documents: Array | None) -> Array:
     """One device's rows and heads."""
     if implementation == "splash":
-        return _splash(q, k, v)
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return _splash(q, k, v, documents)
     if implementation == "triton":
-        return _triton(q, k, v)
+        return _triton(q, k, v, documents)
+    same = None if documents is None else documents[:, :, None] == documents[:, None, :]
+    if implementation == "cudnn":
+        # Not its packed layout: that is compiled for the most documents that a row can hold, one for every
+        # three tokens, and keeps a normaliser of a row's length, and starts a row's blocks, for each of them.
+        mask = None if same is None else same[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
     length = q.shape[1]
-    return masked_attention(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
+    visible = jnp.tril(jnp.ones((1, length, length), bool))
+    return masked_attention(q, k, v, visible if same is None else visible & same)
 
 
 def masked_attention(
@@ -190,7 +201,7 @@ def _for_all_heads(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     return (k, v) if shared == 1 else (jnp.repeat(k, shared, axis=2), jnp.repeat(v, shared, axis=2))
 
 
-def _triton(q, k, v):
+def _triton(q, k, v, documents):
     # JAX's own kernel (Dao et al. 2022). A block adds up its gradients alone: there are no atomic additions.
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
@@ -200,14 +211,21 @@ def _triton(q, k, v):
         block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     k, v = _for_all_heads(q, k, v)
-    return kernel.mha(q, k, v, None, q.shape[-1] ** -0.5, True, sizes)
+    return kernel.mha(q, k, v, documents, q.shape[-1] ** -0.5, True, sizes)
 
 
-def _splash(q, k, v):
+def _splash(q, k, v, documents):
     # The kernel takes one sequence as [heads, sequence, head size], scaled by us.
     kernel = _splash_kernel(q.shape[2], q.shape[1])
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+    return jax.vmap(functools.partial(_splash_row, kernel))(q, k, v, documents).swapaxes(1, 2)
+
+
+def _splash_row(kernel, q, k, v, documents):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    segments = None if documents is None else splash_attention_kernel.SegmentIds(documents, documents)
+    return kernel(q, k, v, segments)
 
 
 @functools.lru_cache(maxsize=4)

@@ -71,6 +71,8 @@ class ForwardContext:
     dropout: float
     dropout_keys: Key[Array, " B"] | None
     """One a sequence; None means no dropout."""
+    documents: Int[Array, "B S"] | None = None
+    """Numbers that rise along a row, at whose changes attention ends; None: a row is one document."""
     cache: KVCache | None = None
     """A layer's own, [B, S, G, K]; None for whole sequences."""
 
@@ -153,7 +155,7 @@ class Attention(nnx.Module):
         compute, cache = ctx.compute, ctx.cache
         q, k, v = self.projections(x, ctx.rotation, compute)
         if cache is None:
-            y = causal_attention(q, k, v, compute.attention, compute.mesh)
+            y = causal_attention(q, k, v, compute.attention, compute.mesh, ctx.documents)
         else:
             rows = jnp.arange(b)[:, None]
             cache = KVCache(cache.k.at[rows, ctx.positions].set(k), cache.v.at[rows, ctx.positions].set(v))
@@ -269,11 +271,12 @@ class Decoder(nnx.Module):
         dropout_keys: Key[Array, " B"] | None,
         cache: KVCache | None,
         positions: Int[Array, "B S"] | None,
+        documents: Int[Array, "B S"] | None = None,
         look: Look | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
         c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        ctx = forward_context(c, compute, index, dropout_keys)
+        ctx = forward_context(c, compute, index, dropout_keys, documents)
         x = scoped("embed", self.embed_tokens, tokens, ctx)
         # A kernel adds what a layer leaves in the pass of the next one's norm. Not where layers are
         # recomputed: both would have to be kept for each.
@@ -301,8 +304,10 @@ class Decoder(nnx.Module):
         mesh = ctx.compute.mesh
         # Rows are cast after the look-up, so that their gradients are summed in float32.
         x = embedding_lookup(self.embed.table[...], tokens, mesh)
-        if self.positions is not None:
+        if self.positions is not None and ctx.documents is None:
             x += self.positions(ctx.positions)
+        elif self.positions is not None:
+            x += embedding_lookup(self.positions.table[...], ctx.positions, mesh, "positions")
         x = constrain_activations(x, mesh)
         return ctx.drop(x.astype(ctx.compute.dtype), site=0)
 
@@ -312,10 +317,15 @@ def forward_context(
     compute: Compute,
     positions: Int[Array, "#B S"],
     dropout_keys: Key[Array, " B"] | None,
+    documents: Int[Array, "B S"] | None = None,
 ) -> ForwardContext:
-    """What a forward pass of tokens at these positions hands down to its layers."""
+    """What a forward pass of tokens at these positions hands down to its layers; every document of a row
+    begins at position 0."""
+    if documents is not None:
+        begins = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0)))
+        positions -= jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
     rotation = rotary_angles(positions, config) if config.positions == "rope" else None
-    return ForwardContext(compute, positions, rotation, config.dropout, dropout_keys)
+    return ForwardContext(compute, positions, rotation, config.dropout, dropout_keys, documents)
 
 
 def rematerialized(layer: Callable, compute: Compute) -> Callable:
@@ -378,10 +388,12 @@ def definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
 
 
-def _run(config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, look=None):
+def _run(
+    config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, documents=None, look=None
+):
     require_shapes(config, params)
     model = nnx.merge(definition(config), params)
-    return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, look)
+    return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, documents, look)
 
 
 def forward(
@@ -390,21 +402,29 @@ def forward(
     tokens: Int[Array, "B S"],
     compute: Compute = Compute(),
     dropout_keys: Key[Array, " B"] | None = None,
+    documents: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S D"]:
     """Hidden states after the final norm, of whole sequences.
 
     Args:
         tokens: ids below the vocabulary (larger ones would be clamped silently: check them before).
         dropout_keys: one key a sequence; None means no dropout.
+        documents: numbers that rise along a row (core/documents.py). Each stretch of one number is a sequence
+            of its own: it sees nothing of the others, and its positions begin at 0. None: a row is one.
     """
-    return _run(config, params, tokens, compute, dropout_keys)[0]
+    return _run(config, params, tokens, compute, dropout_keys, documents=documents)[0]
 
 
 def forward_looked_at(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B S"], compute: Compute, look: Look
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    compute: Compute,
+    look: Look,
+    documents: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
     """As `forward`, without dropout; and what `look` gives of every layer, on a first axis [L]."""
-    hidden, _, seen = _run(config, params, tokens, compute, look=look)
+    hidden, _, seen = _run(config, params, tokens, compute, documents=documents, look=look)
     return hidden, seen
 
 

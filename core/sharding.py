@@ -303,14 +303,14 @@ def all_gather_weights(module: Any, dtype: str, mesh: Mesh | None) -> Any:
 
 
 def embedding_lookup(
-    table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | None
+    table: Float[Array, "V D"], index: Int[Array, "B S"], mesh: Mesh | None, module: str = "embed"
 ) -> Float[Array, "B S D"]:
-    """Rows of the embedding. Where devices hold parts of the vocabulary, each gives what it has and their
-    sum is whole; XLA by itself would give every device all rows of the batch first.
+    """Rows of the table of `module`. Where devices hold parts of the vocabulary, each gives what it has and
+    their sum is whole; XLA by itself would give every device all rows of the batch first.
     """
     if not splits_weights(mesh):
         return table[index]
-    kept = split_axes(("embed", "table"), table.shape, mesh.shape)
+    kept = split_axes((module, "table"), table.shape, mesh.shape)
     vocabulary, width = kept if kept else (None, None)
 
     def local(table: Array, index: Array) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from core.config import ModelConfig
 from core.data.batches import Data, heldout_windows
+from core.documents import DocumentMark, number_documents
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
 from core.progress import Activity
@@ -22,13 +23,21 @@ class Evaluator:
     """Scores the held-out splits of a dataset. Reads parameters and nothing else of a run."""
 
     def __init__(
-        self, config: ModelConfig, compute: Compute, dataset: Data, rows: int, chunk: int, mesh: Mesh
+        self,
+        config: ModelConfig,
+        compute: Compute,
+        dataset: Data,
+        rows: int,
+        chunk: int,
+        mesh: Mesh,
+        documents: DocumentMark | None = None,
     ):
-        """rows: windows scored at once, over all devices; chunk: see `core.loss`."""
+        """rows: windows scored at once, over all devices; chunk: see `core.loss`; documents: see
+        `StepConfig`."""
         self.dataset = dataset
         self.rows = rows
         self._sharding = batch_sharding(mesh)
-        self._sums = jax.jit(functools.partial(_sums, config, compute, chunk))
+        self._sums = jax.jit(functools.partial(_sums, config, compute, chunk, documents))
 
     def score(
         self,
@@ -59,12 +68,13 @@ def _sums(
     config: ModelConfig,
     compute: Compute,
     chunk: int,
+    mark: DocumentMark | None,
     params: Params,
     tokens: Integer[Array, "1 B S1"],
     mask: Bool[Array, "1 B S"],
 ) -> Float[Array, ""]:
     inputs, targets = tokens[0, :, :-1].astype(jnp.int32), tokens[0, :, 1:].astype(jnp.int32)
-    hidden = forward(config, params, inputs, compute)
+    hidden = forward(config, params, inputs, compute, documents=number_documents(inputs, mark))
     targets = jnp.where(mask[0], targets, IGNORE)
     table = head_table(config, params)
     return cross_entropy(hidden, table, targets, chunk=chunk, mesh=compute.mesh).nll

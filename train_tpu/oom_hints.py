@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from core.documents import number_documents
 from core.errors import UserError
 from core.model import abstract_params, forward
 from train_tpu.step import StepConfig
@@ -23,7 +24,10 @@ def kept_bytes(config: StepConfig, rows: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, config.model.context), jnp.int32)
 
     def backward(params, tokens):
-        return jax.vjp(lambda params: forward(config.model, params, tokens, compute), params)[1]
+        documents = number_documents(tokens, config.documents)
+        return jax.vjp(
+            lambda params: forward(config.model, params, tokens, compute, documents=documents), params
+        )[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(backward, params, tokens))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

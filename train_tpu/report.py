@@ -37,6 +37,7 @@ def describe(
     along = f", {config.mesh}" if splits_weights(mesh) else ""
     if jax.process_count() > 1:
         along += f", of {jax.process_count()} processes"
+    within = " within documents" if config.document_mask else ""
     rows = [
         ("model", f"{config.preset}: {model.summary}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
@@ -49,7 +50,7 @@ def describe(
         ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}){along}, {compute.dtype}"),
-        ("attention", f"{attention.name}: {attention.why}"),
+        ("attention", f"{attention.name}{within}: {attention.why}"),
         ("kernels", kernels.describe(model, mesh)),
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -19,6 +19,7 @@ from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, compute_dtype, training_flags
 from core.data.batches import Data, data_record, require_records
+from core.documents import document_mark
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
@@ -100,7 +101,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
     # Devices, and what will compute on them.
     mesh = make_mesh(shape)
-    config, step, attention = settle(config, model, mesh, kernels)
+    config, step, attention = settle(config, model, mesh, kernels, tokenizer)
     console.print(describe(config, model, dataset, steps, mesh, step.compute, attention, kernels))
     notes = (check_room(config.optim, steps), describe_dtype(config.dtype, out))
     for note in (*notes, describe_replication(model, shape)):
@@ -118,7 +119,7 @@ def prepare_run(config: RunConfig) -> Setup:
 
 
 def settle(
-    config: RunConfig, model: ModelConfig, mesh: Mesh, kernels: KernelsChoice
+    config: RunConfig, model: ModelConfig, mesh: Mesh, kernels: KernelsChoice, tokenizer: Tokenizer
 ) -> tuple[RunConfig, StepConfig, Choice]:
     """The settings with what they stand for on the devices of `mesh`, the step that is compiled for them, and
     its attention."""
@@ -126,6 +127,8 @@ def settle(
     shape = MeshShape(**mesh.shape)
     check_mesh(model, shape, config.batch, config.grad_accum_steps)
     step, attention = choose_step(config, model, mesh, kernels.kernels)
+    if config.document_mask:
+        step = dataclasses.replace(step, documents=document_mark(tokenizer))
     return dataclasses.replace(config, dtype=step.compute.dtype), step, attention
 
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from core.config import ModelConfig
+from core.documents import DocumentMark, number_documents
 from core.keys import Purpose, make_key
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
@@ -113,6 +114,8 @@ class StepConfig:
     """For XLA, by name."""
     watches: bool = False
     """Whether updates can be watched (train_tpu/watch.py)."""
+    documents: DocumentMark | None = None
+    """Where attention and positions end; None: they run through the documents of a window."""
 
 
 def init_state(config: StepConfig, params: Params) -> TrainState:
@@ -187,7 +190,8 @@ def train_step(
 
     def look_at() -> Seen:
         tokens = batch.tokens[0, :, :-1].astype(jnp.int32)
-        return look(config.model, config.compute, state.params, update(ok, None)[0], tokens)
+        documents = number_documents(tokens, config.documents)
+        return look(config.model, config.compute, state.params, update(ok, None)[0], tokens, documents)
 
     seen = None
     if config.watches:
@@ -215,7 +219,8 @@ def _gradients(
         keys = None
         if config.model.dropout > 0:
             keys = jax.vmap(functools.partial(make_key, seed, Purpose.DROPOUT))(micro.index)
-        hidden = forward(config.model, params, inputs, config.compute, keys)
+        documents = number_documents(inputs, config.documents)
+        hidden = forward(config.model, params, inputs, config.compute, keys, documents)
         sums = cross_entropy(
             hidden,
             head_table(config.model, params),

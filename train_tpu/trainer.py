@@ -124,7 +124,7 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     seconds = time.monotonic() - started
     setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} per device")
     rows = config.batch // config.grad_accum_steps
-    evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh)
+    evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh, step.documents)
     sampling = dataclasses.replace(step.compute, mesh=None, attention="xla", kernels=None)
     generator = Generator(model, sampling)
     return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer, step)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from core.attention import attention_entropy
 from core.config import ModelConfig
@@ -34,6 +34,8 @@ class Seen(NamedTuple):
     """Of what every layer adds to it."""
     entropies: Float[Array, "L 2"]
     """Of the attention: the mean over the heads, and the lowest head's."""
+    uniform: Float[Array, ""]
+    """What these would be if every query attended evenly to all it sees."""
     hidden: Float[Array, " 3"]
     """`measure` of the output of the final norm."""
 
@@ -63,7 +65,12 @@ def _norms(tree: Params) -> dict[str, Array]:
 
 
 def look(
-    config: ModelConfig, compute: Compute, params: Params, new_params: Params, tokens: Int[Array, "B S"]
+    config: ModelConfig,
+    compute: Compute,
+    params: Params,
+    new_params: Params,
+    tokens: Int[Array, "B S"],
+    documents: Int[Array, "B S"] | None = None,
 ) -> Seen:
     """What is seen of an update from `params` to `new_params`, and of a forward pass before it."""
 
@@ -72,18 +79,25 @@ def look(
         return measure(before), measure(after), measure(after - before), entropies
 
     once = dataclasses.replace(compute, unroll=1, remat="none")  # quick to compile; nothing goes back
-    hidden, of_layers = forward_looked_at(config, params, tokens, once, of_layer)
+    hidden, of_layers = forward_looked_at(config, params, tokens, once, of_layer, documents)
     updates = jax.tree.map(jnp.subtract, new_params, params)
-    return Seen(_norms(params), _norms(updates), *of_layers, hidden=measure(hidden))
+    uniform = jnp.log(_visible(tokens.shape[1], documents).sum(-1)).mean()
+    return Seen(_norms(params), _norms(updates), *of_layers, uniform=uniform, hidden=measure(hidden))
+
+
+def _visible(length: int, documents: Int[Array, "B S"] | None) -> Bool[Array, "#B T S"]:
+    """Which positions the measured queries see."""
+    index = query_positions(length)
+    visible = jnp.asarray(np.arange(length) <= index[:, None])[None]
+    return visible if documents is None else visible & (documents[:, index, None] == documents[:, None])
 
 
 def _entropies(block: Block, x: Array, ctx: ForwardContext) -> Float[Array, " 2"]:
     """Mean over the heads, and the lowest; of some queries, whatever kernel computes the attention itself."""
     normed, _ = block.attn_norm.add(x, None, ctx.compute)
     q, k, _ = block.attn.projections(normed, ctx.rotation, ctx.compute)
-    index = query_positions(x.shape[1])
-    visible = np.arange(x.shape[1]) <= index[:, None]
-    of_heads = attention_entropy(q[:, index], k, jnp.asarray(visible)[None])
+    visible = _visible(x.shape[1], ctx.documents)
+    of_heads = attention_entropy(q[:, query_positions(x.shape[1])], k, visible)
     return jnp.stack([of_heads.mean(), of_heads.min()])
 
 
@@ -98,5 +112,5 @@ def record_of(seen: Seen, gradients: Mapping[str, Any], rows: int, length: int, 
     return make_record(
         len(seen.after), weights=seen.weights, gradients=gradients, updates=seen.updates,
         stream=sizes, added=[Sizes.of(found, n) for found in seen.added], entropies=seen.entropies,
-        length=length,
+        uniform=float(seen.uniform),
     )  # fmt: skip

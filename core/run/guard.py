@@ -26,7 +26,7 @@ class GuardConfig:
 
     window: int = 128
     """Number of applied updates whose losses and gradient norms form the baseline. It starts empty, and is
-    emptied by growth and when batch, data or z-loss change."""
+    emptied by growth and when batch, data, document mask or z-loss change."""
     sigma: float = 8.0
     """Skip above mean + sigma standard deviations of the window, from 16 updates on; while it fills, sigma is
     larger by sqrt(window / updates). 0 leaves only non-finite values."""
@@ -76,6 +76,7 @@ def _measure(manifest: Manifest) -> dict[str, Any]:
     return {
         "batch": run.get("batch"),
         "z_loss": run.get("z_loss", 0.0),
+        "document_mask": run.get("document_mask", False),
         "data": data,
         "layers": model.get("n_layers"),
     }

@@ -191,6 +191,9 @@ class PretrainingSource:
     """fail: a damaged training record ends the run. skip: its sequence is left out of the loss."""
     leave_out: tuple[int | str, ...] = ()
     """Training records to leave out of the loss, as the guard and train_tpu.replay name them."""
+    document_mask: bool = False
+    """End attention and positions at the documents of a window: no document sees another. Held-out losses of
+    the run are then computed so, too."""
     watch_every: int = 0
     """Measure every layer at each update whose number is a multiple of this (norms, activations, attention),
     for train_tpu.inspect; 0: never."""

@@ -82,11 +82,6 @@ def query_positions(length: int) -> np.ndarray:
     return (np.arange(1, n + 1) * length) // n - 1
 
 
-def uniform_entropy(length: int) -> float:
-    """What `entropy` would be if every query attended evenly to all it sees, in nats."""
-    return float(np.log(query_positions(length) + 1).mean())
-
-
 def norms_by_row(leaf_norms: Mapping[str, Any], n_layers: int) -> list[float]:
     """The norm of every row from those of its leaves.
 
@@ -116,14 +111,15 @@ def make_record(
     stream: Sequence[Sizes],
     added: Sequence[Sizes],
     entropies: Any,
-    length: int,
+    uniform: float,
 ) -> dict[str, Any]:
     """The fields of a line.
 
     Args:
         weights, gradients, updates: norms of the leaves, as `norms_by_row` takes them.
         stream: after the embedding, after every layer, after the final norm. added: of every layer.
-        entropies: [L, 2], mean and lowest of every layer. length: of the sequences.
+        entropies: [L, 2], mean and lowest of every layer. uniform: what they would be if every query attended
+            evenly to all it sees.
     """
     mean, lowest = np.asarray(entropies, np.float64).T
     fields = {
@@ -138,7 +134,7 @@ def make_record(
         "lowest_entropy": lowest.tolist(),
     }
     short = {name: [_short(value) for value in values] for name, values in fields.items()}
-    return short | {"uniform": _short(uniform_entropy(length))}
+    return short | {"uniform": _short(uniform)}
 
 
 def _short(value: float) -> float | str:
@@ -156,7 +152,7 @@ class Watched:
     of_layers: dict[str, np.ndarray]
     """[T, L] for each of `OF_LAYERS`."""
     uniform: np.ndarray
-    """[T]: `uniform_entropy`."""
+    """[T]: what `entropy` would be if every query attended evenly to all it sees, in nats."""
 
     @property
     def names(self) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from core.data.batches import Batch as Windows
 from core.data.batches import Data, Record, heldout_windows, train_batches
 from core.data.examples import IGNORE
+from core.documents import DocumentMark, number_documents
 
 
 class Rows(NamedTuple):
@@ -122,8 +123,12 @@ def pretraining_batches(
     vocab_size: int,
     on_bad: str,
     leave_out: Collection[Record] = (),
+    mark: DocumentMark | None = None,
 ) -> Iterator[Batch]:
-    """The batches of `core.data.batches.train_batches`, in its order, as a step here takes them."""
+    """The batches of `core.data.batches.train_batches`, in its order, as a step here takes them.
+
+    mark: by which the documents of a window are told apart; None: a window is one.
+    """
     windows = train_batches(
         dataset,
         seed=seed,
@@ -136,25 +141,26 @@ def pretraining_batches(
     )
     try:
         for given in windows:
-            yield Batch(shifted(given), given.first, given.records, given.bad)
+            yield Batch(shifted(given, mark), given.first, given.records, given.bad)
     finally:
         windows.close()
 
 
-def shifted(windows: Windows) -> Rows:
+def shifted(windows: Windows, mark: DocumentMark | None) -> Rows:
     """Windows of S + 1 tokens as S tokens and the S that follow them; a bad row predicts nothing."""
+    tokens = windows.tokens[:, :-1]
     targets = np.where(windows.bad[:, None], IGNORE, windows.tokens[:, 1:].astype(np.int32))
-    return Rows(windows.tokens[:, :-1], targets, None)
+    return Rows(tokens, targets, number_documents(tokens, mark))
 
 
-def heldout_sets(dataset: Data) -> list[HeldOut]:
-    """The held-out splits of prepared data."""
+def heldout_sets(dataset: Data, mark: DocumentMark | None = None) -> list[HeldOut]:
+    """The held-out splits of prepared data; mark: see `pretraining_batches`."""
 
     def reader(split: str) -> Callable[[int | None], Rows]:
         def read(limit: int | None) -> Rows:
             tokens, mask = heldout_windows(dataset, split, limit)
             targets = np.where(mask, tokens[:, 1:].astype(np.int32), IGNORE)
-            return Rows(tokens[:, :-1], targets, None)
+            return Rows(tokens[:, :-1], targets, number_documents(tokens[:, :-1], mark))
 
         return read
 

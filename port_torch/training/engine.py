@@ -91,7 +91,10 @@ class TorchEngine:
         watched = watch is not None and step % watch.every == 0
         if watched:
             with train_step.autocast():
-                watch.before(train_step.place(batch.rows.part(slice(self._rows))).tokens[0])
+                tokens, _, *of_documents = next(
+                    train_step.place(batch.rows.part(slice(self._rows))).micro_batches()
+                )
+                watch.before(tokens, *of_documents)
         reported = train_step.update(batch.rows, self._grad_accum_steps, step, lr, self._flags)
         return Pending(watch.after(reported) if watched else reported, watched)
 

@@ -8,6 +8,7 @@ import torch
 
 from core.config import ModelConfig
 from core.data.batches import data_record, require_records
+from core.documents import document_mark
 from core.keys import Purpose, make_key
 from core.model import init_params
 from core.run.data import choose_run_tokenizer, data_rows, open_data
@@ -64,6 +65,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
         require_room(prompts, model.context)
+    mark = document_mark(tokenizer) if config.document_mask else None
     return Job(
         config=config,
         out=out,
@@ -76,10 +78,10 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         batches=lambda start: pretraining_batches(
             dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
             vocab_size=tokenizer.vocab_size, on_bad=config.on_bad_record,
-            leave_out=config.leave_out,
+            leave_out=config.leave_out, mark=mark,
         ),
-        example=lambda n: empty_rows(n, model.context, packed=False),
-        heldout=heldout_sets(dataset),
+        example=lambda n: empty_rows(n, model.context, packed=mark is not None),
+        heldout=heldout_sets(dataset, mark),
         prompts=prompts,
         table=[
             ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),

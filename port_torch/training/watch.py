@@ -25,17 +25,23 @@ class Watch:
         self._held = [torch.empty_like(p) for p in parameters.values()]
 
     @torch.no_grad()
-    def before(self, tokens: Tensor) -> None:
-        """Looks at the parameters, and at a forward pass of a micro-batch [B, S] with them."""
+    def before(self, tokens: Tensor, documents: Tensor | None = None, starts: Tensor | None = None) -> None:
+        """Looks at the parameters, and at a forward pass with them, given what `Decoder.forward` is."""
         torch._foreach_copy_(self._held, list(self._parameters.values()))
         self._weights = torch.stack(torch._foreach_norm(self._held))
         self._length, self._n = tokens.shape[1], tokens.numel() * self._decoder.config.d_model
         self._queries = torch.as_tensor(query_positions(self._length), device=tokens.device)
+        self._visible = torch.arange(self._length, device=tokens.device) <= self._queries[None, :, None]
+        if documents is not None:
+            self._visible = self._visible & (documents[:, self._queries, None] == documents[:, None])
+        self._uniform = self._visible.sum(-1).float().log().mean()[None]
         self._sizes: list[Tensor] = []
         self._added: list[Tensor] = []
         self._entropies: list[Tensor] = []
         self._decoder.eval()
-        hidden = self._decoder.norm(*self._decoder.residual(tokens, look=self._look))[0]
+        hidden = self._decoder.norm(
+            *self._decoder.residual(tokens, documents=documents, starts=starts, look=self._look)
+        )[0]
         self._sizes.append(measure(hidden))
 
     def _look(
@@ -47,14 +53,14 @@ class Watch:
         self._sizes.append(measure(end))
         self._added.append(measure(end - start))
         q, k, _ = layer.attn.projections(layer.attn_norm(start)[0], rotation, stepwise=False)
-        self._entropies.append(entropies(q, k, self._queries))
+        self._entropies.append(entropies(q[:, self._queries], k, self._visible))
 
     @torch.no_grad()
     def after(self, reported: Tensor) -> Tensor:
         """What an update `reported`, with all that was seen of it behind: for `record`."""
         updates = torch._foreach_sub(list(self._parameters.values()), self._held)
         norms = torch.stack(torch._foreach_norm(updates))
-        seen = [*self._sizes, *self._added, *self._entropies]
+        seen = [*self._sizes, *self._added, *self._entropies, self._uniform]
         return torch.cat([reported, self._weights, norms, *seen])
 
     def record(self, values: list[float], gradients: Iterable[float]) -> dict[str, Any]:
@@ -75,7 +81,7 @@ class Watch:
         return make_record(
             n_layers, weights=of_leaves(weights), gradients=of_leaves(gradients), updates=of_leaves(updates),
             stream=sizes(n_layers + 2), added=sizes(n_layers),
-            entropies=[[next(rest), next(rest)] for _ in range(n_layers)], length=self._length,
+            entropies=[[next(rest), next(rest)] for _ in range(n_layers)], uniform=next(rest),
         )  # fmt: skip
 
 
@@ -101,16 +107,14 @@ def measure(x: Tensor) -> Tensor:
     return torch.stack([largest, mean, (~finite).sum().float()])
 
 
-def entropies(q: Tensor, k: Tensor, queries: Tensor) -> Tensor:
-    """[2]: of the attention of the queries at these positions, in nats: the mean over the heads, and the
-    lowest head's.
+def entropies(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """[2]: of the attention of some queries, in nats: the mean over the heads, and the lowest head's.
 
-    q: [B, S, H, K]; k: [B, S, G, K].
+    q: [B, T, H, K]; k: [B, S, G, K]; visible: [B or 1, T, S], which keys each sees.
     """
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     with torch.autocast(q.device.type, enabled=False):  # sums in float32, as JAX makes them
-        scores = torch.einsum("bthk,bshk->bhts", q[:, queries].float(), k.float()) * q.shape[-1] ** -0.5
-    visible = torch.arange(q.shape[1], device=q.device) <= queries[:, None]
-    weights = F.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
+        scores = torch.einsum("bthk,bshk->bhts", q.float(), k.float()) * q.shape[-1] ** -0.5
+    weights = F.softmax(scores.masked_fill(~visible[:, None], -torch.inf), dim=-1)
     of_heads = torch.special.entr(weights).sum(-1).mean((0, 2))
     return torch.stack([of_heads.mean(), of_heads.min()])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from core.checkpoint.checkpointer import restore_params
 from core.config import ModelConfig
 from core.data.batches import Data, heldout_windows
+from core.documents import number_documents, recorded_mark
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table
 from core.progress import Activity
@@ -20,12 +21,14 @@ TOKENS = 8192  # that go through the model at once
 
 
 def score_windows(step_dir: Path, model: ModelConfig, dataset: Data, split: str, limit: int) -> WindowLosses:
-    """Scores the parameters of a checkpoint of either engine, in float32 on one device.
+    """Scores the parameters of a checkpoint of either engine, in float32 on one device; with the document
+    mask of its run.
 
     limit: windows at most, spread over the set.
     """
     params = restore_params(step_dir, abstract_params(model))
     tokens, mask = heldout_windows(dataset, split, limit)
+    mark = recorded_mark(step_dir)
     rows = max(1, TOKENS // model.context)
     nats = []
     with (
@@ -37,15 +40,21 @@ def score_windows(step_dir: Path, model: ModelConfig, dataset: Data, split: str,
             missing = ((0, rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
             inputs, predicted = np.pad(part, missing).astype(np.int32), np.pad(scored, missing)
             targets = np.where(predicted, inputs[:, 1:], IGNORE)
-            nats.append(np.asarray(_row_nats(model, params, inputs[:, :-1], targets))[: len(part)])
+            documents = number_documents(inputs[:, :-1], mark)
+            nats.append(np.asarray(_row_nats(model, params, inputs[:, :-1], targets, documents))[: len(part)])
             progress.advance(len(part))
     return WindowLosses(np.concatenate(nats).astype(np.float64), mask.sum(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _row_nats(
-    model: ModelConfig, params: Params, inputs: Int[Array, "B S"], targets: Int[Array, "B S"]
+    model: ModelConfig,
+    params: Params,
+    inputs: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    documents: Int[Array, "B S"] | None,
 ) -> Float[Array, " B"]:
-    hidden, table = forward(model, params, inputs, Compute()), head_table(model, params)
+    hidden = forward(model, params, inputs, Compute(), documents=documents)
+    table = head_table(model, params)
     row = lambda one: cross_entropy(one[0][None], table, one[1][None]).nll  # noqa: E731
     return jax.lax.map(row, (hidden, jnp.asarray(targets)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from core.attention import choose
 from core.config import ModelConfig
+from core.documents import DocumentMark
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import make_mesh, parse_mesh
@@ -21,6 +22,7 @@ from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
 
 CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
 heads, kv_heads, shape = int(sys.argv[1]), int(sys.argv[2]), parse_mesh(sys.argv[3], 8)
+documents = DocumentMark(1, twice=False) if sys.argv[4] == "several" else None
 
 mesh = make_mesh(shape, open_slice("v5e:2x4"))
 require(mesh.size == 8 and mesh.devices.flat[0].platform == "tpu", mesh)
@@ -31,7 +33,7 @@ attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head
 require(attention.name == "splash", attention)
 config = StepConfig(
     model, OptimizerConfig(), GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),
-    z_loss=0.0, loss_chunk=CHUNK,
+    z_loss=0.0, loss_chunk=CHUNK, documents=documents,
 )  # fmt: skip
 text = compile_step(config, ROWS, 1, mesh).as_text()
 

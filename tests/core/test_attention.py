@@ -23,34 +23,46 @@ def example(b=2, s=24, h=3, k=8, seed=0, kv_heads=None):
     return [jnp.asarray(rng.standard_normal((b, s, n, k)), jnp.float32) for n in heads]
 
 
-def truth(q, k, v, cotangent):
+def documents_of(b, s, most):
+    """Numbers [b, s] that rise along a row, of up to `most` documents; None: a row is one."""
+    if most is None:
+        return None
+    return jnp.asarray(np.sort(np.random.default_rng(most).integers(most, size=(b, s)), axis=1), jnp.int32)
+
+
+def truth(q, k, v, cotangent, documents=None):
     """Values and gradients by the definition, float64."""
     s, shared = q.shape[1], q.shape[2] // k.shape[2]
     q, k, v = inputs = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v)]
     k, v = (torch.stack([x] * shared, dim=3).flatten(2, 3) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf")).softmax(-1)
+    hidden = torch.ones(1, s, s).triu(1).bool()
+    if documents is not None:
+        numbers = torch.tensor(np.asarray(documents))
+        hidden = hidden | (numbers[:, :, None] != numbers[:, None])
+    weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
     y = torch.einsum("bhij,bjhd->bihd", weights, v)
     y.backward(torch.tensor(np.asarray(cotangent, np.float64)))
     return [x.detach().numpy() for x in (y, *(x.grad for x in inputs))]
 
 
-def values_and_gradients(implementation, q, k, v, cotangent):
+def values_and_gradients(implementation, q, k, v, cotangent, documents=None):
     @jax.jit
-    def run(q, k, v):
-        y, pull = jax.vjp(functools.partial(causal_attention, implementation=implementation), q, k, v)
+    def run(q, k, v, documents):
+        attend = functools.partial(causal_attention, implementation=implementation, documents=documents)
+        y, pull = jax.vjp(attend, q, k, v)
         return y, *pull(cotangent.astype(y.dtype))
 
-    return run(q, k, v)
+    return run(q, k, v, documents)
 
 
 def relative(found, exact) -> float:
     return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("kv_heads", [6, 2, 1])
-def test_reference(kv_heads):
-    inputs = example(h=6, kv_heads=kv_heads)
+@pytest.mark.parametrize(("kv_heads", "most"), [(6, None), (2, None), (1, None), (2, 5)])
+def test_reference(kv_heads, most):
+    inputs = (*example(h=6, kv_heads=kv_heads), documents_of(2, 24, most))
     for found, exact in zip(values_and_gradients("xla", *inputs), truth(*inputs), strict=True):
         # Sums of 8 products and up to 24 weights: a few roundings of 6e-8.
         assert relative(found, exact) < 1e-6
@@ -140,12 +152,15 @@ def test_what_is_asked_for_and_cannot_run_is_refused(name, platform, change, why
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "kv_heads"),
-    [*(pytest.param(n, 2, 2, marks=pytest.mark.slow) for n in (128, 384)), (128, 4, 2)],
+    ("length", "heads", "kv_heads", "most"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((128, 2, 2, None), (384, 2, 2, 60))),
+        (128, 4, 2, 5),
+    ],
 )
-def test_splash_interpreted(length, heads, kv_heads):
+def test_splash_interpreted(length, heads, kv_heads, most):
     """The TPU kernel, interpreted: its mask, scale and layout are right, forward and backward."""
-    inputs = example(b=1, s=length, h=heads, k=64, kv_heads=kv_heads)
+    inputs = (*example(b=1, s=length, h=heads, k=64, kv_heads=kv_heads), documents_of(1, length, most))
     with pltpu.force_tpu_interpret_mode():
         found = values_and_gradients("splash", *inputs)
     for one, exact in zip(found, truth(*inputs), strict=True):
@@ -153,27 +168,30 @@ def test_splash_interpreted(length, heads, kv_heads):
         assert relative(one, exact) < 3e-6
 
 
-def test_triton_interpreted(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("most", [pytest.param(None, marks=pytest.mark.slow), 5])
+def test_triton_interpreted(most, monkeypatch: pytest.MonkeyPatch):
     """JAX's kernel, interpreted: its mask, scale and heads are right, forward and backward."""
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
     monkeypatch.setattr(kernel, "mha", functools.partial(kernel.mha, interpret=True))
-    inputs = example(b=1, s=256, h=2, k=16, kv_heads=1)
+    inputs = (*example(b=1, s=256, h=2, k=16, kv_heads=1), documents_of(1, 256, most))
     for one, exact in zip(values_and_gradients("triton", *inputs), truth(*inputs), strict=True):
         assert relative(one, exact) < 3e-6  # as splash
 
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
-    "heads, kv_heads, mesh",  # of 64, as the presets have them, and of 32, as the tiny ones
+    "heads, kv_heads, mesh, documents",  # of 64, as the presets have them, and of 32, as the tiny ones
     [
-        *((4, 4, "data=8"), (8, 8, "data=8"), (4, 4, "fsdp=4,tensor=2")),
-        *((4, 2, "data=8"), (4, 1, "fsdp=4,tensor=2")),  # heads shared; not divided by tensor
+        *((4, 4, "data=8", "one"), (8, 8, "data=8", "one"), (4, 4, "fsdp=4,tensor=2", "one")),
+        # Heads shared; not divided by tensor.
+        *((4, 2, "data=8", "several"), (4, 1, "fsdp=4,tensor=2", "several")),
     ],
 )
-def test_the_training_step_compiles_for_a_tpu(heads, kv_heads, mesh):
+def test_the_training_step_compiles_for_a_tpu(heads, kv_heads, mesh, documents):
     script = Path(__file__).with_name("compile_for_tpu.py")
-    printed = run_on_devices(1, script, str(heads), str(kv_heads), mesh, TPU_SKIP_MDS_QUERY="1")
+    arguments = (str(heads), str(kv_heads), mesh, documents)
+    printed = run_on_devices(1, script, *arguments, TPU_SKIP_MDS_QUERY="1")
     assert "compiled for 8 x TPU v5 lite" in printed
 
 
@@ -182,21 +200,29 @@ GPU_SHAPES = [
     *(("cudnn", *shape) for shape in ((1024, 64, 2), (256, 128, 1))),
     *(("triton", *shape) for shape in ((1024, 64, 6), (256, 32, 6), (384, 128, 2), (128, 48, 3))),
 ]
+WITH_DOCUMENTS = [
+    *(("cudnn", *shape) for shape in ((1024, 64, 6, 1000), (1024, 64, 2, 5), (130, 128, 6, 20))),
+    *(("triton", *shape) for shape in ((1024, 64, 6, 1000), (384, 128, 2, 5))),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("implementation", "length", "head_dim", "kv_heads"), GPU_SHAPES)
-def test_on_a_gpu(implementation, length, head_dim, kv_heads):
+@pytest.mark.parametrize(
+    ("implementation", "length", "head_dim", "kv_heads", "most"),
+    [*((*shape, None) for shape in GPU_SHAPES), *WITH_DOCUMENTS],
+)
+def test_on_a_gpu(implementation, length, head_dim, kv_heads, most):
     inputs = example(b=4, s=length, h=6, k=head_dim, kv_heads=kv_heads)
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in inputs)
-    exact = truth(q, k, v, cotangent)
-    reference = values_and_gradients("xla", q, k, v, cotangent)
-    found = values_and_gradients(implementation, q, k, v, cotangent)
+    documents = documents_of(4, length, most)
+    exact = truth(q, k, v, cotangent, documents)
+    reference = values_and_gradients("xla", q, k, v, cotangent, documents)
+    found = values_and_gradients(implementation, q, k, v, cotangent, documents)
     for one, other, right in zip(found, reference, exact, strict=True):
         assert one.dtype == jnp.bfloat16
         # The reference rounds its weights to bfloat16 and back to a result; so may the kernel.
         assert relative(one, right) < 2 * relative(other, right) + 2**-9
     if implementation == "triton":
         for _ in range(5):
-            again = values_and_gradients(implementation, q, k, v, cotangent)
+            again = values_and_gradients(implementation, q, k, v, cotangent, documents)
             assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from core.config import ModelConfig
+from core.documents import document_mark, number_documents
 from core.generation import Generator
 from core.model import Compute, Params, forward, logits
 from core.sampling import Sampling
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
+from tests.core.test_model import FLOAT32, errors
 from tests.models import BOTH, GPT, GROUPED, LLAMA, flat, random_params, random_tokens
+from tests.packed import BOTH_MARKS, alone64, windows
 from tests.port_torch.folders import tensors_of
 from tests.port_torch.trained import open_run, transformers_logits, transformers_model
 
@@ -106,6 +109,26 @@ def test_logits_and_gradients_are_equal_where_every_leaf_matters(kind: str):
         theirs = leaves[leaf.path] if leaf.layer is None else leaves[leaf.path][leaf.layer]
         gradient = ours[parameter_name(leaf)].grad.numpy()
         close(gradient.T if leaf.transposed else gradient, theirs, name)
+
+
+@pytest.mark.parametrize("config", [GPT, GROUPED], ids=["gpt", "grouped"])
+def test_a_packed_window_is_its_documents_alone(config: ModelConfig):
+    params, (tokens, owners) = random_params(config), windows(BOTH_MARKS, 48)
+    tokens, owners = tokens[:2], owners[:2]
+    true_scores, true_loss, true_gradients = alone64(config, params, tokens, owners)
+    model, ids, targets = mirror(config, params), tokens[:, :-1].astype(int), tokens[:, 1:].astype(int)
+    documents = torch.tensor(number_documents(ids, document_mark(BOTH_MARKS)))
+    scores = model.logits(model(torch.tensor(ids), documents=documents))
+    loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor(targets).flatten())
+    loss.backward()
+    assert abs(loss.item() - true_loss) <= FLOAT32 * true_loss
+    ours, gradients = dict(model.named_parameters()), jax.tree.map(np.zeros_like, true_gradients)
+    for leaf in exported_tensors(config).values():
+        gradient = ours[parameter_name(leaf)].grad.numpy()
+        place = ... if leaf.layer is None else leaf.layer
+        gradients[leaf.path][place] = gradient.T if leaf.transposed else gradient
+    found = errors(scores.detach().numpy(), gradients, true_scores, true_gradients)
+    assert max(found.values()) < FLOAT32, found
 
 
 def test_the_parameters_are_those_of_flax():

@@ -19,6 +19,7 @@ from core.config import PRESETS, ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import Dataset
 from core.data.prepare import open_or_prepare
+from core.documents import DocumentMark, document_mark
 from core.errors import UserError
 from core.model import Compute
 from core.run.cadence import Flags
@@ -26,6 +27,7 @@ from core.run.interrupt import EXIT_HALTED, EXIT_SAVED
 from core.run.log import read_log
 from core.run.schedule import OptimizerConfig, learning_rate
 from core.sharding import make_mesh
+from core.tokenizer import load_tokenizer
 from kernels_cuda import library
 from port_torch import train as torch_train
 from port_torch.export import reader
@@ -99,9 +101,11 @@ def finished(data32, cache) -> Path:
     return folder
 
 
-def batches_of(dataset: Dataset, rows: slice = slice(0, BATCH)) -> list[Rows]:
+def batches_of(
+    dataset: Dataset, rows: slice = slice(0, BATCH), mark: DocumentMark | None = None
+) -> list[Rows]:
     made = pretraining_batches(
-        dataset, seed=3, batch=BATCH, start=0, rows=rows, vocab_size=258, on_bad="fail"
+        dataset, seed=3, batch=BATCH, start=0, rows=rows, vocab_size=258, on_bad="fail", mark=mark
     )
     taken = [next(made).rows for _ in range(STEPS)]
     made.close()
@@ -132,13 +136,17 @@ def test_equal_to_transformers_with_torch_adamw(kind: str, dataset: Dataset, tmp
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
-def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset, tmp_path: Path):
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_equal_to_train_tpu_from_the_first_parameters_on(masked: bool, dataset: Dataset, tmp_path: Path):
     """Parameters to the bit, then losses, gradient norms and a held-out score; also where each continues
-    halfway what the other has saved."""
+    halfway what the other has saved. masked: with attention and positions that end at documents."""
+    mark = document_mark(load_tokenizer("bytes")) if masked else None
     config, optim = SMALL["llama"], OptimizerConfig(**dataclasses.asdict(OPTIM))
     config = dataclasses.replace(config, scaled_residual_init=True)
     mesh = make_mesh()
-    step_config = StepConfig(config, optim, GuardConfig(sigma=0), Compute(mesh=mesh), 1e-3, 8192)
+    step_config = StepConfig(
+        config, optim, GuardConfig(sigma=0), Compute(mesh=mesh), 1e-3, 8192, documents=mark
+    )
     state = fresh_state(step_config, mesh, 5)
     decoder = fresh_decoder(config, 5)
     ours, read = dict(decoder.named_parameters()), reader(state.params)
@@ -147,7 +155,7 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset, tmp_p
     assert 0.8 < decoder.layers[0].mlp.down.weight.std() / (0.02 / 6**0.5) < 1.2  # std over sqrt(2 layers)
     train_step = make_train_step(decoder, OPTIM, z_loss=1e-3)
     step = compile_step(step_config, BATCH, 1, mesh)
-    half, batches = STEPS // 2, batches_of(dataset)
+    half, batches = STEPS // 2, batches_of(dataset, mark=mark)
 
     def jax_updates(state: TrainState, steps: range) -> tuple[TrainState, list[list[float]]]:
         made, first = [], steps[0] * BATCH
@@ -181,8 +189,8 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(dataset: Dataset, tmp_p
     checkpoint.restore(find_step(tmp_path / "jax"), changed)
     same(update_losses(changed, batches[half:], RATES[half:]), ours[half:])
 
-    evaluator = Evaluator(config, Compute(mesh=mesh), dataset, 3, 8192, mesh)
-    (heldout,) = heldout_sets(dataset)
+    evaluator = Evaluator(config, Compute(mesh=mesh), dataset, 3, 8192, mesh, mark)
+    (heldout,) = heldout_sets(dataset, mark)
     for limit in (None, 2):
         expected, found = evaluator.score(state.params, "valid", limit), score(train_step, heldout, 3, limit)
         np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -234,7 +234,7 @@ def test_a_whole_one_stopped_on_the_way_and_resumed(cache, tmp_path, engine):
     plain = without(without(without(TINY, "--save-every"), "--steps"), "--eval-every")
     trunk = (
         "--steps", "200", "--stop-at", "80", "--keep-steps", "60", "--save-every", "80", "--eval-every", "0",
-        "--sigma", "0",
+        "--sigma", "0", "--document-mask",
     )  # fmt: skip
     run(cache, *plain, *trunk, "--data", text, "--out", base, module=engine)
     before = hashes(base)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from core.config import ModelConfig
+from core.documents import DocumentMark, number_documents
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import MeshShape, batch_sharding, make_mesh, parse_mesh, replicated
 from tests.checks import require
 from tests.kernels import REFERENCE
 from tests.models import flat
-from tests.reference import logits64
+from tests.packed import scores64
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state
 
 kind, optimizer, dtype, kernels, log = sys.argv[1:]
@@ -31,6 +32,8 @@ MODEL = {
     "grouped": dataclasses.replace(LLAMA, n_kv_heads=2, qk_norm=True),  # tensor=4 does not divide the heads
 }[kind]
 MESHES = ("data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "tensor=2", "data=2,tensor=4")
+MARK = DocumentMark(1, twice=False) if kind in ("odd", "grouped") else None
+"""Where documents begin, for two of the kinds; rows of the others are one each."""
 BETA = 0.9
 KERNELS = REFERENCE if kernels == "kernels" else None
 
@@ -40,6 +43,7 @@ def data(step: int, grad_accum_steps: int) -> Batch:
     rng = np.random.default_rng(step)
     shape = (grad_accum_steps, ROWS // grad_accum_steps)
     tokens = rng.integers(0, MODEL.vocab_size, (*shape, MODEL.context + 1)).astype(np.uint16)
+    tokens[rng.random(tokens.shape) < 0.2] = 1
     index = np.arange(step * ROWS, (step + 1) * ROWS, dtype=np.uint32).reshape(shape)
     return Batch(tokens, rng.random(shape) < 0.1, index)
 
@@ -52,6 +56,7 @@ def train(shape: MeshShape, model=MODEL, grad_accum_steps=1, remat="none", unrol
     config = StepConfig(
         model, OptimizerConfig(optimizer=optimizer, eps=1e-3, beta1=BETA, momentum=BETA, clip=0.0),
         GuardConfig(), Compute(dtype, "xla", unroll, remat, mesh, KERNELS), z_loss=1e-3, loss_chunk=20,
+        documents=MARK,
     )  # fmt: skip
     step = compile_step(config, ROWS, grad_accum_steps, mesh)
     state = fresh_state(config, mesh, SEED)
@@ -80,7 +85,9 @@ def gradients64(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
     batch = data(0, 1)
     tokens = batch.tokens[0].astype(np.int64)
-    scores = logits64(MODEL, leaves, tokens[:, :-1])
+    inputs = tokens[:, :-1]
+    documents = number_documents(inputs, MARK)
+    scores = scores64(MODEL, leaves, inputs, np.zeros_like(inputs) if documents is None else documents)
     lse = scores.logsumexp(-1)
     nll = lse - scores.gather(-1, torch.tensor(tokens[:, 1:, None]))[..., 0]
     counted = torch.tensor(~batch.ignored[0])

@@ -140,9 +140,19 @@ def test_a_planted_value_is_found_by_name(made, tmp_path, leaf, layer, value, fo
     assert float(rows["embed"]) == 0 < float(rows[f"layers/{layer}"])
 
 
-def test_the_layers_have_the_loss_and_gradient_norm_of_the_step(made):
+@pytest.fixture(scope="module")
+def masked(cache, text):
+    """A run whose attention ends at documents."""
+    run_here(*RUN, "--data", text, "--out", cache / "masked", "--document-mask")
+    return cache / "masked", None
+
+
+@pytest.mark.parametrize("which", ["made", pytest.param("masked", marks=pytest.mark.slow)])
+def test_the_layers_have_the_loss_and_gradient_norm_of_the_step(which, request):
     """With dropout; sums are made in another order."""
+    made = request.getfixturevalue(which)
     out, _ = run_here(made[0], "--step", "5", module=REPLAY)
+    assert EQUAL in out
     loss, norm = re.search(r"layer by layer \(loss (\S+), gradient norm (\S+)\)", out).groups()
     _, logged_loss, logged_norm = losses(made[0])[5]
     np.testing.assert_allclose((float(loss), float(norm)), (logged_loss, logged_norm), rtol=2e-5)

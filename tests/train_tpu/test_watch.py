@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from core.config import ModelConfig
+from core.documents import DocumentMark, number_documents
 from core.model import Compute, Params
 from core.run.guard import GuardConfig
 from core.run.log import WATCHED
@@ -41,9 +42,14 @@ def step_config(model: ModelConfig, **compute) -> StepConfig:
     return StepConfig(model, OPTIM, GuardConfig(), Compute(mesh=mesh, **compute), 0.0, 64, watches=True)
 
 
+MARK = DocumentMark(7, twice=False)
+
+
 def batch(parts: int, seed: int = 0) -> Batch:
     shape = (parts, ROWS // parts)
-    tokens = np.random.default_rng(seed).integers(0, 97, (*shape, LENGTH + 1)).astype(np.uint16)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 97, (*shape, LENGTH + 1)).astype(np.uint16)
+    tokens[rng.random(tokens.shape) < 0.1] = MARK.token
     return Batch(
         jnp.asarray(tokens), jnp.zeros(shape, bool), jnp.arange(ROWS, dtype=jnp.uint32).reshape(shape)
     )
@@ -65,9 +71,10 @@ def mirror(folder: Path, model: ModelConfig, params: Params) -> Decoder:
 def test_a_watched_update_is_the_update_and_what_it_shows_is_the_mirrors(tmp_path):
     """Bit for bit the update that is not watched (and the runs below are those of a step that watches none);
     and the figures of the other engine, which measures by other code, next to its update. Grouped heads,
-    normed queries, micro-batches, recomputation."""
+    normed queries, several documents, micro-batches, recomputation."""
     model = dataclasses.replace(GROUPED, **SHORT)
-    config, params = step_config(model, remat="dots"), random_params(model)
+    config = dataclasses.replace(step_config(model, remat="dots"), documents=MARK)
+    params = random_params(model)
     step = compile_step(config, ROWS, 2, config.compute.mesh)
     runs = [jax.device_get(step(start(config, params), batch(2), controls(flag))) for flag in (False, True)]
     (unseen_state, unseen), (state, found) = runs
@@ -82,7 +89,8 @@ def test_a_watched_update_is_the_update_and_what_it_shows_is_the_mirrors(tmp_pat
         mirror(tmp_path / "after", model, state.params),
     )
     watch = Watch(decoder, dict(decoder.named_parameters()), 1)
-    watch.before(torch.tensor(np.asarray(batch(2).tokens)[0, :, :-1].astype(np.int64)))
+    tokens = np.asarray(batch(2).tokens)[0, :, :-1].astype(np.int64)
+    watch.before(torch.tensor(tokens), torch.tensor(number_documents(tokens, MARK)))
     decoder.load_state_dict(after.state_dict())
     seen = watch.after(torch.empty(0)).tolist()
     theirs = watch.record(seen, [0.0] * len(list(decoder.parameters())))

@@ -79,7 +79,8 @@ def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console:
     if config.batch // parts % (mesh.shape["data"] * mesh.shape["fsdp"]):
         mesh = make_mesh(MeshShape(), devices[:1])
     kernels = choose_kernels(config.kernels, devices[0])
-    config, step, _ = settle(dataclasses.replace(config, out=folder), recorded.model, mesh, kernels)
+    config = dataclasses.replace(config, out=folder)
+    config, step, _ = settle(config, recorded.model, mesh, kernels, tokenizer)
     record, source = recorded.record, None
     if recorded.source:
         source = open_source(recorded.source, step, record, mesh)

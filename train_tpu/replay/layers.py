@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from core.config import ModelConfig
+from core.documents import number_documents
 from core.keys import Purpose, make_key
 from core.leaves import path_names
 from core.loss import IGNORE, cross_entropy
@@ -83,6 +84,15 @@ class Passage:
     wrong: Wrong | None
 
 
+class OfRows(NamedTuple):
+    """What the layers are given of some sequences next to their activations."""
+
+    dropout_keys: jax.Array | None
+    """One for each, as the step has them; None without dropout."""
+    documents: jax.Array | None
+    """See `core.model.forward`."""
+
+
 class Stage:
     """A function that is compiled once. A call gives what it gives, and whether all of that is finite."""
 
@@ -114,15 +124,15 @@ class Pass:
         self.embed_back = Stage(self._embed_back)
         self.measure, self.squares = jax.jit(measure), jax.jit(squares)
 
-    def _context(self, length: int, keys: jax.Array | None) -> Any:
-        return forward_context(self.config, self.compute, jnp.arange(length)[None], keys)
+    def _context(self, length: int, rows: OfRows) -> Any:
+        return forward_context(self.config, self.compute, jnp.arange(length)[None], *rows)
 
-    def _embed(self, ends: Params, tokens: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def _embed(self, ends: Params, tokens: jax.Array, rows: OfRows) -> jax.Array:
         model = nnx.merge(definition(self.config), ends | {"layers": self._no_layers})
-        return scoped("embed", model.embed_tokens, tokens, self._context(tokens.shape[1], keys))
+        return scoped("embed", model.embed_tokens, tokens, self._context(tokens.shape[1], rows))
 
-    def _layer(self, block: Params, x: jax.Array, number: jax.Array, keys: jax.Array | None) -> jax.Array:
-        ctx = self._context(x.shape[1], keys).of_layer(number, None)
+    def _layer(self, block: Params, x: jax.Array, number: jax.Array, rows: OfRows) -> jax.Array:
+        ctx = self._context(x.shape[1], rows).of_layer(number, None)
         x, branch, _ = nnx.merge(self._block, block)(x, None, ctx)
         return x + branch
 
@@ -134,14 +144,12 @@ class Pass:
         return sums(hidden, table, targets).total / n, jax.lax.stop_gradient(rows) / x.shape[1]
 
     def _layer_back(
-        self, block: Params, x: jax.Array, number: jax.Array, keys: jax.Array | None, gradient: jax.Array
+        self, block: Params, x: jax.Array, number: jax.Array, rows: OfRows, gradient: jax.Array
     ) -> tuple[Params, jax.Array]:
-        return jax.vjp(lambda block, x: self._layer(block, x, number, keys), block, x)[1](gradient)
+        return jax.vjp(lambda block, x: self._layer(block, x, number, rows), block, x)[1](gradient)
 
-    def _embed_back(
-        self, ends: Params, tokens: jax.Array, keys: jax.Array | None, gradient: jax.Array
-    ) -> Params:
-        return jax.vjp(lambda ends: self._embed(ends, tokens, keys), ends)[1](gradient)[0]
+    def _embed_back(self, ends: Params, tokens: jax.Array, rows: OfRows, gradient: jax.Array) -> Params:
+        return jax.vjp(lambda ends: self._embed(ends, tokens, rows), ends)[1](gradient)[0]
 
     def part_of_qkv(self, block: Params, x: jax.Array) -> str:
         """Which of queries, keys and values is not finite first, of those that one product makes."""
@@ -190,7 +198,7 @@ def stages_for(step: StepConfig) -> Pass:
 
 
 def dropout_keys(setup: Setup, index: np.ndarray) -> jax.Array | None:
-    """One for each sequence, as the step has them; None without dropout."""
+    """Those of `OfRows`; index: of the sequences, in the run's order."""
     if setup.step.model.dropout == 0:
         return None
     make = functools.partial(make_key, jnp.uint32(setup.config.seed), Purpose.DROPOUT)
@@ -219,27 +227,30 @@ def go_through(setup: Setup, replayed: Replayed) -> Passage:
     with Activity("going through the layers", rows // at_once * (n_layers + 1)) as done:
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            keys = dropout_keys(setup, batch.first + np.arange(start, start + at_once))
             tokens = jnp.asarray(batch.tokens[part, :-1], jnp.int32)
-            stream = [search.run(0, "", stages.embed, ends, tokens, keys)]
+            of_rows = OfRows(
+                dropout_keys(setup, batch.first + np.arange(start, start + at_once)),
+                number_documents(tokens, setup.step.documents),
+            )
+            stream = [search.run(0, "", stages.embed, ends, tokens, of_rows)]
             for i in range(n_layers):
-                given = (blocks[i], stream[-1], jnp.int32(i), keys)
+                given = (blocks[i], stream[-1], jnp.int32(i), of_rows)
                 stream.append(search.run(i + 1, layers[i + 1].name, stages.layer, *given))
             given = (ends, stream[-1], jnp.asarray(targets[part]), n_targets)
-            (part_loss, of_rows), (d_ends, g) = search.run(n_layers + 1, "", stages.loss, *given)
+            (part_loss, row_losses), (d_ends, g) = search.run(n_layers + 1, "", stages.loss, *given)
             loss += float(part_loss)
-            losses[part] = np.asarray(of_rows)
+            losses[part] = np.asarray(row_losses)
             add(0, d_ends)
             for i in reversed(range(n_layers + 1)):
                 for sizes, values in ((layers[i].activation, stream[i]), (layers[i].gradient, g)):
                     sizes.add(np.asarray(stages.measure(values)), values.size)
                 place = 2 * n_layers + 2 - i
                 if i:
-                    given = (blocks[i - 1], stream[i - 1], jnp.int32(i - 1), keys, g)
+                    given = (blocks[i - 1], stream[i - 1], jnp.int32(i - 1), of_rows, g)
                     d_block, g = search.run(place, layers[i].name, stages.layer_back, *given)
                     add(i, d_block)
                 else:
-                    add(0, search.run(place, "", stages.embed_back, ends, tokens, keys, g))
+                    add(0, search.run(place, "", stages.embed_back, ends, tokens, of_rows, g))
                 done.advance()
     of_weights = [stages.squares(gradient) for gradient in gradients]
     embedded = {name: part for name, part in gradients[0].items() if name in ("embed", "positions")}

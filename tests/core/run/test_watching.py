@@ -18,7 +18,7 @@ def record(scale: float = 1.0, n_layers: int = 2) -> dict:
     leaves = {"embed/table": 2.0, "layers/mlp/up/kernel": np.full(n_layers, scale), "norm/scale": 7.0}
     return make_record(
         n_layers, weights=leaves, gradients=leaves, updates=leaves, stream=sizes, added=sizes[:n_layers],
-        entropies=[(1.5, 0.5)] * n_layers, length=32,
+        entropies=[(1.5, 0.5)] * n_layers, uniform=2.6,
     )  # fmt: skip
 
 
