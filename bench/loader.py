@@ -1,10 +1,11 @@
 """How fast the loader alone is: `python -m bench.loader [--data DIR]`.
 
-Reads shuffled batches as training does, and nothing else. Without --data it makes a dataset of random
-tokens in a temporary folder.
+Reads shuffled batches as training does, and nothing else: of the dataset alone, and of a mixture that has it
+as three sources. Without --data it makes a dataset of random tokens in a temporary folder.
 """
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core import checks, cli
-from core.data.batches import train_batches
+from core.data.batches import Data, train_batches
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset, write_manifest
+from core.data.mixture import Mixture, Phase
 from core.data.packing import write_splits
 from core.errors import run_command
 from core.tokenizer import id_dtype
@@ -55,7 +57,7 @@ def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
     return write_manifest(folder, context, record, [split], dropped={}, sources=["random tokens"])
 
 
-def measure(dataset: Dataset, batch: int, seconds: float) -> tuple[float, float]:
+def measure(dataset: Data, batch: int, seconds: float) -> tuple[float, float]:
     """(tokens/s, longest wait for a batch in ms) after the first batch, which opens the files."""
     batches = train_batches(dataset, seed=0, batch=batch, vocab_size=dataset.tokenizer_record["vocab_size"])
     next(batches)
@@ -79,11 +81,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             dataset = random_dataset(Path(folder), config.windows, config.context)
         title = f"loader alone, context {dataset.context}, {len(os.sched_getaffinity(0))} cores"
-        table = Table("batch", "M tokens/s", "batches/s", "longest wait, ms", title=title)
-        for batch in config.batches:
-            rate, wait = measure(dataset, batch, config.seconds)
-            cells = (f"{batch}", f"{rate / 1e6:.1f}", f"{rate / batch / dataset.context:.1f}", f"{wait:.0f}")
-            table.add_row(*cells)
+        table = Table("batch", "sources", "M tokens/s", "batches/s", "longest wait, ms", title=title)
+        counts = (("a", 2800), ("b", 1000), ("c", 200))
+        mixture = Mixture({name: dataset for name, _ in counts}, (Phase(0, counts),))
+        for batch, data in itertools.product(config.batches, (dataset, mixture)):
+            rate, wait = measure(data, batch, config.seconds)
+            cells = (f"{rate / 1e6:.1f}", f"{rate / batch / dataset.context:.1f}", f"{wait:.0f}")
+            table.add_row(f"{batch}", "3" if data is mixture else "1", *cells)
         Console().print(table)
     return 0
 
