@@ -94,7 +94,10 @@ def captured(
         launch()  # loads kernels and libraries, which a capture may not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=capture_stream(device)):
+        # Only this thread's calls can spoil it: in training others prepare batches or watch the ranks.
+        with torch.cuda.graph(
+            graph, pool=pool, stream=capture_stream(device), capture_error_mode="thread_local"
+        ):
             launch()
     return graph
 

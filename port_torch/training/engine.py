@@ -15,12 +15,13 @@ from core.run.guard import GuardConfig
 from core.run.metrics import Score
 from core.run.profiling import Operation
 from core.sampling import Sampling
-from port_torch.sampling import stream
+from kernels_cuda.library import Backend
 from port_torch.training import checkpoint
 from port_torch.training.batches import Batch, HeldOut
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.profile import Trace
+from port_torch.training.samples import Sampler
 from port_torch.training.step import METRICS, TrainStep
 from port_torch.training.watch import Watch
 
@@ -59,10 +60,12 @@ class TorchEngine:
         checkpoints: Path,
         keep: Keep,
         watch: Watch | None = None,
+        kernels: Backend = "auto",
     ):
         """grad_accum_steps: micro-batches of a rank; rows: of one of them.
 
         tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated. watch: looks at updates.
+        kernels: "torch" for samples by plain PyTorch whatever there is.
         """
         self.train_step, self._ranks = train_step, train_step.ranks
         self.alone = self._ranks.size == 1
@@ -71,6 +74,7 @@ class TorchEngine:
         self._grad_accum_steps, self._rows, self._tasks = grad_accum_steps, rows, tasks
         self._sets = {one.name: one for one in heldout}
         self._checkpoints, self._keep, self._watch = checkpoints, keep, watch
+        self._sampler = Sampler(train_step, kernels)
         self._flags = self._heard = NO_FLAGS  # this rank's, and those that any rank had set
 
     def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
@@ -136,8 +140,7 @@ class TorchEngine:
         """See `Engine`."""
         if not self._ranks.first:
             return None
-        columns = list(stream(self.train_step.decoder.eval(), prompts, sampling, n, eos))
-        return [[id for id in row if id is not None] for row in zip(*columns, strict=True)]
+        return self._sampler.sample(prompts, sampling, n, eos)
 
     def start_profile(self, folder: Path) -> None:
         """See `Engine`."""

@@ -117,7 +117,7 @@ class TrainStep:
         guard: GuardConfig | None = None,
     ):
         """decoder: on the device; what of it needs no gradient stays as it is. guard: default limits."""
-        self.decoder, self.ranks, self._clip, self._bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
+        self.decoder, self.ranks, self._clip, self.bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
         self.parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.optimizer = make_optimizer(self.parameters, optim, ranks, dtype, compiled)
@@ -138,7 +138,7 @@ class TrainStep:
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products, where that is the type of activations."""
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16)
 
     def update(
         self, rows: Rows, grad_accum_steps: int, step: int, lr: float, flags: Flags = NO_FLAGS

@@ -71,7 +71,15 @@ def train(job: Job, ranks: Distributed) -> int:
         stack.callback(batches.close)
         folder, micro_batch = job.checkpoints, rows // grad_accum_steps
         engine = TorchEngine(
-            train_step, grad_accum_steps, micro_batch, job.heldout, tasks, folder, config.keep, watch
+            train_step,
+            grad_accum_steps,
+            micro_batch,
+            job.heldout,
+            tasks,
+            folder,
+            config.keep,
+            watch,
+            config.kernels,
         )
         code = run_loop(
             job,
