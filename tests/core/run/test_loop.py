@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from core.errors import UserError
 from core.progress import Activity, make_console
 from core.run.cadence import Flags
 from core.run.engine import Device, Metrics
-from core.run.guard import GuardConfig
+from core.run.guard import EARLY, GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import RunLog, read_log
 from core.run.loop import Loop, blame_leaves
@@ -257,6 +258,23 @@ def test_records_that_are_left_out_are_named(tmp_path: Path):
     assert make_loop(tmp_path, FakeEngine(), batches(bad=(5, 7))).run() == EXIT_FINISHED
     (row,) = (row for row in read_log(tmp_path, "event") if "records" in row)
     assert (row["step"], row["records"]) == (1, [5, 7])
+
+
+def test_a_phase_of_the_mixture_is_said_and_its_first_updates_are_no_spikes(tmp_path: Path):
+    engine = FakeEngine()
+    loop = make_loop(tmp_path / "run", engine, end=30, steps=30, start=2)
+    counts = ({"a": 1000, "b": 3000}, {"b": 4000})
+    phases = [{"first": n * BATCH, "windows": windows} for n, windows in zip((0, 9), counts, strict=True)]
+    loop.manifest.data["mixture"] = {"sources": {}, "phases": phases}
+    loop = dataclasses.replace(
+        loop, batches=itertools.islice(batches(), 2, None)
+    )  # which looks at the phases
+    assert loop.run() == EXIT_FINISHED
+    said = [(row["step"], row["shares"]) for row in read_log(tmp_path / "run", "event") if "shares" in row]
+    assert said == [(9, "b 100%")]
+    lenient = [step for step, (_, guard) in engine.controls.items() if guard.sigma == 0]
+    assert lenient == list(range(9, 9 + EARLY))
+    assert all(manifest.data["mixture"]["phases"] == phases for manifest in engine.saved)
 
 
 def test_several_stop_and_save_at_the_same_step(tmp_path: Path):
