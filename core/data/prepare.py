@@ -276,7 +276,7 @@ def _write(
 ) -> None:
     """Tokenises and writes all splits behind those of `parent`, and counts them in `plan`."""
     before = {} if parent is None else versions.described(parent)
-    expected = min(plan.size, 4 * (plan.train_tokens or plan.size))
+    expected = plan.size if plan.train_tokens is None else min(plan.size, 4 * plan.train_tokens)
     piece_bytes = max(SMALLEST_PIECE, min(expected // PIECES, LARGEST_PIECE))
     record = identity(tokenizer_record(tokenizer))
     heldout_runs = None if plan.overlap is None else _gather_runs(folder, plan)

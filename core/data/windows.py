@@ -97,7 +97,7 @@ class Shards:
             wanted.setdefault(self.shard_of(record), []).append(place)
         found = [b""] * len(records)
         for shard, places in wanted.items():
-            start = self._ends[shard - 1] if shard else 0
+            start = self._ends[shard - 1] if shard > 0 else 0
             try:
                 reader = _OPEN.get((self._owner, shard), self.files[shard])
                 contents = reader.read([records[place] - start for place in places])

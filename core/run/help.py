@@ -13,7 +13,8 @@ from core.run.settings import FROM_PRESET, model_config
 TRAINING_OPTIONS: Groups = {
     "options": ("preset", "data", "out", "steps", "batch", "lr"),
     "data": (
-        "weights", "phases", "tokenizer", "validation", "on_bad_record", "leave_out", "document_mask",
+        "weights", "phases", "tokenizer", "chat", "template", "validation", "on_bad_record", "leave_out",
+        "document_mask",
     ),
     "length and batch": ("epochs", "steps", "stop_at", "grad_accum_steps", "seed"),
     "optimizer": ("optimizer", "weight_decay", "clip", "schedule", "warmup", "decay", "final_lr"),
