@@ -40,6 +40,8 @@ PRE_TOKENIZERS = {
 }
 """`tokenizer.ggml.pre` of the splits that llama.cpp makes alike."""
 KNOWN = "GPT-2, SmolLM2, Qwen2 or Llama 3"
+BYTE_LEVEL = "ByteLevel"
+OTHER_IDS = f"gives other ids than the {SENTENCEPIECE} next to it, which llama.cpp would use"
 
 
 class Vocabulary(NamedTuple):
@@ -98,7 +100,10 @@ def _of_file(folder: Path, tokenizer: FileTokenizer) -> Vocabulary:
     else:
         what = f"is no byte-level BPE, and there is no {file}, the sentencepiece model that it was made of"
         _refuse(tokenizer, what)
-    return _with_added(_of_sentencepiece(tokenizer, model_file), tokenizer, content["added_tokens"])
+    vocabulary = _of_sentencepiece(tokenizer, model_file)
+    if content["model"]["vocab"] != {piece: number for number, piece in enumerate(vocabulary.tokens)}:
+        _refuse(tokenizer, OTHER_IDS)
+    return _with_added(vocabulary, tokenizer, content["added_tokens"])
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, model_file: bytes) -> Vocabulary:
@@ -117,9 +122,8 @@ def _of_sentencepiece(tokenizer: Tokenizer, model_file: bytes) -> Vocabulary:
         _refuse(
             tokenizer, f"has a {SENTENCEPIECE} that changes a text before it is split, as llama.cpp does not"
         )
-    # Most merges would need a text each; of a random vocabulary already this one has other ids.
     if processor.encode(PROBE) != tokenizer.encode(PROBE).tolist():
-        _refuse(tokenizer, f"gives other ids than the {SENTENCEPIECE} next to it, which llama.cpp would use")
+        _refuse(tokenizer, OTHER_IDS)
     return Vocabulary(
         model="llama",
         pre="default",
@@ -216,9 +220,6 @@ def _padded(vocabulary: Vocabulary, n_rows: int) -> Vocabulary:
     return vocabulary._replace(tokens=tokens, types=types, scores=scores)
 
 
-BYTE_LEVEL = "ByteLevel"
-
-
 def _steps(node: dict[str, Any] | None) -> list[str]:
     """The expressions that a text is split by, one after the other, `BYTE_LEVEL` last of a byte-level BPE.
 
@@ -231,12 +232,8 @@ def _steps(node: dict[str, Any] | None) -> list[str]:
         return [step for part in node["pretokenizers"] for step in _steps(part)]
     if kind == "Digits" and node["individual_digits"]:
         return [DIGIT]
-    if (
-        kind == "Split"
-        and node["behavior"] == "Isolated"
-        and not node["invert"]
-        and "Regex" in node["pattern"]
-    ):
+    plain = kind == "Split" and node["behavior"] == "Isolated" and not node["invert"]
+    if plain and "Regex" in node["pattern"]:
         return [node["pattern"]["Regex"]]
     if kind == BYTE_LEVEL and not node["add_prefix_space"]:
         return [GPT2, BYTE_LEVEL] if node.get("use_regex", True) else [BYTE_LEVEL]

@@ -14,9 +14,12 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from core.chat import open_chat
+from core.data.conversations import Turn
 from core.sampling import Sampling
 from core.tokenizer import load_tokenizer, open_tokenizer
 from port_torch.gguf_tokenizer import LLAMA3, QWEN2
+from port_torch.hf_tokenizer import write_tokenizer
 from port_torch.model import load
 from port_torch.sampling import stream
 from tests.core.test_special_tokens import CHAT
@@ -209,3 +212,29 @@ def test_8_bits_are_read(tmp_path: Path):
     # layers and the activations, which llama.cpp rounds to 8 bits too.
     off = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 0 < off < 0.05
+
+
+@pytest.mark.parametrize("name", ["mistral", "smollm"])
+def test_a_conversation(name: str, tmp_path: Path):
+    """What the file's template writes, read with special tokens, has the ids that the model was tuned on."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    folder, base = tmp_path / "folder", name
+    config = dataclasses.replace(SMALL, n_layers=1, vocab_size=32_064 if name == "mistral" else 1600)
+    write_folder(folder, config, tensors_of(config, random_params(config)))
+    if name != "mistral":
+        awkward_bpe(name, tmp_path / "tokenizer.json")
+        base = f"{tmp_path / 'tokenizer.json'},bos=<|endoftext|>,eos=<|endoftext|>"
+    chat = open_chat(load_tokenizer(base), None, "chatml", folder)
+    write_tokenizer(folder, chat.tokenizer, config.context, chat.template)
+    convert(folder, tmp_path / "file")
+    llama = llama_cpp.Llama(str(tmp_path / "file"), vocab_only=True, verbose=False)
+    assert llama.token_eos() == chat.stop
+    marks = {"eos_token": chat.stop_text, "bos_token": "<s>" if name == "mistral" else "<|endoftext|>"}
+    render = Jinja2ChatFormatter(llama.metadata["tokenizer.chat_template"], **marks)
+    said = [text.strip() or "x" for text in texts(150, seed=5) if "<|" not in text and "s>" not in text]
+    for system, user, assistant in zip(said[::3], said[1::3], said[2::3], strict=False):
+        turns = [Turn("system", system), Turn("user", user), Turn("assistant", assistant), Turn("user", user)]
+        prompt = render(messages=[{"role": turn.role, "content": turn.content} for turn in turns]).prompt
+        assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == chat.prompt(turns)
+    llama.close()
