@@ -61,11 +61,11 @@ class _OpenReaders:
                 self._readers.popitem(last=False)
         return reader
 
-    def drop(self, owner: int, shard: int | None = None) -> None:
-        """Forgets one reader, or all of an owner."""
+    def drop(self, owner: int, only: int | None = None) -> None:
+        """Forgets an owner's reader of the shard `only`, or all of its readers."""
         with self._lock:
             for key in tuple(self._readers):
-                if key[0] == owner and shard in (None, key[1]):
+                if key[0] == owner and only in (None, key[1]):
                     self._readers.pop(key, None)
 
 
