@@ -1,4 +1,4 @@
-"""A file of prompts becomes a file of texts, for both commands that generate.
+"""A file of prompts becomes a file of texts, for the commands that generate and converse.
 
 Texts are written as they are made. While some are missing, `OUT.unfinished` next to them says what they are
 made of, and the same command resumes where it ended; the texts are those of a run that was not interrupted.
@@ -9,11 +9,12 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from core import checks
+from core.data.conversations import Turn, read_question
 from core.data.text import read_json_lines
 from core.errors import EXIT_INTERRUPTED, UserError
 from core.folders import write_atomically
@@ -30,7 +31,8 @@ class BatchFile:
     """Texts for a whole file of prompts."""
 
     batch_file: Path | None = None
-    """Prompts from a JSONL file: one object {"prompt": "..."} per line; other fields are kept."""
+    """Prompts from a JSONL file: one object {"prompt": "..."} per line; other fields are kept. A row of a
+    conversation may have its turns in {"messages"} instead."""
     out: Path | None = None
     """Where the texts of --batch-file go: the same lines with the field "text". The same command resumes."""
     batch: int = 16
@@ -61,19 +63,46 @@ class BatchFile:
             raise UserError("give --prompt or --batch-file, not both")
         return read_prompts(self.batch_file)
 
+    def questions(self) -> tuple[list[Json], list[tuple[Turn, ...]]]:
+        """The lines of the file and the turns in each; none if none is given. Names what is not used.
+
+        Raises:
+            UserError: a line, which it names, is no question (`read_question`).
+        """
+        if self.batch_file is None:
+            return [], []
+        lines, questions, unused = [], [], set()
+        for where, line in _objects(self.batch_file):
+            question = read_question(line, where)
+            lines.append(line)
+            questions.append(question.turns)
+            unused |= question.unused
+        if unused:
+            print(f"not used: {', '.join(sorted(unused))}", file=sys.stderr)
+        return lines, questions
+
 
 def read_prompts(path: Path) -> list[Json]:
     """The objects of a JSONL file, each with a text `prompt`; a UserError names the line that is not one."""
-    objects = []
+    lines = []
+    for where, line in _objects(path):
+        if not isinstance(line.get("prompt"), str):
+            raise UserError(f'{where} is not an object with a text "prompt": {FORM}')
+        lines.append(line)
+    return lines
+
+
+def _objects(path: Path) -> Iterator[tuple[str, Json]]:
+    """(where it is, object) of every line of a JSONL file, which must not have what is written into it."""
+    where = None
     for where, content in read_json_lines(path):
-        if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        if not isinstance(content, dict):
             raise UserError(f'{where} is not an object with a text "prompt": {FORM}')
         if "text" in content:
             raise UserError(f'{where} has a field "text", which its text would replace: rename the field')
-        objects.append(content)
-    if not objects:
+        yield where, content
+    if where is None:
         raise UserError(f"{path} is empty: {FORM}")
-    return objects
 
 
 def mark_of(out: Path) -> Path:
@@ -100,13 +129,15 @@ def generation_settings(
 def write_texts(
     out: Path,
     lines: list[Json],
+    prompts: list[list[int]],
     batch: int,
     settings: Json,
-    added: Callable[[list[str], int], Iterable[list[str]]],
+    added: Callable[[list[list[int]], int], Iterable[list[str]]],
 ) -> int:
     """Writes every line with its "text"; returns the exit code, 130 where Ctrl-C came first.
 
     Args:
+        prompts: the ids that each line's text continues.
         settings: of `generation_settings`; they are those that `out` was begun with.
         added: what is added to each of some prompts, of which the first has that number, step by step.
 
@@ -132,7 +163,7 @@ def write_texts(
             with Activity("sampling", len(lines), "texts", done=n_done) as progress:
                 while n_done < len(lines):
                     part = lines[n_done : n_done + batch]
-                    columns = list(added([line["prompt"] for line in part], n_done))
+                    columns = list(added(prompts[n_done : n_done + batch], n_done))
                     texts = ["".join(row) for row in zip(*columns, strict=True)]
                     rows = (line | {"text": text} for line, text in zip(part, texts, strict=True))
                     written = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

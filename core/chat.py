@@ -19,7 +19,7 @@ from core.data.conversations import Conversation, Turn
 from core.errors import UserError
 from core.file_tokenizer import FileTokenizer
 from core.tokenizer import TOKENIZER_FILE, Tokenizer
-from core.tokenizer_json import as_library, with_tokens
+from core.tokenizer_json import as_library, special_tokens, with_tokens
 
 CHATML = (
     "{{ bos_token if bos_token else '' }}"
@@ -56,28 +56,70 @@ TEMPLATES = {"chatml": (CHATML, ("<|im_start|>", "<|im_end|>")), "plain": (PLAIN
 PROBE = (Turn("user", "question"), Turn("assistant", "answer", learned=True))
 
 
+class Template(NamedTuple):
+    """A template that was chosen."""
+
+    text: str
+    tokens: tuple[str, ...]
+    """Special tokens that it must have."""
+    where: str
+    """What it is called in messages."""
+
+
+def choose_template(own: str | None, given: str | None) -> Template | None:
+    """The template that the user names, else the model's own; None where there is neither.
+
+    Args:
+        own: the template that the model comes with.
+        given: one of `TEMPLATES`, or the path of a file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if given in TEMPLATES:
+        return Template(*TEMPLATES[given], f"the template {given}")
+    if given is not None:
+        return Template(read_text_file(Path(given)), (), f"the template {given}")
+    return None if own is None else Template(own, (), "the model's own template")
+
+
+def require_template(own: str | None, given: str | None, model: Path) -> Template:
+    """What `choose_template` gives for a model that is to converse as it is; a UserError for nothing."""
+    template = choose_template(own, given)
+    if template is None:
+        raise UserError(
+            f"{model} has no chat template, so it has not learned to converse: tune it on conversations with "
+            "`python -m port_torch.finetune`, or name how they are written with --template"
+        )
+    return template
+
+
+def open_template(tokenizer: Tokenizer, template: Template) -> "ChatFormat":
+    """A model's tokenizer, as it is, with a template; a UserError where it lacks a token of that."""
+    special = special_tokens(as_library(tokenizer))
+    if missing := [token for token in template.tokens if token not in special]:
+        raise UserError(
+            f"{template.where} is written with {' and '.join(missing)}, which the tokenizer "
+            f"{tokenizer.name} lacks: give another --template (plain needs none), or tune the model on "
+            "conversations"
+        )
+    return ChatFormat(tokenizer, template.text, template.where)
+
+
 def open_chat(tokenizer: Tokenizer, own: str | None, given: str | None, folder: Path) -> "ChatFormat":
     """The template that a model is tuned with: the one that the user names, its own, or ChatML.
 
     Args:
         tokenizer: the model's. That of the result may have more tokens, and has the one that ends an
             answer as its `eos`, at which generation stops.
-        own: the template that the model comes with.
-        given: one of `TEMPLATES`, or the path of a file.
+        own, given: as in `choose_template`.
         folder: where the tokenizer is going to be carried.
 
     Raises:
         UserError: the template cannot be read, or is not fit to learn from (`ChatFormat`).
     """
-    tokens: tuple[str, ...] = ()
-    if given in TEMPLATES:
-        (template, tokens), where = TEMPLATES[given], f"the template {given}"
-    elif given is not None:
-        template, where = read_text_file(Path(given)), f"the template {given}"
-    elif own is not None:
-        template, where = own, "the model's own template"
-    else:
-        (template, tokens), where = TEMPLATES["chatml"], "the template chatml"
+    chosen = choose_template(own, given) or choose_template(None, "chatml")
+    template, tokens, where = chosen
     tokenizer = with_tokens(tokenizer, tokens, folder / TOKENIZER_FILE)
     chat = ChatFormat(tokenizer, template, where)
     if chat.stop == tokenizer.eos:
@@ -145,8 +187,7 @@ class ChatFormat:
         self.tokenizer, self.template, self.where = tokenizer, template, where
         self._template = _compiled(template, where)
         self._library = as_library(tokenizer)
-        added = self._library.get_added_tokens_decoder()
-        self._special = {token.content: number for number, token in added.items() if token.special}
+        self._special = special_tokens(self._library)
         self._spelled = re.compile(
             "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
         )

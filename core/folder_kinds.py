@@ -55,6 +55,8 @@ MERGE = "merge it into its base first, with `python -m port_torch.merge {path} F
 ADVICE = {
     ("generate", Kind.CHECKPOINT): "use `python -m core.generate {path}`",
     ("generate", Kind.WEIGHTS): "use `python -m port_torch.generate {path}`",
+    ("chat", Kind.CHECKPOINT): "use `python -m core.generate {path} --chat`",
+    ("chat", Kind.WEIGHTS): "use `python -m port_torch.chat {path}`",
     ("evaluate", Kind.WEIGHTS): "use `python -m eval.run {path}`",
     ("convert", Kind.WEIGHTS): "it is an exported folder already",
     ("grow", Kind.WEIGHTS): IMPORT,

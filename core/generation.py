@@ -5,7 +5,7 @@ token for every row of the batch. How to sample is an input of that step, so tha
 twice, and each row draws from keys of its own: its text does not depend on what else is in the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,11 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from core.batch_file import generation_settings, write_texts
+from core.chat import Template, open_template
 from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
 from core.checkpoint.manifest import recorded_hash
 from core.checkpoint.steps import tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, compute_dtype
+from core.conversation import Answers, Session, answer_file, converse
+from core.data.conversations import Turn
 from core.gpu_memory import require_free_memory
 from core.keys import Purpose, make_key
 from core.model import (
@@ -132,7 +135,7 @@ class Generator:
         prompts: list[list[int]],
         sampling: Sampling,
         max_new_tokens: int,
-        eos: int | None = None,
+        eos: int | Sequence[int] | None = None,
         first_row: int = 0,
     ) -> Iterator[list[int | None]]:
         """Yields the next token of every prompt, step by step; None for a row that has ended.
@@ -169,36 +172,81 @@ class Generator:
         return [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
 
 
+class Writer:
+    """A checkpoint's model with its tokenizer, to write as the command was told to."""
+
+    def __init__(self, config: "GenerateConfig", n_lines: int) -> None:
+        """Opens all but the parameters, for a file of so many lines.
+
+        Raises:
+            UserError: the checkpoint or its tokenizer is not what it should be.
+        """
+        require_free_memory()
+        keep_compiled()
+        self.config, self.step_dir = config, find_step(config.run)
+        manifest = load_manifest(self.step_dir)
+        self.model = ModelConfig(**manifest.config["model"])
+        carriers = tokenizer_carriers(self.step_dir)
+        self.tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(self.step_dir), config.tokenizer)
+        self.dtype = compute_dtype(config.dtype, jax.default_backend())
+        self.batch = min(config.files.batch, n_lines)
+        """Prompts to a batch: fewer are filled up, so that nothing is compiled again."""
+
+    def load(self) -> None:
+        """Reads the parameters."""
+        self.params = restore_params(self.step_dir, abstract_params(self.model))
+        self.generator = Generator(self.model, Compute(dtype=self.dtype))
+
+    def stream(
+        self, prompts: list[list[int]], first_row: int, ends: int | Sequence[int]
+    ) -> Iterator[list[int | None]]:
+        """`Generator.stream` of this model; ends: the ids that end a row."""
+        filled = prompts + prompts[-1:] * (self.batch - len(prompts))
+        steps = self.generator.stream(
+            self.params, filled, self.config.sampling, self.config.max_new_tokens, ends, first_row
+        )
+        return (step[: len(prompts)] for step in steps)
+
+    def added(self, prompts: list[list[int]], first_row: int = 0) -> Iterator[list[str]]:
+        """What is added to each prompt, step by step, in whole characters."""
+        return pieces(self.tokenizer, prompts, self.stream(prompts, first_row, self.tokenizer.eos))
+
+    def settings(self) -> dict[str, Any]:
+        """What texts depend on besides their prompts."""
+        return generation_settings(
+            self.config.sampling, self.config.max_new_tokens, self.tokenizer, recorded_hash(self.step_dir),
+            dtype=self.dtype, device=jax.default_backend(),
+        )  # fmt: skip
+
+
 def generate(config: "GenerateConfig", lines: list[dict[str, Any]], texts: list[str]) -> int:
     """Continues `texts`: one streams, several are printed one after the other when all are done; `lines` of a
     batch file are written as they are done. Returns the exit code of `python -m core.generate`."""
-    require_free_memory()
-    keep_compiled()
-    step_dir = find_step(config.run)
-    manifest = load_manifest(step_dir)
-    model = ModelConfig(**manifest.config["model"])
-    carriers = tokenizer_carriers(step_dir)
-    tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
-    prompts = [tokenizer.begin(text) for text in texts]
-    require_room(prompts, model.context)
-    params = restore_params(step_dir, abstract_params(model))
-    dtype = compute_dtype(config.dtype, jax.default_backend())
-    generator = Generator(model, Compute(dtype=dtype))
+    writer = Writer(config, len(lines))
+    prompts = [writer.tokenizer.begin(text) for text in texts]
+    require_room(prompts, writer.model.context)
+    writer.load()
+    if lines:
+        files = config.files
+        return write_texts(files.out, lines, prompts, files.batch, writer.settings(), writer.added)
+    show(texts, writer.added(prompts))
+    return 0
 
-    def added(texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
-        prompts = [tokenizer.begin(text) for text in texts]
-        prompts += prompts[-1:] * (batch - len(prompts))  # of one size, so that nothing is compiled again
-        steps = generator.stream(
-            params, prompts, config.sampling, config.max_new_tokens, tokenizer.eos, first_row
-        )
-        return (pieces_of_step[: len(texts)] for pieces_of_step in pieces(tokenizer, prompts, steps))
 
-    batch = min(config.files.batch, len(lines)) or len(texts)
-    if not lines:
-        show(texts, added(texts))
-        return 0
-    settings = generation_settings(
-        config.sampling, config.max_new_tokens, tokenizer, recorded_hash(step_dir), dtype=dtype,
-        device=jax.default_backend(),
-    )  # fmt: skip
-    return write_texts(config.files.out, lines, batch, settings, added)
+def chat(
+    config: "GenerateConfig",
+    lines: list[dict[str, Any]],
+    questions: list[tuple[Turn, ...]],
+    template: Template,
+) -> int:
+    """Converses, or answers the questions in the `lines` of a batch file. Returns the exit code of
+    `python -m core.generate --chat`."""
+    writer = Writer(config, len(lines))
+    form = open_template(writer.tokenizer, template)
+    answers = Answers(form, writer.model.context, config.max_new_tokens, writer.stream)
+    session = Session(answers, config.conversation.system)
+    writer.load()
+    if lines:
+        return answer_file(session, config.files, lines, questions, writer.settings())
+    about = f"{config.run}: {writer.model.n_params:,} parameters, decoded by JAX in {writer.dtype}"
+    return converse(session, f"{about} on {jax.default_backend()}")

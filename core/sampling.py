@@ -8,7 +8,7 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -64,17 +64,22 @@ def require_room(prompts: list[list[int]], context: int) -> None:
 
 
 def until_ended(
-    steps: Iterable[list[int]], prompts: list[list[int]], context: int, max_new_tokens: int, eos: int | None
+    steps: Iterable[list[int]],
+    prompts: list[list[int]],
+    context: int,
+    max_new_tokens: int,
+    eos: int | Sequence[int] | None,
 ) -> Iterator[list[int | None]]:
     """The tokens of every step, None for a row that has ended; asks for no step that nobody needs.
 
-    A row ends after `eos` (which it does not yield), `max_new_tokens` or at the model's context.
+    A row ends after `eos`, one of several perhaps (which it does not yield), after `max_new_tokens` or at the
+    model's context.
     """
     room = np.array([context - len(prompt) for prompt in prompts])
     ended = np.zeros(len(prompts), bool)
     for made, new in enumerate(itertools.islice(steps, max_new_tokens), 1):
         if eos is not None:
-            ended |= np.array(new) == eos
+            ended |= np.isin(new, eos)
         yield [None if done else token for done, token in zip(ended, new, strict=True)]
         ended |= made >= room
         if ended.all():

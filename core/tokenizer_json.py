@@ -29,14 +29,19 @@ def mistral_file() -> bytes:
     return importlib.resources.files("mistral_common").joinpath(MISTRAL_FILE).read_bytes()
 
 
+def special_tokens(built: tokenizers.Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens, by their texts."""
+    added = built.get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special}
+
+
 def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str], file: Path) -> Tokenizer:
     """The tokenizer with special tokens besides its own, the new ones behind all its ids.
 
     file: where the new tokenizer.json is going to be (`Tokenizer.carry` writes it).
     """
     built = as_library(tokenizer)
-    special = {token.content for token in built.get_added_tokens_decoder().values() if token.special}
-    if special.issuperset(tokens):
+    if special_tokens(built).keys() >= set(tokens):
         return tokenizer
     built.add_special_tokens(
         [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens]

@@ -10,7 +10,7 @@ depends on the batch: a row's text is the same whatever else is in it.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -257,7 +257,7 @@ class Generator:
         prompts: list[list[int]],
         sampling: Sampling,
         max_new_tokens: int,
-        eos: int | None = None,
+        eos: int | Sequence[int] | None = None,
         first_row: int = 0,
     ) -> Iterator[list[int | None]]:
         """What `port_torch.sampling.stream` yields, of other random numbers.

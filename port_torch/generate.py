@@ -18,6 +18,7 @@ from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import local
 from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room
+from port_torch.decoding import Decoding
 
 if TYPE_CHECKING:
     from port_torch.sampling import Writer
@@ -41,14 +42,7 @@ class GenerateConfig:
     max_new_tokens: int = 200
     """Most tokens to generate; a text that reaches its end is shorter."""
     sampling: Sampling = Sampling()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPU, float32 on CPU."""
-    backend: Literal["auto", "cuda", "torch"] = "auto"
-    """Decoding implementation. auto: the CUDA kernels where they apply (bfloat16 on a GPU), else PyTorch."""
-    tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json. Default: the folder's own."""
+    decoding: Decoding = Decoding()
 
     def __post_init__(self) -> None:
         checks.counts(max_new_tokens=self.max_new_tokens)
@@ -73,10 +67,7 @@ def main() -> int:
     folder = local(config.folder)
     from port_torch.sampling import open_writer  # slow: PyTorch, which a malformed line does not wait for
 
-    writer = open_writer(
-        folder, config.sampling, config.max_new_tokens, device=config.device, dtype=config.dtype,
-        backend=config.backend, tokenizer=config.tokenizer,
-    )  # fmt: skip
+    writer = open_writer(folder, config.sampling, config.max_new_tokens, config.decoding)
     if asks:
         return converse(writer, config)
     tokens = [writer.tokenizer.begin(prompt) for prompt in prompts]
@@ -88,10 +79,7 @@ def main() -> int:
         config.sampling, config.max_new_tokens, writer.tokenizer, writer.identity(), input=config.input,
         prompt_format=config.prompt_format, **writer.computed(),
     )  # fmt: skip
-    return write_texts(
-        config.files.out, lines, config.files.batch, settings,
-        lambda texts, first_row: writer.added(list(map(config.formatted, texts)), first_row),
-    )  # fmt: skip
+    return write_texts(config.files.out, lines, tokens, config.files.batch, settings, writer.added)
 
 
 def converse(writer: "Writer", config: GenerateConfig) -> int:

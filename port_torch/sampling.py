@@ -5,7 +5,7 @@ It draws as core.generation does, but from other random numbers: only greedy tex
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch import decode
 from port_torch.decode_rules import why_not
+from port_torch.decoding import Decoding
 from port_torch.folder import export_manifest, weights_hash
 from port_torch.folder_tokenizer import folder_tokenizer
 from port_torch.model import Decoder, load
@@ -79,7 +80,7 @@ def stream(
     prompts: list[list[int]],
     sampling: Sampling,
     max_new_tokens: int,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     first_row: int = 0,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of every prompt, step by step; None for a row that has ended.
@@ -142,38 +143,46 @@ class Writer:
         kernels = "torch" if self.generator is None else "cuda"
         return {"dtype": str(table.dtype), "device": table.device.type, "backend": kernels}
 
-    def added(self, texts: list[str], first_row: int = 0) -> Iterator[list[str]]:
-        """What is added to each text, step by step, in whole characters."""
-        prompts = [self.tokenizer.begin(text) for text in texts]
-        arguments = (prompts, self.sampling, self.max_new_tokens, self.tokenizer.eos, first_row)
-        tokens = (
-            stream(self.model, *arguments) if self.generator is None else self.generator.stream(*arguments)
+    def about(self) -> str:
+        """Model and decoding in words."""
+        computed = self.computed()
+        kernels = "plain PyTorch" if self.generator is None else "the CUDA kernels"
+        return (
+            f"{self.folder}: {self.model.config.n_params:,} parameters, decoded by {kernels} in "
+            f"{computed['dtype'].removeprefix('torch.')} on {computed['device']}"
         )
-        return pieces(self.tokenizer, prompts, tokens)
+
+    def stream(
+        self, prompts: list[list[int]], first_row: int, ends: int | Sequence[int]
+    ) -> Iterator[list[int | None]]:
+        """`stream` of this model, by the kernels where it has them; ends: the ids that end a row."""
+        arguments = (prompts, self.sampling, self.max_new_tokens, ends, first_row)
+        return stream(self.model, *arguments) if self.generator is None else self.generator.stream(*arguments)
+
+    def added(self, prompts: list[list[int]], first_row: int = 0) -> Iterator[list[str]]:
+        """What is added to each prompt, step by step, in whole characters."""
+        return pieces(self.tokenizer, prompts, self.stream(prompts, first_row, self.tokenizer.eos))
 
     def print(self, texts: list[str], first_row: int = 0) -> None:
         """Prints the texts with what is added to them, a single one as it comes."""
-        show(texts, self.added(texts, first_row))
+        show(texts, self.added([self.tokenizer.begin(text) for text in texts], first_row))
 
 
 def open_writer(
     folder: Path,
     sampling: Sampling,
     max_new_tokens: int,
-    *,
-    device: str,
-    dtype: str,
-    backend: library.Backend,
-    tokenizer: str | None,
+    decoding: Decoding,
 ) -> Writer:
-    """The model of a folder, ready to write; the arguments are those of port_torch.generate.
+    """The model of a folder, ready to write.
 
     Raises:
         UserError: the folder, its tokenizer or the device is not what it should be.
     """
-    device = choose_device(device)
-    dtype = getattr(torch, compute_dtype(dtype, "cpu" if device == "cpu" else "gpu"))
+    device = choose_device(decoding.device)
+    dtype = getattr(torch, compute_dtype(decoding.dtype, "cpu" if device == "cpu" else "gpu"))
     model = load(folder, dtype, device)
     manifest = export_manifest(folder)  # verified by `load`
-    found = folder_tokenizer(folder, manifest, tokenizer, model.config.vocab_size)
-    return Writer(model, found, sampling, max_new_tokens, choose_generator(model, backend), folder)
+    tokenizer = folder_tokenizer(folder, manifest, decoding.tokenizer, model.config.vocab_size)
+    generator = choose_generator(model, decoding.backend)
+    return Writer(model, tokenizer, sampling, max_new_tokens, generator, folder)

@@ -192,7 +192,8 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
     if setup.source:
         step_dir, old, _ = setup.source
         entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
-        manifest = dataclasses.replace(manifest, lineage=[*old.lineage, entry])
+        lineage = [*old.lineage, entry]
+        manifest = dataclasses.replace(manifest, lineage=lineage, chat_template=old.chat_template)
         return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
     return state, manifest, f"starting a new run in {out} from random parameters (seed {setup.config.seed})"
 

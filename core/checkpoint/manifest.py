@@ -101,11 +101,11 @@ class Manifest:
         return any(entry["operation"] in NEW_RUN for entry in self.lineage)
 
     def resumed_from(self, old: "Manifest") -> "Manifest":
-        """This run's manifest with the counters and the history of the checkpoint that it resumes from.
+        """This run's manifest with the counters, history and template of the checkpoint that it resumes from.
 
         Where the other engine wrote that, the lineage says so, and with which versions.
         """
-        same = ("step", "sequences", "tokens", "lineage", "health")
+        same = ("step", "sequences", "tokens", "lineage", "health", "chat_template")
         resumed = dataclasses.replace(self, **{name: getattr(old, name) for name in same})
         if old.engine == self.engine:
             return resumed

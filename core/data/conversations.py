@@ -25,6 +25,8 @@ ROLES = {
 """What a row calls the speakers -> what a template calls them."""
 SPEAKER, SAID = ("role", "from"), ("content", "value")
 READ = {*SPEAKER, *SAID, "weight"}
+NO_PLACE = ("input", "context", "history", "tools", "functions")
+"""Fields that an answer may depend on and that no turn holds."""
 
 
 class Turn(NamedTuple):
@@ -57,15 +59,58 @@ class Read(NamedTuple):
     """Whether it ended with a turn of the user, which is left out."""
 
 
+class Question(NamedTuple):
+    """Turns to be answered as they were in a row, the last of them the user's."""
+
+    turns: tuple[Turn, ...]
+    unused: set[str]
+    """As in `Read`."""
+
+
 def read_conversation(fields: Mapping[str, Any], used: tuple[str, ...], where: str) -> Read:
     """The conversation in the fields `used` of a row: turns, or prompt and completion; then perhaps system.
 
     Raises:
         UserError: it has no turn of the assistant, roles out of order, or a turn that is not text.
     """
-    lists = [name for name in used if name != "system"]
+    turns, unused = _turns(fields, used, where)
+    unanswered = bool(turns) and turns[-1].role == "user"
+    turns = turns[:-1] if unanswered else turns
+    if not any(turn.learned for turn in turns):
+        raise UserError(f"{where} has no turn of the assistant to learn: give one, or remove the row")
+    return Read(Conversation(tuple(turns)), unused, unanswered)
+
+
+def read_question(fields: Mapping[str, Any], where: str) -> Question:
+    """The turns of a row {"prompt"} or {"messages"}, perhaps with a field `system`.
+
+    Raises:
+        UserError: it has neither or both, or a field that an answer may depend on and that has no place;
+            roles are out of order, the user's is not the last, or a turn is not text.
+    """
+    held = [name for name in ("prompt", "messages") if fields.get(name) is not None]
+    if len(held) != 1:
+        raise UserError(f'{where} must have a text "prompt" or turns in "messages": give one of them')
+    if others := [name for name in NO_PLACE if fields.get(name)]:
+        raise UserError(
+            f"{where} has the field {others[0]!r}, for which a conversation has no place: remove it from "
+            "every row"
+        )
+    if isinstance(fields[held[0]], str):
+        fields = {**fields, held[0]: [{"role": "user", "content": fields[held[0]]}]}
+    used = (*held, *(["system"] if fields.get("system") is not None else []))
+    turns, unused = _turns(fields, used, where)
+    if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
+        raise UserError(f"{where} asks nothing: its last turn must be the user's, and not empty")
+    return Question(tuple(turns), unused)
+
+
+def _turns(fields: Mapping[str, Any], used: tuple[str, ...], where: str) -> tuple[list[Turn], set[str]]:
+    """The turns in the lists of a row and in its field `system`, in order; and what else they have."""
     turns, unused = [], set()
-    for name in lists:
+    for name in used:
+        if name == "system":
+            continue
         if not isinstance(fields[name], list):
             raise UserError(f"{where}: {name} must be a list of turns, got {json.dumps(fields[name])[:40]}")
         for number, turn in enumerate(fields[name], 1):
@@ -78,11 +123,7 @@ def read_conversation(fields: Mapping[str, Any], used: tuple[str, ...], where: s
             raise UserError(f"{where}: system must be a string, got {json.dumps(fields['system'])[:40]}")
         turns.insert(0, Turn("system", fields["system"]))
     _require_order(turns, where)
-    unanswered = turns[-1].role == "user"
-    turns = turns[:-1] if unanswered else turns
-    if not any(turn.learned for turn in turns):
-        raise UserError(f"{where} has no turn of the assistant to learn: give one, or remove the row")
-    return Read(Conversation(tuple(turns)), unused, unanswered)
+    return turns, unused
 
 
 def _turn(turn: Any, where: str, learns: bool) -> Turn:
@@ -138,5 +179,3 @@ def _require_order(turns: list[Turn], where: str) -> None:
                 f"{where} has roles out of order: its turn {place} is of {role!r}, where {expected!r} comes "
                 "next (system first, if at all; then user and assistant by turns)"
             )
-    if not spoken:
-        raise UserError(f"{where} has no turn of the assistant to learn: give one, or remove the row")

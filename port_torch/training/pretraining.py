@@ -45,7 +45,8 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     """Model and data of a run."""
     config = begin(config, out, ranks)
     if config.init_from:
-        decoder, tokenizer, lineage = open_pretrained(config.init_from, "train", config.tokenizer)
+        pretrained = open_pretrained(config.init_from, "train", config.tokenizer)
+        decoder, tokenizer, template, lineage = pretrained
         if config.steps is None and config.epochs is None:
             config = dataclasses.replace(config, epochs=1.0)
         context = decoder.config.context
@@ -55,7 +56,8 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         )
     else:
         given = TRAINING_DEFAULTS[config.preset]
-        tokenizer, lineage = choose_run_tokenizer(config, given["tokenizer"]), []
+        tokenizer = choose_run_tokenizer(config, given["tokenizer"])
+        template, lineage = None, []
         model = model_config(config, tokenizer.vocab_size)
         dataset = ranks.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
         decoder = fresh_decoder(model, config.seed)
@@ -66,13 +68,16 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     if prompts:
         require_room(prompts, model.context)
     mark = document_mark(tokenizer) if config.document_mask else None
+    record = run_record(config, model, steps, dataset.tokenizer_record, data_record(dataset))
+    if template is not None:
+        record["chat_template"] = template
     return Job(
         config=config,
         out=out,
         defaults=type(config)(),
         decoder=decoder.to(ranks.device),
         tokenizer=tokenizer,
-        record=run_record(config, model, steps, dataset.tokenizer_record, data_record(dataset)),
+        record=record,
         lineage=lineage,
         steps=steps,
         batches=lambda start: pretraining_batches(

@@ -155,13 +155,14 @@ def announce(
 def report_end(job: Job, console: Console) -> None:
     """Writes the result of a finished run, and says where it is and what one does next."""
     out, step_dir = job.out, find_step(job.out)
-    folder = write_result(job, step_dir, load_manifest(step_dir))
+    manifest = load_manifest(step_dir)
+    folder = write_result(job, step_dir, manifest)
     adapters = f"the adapters alone, for peft: {out / ADAPTER}\n" if job.lora else ""
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
     then = (
         f"{command('port_torch.generate', folder)} {job.tuning.arguments if job.tuning else '--prompt The'}"
     )
-    if job.record.get("chat_template") is not None:
+    if manifest.chat_template is not None:
         then = command("port_torch.chat", folder)
     console.print(
         f"loss curve: {plot_curve(out)}{samples}\n"

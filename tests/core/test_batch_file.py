@@ -19,12 +19,14 @@ def write(
 ) -> int:
     """Texts that say which prompt they are of; Ctrl-C comes at the batch that begins with that one."""
 
-    def added(texts: list[str], first_row: int) -> list[list[str]]:
+    def added(prompts: list[list[int]], first_row: int) -> list[list[str]]:
         if first_row >= stop_at:
             raise KeyboardInterrupt
+        texts = [bytes(prompt).decode() for prompt in prompts]
         return [[f"<{first_row + i}" for i, _ in enumerate(texts)], [f" {text}>" for text in texts]]
 
-    return write_texts(out, lines, 2, settings, added)
+    prompts = [list(line["prompt"].encode()) for line in lines]
+    return write_texts(out, lines, prompts, 2, settings, added)
 
 
 def test_an_interrupted_file_is_resumed(tmp_path: Path, capsys):

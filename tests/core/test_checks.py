@@ -24,6 +24,7 @@ from core.sampling import Sampling
 from eval.perplexity import PerplexityConfig
 from eval.run import EvalConfig
 from port_torch import generate as torch_generate
+from port_torch.chat import ChatConfig
 from port_torch.finetune import FinetuneConfig
 from port_torch.import_checkpoint import ImportConfig
 from port_torch.train import TrainConfig
@@ -39,7 +40,7 @@ X = Path("x")
 CONFIGS = [
     RunConfig(), ModelOverrides(), OptimizerConfig(), GuardConfig(), preset("mtlm1-tiny"), TrainConfig(),
     MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X), LoraConfig(lora_rank=8),
-    GenerateConfig(X), Sampling(),
+    GenerateConfig(X), Sampling(), ChatConfig(X),
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
     AdviseConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.port_torch.trained import KINDS, train
+from tests.port_torch.tuned import Tuned, tune
 from tests.train_tpu.processes import run_here
 
 torch.set_num_threads(1)  # small products: threads only wait for each other
@@ -20,6 +21,12 @@ def remote_code(modules: Path) -> None:
 def trained(request: pytest.FixtureRequest, cache: Path, text: Path) -> Path:
     """The folder of a run, of both kinds of model in turn."""
     return train(cache, text, request.param)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """A model that learned to converse, of both kinds in turn."""
+    return tune(tmp_path_factory.mktemp(f"tuned-{request.param}"), request.param)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ from tests.port_torch.small_training import (
     update_losses,
 )
 from tests.port_torch.trained import transformers_model
+from tests.port_torch.tuned import EXCHANGE, Tuned
 from tests.train_tpu.processes import refusal
 
 BYTES = load_tokenizer("bytes")
@@ -342,32 +343,18 @@ def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):
     assert file_of(tmp_path, alpaca).rows == file.rows[:1] and not file_of(tmp_path, alpaca).has_context
 
 
-@pytest.mark.parametrize("kind", SMALL)
-def test_conversations(kind: str, folders, tmp_path: Path, monkeypatch, capsys):
+def test_conversations(tuned: Tuned, monkeypatch, capsys):
     """From rows of messages to a folder with which transformers converses, a batch of questions at once."""
     from transformers import AutoTokenizer
 
-    rows = tmp_path / "rows.jsonl"
-    exchange = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
-    lines = [{"messages": exchange}] * 3 + [
-        {"messages": exchange * 2 + exchange[:1]},
-        {"messages": exchange * 4},
-    ]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
-    out, arguments = tmp_path / "out", ("--validation", "0", "--steps", "24", "--batch", "2", "--lr", "0.01")
-    assert finetune_here(monkeypatch, folders[kind], "--data", rows, "--out", out, *arguments) == 0
-    said = capsys.readouterr().out
-    assert (
-        "new tokens" in said
-        and "(from 258 rows to 320)" in said
-        and "next: python -m port_torch.chat" in said
-    )
+    said, folder = tuned.said, tuned.folder
+    assert "new tokens" in said and "(from 258 rows to 320)" in said
+    assert "next: python -m port_torch.chat" in said
     assert "4 turns at the ends of conversations" in said and "2 turns that nobody answers" in said
-    folder = out / "model"
     manifest = load_manifest(folder, EXPORT_MANIFEST)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), transformers_model(folder)
     assert tokenizer.chat_template == manifest.chat_template and model.config.vocab_size == 320
-    asked = [exchange[:1], exchange + exchange[:1]]  # of two lengths
+    asked = [EXCHANGE[:1], EXCHANGE + EXCHANGE[:1]]  # of two lengths
     inputs = tokenizer.apply_chat_template(
         asked, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
     )
@@ -376,7 +363,7 @@ def test_conversations(kind: str, folders, tmp_path: Path, monkeypatch, capsys):
     answers = tokenizer.batch_decode(made, skip_special_tokens=True)
     assert answers == ["Yes."] * 2  # and then it stops, at the token that it learned to end with
     # The same command finds its run again, whose tokenizer is in its folder.
-    assert finetune_here(monkeypatch, folders[kind], "--data", rows, "--out", out, *arguments) == 0
+    assert finetune_here(monkeypatch, *tuned.arguments) == 0
     assert "has made its 24 updates" in capsys.readouterr().out
 
 
