@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data import overlap
-from core.data import prepare as module
+from core.data import making, overlap
 from core.data.dataset import open_dataset
 from core.data.prepare import prepare
 from core.errors import UserError
@@ -63,7 +62,7 @@ def test_gathering_in_parts_is_gathering_at_once(monkeypatch):
 
 @pytest.mark.parametrize("choice", ["count", "drop"])
 def test_overlapping_documents_are_counted_or_left_out(tmp_path, monkeypatch, capsys, choice):
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 1_000)
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 1_000)
     texts = [f"{n} {text}" for n, text in enumerate(draw(120, 3))]
     held, items = draw(3, 4, 3), [*draw(3, 5, 3), "too short"]
     wanted = set().union(*map(grams, held + items))

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ import tensorflow_datasets as tfds
 import tokenizers
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from core.data import corpus, packing, workers
+from core.data import corpus, making, packing, workers
 from core.data import prepare as module
 from core.data import splits as splits_module
+from core.data.batches import train_batches
 from core.data.dataset import open_dataset
 from core.data.file_source import FileSource
 from core.data.prepare import choose_tokenizer, open_or_prepare, prepare
@@ -150,7 +152,7 @@ def test_records_are_those_of_tfds(vocabulary):
 
 
 def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch, real_workers):
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 500)  # so that there are many
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 500)  # so that there are many
     source = write_jsonl(tmp_path / "t.jsonl", documents(60))
     outs = [prepare([source], tmp_path / f"out{n}", "bytes", CONTEXT, workers=n) for n in (1, 3)]
     monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 20)
@@ -161,6 +163,31 @@ def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch, real
     assert one.splits == shards.splits
     assert len(shards.files) > len(one.files) + 5
     assert (windows_of(outs[0], "train") == windows_of(outs[2], "train")).all()
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    """In preparing 20 files into 70 shards, and in training from these: with 30 descriptors to open."""
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 500)
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 20)
+    texts = documents(300)
+    files = [write_jsonl(tmp_path / f"{n:02d}.jsonl", texts[15 * n : 15 * n + 15]) for n in range(20)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest number that is free
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 30, hard))
+    try:
+        out = prepare(files, tmp_path / "out", "bytes", CONTEXT, valid_fraction=0, workers=2)
+        read = train_batches(open_dataset(out), seed=0, batch=50, vocab_size=258)
+        batches = [next(read) for _ in range(open_dataset(out).splits["train"].windows // 50)]
+        read.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(out.glob("windows-train*"))) > 60
+    windows = windows_of(out, "train")
+    stream = expected_stream(texts)
+    assert stream_of(windows) == stream[: len(windows) * CONTEXT + 1]
+    for batch in batches:
+        assert (batch.tokens == windows[batch.records]).all()
 
 
 def test_held_out_by_hash(tmp_path, monkeypatch):
@@ -199,7 +226,7 @@ def test_reading_ends_with_the_document_that_reaches_the_tokens(tmp_path, monkey
     held = {"held": write_jsonl(tmp_path / "v.jsonl", valid)}
     manifests = []
     for n_workers, size in ((3, 300), (1, 1 << 20)):
-        monkeypatch.setattr(module, "SMALLEST_PIECE", size)
+        monkeypatch.setattr(making, "SMALLEST_PIECE", size)
         out = tmp_path / f"{n_workers}-{size}"
         prepare(sources, out, "bytes", CONTEXT, valid=held, workers=n_workers, train_tokens=train_tokens)
         manifests.append(json.loads((out / "dataset.json").read_text()))
@@ -228,7 +255,7 @@ def test_what_is_held_out_by_hash_ends_where_reading_ends(tmp_path, monkeypatch)
     read = up_to(texts, 15_000, held)
     assert 3 < len(held & set(read)) < len(held) - 20
     for n_workers, size in ((3, 700), (1, 1 << 20)):
-        monkeypatch.setattr(module, "SMALLEST_PIECE", size)
+        monkeypatch.setattr(making, "SMALLEST_PIECE", size)
         out = tmp_path / f"{n_workers}-{size}"
         prepare([source], out, "bytes", CONTEXT, valid_fraction=0.1, workers=n_workers, train_tokens=15_000)
         splits = open_dataset(out).splits
@@ -323,7 +350,7 @@ def test_copies_are_counted_and_said(tmp_path, capsys):
 def test_copies_are_left_out(tmp_path, monkeypatch, capsys, few):
     """As if they had not been there, wherever pieces are cut; copies of what --valid holds out, too."""
     monkeypatch.setattr(splits_module, "FEW_DOCUMENTS", 1000 if few else 0)
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 3_000)
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 3_000)
     texts = documents(100)
     drawn = [texts[n] for n in np.random.default_rng(1).integers(0, 100, 300)]
     whole, once = (
@@ -599,10 +626,10 @@ workers.work(sys.stdin.buffer, sys.stdout.buffer)
 SLOW_COMMAND = f"""
 import subprocess, sys
 from core.errors import run_command
-from core.data import prepare as module, workers
+from core.data import making, workers
 from train_tpu import prepare
 
-module.SMALLEST_PIECE = 10_000
+making.SMALLEST_PIECE = 10_000
 code = {SLOW_WORKER!r}
 pipe = subprocess.PIPE
 workers.start_process = lambda: subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
@@ -644,7 +671,7 @@ def test_interrupted_is_resumed(slow_run, tmp_path, monkeypatch, capsys):
     assert slow_run.returncode == 130
     assert "interrupted: " in errors and "the same command resumes" in errors and "Traceback" not in errors
     assert left_in(tmp_path / "made") == [".out.partial"]
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 10_000)
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 10_000)
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "made/.out.partial").glob("*.npz")}
     for out in ("made/out", "whole"):
         command.main(slow_arguments(tmp_path, out))
@@ -661,11 +688,11 @@ class Killed(BaseException):
 def test_ended_at_every_step_it_makes_the_same(tmp_path, monkeypatch, options):
     """Whatever is written appears by being renamed. Ended after the first of these, the next run after its
     second, the next after its third, and again, in whichever process that is."""
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 10_000)
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 10_000)
     monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 300)
     source = write_jsonl(tmp_path / "t.jsonl", documents(200) + documents(20))
     prepare([source], tmp_path / "whole", "bytes", CONTEXT, **options)
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # what is killed cleans up nothing
+    monkeypatch.setattr(making.shutil, "rmtree", lambda *_, **__: None)  # what is killed cleans up nothing
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     n_ends, n_renamed = 0, 0
     for name in ("replace", "rename"):
@@ -737,7 +764,7 @@ def test_killed_twenty_times_it_makes_the_same(tmp_path):
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.write("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
     code = (
-        "from core.data import prepare as module; module.SMALLEST_PIECE = 50_000\n"
+        "from core.data import making; making.SMALLEST_PIECE = 50_000\n"
         "from core.errors import run_command; from train_tpu.prepare import main; run_command(main)"
     )
     command = [
