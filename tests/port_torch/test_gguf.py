@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -29,8 +30,6 @@ from tests.port_torch.folders import tensors_of, write_folder
 from tests.port_torch.test_model import mirror_logits
 from tests.reference import logits64
 from tests.train_tpu.processes import refusal_here, run_here
-
-gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 SMALL = dataclasses.replace(LLAMA, vocab_size=450, d_model=64, n_heads=4, d_mlp=96)
 KINDS: dict[str, ModelConfig] = {
@@ -268,6 +267,7 @@ def test_mistral(tmp_path: Path):
     assert (made.model, made.pre, made.unknown, made.space_first) == ("llama", "default", 0, True)
 
 
+@pytest.mark.slow
 def test_mistral_with_the_tokens_of_a_conversation(tmp_path: Path):
     """As port_torch.finetune leaves it: a tokenizer.json alone."""
     tokens = ("<|im_start|>", "<|im_end|>")
