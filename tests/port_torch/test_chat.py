@@ -1,6 +1,7 @@
 """Conversing with a tuned folder: the answers of transformers and of JAX, and what others read of it."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import pytest
 import core.generate
 import port_torch.chat
 import port_torch.import_checkpoint
+import port_torch.train
 import stacking.grow
+from core.chat import folder_template
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
+from core.checkpoint.steps import find_step
 from core.errors import UserError
 from tests.port_torch.small_training import call
 from tests.port_torch.trained import transformers_model
 from tests.port_torch.tuned import CONTEXT, Tuned
+from tests.train_tpu.processes import run_here
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
 QUESTIONS = ["Hi?", "Bye?", "Grüße, 3 + 4"]
@@ -140,10 +145,25 @@ def test_what_vllm_reads(tuned: Tuned):
 
 
 @pytest.mark.slow
-def test_a_template_stays_with_its_model(tuned: Tuned, checkpoint: Path, monkeypatch, tmp_path: Path):
+def test_a_template_stays_with_its_model(tuned: Tuned, checkpoint: Path, monkeypatch, tmp_path, capsys):
     """Imported, grown, trained further in either engine, resumed, and exported again."""
     template = load_manifest(tuned.folder, EXPORT_MANIFEST).chat_template
     assert template is not None and load_manifest(checkpoint).chat_template == template
     grown = tmp_path / "grown"
     assert call(monkeypatch, stacking.grow, checkpoint, "--op", "identity", "--out", grown) == 0
     assert load_manifest(grown).chat_template == template
+    more = ("--batch", "2", "--eval-windows", "1", "--prompts", "a", "--sample-every", "1000")
+    words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    trained, text = tmp_path / "trained", tmp_path / "text.txt"
+    text.write_text("Some text to train on. " * 400)
+    begin = [*words[3:-1], text, "--out", trained, *more]
+    run_here(*begin, "--steps", "1")
+    run_here("--out", trained, "--steps", "2", "--allow-change", "steps")  # resumed
+    assert load_manifest(find_step(trained)).chat_template == template
+    out = tmp_path / "exported"
+    run_here(trained, out, module="port_torch.convert")
+    assert folder_template(out) == template
+    begin = ("--from", tuned.folder, "--data", text, "--out", tmp_path / "torch", *more)
+    assert call(monkeypatch, port_torch.train, *begin, "--steps", "1") == 0
+    assert folder_template(tmp_path / "torch" / "model") == template
+    assert "next: python -m port_torch.chat" in capsys.readouterr().out
