@@ -20,6 +20,8 @@ from core.hub_models import local
 from core.sampling import GENERATION_OPTIONS, Sampling
 from port_torch.decoding import Decoding
 
+OPTIONS = GENERATION_OPTIONS | {"options": ("system", "template", *GENERATION_OPTIONS["options"])}
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
@@ -44,7 +46,7 @@ class ChatConfig:
 
 def main() -> int:
     """The command; 130 when Ctrl-C came at the prompt, or cut a file of questions short."""
-    config = cli.parse(ChatConfig, prog="python -m port_torch.chat", groups=GENERATION_OPTIONS)
+    config = cli.parse(ChatConfig, prog="python -m port_torch.chat", groups=OPTIONS)
     lines, questions = config.files.questions()
     require_kind(config.folder, "chat", Kind.WEIGHTS)
     folder = local(config.folder)
