@@ -73,6 +73,17 @@ def test_three_turns_are_those_of_transformers(tuned: Tuned, answers):
     assert answers(port_torch.chat, tuned.folder, "--system", "Be é.") == expected
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_answer(tuned: Tuned, monkeypatch, capsys, tmp_path: Path):
+    """In bfloat16, whose greedy tokens are not float32's; what it was tuned to say leaves no doubt."""
+    (tmp_path / "lines").write_text("Hi?\nHi?\n")
+    with (tmp_path / "lines").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert call(monkeypatch, port_torch.chat, tuned.folder, "--backend", "cuda", *GREEDY) == 0
+    out, err = capsys.readouterr()
+    assert out == "Yes.\nYes.\n" and err.count("decoded by the CUDA kernels in bfloat16") == 1
+
+
 @pytest.mark.slow
 def test_jax_answers_as_pytorch_does(tuned: Tuned, checkpoint: Path, answers):
     """Also what nobody has tuned it to say: by another template, it goes on until it is cut off."""
