@@ -40,6 +40,7 @@ def answers(monkeypatch, capsys, tmp_path: Path):
 
     def answers(module, *arguments, lines: list[str] = QUESTIONS) -> list[str]:
         (tmp_path / "lines").write_text("".join(f"{line}\n" for line in lines))
+        capsys.readouterr()  # what transformers may have printed
         with (tmp_path / "lines").open() as file:
             monkeypatch.setattr(sys, "stdin", file)
             assert call(monkeypatch, module, *arguments, *GREEDY) == 0
@@ -50,9 +51,9 @@ def answers(monkeypatch, capsys, tmp_path: Path):
 
 def theirs(folder: Path, questions: list[str], system: str | None = None) -> list[str]:
     """What transformers answers, one turn after the other."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), transformers_model(folder)
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(folder), transformers_model(folder)
     messages, said = [] if system is None else [{"role": "system", "content": system}], []
     for question in questions:
         messages.append({"role": "user", "content": question})
