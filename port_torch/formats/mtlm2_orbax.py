@@ -123,13 +123,20 @@ def _ignore_closed_loops() -> None:
     is closed, at any time later, each with a traceback on stderr.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
-    def hook(lost: Any) -> None:
-        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
-            before(lost)
+    def is_left_behind(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
-    sys.unraisablehook = hook
+    def of_destructors(lost: Any) -> None:
+        if not is_left_behind(lost.exc_value):
+            unraisable(lost)
+
+    def of_threads(kind: Any, error: BaseException, trace: Any) -> None:  # of C++, in call-backs
+        if not is_left_behind(error):
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = of_destructors, of_threads
 
 
 def _config(item: Path, arrays: dict[str, np.ndarray]) -> ModelConfig:

@@ -8,7 +8,8 @@ from bench.step import PLAIN, StepBenchConfig, measure
 from tests.models import GROUPED
 
 
-@pytest.mark.parametrize("who", [pytest.param(PLAIN, marks=pytest.mark.slow), "auto/preset"])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [PLAIN, "auto/preset"])
 def test_a_row_trains(who: str):
     """Fresh weights of standard deviation 0.02 tell no token from another: the loss is the logarithm of the
     vocabulary, and after an update lower on a batch that it has seen."""

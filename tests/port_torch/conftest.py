@@ -23,7 +23,7 @@ def trained(request: pytest.FixtureRequest, cache: Path, text: Path) -> Path:
     return train(cache, text, request.param)
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=["llama", pytest.param("gpt", marks=pytest.mark.slow)])
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """A model that learned to converse, of both kinds in turn."""
     return tune(tmp_path_factory.mktemp(f"tuned-{request.param}"), request.param)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.checks import require
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export
 from tests.port_torch.small_training import finetune_here
@@ -45,5 +46,5 @@ def tune(root: Path, kind: str) -> Tuned:
     )  # fmt: skip
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        assert finetune_here(patch, *arguments) == 0
+        require(finetune_here(patch, *arguments) == 0)
     return Tuned(root / "out", arguments, said.getvalue())

@@ -180,6 +180,7 @@ def test_the_log_tells_the_whole_history(stacked, base):
     assert out.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_identity_growth_continues_with_the_loss_of_the_ungrown_run(cache, base, trunk, grow_here, tmp_path):
     out = tmp_path / "identity"
     (tmp_path / ".identity.partial/checkpoints").mkdir(parents=True)  # left by a growth that was killed

@@ -231,6 +231,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_fallback_goes_behind_it(text, short, stopped, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(stopped[0], folder)

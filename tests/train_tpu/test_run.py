@@ -78,6 +78,7 @@ def test_evaluations_and_samples_do_not_perturb_training(finished, cache, text):
     assert losses(folder) == losses(finished[0])
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_compiled_step_and_says_how_long_it_took(finished, cache, text):
     folder = cache / "again"
     out, _ = run_here(*UNSAMPLED, "--data", text, "--out", folder, compile_anew=True)
@@ -121,6 +122,7 @@ def test_accumulation_equals_the_big_batch(finished, cache, text):
     np.testing.assert_allclose(np.array(losses(folder)), np.array(losses(finished[0])), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_once_whatever_happens(cache, text, caplog):
     """Over a start and a resume with skipped updates, evaluations and a changing learning rate."""
     folder = cache / "compilations"
