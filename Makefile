@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Bytecode is kept whatever the shell says: the tests start many processes.
-PYTEST = PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist worksteal
+# Bytecode is kept whatever the shell says: the tests start many processes. There is one for each core, in which
+# PyTorch's threads would only wait for each other.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 .PHONY: train test test-slow lint clean
 

@@ -1,6 +1,5 @@
 """The original MTLM2's (TinyGPT's) checkpoints: a flax.linen TrainState, as Orbax's StandardSave wrote it."""
 
-import functools
 import logging
 import re
 import sys
@@ -115,7 +114,6 @@ def _load(item: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
 
 
-@functools.cache
 def _ignore_closed_loops() -> None:
     """Has Python say nothing of what Orbax leaves behind when an array cannot be read.
 
@@ -123,20 +121,13 @@ def _ignore_closed_loops() -> None:
     is closed, at any time later, each with a traceback on stderr.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+    before = sys.unraisablehook
 
-    def is_left_behind(error: BaseException | None) -> bool:
-        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    def hook(lost: Any) -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+            before(lost)
 
-    def of_destructors(lost: Any) -> None:
-        if not is_left_behind(lost.exc_value):
-            unraisable(lost)
-
-    def of_threads(kind: Any, error: BaseException, trace: Any) -> None:  # of C++, in call-backs
-        if not is_left_behind(error):
-            uncaught(kind, error, trace)
-
-    sys.unraisablehook, sys.excepthook = of_destructors, of_threads
+    sys.unraisablehook = hook
 
 
 def _config(item: Path, arrays: dict[str, np.ndarray]) -> ModelConfig:
