@@ -37,13 +37,16 @@ WORTH_KEEPING = 1 << 28
 
 
 def make(
-    out: Path, plan: Plan, tokenizer: Tokenizer, context: int, n_workers: int, parent: ds.Dataset | None
+    out: Path, plan: Plan, tokenizer: Tokenizer, context: int, workers: int | None, parent: ds.Dataset | None
 ) -> ds.Dataset:
     """Makes the folder `out` of what is planned, and of what `parent` has; opens it.
+
+    workers: processes that read, tokenise and write. Default: one for each core.
 
     Raises:
         UserError: the text cannot be used, a split is empty, or the disk refuses.
     """
+    n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
     with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
         try:
             data = folder / DATA

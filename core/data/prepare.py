@@ -4,23 +4,22 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Unpack
 
 from rich.console import Console
 
 from core import checks
 from core.data import dataset as ds
 from core.data import versions
-from core.data.formats import Form
 from core.data.making import make, work_path
 from core.data.packing import DATA
 from core.data.sources import open_sources
-from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Overlapping, Plan, make_plan
+from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, TextOptions, make_plan
 from core.data.summary import print_summary
 from core.errors import UserError
 from core.file_tokenizer import keeps_text
@@ -44,14 +43,8 @@ def prepare(
     context: int,
     valid: dict[str, str] | None = None,
     valid_fraction: float | None = None,
-    train_tokens: int | None = None,
-    field: str = "text",
-    format: Form | None = None,
     workers: int | None = None,
-    template: str | None = None,
-    dedup: bool = False,
-    overlap: Overlapping | None = None,
-    eval_items: list[str] | None = None,
+    **options: Unpack[TextOptions],
 ) -> Path:
     """Prepares `sources` into the new folder `out` and returns it.
 
@@ -60,18 +53,13 @@ def prepare(
     A `UserError` for input that cannot be used.
     """
     checks.counts(context=context, workers=workers)
-    checks.counts(most=2**63, train_tokens=train_tokens)
     if out.is_dir() and not (work_path(out) / DATA).exists():
         shutil.rmtree(work_path(out), ignore_errors=True)  # a run that was killed when all was done left it
     require_new(out)
     with Activity("looking at the text", console=Console()):
-        plan = make_plan(
-            sources, valid or {}, valid_fraction, train_tokens, field, format, template, dedup, overlap,
-            eval_items,
-        )  # fmt: skip
+        plan = make_plan(sources, valid or {}, valid_fraction, **options)
     loaded = load_tokenizer(tokenizer)
-    n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    opened = make(out, plan, loaded, context, n_workers, None)
+    opened = make(out, plan, loaded, context, workers, None)
     print_summary(opened, plan)
     if not keeps_text(loaded):
         print(
@@ -86,14 +74,8 @@ def append(
     out: Path,
     tokenizer: str | None = None,
     context: int | None = None,
-    train_tokens: int | None = None,
-    field: str = "text",
-    format: Form | None = None,
     workers: int | None = None,
-    template: str | None = None,
-    dedup: bool = False,
-    overlap: Overlapping | None = None,
-    eval_items: list[str] | None = None,
+    **options: Unpack[TextOptions],
 ) -> Path:
     """Makes a new version of the prepared folder `out`, which has `sources` as well; its folder.
 
@@ -101,7 +83,6 @@ def append(
     `out`. A `UserError` for others, or for input that cannot be used.
     """
     checks.counts(context=context, workers=workers)
-    checks.counts(most=2**63, train_tokens=train_tokens)
     if not is_prepared(str(out)):
         raise UserError(f"--append {out} is no prepared data: make it with --out, or name a folder that is")
     parent = ds.open_dataset(versions.version_paths(out)[-1])
@@ -117,10 +98,9 @@ def append(
     new = out / f"v{parent.version + 1}"
     require_new(new)
     with Activity("looking at the text", console=Console()):
-        plan = make_plan(sources, {}, 0.0, train_tokens, field, format, template, dedup, overlap, eval_items)
+        plan = make_plan(sources, {}, 0.0, **options)
         _read_back(parent, plan, loaded)
-    n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    opened = make(new, plan, loaded, parent.context, n_workers, parent)
+    opened = make(new, plan, loaded, parent.context, workers, parent)
     print_summary(opened, plan)
     print(
         f"{out} now has version {opened.version}, {opened.fingerprint[:12]}: new runs read it, and runs that "

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -287,13 +287,25 @@ def _joined(piece: int, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return spans
 
 
+class TextOptions(TypedDict, total=False):
+    """What is read of the text, and what of that trains; `train_tpu.prepare.PrepareConfig` describes it."""
+
+    train_tokens: int | None
+    field: str
+    format: Form | None
+    template: str | None
+    dedup: bool
+    overlap: Overlapping | None
+    eval_items: list[str] | None
+
+
 def make_plan(
     sources: list[str],
     valid: dict[str, str],
     fraction: float | None,
-    train_tokens: int | None,
+    train_tokens: int | None = None,
     field: str = "text",
-    form: Form | None = None,
+    format: Form | None = None,
     template: str | None = None,
     dedup: bool = False,
     overlap: Overlapping | None = None,
@@ -304,6 +316,7 @@ def make_plan(
     Raises:
         UserError: a source cannot be opened, held-out parts make no sense, or nothing is left to train on.
     """
+    checks.counts(most=2**63, train_tokens=train_tokens)
     if fraction is not None and valid:
         raise UserError("give --valid or --valid-fraction, not both")
     checks.below_one(valid_fraction=fraction)
@@ -322,12 +335,12 @@ def make_plan(
             "NAME=PATH, or texts with --eval-items FILE"
         )
     heldout = {
-        name: open_sources([path], field, form, heldout=True, template=template)
+        name: open_sources([path], field, format, heldout=True, template=template)
         for name, path in valid.items()
     }
     held = {source.identity(): name for name, group in heldout.items() for source in group}
     train = []
-    for source in open_sources(sources, field, form, template=template):
+    for source in open_sources(sources, field, format, template=template):
         if source.identity() in held:
             print(f"{source.name} is held out as {held[source.identity()]}, so it does not train")
         else:
