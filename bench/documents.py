@@ -26,7 +26,7 @@ from core.checkpoint.checkpointer import restore_params
 from core.checkpoint.manifest import load_manifest
 from core.checkpoint.steps import find_step
 from core.config import ModelConfig, compute_dtype
-from core.data.batches import heldout_windows
+from core.data.batches import full_batches, heldout_windows
 from core.data.dataset import Dataset, open_dataset
 from core.documents import document_mark, number_documents
 from core.errors import UserError, run_command
@@ -77,13 +77,13 @@ def group_sums(
     compute: Compute,
     params: Params,
     tokens: Int[Array, "B S1"],
-    scored: Bool[Array, "G B S"],
+    scored: Bool[Array, "B G S"],
     documents: Int[Array, "B S"] | None,
 ) -> Float[Array, " G"]:
     """The cross-entropy summed over the places of every group."""
     hidden = forward(config, params, tokens[:, :-1], compute, documents=documents)
     table = head_table(config, params)
-    targets = (jnp.where(places, tokens[:, 1:], IGNORE) for places in scored)
+    targets = (jnp.where(places, tokens[:, 1:], IGNORE) for places in scored.swapaxes(0, 1))
     return jnp.stack([cross_entropy(hidden, table, t).nll for t in targets])
 
 
@@ -106,18 +106,14 @@ def score(config: DocumentsConfig, dataset: Dataset, split: str, run: Path) -> I
     windows, mask = heldout_windows(dataset, split, config.windows)
     documents = number_documents(windows[:, :-1], mark)
     groups = group_of_places(documents)
-    scored = np.stack([*((groups == g) & mask for g in range(len(GROUPS) - 1)), mask])
-    counts = scored.sum(axis=(1, 2))
+    scored = np.stack([*((groups == g) & mask for g in range(len(GROUPS) - 1)), mask], axis=1)
+    counts = scored.sum(axis=(0, 2))
     rates = [row["tokens_per_second"] for row in read_log(run, "train")][WARM_UP:]
     rate = f"{statistics.median(rates):,.0f}" if rates else ""
     masked = manifest.config["run"].get("document_mask", False)
     for alone in (False, True):
         sums = np.zeros(len(GROUPS))
-        for start in range(0, len(windows), config.rows):
-            part = slice(start, start + config.rows)
-            short = config.rows - len(windows[part])  # filled up: one shape only
-            tokens, numbers = (np.pad(x[part], ((0, short), (0, 0))) for x in (windows, documents))
-            places = np.pad(scored[:, part], ((0, 0), (0, short), (0, 0)))
+        for _, (tokens, numbers, places) in full_batches(config.rows, windows, documents, scored):
             given = jnp.asarray(numbers) if alone else None
             sums += group_sums(model, compute, params, jnp.asarray(tokens, jnp.int32), places, given)
         losses = (f"{total / n:.4f}" if n else "-" for total, n in zip(sums, counts, strict=True))
@@ -126,6 +122,7 @@ def score(config: DocumentsConfig, dataset: Dataset, split: str, run: Path) -> I
 
 
 def main() -> int:
+    """Runs the command: one table of all runs."""
     config = cli.parse(DocumentsConfig, prog="python -m bench.documents")
     dataset = open_dataset(config.data)
     split = config.split or next(iter(dataset.heldout), None)

@@ -5,12 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer
 
 from core.config import ModelConfig
-from core.data.batches import Data, heldout_windows
+from core.data.batches import Data, full_batches, heldout_windows
 from core.documents import DocumentMark, number_documents
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, forward, head_table
@@ -51,15 +50,12 @@ class Evaluator:
         with Activity(f"evaluating {split}", unit="windows") as progress:
             tokens, mask = heldout_windows(self.dataset, split, limit)
             progress.total = len(tokens)
-            for start in range(0, len(tokens), self.rows):
+            for n, (part, scored) in full_batches(self.rows, tokens, mask):
                 if interrupted():
                     return None
-                part, scored = tokens[start : start + self.rows], mask[start : start + self.rows]
-                missing = ((0, self.rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
-                arrays = (np.pad(part, missing)[None], np.pad(scored, missing)[None])
-                nll = self._sums(params, *(place(array, self._sharding) for array in arrays))
+                nll = self._sums(params, *(place(x[None], self._sharding) for x in (part, scored)))
                 total, count = total + float(nll), count + int(scored.sum())
-                progress.advance(len(part))
+                progress.advance(n)
         info = self.dataset.splits[split]
         return make_score(total, count, info.tokens - 1, info.bytes)
 

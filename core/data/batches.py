@@ -165,6 +165,15 @@ def record_at(index: int, n_records: int, seed: int) -> int:
     return grain.experimental.index_shuffle(place, max_index=n_records - 1, seed=epoch_seed, rounds=16)
 
 
+def full_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """(n, `size` rows of each array), in turn. Of the last ones only `n` are theirs: they are filled up with
+    zeros, so that whatever computes with them is compiled for one shape."""
+    for start in range(0, len(arrays[0]), size):
+        parts = [array[start : start + size] for array in arrays]
+        n = len(parts[0])
+        yield n, tuple(np.pad(part, [(0, size - n)] + [(0, 0)] * (part.ndim - 1)) for part in parts)
+
+
 def heldout_windows(data: Data, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [n, context + 1], mask bool [n, context]) of a held-out split.
 

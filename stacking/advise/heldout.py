@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from core.checkpoint.checkpointer import restore_params
 from core.config import ModelConfig
-from core.data.batches import Data, heldout_windows
+from core.data.batches import Data, full_batches, heldout_windows
 from core.documents import number_documents, recorded_mark
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table
@@ -35,14 +35,11 @@ def score_windows(step_dir: Path, model: ModelConfig, dataset: Data, split: str,
         Activity(f"evaluating {split}", len(tokens), "windows") as progress,
         jax.default_matmul_precision("highest"),
     ):
-        for start in range(0, len(tokens), rows):
-            part, scored = tokens[start : start + rows], mask[start : start + rows]
-            missing = ((0, rows - len(part)), (0, 0))  # the last batch is filled up: one shape only
-            inputs, predicted = np.pad(part, missing).astype(np.int32), np.pad(scored, missing)
-            targets = np.where(predicted, inputs[:, 1:], IGNORE)
-            documents = number_documents(inputs[:, :-1], mark)
-            nats.append(np.asarray(_row_nats(model, params, inputs[:, :-1], targets, documents))[: len(part)])
-            progress.advance(len(part))
+        for n, (part, scored) in full_batches(rows, tokens.astype(np.int32), mask):
+            targets = np.where(scored, part[:, 1:], IGNORE)
+            documents = number_documents(part[:, :-1], mark)
+            nats.append(np.asarray(_row_nats(model, params, part[:, :-1], targets, documents))[:n])
+            progress.advance(n)
     return WindowLosses(np.concatenate(nats).astype(np.float64), mask.sum(1))
 
 
