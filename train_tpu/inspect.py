@@ -9,7 +9,7 @@ import tyro
 from core import cli
 from core.errors import UserError, run_command
 from core.folders import require_place
-from core.run.folder import newest_manifest, read_config
+from core.run.folder import newest_manifest, require_run
 from core.run.heat_maps import plot_heat_maps
 from core.run.symptoms import find_symptoms
 from core.run.watching import read_watched
@@ -32,8 +32,7 @@ def main() -> int:
     """The command; 0 when the picture is drawn."""
     config = cli.parse(InspectConfig, prog="python -m train_tpu.inspect")
     run, out = config.run, config.out or config.run / PICTURE
-    if not run.is_dir() or read_config(run) is None:
-        raise UserError(f"{run} is not the folder of a run (it has no config.json): give one")
+    require_run(run)
     if out.suffix != ".png" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: give the name of a .png in a folder that exists")
     require_place(out.parent)

@@ -80,6 +80,14 @@ def lock_folder(out: Path) -> TextIO:
     return lock
 
 
+def require_run(folder: Path, advice: str = "give one") -> dict[str, Any]:
+    """The record of a run folder; a UserError with that advice where a path is none."""
+    record = read_config(folder) if folder.is_dir() else None
+    if record is None:
+        raise UserError(f"{folder} is not the folder of a run (it has no config.json): {advice}")
+    return record
+
+
 def read_config(out: Path) -> dict[str, Any] | None:
     """The record in a run folder's config.json; None where there is none."""
     path = out / "config.json"

@@ -14,7 +14,7 @@ from core.data.mixture import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.run.data import open_recorded_data
-from core.run.folder import data_name, read_config
+from core.run.folder import data_name, require_run
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import engine_of
 from core.run.schedule import why_not_constant
@@ -122,11 +122,7 @@ def open_questions(config: AdviseConfig, out: Path) -> list[Question]:
             not make it deeper, or the budget is too small.
     """
     require_kind(config.run, "grow", Kind.CHECKPOINT)
-    if not config.run.is_dir() or read_config(config.run) is None:
-        raise UserError(
-            f"{config.run} is not the folder of a run (it has no config.json): give one, and with --at "
-            "which of its checkpoints"
-        )
+    require_run(config.run, "give one, and with --at which of its checkpoints")
     saved = list_steps(config.run / "checkpoints")
     if not saved:
         raise UserError(f"the run in {config.run} has no checkpoint yet: wait until it has saved one")

@@ -15,7 +15,7 @@ from core.data.mixture import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.run.data import open_recorded_data
-from core.run.folder import data_name, newest_manifest, read_config, recorded_data
+from core.run.folder import data_name, newest_manifest, recorded_data, require_run
 from core.run.guard import GuardConfig
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import KEPT, engine_of, settings_for
@@ -110,10 +110,9 @@ def open_recorded(folder: Path, step: int) -> Recorded:
         UserError: there is no run, no such update, or nothing left to make it from.
     """
     checkpoints = folder / "checkpoints"
-    newest = read_config(folder) if folder.is_dir() else None
-    if newest is None:
+    if not (folder / "config.json").is_file():
         require_kind(folder, "replay", Kind.CHECKPOINT)
-        raise UserError(f"{folder} is not the folder of a run (it has no config.json): give one")
+    newest = require_run(folder)
     if "preset" not in newest["run"]:
         raise UserError(
             f"the run in {folder} is of port_torch.finetune: only runs that pretrain are replayed"
