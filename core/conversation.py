@@ -17,7 +17,7 @@ from core.batch_file import BatchFile, write_texts
 from core.chat import ChatFormat
 from core.data.conversations import Turn
 from core.errors import UserError
-from core.sampling import pieces
+from core.sampling import pieces, typed_lines
 
 SHARE = 4
 """An answer is left this part of the context, or --max-new-tokens where they are fewer; 4: a quarter."""
@@ -171,7 +171,7 @@ def converse(session: Session, about: str) -> int:
     typed = sys.stdin is not None and sys.stdin.isatty()
     say(f"{about}{'; /help lists the commands' if typed else ''}")
     code = 0
-    for line in _typed_lines() if typed else _piped_lines():
+    for line in typed_lines() if typed else _piped_lines():
         try:
             if line.startswith("/"):
                 if not obey(session, line.strip()):
@@ -221,22 +221,6 @@ def _print_answer(session: Session, question: str, typed: bool) -> None:
     print(flush=True)
     if session.ended_by is not None:
         say(f"the answer was ended by {session.ended_by}; it is kept as it is")
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines from a terminal; Ctrl-C leaves them."""
-    import readline  # noqa: F401 (so that input() lets lines be edited and recalled)
-
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
-        except UnicodeDecodeError as error:
-            print(f"error: that is not UTF-8 ({error})", file=sys.stderr)
-            continue
-        yield line
 
 
 def _piped_lines() -> Iterator[str]:

@@ -118,6 +118,22 @@ def show(texts: list[str], added: Iterable[list[str]]) -> None:
             print(f"{text}{''.join(parts)}\n-----")
 
 
+def typed_lines() -> Iterator[str]:
+    """Lines from a terminal, until Ctrl-D; Ctrl-C leaves them as a KeyboardInterrupt."""
+    import readline  # noqa: F401 (so that input() lets lines be edited and recalled)
+
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError as error:
+            print(f"error: that is not UTF-8 ({error})", file=sys.stderr)
+            continue
+        yield line
+
+
 def piped_prompt() -> str | None:
     """The text that is piped or redirected into the command, without a line feed at its end; None for none.
 

@@ -17,7 +17,7 @@ from core.data.tuning_rows import instruction
 from core.errors import UserError, run_command
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import local
-from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room
+from core.sampling import GENERATION_OPTIONS, Sampling, piped_prompt, require_room, typed_lines
 from port_torch.decoding import Decoding
 
 if TYPE_CHECKING:
@@ -84,27 +84,19 @@ def main() -> int:
 
 def converse(writer: "Writer", config: GenerateConfig) -> int:
     """Asks for text to continue until Ctrl-D, and begins anew with each. Ctrl-C stops a text."""
-    import readline  # noqa: F401 (so that input() lets lines be edited and recalled)
-
     what = "an instruction" if config.prompt_format == "instruction" else "text to continue"
     print(f"{what} (Ctrl-C stops a text, Ctrl-D ends):", file=sys.stderr)
-    number = 0
-    while True:
-        try:
-            text = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        except UnicodeDecodeError as error:
-            print(f"error: that is not UTF-8 ({error})", file=sys.stderr)
-            continue
-        try:
-            writer.print([config.formatted(text)], number)
-        except KeyboardInterrupt:
-            print()
-        except UserError as error:  # a text too long, say: the next may do
-            print(f"error: {error}", file=sys.stderr)
-        number += 1
+    try:
+        for number, text in enumerate(typed_lines()):
+            try:
+                writer.print([config.formatted(text)], number)
+            except KeyboardInterrupt:
+                print()
+            except UserError as error:  # a text too long, say: the next may do
+                print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print()
+    return 0
 
 
 if __name__ == "__main__":
