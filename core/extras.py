@@ -36,10 +36,18 @@ def require_extra(extra: str, commands: Collection[str] | None = None) -> None:
         sys.exit(tell(UserError(f"this command needs {needed}: {install_command(extra)}")))
 
 
+def require_package(name: str, why: str) -> None:
+    """A UserError if a package of the extra `torch` is not installed, told without importing it.
+
+    why: what it is needed for, in a sentence of its own.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{why}: {install_command('torch')}")
+
+
 def require_peft() -> None:
-    """A UserError if `peft` is not installed, told without importing it."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"LoRA adapters are saved and opened with peft: {install_command('torch')}")
+    """Of the package `peft`, `require_package`."""
+    require_package("peft", "LoRA adapters are saved and opened with peft")
 
 
 def install_command(extra: str, root: Path = Path(__file__).parents[1]) -> str:

@@ -40,6 +40,18 @@ def require_new(out: Path) -> None:
     require_place(out)
 
 
+def require_space(place: Path, needed: int, what: str) -> None:
+    """A UserError where the disk of a folder has fewer bytes free than are `needed`.
+
+    what: is going to be written, with its verb: "the weights take".
+    """
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{place} has {free / 1e9:.2f} GB free, and {what} {needed / 1e9:.2f} GB: free some space"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """The path of a hidden folder next to `out`, for the caller to make and fill; it becomes `out` when all

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, verify
@@ -30,6 +29,7 @@ from port_torch.folder import (
     read_json,
     require_finite,
     require_tensors,
+    save_tensors,
     weights_hash,
 )
 from port_torch.hf_config import STOCK, hf_config, stock_type
@@ -90,8 +90,7 @@ def write_adapter(folder: Path, decoder: Decoder, lora: LoraConfig, base: Path) 
         for matrix in ("lora_A", "lora_B"):
             weight = getattr(layer, matrix)[ADAPTER].weight.detach()
             tensors[f"{PREFIX}{module}.{matrix}.weight"] = weight.to("cpu", torch.float32).contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # like the other files; safetensors writes for its owner alone
+    save_tensors(tensors, folder / WEIGHTS)
     return {name: {"shape": list(t.shape), "dtype": "float32"} for name, t in tensors.items()}
 
 

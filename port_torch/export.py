@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
 from core.errors import UserError
+from core.folders import require_space
 from core.progress import Activity
 from core.special_tokens import join_name, split_name
 from core.tokenizer import Tokenizer
 from port_torch import hf
 from port_torch.card import base_model
-from port_torch.folder import CONFIG, INDEX, WEIGHTS
+from port_torch.folder import CONFIG, INDEX, WEIGHTS, save_tensors
 from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
 from port_torch.names import Place, exported_tensors
@@ -62,13 +62,7 @@ def write_weights(
     """
     names = exported_tensors(model)
     torch_dtype = getattr(torch, dtype)
-    needed = model.n_params * torch_dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: "
-            "free some space"
-        )
+    require_space(folder.parent, model.n_params * torch_dtype.itemsize, "the weights take")
 
     def tensor(name: str) -> torch.Tensor:
         array = read(names[name]).detach().to("cpu", torch_dtype).contiguous()
@@ -83,8 +77,7 @@ def write_weights(
     )  # fmt: skip
     with Activity("writing the weights"):
         for file, held in split.filename_to_tensors.items():
-            save_file({name: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # like the other files; safetensors writes for its owner alone
+            save_tensors({name: tensor(name) for name in held}, folder / file)
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return {name: {"shape": list(leaf.shape), "dtype": dtype} for name, leaf in names.items()}

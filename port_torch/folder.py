@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.errors import UserError
@@ -110,6 +111,13 @@ def require_tensors(
 def export_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, not verified, if it is an export of ours."""
     return load_manifest(folder, EXPORT_MANIFEST) if (folder / EXPORT_MANIFEST).exists() else None
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes a safetensors file that others may read, as the files next to it; the library writes it for its
+    owner alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
 
 
 def weights_hash(folder: Path) -> str:

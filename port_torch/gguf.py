@@ -4,7 +4,6 @@ What the command does is in port_torch/gguf_file.py, which is imported once it i
 """
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ import tyro
 
 from core import cli
 from core.errors import UserError, run_command
-from core.extras import install_command
+from core.extras import require_package
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_place
 from core.hub_models import local
@@ -60,8 +59,7 @@ def check(config: GgufConfig) -> None:
     if (config.out.exists() or config.out.is_symlink()) and not config.overwrite:
         raise UserError(f"{config.out} exists already: name another file, or replace it with --overwrite")
     require_place(out.parent)
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"writing GGUF needs the package gguf: {install_command('torch')}")
+    require_package("gguf", "writing GGUF needs the package gguf")
 
 
 if __name__ == "__main__":

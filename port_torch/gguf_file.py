@@ -10,7 +10,6 @@ and Qwen3 rotate as ours.
 
 import math
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +22,7 @@ from huggingface_hub import metadata_load
 from core.chat import folder_template
 from core.config import ModelConfig
 from core.errors import UserError
-from core.folders import whole_file
+from core.folders import require_space, whole_file
 from core.hub_models import origin, parse
 from core.progress import Activity
 from core.rope import KINDS
@@ -87,7 +86,7 @@ def write_gguf(config: "GgufConfig") -> None:
     template = folder_template(folder)
 
     with whole_file(out) as partial:
-        require_room(out, sum(tensor.n_bytes for tensor in tensors))
+        require_space(out.parent, sum(tensor.n_bytes for tensor in tensors), "the file takes")
         writer = gguf.GGUFWriter(partial, architecture)
         try:
             add_origin(writer, folder, model.n_params)
@@ -185,16 +184,6 @@ def plan(opened: ModelFolder, architecture: str, matrices: Type) -> list[Planned
         interleaved = architecture == "llama" and place.path.rpartition("/")[0] in ROTATED
         tensors.append(Planned(name, place.shape, matrices if is_matrix else Type.F32, source, interleaved))
     return tensors
-
-
-def require_room(out: Path, needed: int) -> None:
-    """A UserError where the disk has less free than the tensors take, in bytes."""
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise UserError(
-            f"{out.parent} has {free / 1e9:.2f} GB free, and the file takes {needed / 1e9:.2f} GB: free some "
-            "space"
-        )
 
 
 def add_origin(writer: gguf.GGUFWriter, folder: Path, n_params: int) -> None:

@@ -29,6 +29,11 @@ NO_PLACE = ("input", "context", "history", "tools", "functions")
 """Fields that an answer may depend on and that no turn holds."""
 
 
+def filled(value: Any) -> bool:
+    """Whether a field holds anything; 0 and false do."""
+    return value not in (None, "", [], {})
+
+
 class Turn(NamedTuple):
     """What one of the speakers says."""
 
@@ -115,9 +120,7 @@ def _turns(fields: Mapping[str, Any], used: tuple[str, ...], where: str) -> tupl
             raise UserError(f"{where}: {name} must be a list of turns, got {json.dumps(fields[name])[:40]}")
         for number, turn in enumerate(fields[name], 1):
             turns.append(_turn(turn, f"{where}: turn {number} of {name}", learns=name != "prompt"))
-            unused |= {
-                f"{name}.{key}" for key in turn if key not in READ and turn[key] not in (None, "", [], {})
-            }
+            unused |= {f"{name}.{key}" for key in turn if key not in READ and filled(turn[key])}
     if "system" in used:
         if not isinstance(fields["system"], str):
             raise UserError(f"{where}: system must be a string, got {json.dumps(fields['system'])[:40]}")

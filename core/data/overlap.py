@@ -24,7 +24,7 @@ N = 13
 MOST = 1 << 27
 """Runs that are held: 1 GiB."""
 WORD = re.compile(r"[^\W_]+")
-KNOWN_WORDS = 1 << 20  # whose hashes are kept at hand
+CACHED_WORDS = 1 << 20  # whose hashes are cached
 # Odd, so that no bit of a word's hash is lost; word i of a run counts FACTOR^i times.
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 WEIGHTS = np.array([pow(int(FACTOR), i, 2**64) for i in range(N)], np.uint64)
@@ -42,7 +42,7 @@ def runs(text: str) -> np.ndarray:
     found = words(text)
     if len(found) < N:
         return np.empty(0, np.uint64)
-    if len(_hashes) > KNOWN_WORDS:
+    if len(_hashes) > CACHED_WORDS:
         _hashes.clear()
     hashed = np.fromiter((_hashes.get(word) or _hash(word) for word in found), np.uint64, len(found))
     return sum(weight * hashed[i : len(hashed) - N + 1 + i] for i, weight in enumerate(WEIGHTS))

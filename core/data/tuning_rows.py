@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.data.conversations import CHATS, Conversation, Turn, read_conversation
+from core.data.conversations import CHATS, Conversation, Turn, filled, read_conversation
 from core.data.text import read_json_lines
 from core.errors import UserError
 
@@ -98,11 +98,6 @@ def read_rows(path: Path, chat: bool = False) -> RowFile:
         raise UserError(f"{path} is empty: {FORMS} per line")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return RowFile(rows, form, sha256, dict(unused), has_context, unanswered)
-
-
-def filled(value: Any) -> bool:
-    """Whether a field holds anything; 0 and false do."""
-    return value not in (None, "", [], {})
 
 
 def _conversation_fields(fields: dict[str, Any], where: str) -> tuple[str, ...]:
