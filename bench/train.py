@@ -7,7 +7,6 @@ fresh compilations, and what Liger changes in transformers is changed for it alo
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from bench import row_process
 from bench.bars import draw_rates
+from bench.row_process import Row, print_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
@@ -30,8 +31,6 @@ BATCH = {
 }  # fmt: skip
 GOALS = {"mtlm1-200m": {"plain": 1.2, "hf-liger": 1.6}, "mtlm2-40m": {"plain": 1.35}}
 """How many times the peer's tokens/s ours shall have."""
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +98,10 @@ def run_row(config: TrainBenchConfig, row: str) -> Row:
 
 
 def in_process(row: str, argv: list[str]) -> Row:
-    """Its figures, or {"failed": why, in one line}; then its stderr is shown."""
-    command = [sys.executable, "-m", "bench.train", "--row", row, *argv]
+    """See `bench.row_process.in_process`."""
     # Elsewhere JAX only draws the first weights.
     environment = os.environ | ({} if row.partition("/")[2] in JAX else {"JAX_PLATFORMS": "cpu"})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.rpartition("ROW ")[2])
-    print(done.stderr, file=sys.stderr)
-    lines = done.stderr.split("\n")
-    said = [line for line in lines if line.strip()] or [f"ended with {done.returncode}"]
-    return {"failed": said[-1].strip()[:200]}
+    return row_process.in_process("bench.train", row, argv, environment)
 
 
 def goals(rows: list[Row]) -> list[dict[str, Any]]:
@@ -191,7 +183,7 @@ def main() -> None:
         row, argv = argv[1], argv[2:]
     config = cli.parse(TrainBenchConfig, argv, prog="python -m bench.train")
     if row:
-        print("ROW " + json.dumps(run_row(config, row)))
+        print_row(run_row(config, row))
         return
     cuda = config.device == "cuda"
     if cuda and not torch.cuda.is_available():

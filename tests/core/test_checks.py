@@ -10,6 +10,7 @@ import pytest
 
 from bench.decode import DecodeBenchConfig
 from bench.eval import EvalBenchConfig
+from bench.finetune import FinetuneBenchConfig
 from bench.loader import LoaderConfig
 from bench.step import StepBenchConfig
 from bench.train import TrainBenchConfig
@@ -44,7 +45,7 @@ CONFIGS = [
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
     AdviseConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),
-    StepBenchConfig(), TrainBenchConfig(),
+    StepBenchConfig(), TrainBenchConfig(), FinetuneBenchConfig(X),
 ]  # fmt: skip
 WRONG = {float: (math.nan, math.inf, -math.inf, -5.0), int: (-5, 2**70)}
 

@@ -1,0 +1,28 @@
+"""A row of a benchmark in a process of its own: a fresh allocator, fresh compilations."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+MARK = "ROW "
+
+
+def print_row(row: Row) -> None:
+    """What a row's process ends with."""
+    print(MARK + json.dumps(row))
+
+
+def in_process(module: str, row: str, argv: Sequence[str], environment: dict[str, str]) -> Row:
+    """The figures of `python -m MODULE --row ROW ARGV`, or {"failed": why, in one line}; then its stderr is
+    shown."""
+    command = [sys.executable, "-m", module, "--row", row, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.rpartition(MARK)[2])
+    print(done.stderr, file=sys.stderr)
+    lines = done.stderr.split("\n")
+    said = [line for line in lines if line.strip()] or [f"ended with {done.returncode}"]
+    return {"failed": said[-1].strip()[:200]}
