@@ -5,13 +5,13 @@ A job that is done already is not run again, so a list of jobs that was stopped 
 
 import dataclasses
 import os
-import queue
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -49,72 +49,191 @@ class Job:
     """FLOPs, for the time left."""
     before: Callable[[], None] = lambda: None
     """Called just before the process starts."""
+    after: Callable[[float], None] = lambda seconds: None
+    """Called when the job is done, with the seconds that its process took."""
+    seconds: Callable[[], float | None] = lambda: None
+    """What its process is expected to take; None: nobody knows."""
+
+
+class Budget:
+    """What may be spent from now on. A job that cannot end within it is not started; at the end of the time,
+    those that still run save their state and end."""
+
+    def __init__(self, minutes: float | None = None, flops: float | None = None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._flops = flops
+
+    def seconds_left(self) -> float:
+        """As many as a thread can wait for, where there is no limit."""
+        return threading.TIMEOUT_MAX if self._end is None else self._end - time.monotonic()
+
+    def take(self, job: Job) -> bool:
+        """Whether a job fits; its FLOPs are spent then."""
+        if self._flops is not None and job.cost > self._flops:
+            return False
+        if self.seconds_left() <= (job.seconds() or 0.0):
+            return False
+        if self._flops is not None:
+            self._flops -= job.cost
+        return True
 
 
 def run_jobs(
-    jobs: list[Job], out: Path, at_once: int, gpus: tuple[int, ...], console: Console, dry_run: bool
-) -> None:
-    """Runs all jobs that are not done; their output goes to `out`/logs.
+    jobs: list[Job],
+    out: Path,
+    at_once: int,
+    gpus: tuple[str, ...],
+    console: Console,
+    dry_run: bool,
+    budget: Budget | None = None,
+) -> bool:
+    """Runs all jobs that are not done, in their order; their output goes to `out`/logs.
 
     Args:
         jobs: jobs that several need may stand in it several times; what they need stands before them.
         at_once: processes at a time, on each of `gpus` if any are named.
 
+    Returns:
+        Whether all are done; False where the budget left some out.
+
     Raises:
         UserError: a job failed; the others that do not need it are done first.
     """
     unique = {job.name: job for job in jobs}
-    open_jobs = {name: job for name, job in unique.items() if not job.done()}
-    total = sum(job.cost for job in open_jobs.values())
-    console.print(f"{len(open_jobs)} of {len(unique)} jobs to do, {total:.3g} FLOPs", highlight=False)
+    todo = {name: job for name, job in unique.items() if not job.done()}
+    total = sum(job.cost for job in todo.values())
+    console.print(f"{len(todo)} of {len(unique)} jobs to do, {total:.3g} FLOPs", highlight=False)
     if dry_run:
-        for job in open_jobs.values():
+        for job in todo.values():
             console.print(f"  {job.name}: {command(*job.command)}", markup=False, highlight=False)
-        return
-    slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for _ in range(at_once):
-        for gpu in gpus or (None,):
-            slots.put(gpu)
-    running: dict[Future, Job] = {}
-    processes = Processes(out, 0.9 / at_once)
-    failed: dict[str, str] = {}
-    started, spent = time.monotonic(), 0.0
-    pool = ThreadPoolExecutor(at_once * max(1, len(gpus)))
+        return True
+    deal = _Deal(
+        todo, out, [gpu for _ in range(at_once) for gpu in gpus or (None,)], budget or Budget(), console
+    )
     try:
-        while open_jobs or running:
-            for name, job in list(open_jobs.items()):
-                if any(need in failed for need in job.needs):
-                    failed[name] = f"needs {job.needs[0]}"
-                    del open_jobs[name]
-                elif job.done():  # a run that it needs was halted by its guard
-                    spent += job.cost
-                    del open_jobs[name]
-                elif not {*open_jobs, *(other.name for other in running.values())}.intersection(job.needs):
-                    del open_jobs[name]
-                    running[pool.submit(processes.run, job, slots)] = job
-            if not running:
-                continue
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                problem = future.result()
-                spent += job.cost
-                elapsed = time.monotonic() - started
-                left = timedelta(seconds=round(elapsed / spent * (total - spent))) if spent else "?"
-                if problem:
-                    failed[job.name] = problem
-                to_go = f"{len(open_jobs) + len(running)} to go, about {left} left"
-                console.print(f"{problem or 'done'}: {job.name} ({to_go})", markup=False, highlight=False)
-    except BaseException:  # Ctrl-C among others: the runs save what they have
-        processes.stop()
-        raise
+        deal.run(0.9 / at_once)
     finally:
-        pool.shutdown()
-    if failed:
-        name, problem = next(iter(failed.items()))
+        deal.pool.shutdown()
+    if deal.failed:
+        name, problem = next(iter(deal.failed.items()))
         raise UserError(
-            f"{len(failed)} job{'s' * (len(failed) > 1)} failed, first {name} ({problem}): see "
+            f"{len(deal.failed)} job{'s' * (len(deal.failed) > 1)} failed, first {name} ({problem}): see "
             f"{out / 'logs' / name}.log, fix the cause, and run the same command again"
         )
+    return not deal.left
+
+
+class _Deal:
+    """Jobs, and the places where they run."""
+
+    def __init__(
+        self, todo: dict[str, Job], out: Path, slots: list[str | None], budget: Budget, console: Console
+    ) -> None:
+        self.failed: dict[str, str] = {}
+        self.left: dict[str, Job] = {}
+        """Jobs that the budget leaves out."""
+        self.pool = ThreadPoolExecutor(len(slots))
+        self._todo, self._out, self._slots, self._console = todo, out, slots, console
+        self._budget, self._began = budget, time.monotonic()
+        self._running: dict[Future, tuple[Job, str | None]] = {}
+        self._total, self._done = sum(job.cost for job in todo.values()), 0.0
+
+    def run(self, memory: float) -> None:
+        """Runs them. memory: the part of a GPU that each process may take."""
+        processes = Processes(self._out, memory)
+        try:
+            while self._todo or self._running:
+                self._start(processes)
+                if not self._running:
+                    if not self._todo:
+                        break
+                    raise RuntimeError(f"jobs need what is no job: {list(self._todo)}")
+                ended = wait(self._running, max(0.0, self._budget.seconds_left()), FIRST_COMPLETED).done
+                for future in ended:
+                    self._end(future)
+                if not ended:  # the time is up
+                    self._say("the time is up: what still runs saves its state")
+                    processes.stop()
+                    self._leave(*self._todo)
+                    for future in wait(self._running).done:
+                        job, _ = self._running.pop(future)
+                        if job.done():
+                            job.after(future.result()[1])
+                        else:
+                            self.left[job.name] = job
+        except BaseException:  # Ctrl-C among others: the runs save what they have
+            processes.stop()
+            raise
+
+    def _start(self, processes: "Processes") -> None:
+        """Starts what can start now, in order, and leaves out what cannot end within the budget."""
+        for name, job in list(self._todo.items()):
+            if any(need in self.failed for need in job.needs):
+                self.failed[name] = f"needs {job.needs[0]}"
+                del self._todo[name]
+            elif any(need in self.left for need in job.needs):
+                self._leave(name)
+            elif job.done():  # a run that it needs was halted by its guard
+                self._done += job.cost
+                del self._todo[name]
+                job.after(0.0)
+            elif self._slots and not {*self._todo, *(j.name for j, _ in self._running.values())}.intersection(
+                job.needs
+            ):
+                if not self._budget.take(job):
+                    self._leave(name)
+                    continue
+                del self._todo[name]
+                gpu = self._slots.pop(0)
+                self._running[self.pool.submit(processes.run, job, gpu)] = job, gpu
+
+    def _leave(self, *names: str) -> None:
+        for name in names:
+            self.left[name] = self._todo.pop(name)
+
+    def _end(self, future: Future) -> None:
+        job, gpu = self._running.pop(future)
+        self._slots.append(gpu)
+        problem, seconds = future.result()
+        self._done += job.cost
+        if problem:
+            self.failed[job.name] = problem
+        else:
+            job.after(seconds)
+        elapsed = time.monotonic() - self._began
+        rest = self._total - self._done - sum(left.cost for left in self.left.values())
+        to_go = f"{len(self._todo) + len(self._running)} to go"
+        if self._done:
+            to_go += f", about {timedelta(seconds=round(elapsed / self._done * max(0.0, rest)))} left"
+        self._say(f"{problem or 'done'}: {job.name} ({to_go})")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+
+def visible_gpus(environ: Mapping[str, str], asked: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The GPUs to spread processes over, as CUDA_VISIBLE_DEVICES names them; none where JAX uses none.
+
+    asked: numbers that are to be used alone.
+
+    Raises:
+        UserError: one that is asked for is not there.
+    """
+    platforms = environ.get("JAX_PLATFORMS", "")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    tool = shutil.which("nvidia-smi")
+    found: tuple[str, ...] = ()
+    if visible is not None:
+        found = tuple(name for name in visible.split(",") if name and name != "-1")
+    elif tool and (not platforms or "cuda" in platforms or "gpu" in platforms):
+        listed = subprocess.run([tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True)
+        found = tuple(listed.stdout.decode().split()) if listed.returncode == 0 else ()
+    if missing := [gpu for gpu in map(str, asked) if gpu not in found]:
+        raise UserError(
+            f"--gpus {missing[0]}: the GPUs here are {', '.join(found) or 'none'}; name some of them, or "
+            "leave --gpus out"
+        )
+    return tuple(map(str, asked)) or found
 
 
 def _last_line(log: Path) -> str:
@@ -132,23 +251,21 @@ class Processes:
         self._on: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, job: Job, slots: "queue.SimpleQueue[int | None]") -> str | None:
-        """Runs a job in the next free slot; None, or what went wrong in a few words."""
-        gpu = slots.get()
-        try:
-            log = self._out / "logs" / f"{job.name}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            job.before()
-            with log.open("ab") as output:
-                process = self._start(job, gpu, output)
-                if process is None:
-                    return "stopped"
-                code = process.wait()
-            with self._lock:
-                self._on.discard(process)
-            return None if job.done() else f"exit code {code}, its last words: {_last_line(log)}"
-        finally:
-            slots.put(gpu)
+    def run(self, job: Job, gpu: str | None) -> tuple[str | None, float]:
+        """Runs a job on a GPU; None, or what went wrong in a few words, and the seconds that it took."""
+        log = self._out / "logs" / f"{job.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        job.before()
+        began = time.monotonic()
+        with log.open("ab") as output:
+            process = self._start(job, gpu, output)
+            if process is None:
+                return "stopped", 0.0
+            code = process.wait()
+        with self._lock:
+            self._on.discard(process)
+        problem = None if job.done() else f"exit code {code}, its last words: {_last_line(log)}"
+        return problem, time.monotonic() - began
 
     def stop(self) -> None:
         """Has every process end as Ctrl-C would, and no other start."""
@@ -157,11 +274,11 @@ class Processes:
             for process in self._on:
                 process.send_signal(signal.SIGTERM)
 
-    def _start(self, job: Job, gpu: int | None, output: object) -> subprocess.Popen | None:
+    def _start(self, job: Job, gpu: str | None, output: object) -> subprocess.Popen | None:
         environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self._memory:.2f}"}
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self._out.absolute() / "compiled"))
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        if gpu is not None:  # which it may share with others
+            environment |= {"CUDA_VISIBLE_DEVICES": gpu, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with self._lock:
             if self._stopped:
                 return None

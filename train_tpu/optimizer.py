@@ -76,7 +76,7 @@ def _adamw_on_kernels(
     """
     lr, shrink, ok = controls
     adam, with_adam = _adam_state(config, opt_state)
-    scalars = (lr, (adam.count + 1).astype(jnp.float32), shrink, ~ok)
+    scalars = (lr * config.adamw_lr_ratio, (adam.count + 1).astype(jnp.float32), shrink, ~ok)
     p, g, mu, nu = (
         dict(jax.tree_util.tree_leaves_with_path(t)) for t in (params, gradients, adam.mu, adam.nu)
     )
@@ -137,7 +137,7 @@ def make_optimizer(
     adam = optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, _by_leaf(lambda leaf: leaf.is_matrix)),
-        optax.scale(-1.0),
+        optax.scale(-config.adamw_lr_ratio),
     )
     if config.optimizer == "adamw":
         return adam

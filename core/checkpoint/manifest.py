@@ -170,7 +170,7 @@ def code_version() -> Json:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a checkout that was never installed
             versions[name] = None
-    return {**versions, "commit": _git_commit(Path(__file__).parent.parent)}
+    return {**versions, "commit": _git_commit(Path(__file__).parents[2])}
 
 
 def _git_commit(root: Path) -> str | None:

@@ -32,7 +32,8 @@ TRAINING_OPTIONS: Groups = {
     "devices and memory": ("device", "mesh", "dtype", "remat", "kernels", "compile", "deterministic"),
     "several processes": ("coordinator", "num_processes", "process_id"),
     "advanced: optimizer": (
-        "beta1", "beta2", "eps", "momentum", "z_loss", "schedule_start", "rewarm", "rewarm_at",
+        "adamw_lr_ratio", "beta1", "beta2", "eps", "momentum", "z_loss", "schedule_start", "rewarm",
+        "rewarm_at",
     ),
     "advanced: guard against spikes": ("window", "sigma", "halt_after"),
     "advanced: model": (

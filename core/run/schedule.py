@@ -28,6 +28,9 @@ class OptimizerConfig:
     adamw: AdamW for everything."""
     lr: float = 1e-3
     """Peak learning rate."""
+    adamw_lr_ratio: float = 1.0
+    """Muon only: the learning rate of what AdamW updates (embeddings, norms, biases and the head), as a
+    multiple of Muon's."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     beta1: float = 0.9
@@ -58,7 +61,11 @@ class OptimizerConfig:
     """Step from which the learning rate is warmed up again."""
 
     def __post_init__(self) -> None:
-        checks.positive(**checks.fields(self, "lr", "eps"))
+        checks.positive(**checks.fields(self, "lr", "eps", "adamw_lr_ratio"))
+        if self.optimizer == "adamw" and self.adamw_lr_ratio != 1:
+            raise UserError(
+                "--adamw-lr-ratio is for --optimizer muon: with AdamW alone, all has the rate --lr"
+            )
         checks.below_one(**checks.fields(self, "beta1", "beta2", "momentum"))
         checks.fractions(**checks.fields(self, "decay", "final_lr"))
         checks.not_negative(**checks.fields(self, "clip", "weight_decay"))

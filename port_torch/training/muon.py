@@ -52,7 +52,7 @@ class Muon:
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""
-        self._others.set_lr(lr)
+        self._others.set_lr(lr * self._config.adamw_lr_ratio)
         self._lr.fill_(lr)
 
     def zero_grad(self) -> None:

@@ -1,1 +1,1 @@
-"""Does growing pay? Growth compared with training from scratch."""
+"""Studies: many runs of training, and what they say together."""

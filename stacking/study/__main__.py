@@ -1,24 +1,18 @@
-"""`python -m stacking.study`: does growing pay? Growth against training from scratch, fairly.
+"""`python -m stacking.study STUDY`: a grid of runs, trained on every GPU there is, and what they say.
 
-    python -m stacking.study --out studies/a -- --preset mtlm1-88m --steps 2000
+    python -m stacking.study tuning --dry-run
+    python -m stacking.study tuning --minutes 30
 
-The arguments after the second -- are the target model's training run, as `train_tpu.run` takes it. The arms:
+A study is a small file, or one of ours by its name (stacking/studies): a grid over settings of
+train_tpu.run (tuning), decays that branch off a trunk (saturation), or growth compared with training from
+scratch (growth).
 
-    scratch      the target, from its first step
-    OP at f      a base with fewer layers, grown by OP after a fraction f of
-                 the steps
-
-Fair means: all arms of a seed see the same sequences in the same order. Every arm is a trunk at a constant
-learning rate, and what is compared are decays forked off it, since an undecayed loss says little about the
-decayed one. All arms are tuned over the same learning rates. The base's FLOPs count. Every arm is decayed at
-three lengths: at equal tokens, at equal FLOPs, and earlier, so that the FLOPs to reach scratch's loss can be
-read off without extrapolating. Seeds are paired, and every number has their spread.
-
-Each arm is a `train_tpu.run` in a process of its own; whatever is there already is not done again.
+Every run is a `train_tpu.run` in a process of its own. What has ended is not trained again, what was
+interrupted continues from its checkpoint, and a budget is kept. All results are in one small JSON file, of
+which the report is made; weights are removed.
 """
 
 import signal
-import sys
 
 from core import cli
 from core.errors import run_command
@@ -28,13 +22,11 @@ from stacking.study.config import StudyConfig
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the arms are told, too
-    argv = sys.argv[1:]
-    at = argv.index("--") if "--" in argv else len(argv)
-    config = cli.parse(StudyConfig, argv[:at], prog="python -m stacking.study", description=__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are told, too
+    config = cli.parse(StudyConfig, prog="python -m stacking.study", description=__doc__)
     from stacking.study.experiment import run_study  # slow: JAX
 
-    run_study(config, tuple(argv[at + 1 :]), make_console())
+    run_study(config, make_console())
     return 0
 
 

@@ -1,175 +1,223 @@
-"""A study from its settings to its report: open and check the target, tune, train, report."""
+"""A study from its file to its report: what is asked for, what it costs, train, keep the results."""
 
 import dataclasses
+import functools
 import json
-import math
+import os
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console
 
-from core import cli
-from core.config import preset
+from core.data.dataset import TRAIN
 from core.errors import UserError
-from core.run.data import choose_run_tokenizer, open_data
-from core.run.folder import data_name
-from core.run.presets import TRAINING_DEFAULTS
-from core.run.settings import flatten, given_value, model_config
-from stacking.jobs import run_jobs
-from stacking.plan import make_plan
-from stacking.schedule import parse_schedule
-from stacking.study.arms import ArmKey, Study
-from stacking.study.config import StudyConfig, Target
+from core.folders import require_place
+from core.run.data import open_data
+from core.run.folder import lock_folder
+from core.run.log import read_log
+from stacking.jobs import Budget, run_jobs, visible_gpus
+from stacking.study import growth, saturation, tuning
+from stacking.study.config import StudyConfig
+from stacking.study.definition import Definition, Settings, read_definition
 from stacking.study.report import write_report
-from stacking.study.results import Arm
-from train_tpu.config import RunConfig, defaults
+from stacking.study.results import Results, open_results, read_results, require_same_runs, speed, summarize
+from stacking.study.runs import Run, Runs, require_names
+
+KINDS: dict[str, ModuleType] = {"tuning": tuning, "saturation": saturation, "growth": growth}
+START = 30.0  # seconds that a process is expected to take besides its updates, until one has been measured
 
 
-def run_study(config: StudyConfig, arguments: tuple[str, ...], console: Console) -> None:
-    """Trains what is missing of a study, and reports on what is there.
-
-    Args:
-        arguments: the target's, as `train_tpu.run` takes them.
-
-    Raises:
-        UserError: it cannot be carried out, or nothing can be reported yet.
-    """
-    target = open_target(config, arguments)
-    study = Study(config, target)
-    check_lengths(config, study)
-
-    def train(keys: list[ArmKey], lengths: Callable[[ArmKey], tuple[int, ...]], what: str) -> None:
-        if config.report or not keys:
-            return
-        jobs = [job for key in keys for job in study.jobs(key, lengths(key))]
-        console.print(what, markup=False, highlight=False)
-        run_jobs(jobs, config.out, config.jobs, config.gpus, console, config.dry_run)
-
-    # 1. The learning rate of every arm.
-    lrs = config.lrs or (target.run.optim.lr,)
-    tuning = [key for lr in lrs for key in study.keys(config.seeds[0], lr)] if len(lrs) > 1 else []
-    what = f"tuning: {len(tuning)} arms at {len(lrs)} learning rates, decayed at equal tokens"
-    train(tuning, lambda _: (target.steps,), what)
-    best: dict[str, float] | float = lrs[0]
-    if tuning and not config.dry_run:
-        best = tune(study, tuning)
-        for line in describe_rates(best, lrs):
-            console.print(line, markup=False, highlight=False)
-
-    # 2. The arms themselves.
-    keys = [key for seed in config.seeds for key in study.keys(seed, best)]
-    what = f"the study: {len(keys)} arms, {len(config.seeds)} seeds among them"
-    train(keys, lambda key: study.lengths(key.grown_at), what)
-    if config.dry_run:
+def run_study(config: StudyConfig, console: Console) -> None:
+    """Trains what is missing of a study within its budget, and reports on what is there."""
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    name = Path(config.study).stem
+    out = config.out or Path("studies") / name
+    path = config.results or out / "results.json"
+    if config.report:
+        say(write_report(read_results(path)))
         return
 
-    # 3. What they say.
-    arms = [arm for key in keys if (arm := study.result(key, study.lengths(key.grown_at)))]
-    write_record(study, arms, [arm for key in tuning if (arm := study.result(key, (target.steps,)))])
-    console.print(write_report(config.out, config.heldout), markup=False, highlight=False)
+    # 1. What is asked for, and what it costs.
+    definition = read_definition(config.study, config.data)
+    results = open_results(path, definition)
+    leaves = open_runs(definition, results)
+    require_place(out)
+    gpus = visible_gpus(os.environ, config.gpus)
+    at_once = config.jobs if config.jobs is not None else 2 if gpus else 1
+    budget = Budget(config.minutes, config.flops)
+    expected = definition.flops_per_second if gpus or config.dry_run else None
+    clock = Clock(None if expected is None else expected / at_once)
+    for line in describe(definition, leaves, results, config, clock, at_once, gpus):
+        say(line)
+    if config.dry_run:
+        list_runs(leaves, out, results, clock, say)
+        return
+    distinct = open_texts(leaves, out)
+
+    # 2. Train. What is to be trained next may depend on the results.
+    with lock_folder(out):
+        results.begin()
+        while True:
+            runs = make_runs(out, leaves, results, clock, distinct)
+            whole = run_jobs(runs.jobs(), out, at_once, gpus, console, False, budget)
+            leaves = open_runs(definition, results)
+            if not config.keep_weights:
+                runs.remove_weights(leaves)
+            if not whole:
+                say("the budget is spent: the same command trains the rest")
+            if not whole or all(run.name in results.runs for run in leaves):
+                break
+
+    # 3. What the results say; a study that was stopped early may have nothing to compare yet.
+    try:
+        say(write_report(results))
+    except UserError as error:
+        say(f"no report yet: {error}")
 
 
-def write_record(study: Study, arms: list[Arm], tuning: list[Arm]) -> None:
-    """Writes study.json: settings, models and all losses, of the seeds in which scratch was trained.
+def open_runs(definition: Definition, results: Results) -> list[Run]:
+    """The runs whose results are wanted now."""
+    leaves = KINDS[definition.kind].runs(definition, results)
+    require_names(leaves)
+    require_same_runs(results, leaves)
+    return leaves
+
+
+def make_runs(
+    out: Path, leaves: list[Run], results: Results, clock: "Clock", distinct: dict[str, int]
+) -> Runs:
+    """The runs as jobs that keep their results; those that ended while nobody looked are kept at once."""
+
+    def after(run: Run, seconds: float) -> None:
+        folder = runs.folder(run)
+        clock.measure(run, seconds, folder)
+        halted = runs.has_halted(run, run.steps)
+        entry = summarize(run, folder, distinct[data_key(run.settings)], halted)
+        results.add(run, entry | {"seconds": round(seconds, 1)})
+
+    runs = Runs(out, leaves, lambda run: run.name in results.runs and not run.keep, after, clock.seconds)
+    for leaf in leaves:
+        if leaf.name not in results.runs and (
+            runs.is_done(leaf, leaf.steps) or runs.has_halted(leaf, leaf.steps)
+        ):
+            after(leaf, 0.0)
+    return runs
+
+
+class Clock:
+    """How long runs take, by those of this process; by what the study expects before there are any."""
+
+    def __init__(self, expected: float | None) -> None:
+        """expected: FLOP/s of one process; None: nobody knows."""
+        self._expected = expected
+        self._measured: dict[str, float] = {}
+        self._start = START
+
+    def measure(self, run: Run, seconds: float, folder: Path) -> None:
+        """Takes note of a process that has made updates of a run in `seconds`."""
+        firsts = [row["step"] for row in read_log(folder, "event") if row["what"] == "first update"]
+        rows = read_log(folder, "train")
+        if not seconds or not firsts or not rows:
+            return
+        rate = speed(rows[-200:])
+        updates = sum(row["step"] >= firsts[-1] for row in rows)
+        self._measured[_kind(run)] = rate * run.model.flops_per_token()
+        self._start = max(0.0, seconds - updates * run.settings.batch_tokens / rate)
+
+    def seconds(self, run: Run, flops: float) -> float | None:
+        """What a process is expected to take for so many FLOPs of a run."""
+        rates = self._measured.values()
+        known = self._measured.get(_kind(run)) or (sum(rates) / len(rates) if rates else self._expected)
+        return None if known is None else self._start + flops / known
+
+
+def _kind(run: Run) -> str:
+    """Runs of one kind run at one speed."""
+    config = run.settings.config
+    shape = dataclasses.asdict(run.model)
+    return json.dumps([shape, config.batch, config.grad_accum_steps, config.optim.optimizer])
+
+
+def data_key(settings: Settings) -> str:
+    """Runs with the same have the same text."""
+    config = settings.config
+    return repr((config.data, config.weights, settings.tokenizer, settings.model.context))
+
+
+def open_texts(leaves: list[Run], out: Path) -> dict[str, int]:
+    """Opens, or prepares, the text of every run; its training tokens.
 
     Raises:
-        UserError: there is no such seed, so that nothing can be said yet.
+        UserError: one cannot be opened.
     """
-    config, target = study.config, study.target
-    halted = [arm for arm in arms if arm.halted]
-    seeds = {arm.seed for arm in arms if arm.op == "scratch" and not arm.halted}
-    if not seeds:
-        if any(arm.op == "scratch" for arm in halted):
-            raise UserError(f"the guard halted scratch in every seed, see {config.out}: give a smaller --lr")
-        raise UserError(f"{config.out} holds no decayed scratch run yet: leave --report out to train it")
-    record = {
-        "study": flatten(config),
-        "run": flatten(target.run),
-        "models": {"target": dataclasses.asdict(target.model), "base": dataclasses.asdict(target.base)},
-        "arms": [dataclasses.asdict(arm) for arm in arms if arm.seed in seeds and not arm.halted],
-        "halted": [dataclasses.asdict(arm) for arm in halted],
-        "tuning": [dataclasses.asdict(arm) for arm in tuning],
-    }
-    (config.out / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, int] = {}
+    for run in leaves:
+        key = data_key(run.settings)
+        if key not in found:
+            settings = run.settings
+            context = settings.model.context
+            dataset = open_data(settings.config, settings.tokenizer, context, out / run.name)
+            if not dataset.heldout:
+                raise UserError(
+                    f"{settings.config.data} has no held-out text, so that runs cannot be compared"
+                )
+            found[key] = dataset.splits[TRAIN].windows * context
+    return found
 
 
-def open_target(config: StudyConfig, arguments: tuple[str, ...]) -> Target:
-    """The target's run out of its arguments, with its data prepared and its sizes known."""
-    for flag in ("--out", "--stop-at", "--epochs"):
-        if any(text == flag or text.startswith(f"{flag}=") for text in arguments):
-            raise UserError(f"{flag} after -- is set by the study: leave it out")
-    default = defaults(given_value(list(arguments), "--preset") or RunConfig.preset)
-    run = cli.parse(RunConfig, arguments, prog="python -m train_tpu.run", default=default)
-    if run.steps is None:
-        raise UserError("the target needs --steps after --: the updates that scratch gets")
-    if run.optim.schedule != "wsd" or not run.optim.decay:
-        raise UserError("arms are decayed off a trunk: the target's --schedule must be wsd, with a --decay")
-    tokenizer = choose_run_tokenizer(run, TRAINING_DEFAULTS[run.preset]["tokenizer"])
-    context = preset(run.preset).context if run.model.context is None else run.model.context
-    dataset = open_data(run, tokenizer.name, context, config.out)
-    names = dataset.heldout
-    if not names or (config.heldout and config.heldout not in names):
-        raise UserError(
-            f"--heldout {config.heldout}: {data_name(run.data)} holds out {', '.join(names) or 'nothing'}"
-        )
-    model = model_config(run, dataset.tokenizer_record["vocab_size"])
-    n = round(model.n_layers / config.factor)
-    if n < 1 or n * config.factor != model.n_layers:
-        raise UserError(
-            f"{model.n_layers} layers cannot be reached by growing by a factor of {config.factor:g}: choose "
-            "a target whose layers divided by the factor are a whole number"
-        )
-    for op in config.ops:
-        make_plan(op, n, config.factor)  # refuses a factor that does not fit
-    return Target(arguments, run, run.steps, model, dataclasses.replace(model, n_layers=n))
-
-
-def check_lengths(config: StudyConfig, study: Study) -> None:
-    """The earliest fork must come after every growth and its re-warming, or it decays an unsettled model."""
-    if config.schedule.startswith("restart"):
-        raise UserError(
-            "--schedule restart would give the grown arms another decay than scratch, and then nothing could "
-            "be compared: give rewarm:N or keep"
-        )
-    first = study.target.decay_start(min(study.lengths(0)))
-    for at in study.grow_steps:
-        settled = at + parse_schedule(config.schedule, study.target.steps - at).rewarm
-        if not (0 < at < first and settled <= first):
-            raise UserError(
-                f"the earliest decay begins at step {first}, but the growth at step {at} is not settled "
-                f"before step {settled}: give a smaller fraction, a larger --early or a shorter re-warming"
-            )
-
-
-def tune(study: Study, tuning: list[ArmKey]) -> dict[str, float]:
-    """Every arm's learning rate of the lowest decayed loss; one that the guard halted has none."""
-    best: dict[str, list[tuple[float, float]]] = {}
-    for key in tuning:
-        arm = study.result(key, (study.target.steps,))
-        if arm is None:
-            raise UserError(
-                f"{study.config.out} lacks {key.name} at {key.lr:g}: leave --report out to train it"
-            )
-        loss = math.inf
-        if not arm.halted:
-            (point,) = arm.decayed
-            loss = point.losses[study.config.heldout or next(iter(point.losses))]
-        best.setdefault(key.name, [])
-        if math.isfinite(loss):
-            best[key.name].append((loss, key.lr))
-    for name, losses in best.items():
-        if not losses:
-            raise UserError(
-                f"{name} was trained at none of --lrs {' '.join(f'{lr:g}' for lr in study.config.lrs)}: the "
-                "guard halted it or its loss was not finite; give smaller ones"
-            )
-    return {name: min(losses)[1] for name, losses in best.items()}
-
-
-def describe_rates(best: dict[str, float], lrs: tuple[float, ...]) -> list[str]:
-    """The tuned rates in words, and which of them lie at an edge of those tried."""
-    lines = [f"best rates: {', '.join(f'{arm} {lr:g}' for arm, lr in best.items())}"]
-    for edge, where in ((min(lrs), "below"), (max(lrs), "above")):
-        if at_edge := [arm for arm, lr in best.items() if lr == edge]:
-            names = ", ".join(at_edge)
-            lines.append(f"{edge:g} is the edge of --lrs: the best rate of {names} may lie {where} it")
+def describe(
+    definition: Definition,
+    leaves: list[Run],
+    results: Results,
+    config: StudyConfig,
+    clock: Clock,
+    at_once: int,
+    gpus: tuple[str, ...],
+) -> list[str]:
+    """What is to be done, with what, and what it costs."""
+    todo = [run for run in leaves if run.name not in results.runs]
+    flops, seconds = cost(todo, clock)
+    where = f"{len(gpus)} GPU{'s' * (len(gpus) != 1)}" if gpus else "the devices there are"
+    minutes = "" if seconds is None else f", about {seconds / 60 / at_once:.0f} minutes of one GPU"
+    lines = [
+        f"{definition.name} ({definition.kind}): {len(todo)} of {len(leaves)} runs to do, {flops:.3g} FLOPs"
+        f"{minutes}; on {where}, {at_once} at a time{' on each' if len(gpus) > 1 else ''}"
+    ]
+    if definition.kind == "growth" and (later := growth.later(definition, results)):
+        flops, seconds = cost(later, clock)
+        minutes = "" if seconds is None else f", about {seconds / 60 / at_once:.0f} minutes of one GPU"
+        lines.append(f"then {len(later)} runs at the rates that these find best: {flops:.3g} FLOPs{minutes}")
+    limits = [f"{config.minutes:g} minutes"] if config.minutes is not None else []
+    limits += [f"{config.flops:.3g} FLOPs"] if config.flops is not None else []
+    if limits:
+        lines.append(f"budget: {' and '.join(limits)}; what cannot end within it is left for another time")
     return lines
+
+
+def cost(todo: list[Run], clock: Clock) -> tuple[float, float | None]:
+    """FLOPs of runs, what they share counted once; and the seconds of one process for them all."""
+    spans: dict[str, tuple[Run, int]] = {}
+    for leaf in todo:
+        one, end = leaf, leaf.steps
+        while one is not None:
+            spans[one.name] = one, max(end, spans.get(one.name, (one, 0))[1])
+            one, end = one.source, one.at
+    flops = [(run, run.flops(end) - run.flops(run.at)) for run, end in spans.values()]
+    seconds = [clock.seconds(run, part) for run, part in flops]
+    return sum(part for _, part in flops), None if None in seconds else sum(seconds)
+
+
+def list_runs(
+    leaves: list[Run], out: Path, results: Results, clock: Clock, say: Callable[[str], None]
+) -> None:
+    """Says of every run what it costs and by which command it is trained."""
+    for run in leaves:
+        flops, seconds = cost([run], clock)
+        known = "done" if run.name in results.runs else f"{flops:.3g} FLOPs"
+        if seconds is not None and known != "done":
+            known += f", {seconds:.0f} s"
+        say(f"  {run.name}: {run.steps:,} steps, {known}")
+    runs = Runs(out, leaves, lambda run: run.name in results.runs, lambda *_: None, clock.seconds)
+    if jobs := runs.jobs():
+        say(f"first command: {' '.join(('python', '-m', *jobs[0].command))}")

@@ -1,38 +1,169 @@
-"""What a study measured: the losses of its arms."""
+"""The results of a study: one small JSON file, of which reports are made and in which a study continues."""
 
-import dataclasses
-from typing import NamedTuple
+import datetime
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint.manifest import code_version
+from core.errors import UserError
+from core.folders import write_atomically
+from core.run.log import CARRIED, read_log
+from stacking.study.definition import Definition
+from stacking.study.runs import Run
+
+POINTS = 40  # of a run's training loss that are kept
 
 
-class Point(NamedTuple):
-    """A held-out loss somewhere in an arm."""
+class Results:
+    """The file of results."""
 
-    steps: int
-    tokens: int
-    flops: float
-    """Of all training until there, the base's included."""
-    losses: dict[str, float]
-    """Nats per token, by held-out set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One arm's losses: along its trunk, and at the ends of its decayed runs."""
-
-    op: str
-    grown_at: int
-    seed: int
-    lr: float
-    trunk: tuple[Point, ...]
-    decayed: tuple[Point, ...]
-    halted: bool = False
-    """The guard ended it before its decayed run at equal tokens was done: it has no losses."""
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
 
     @property
-    def name(self) -> str:
-        """As it stands in the table."""
-        return self.op if self.op == "scratch" else f"{self.op} at {self.grown_at}"
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """What is known of each run, by name."""
+        return self.record["runs"]
 
-    def at(self, steps: int) -> Point:
-        """The decayed run of so many steps."""
-        return next(point for point in self.decayed if point.steps == steps)
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The same as a list, each with its name."""
+        return [{"name": name, **entry} for name, entry in self.runs.items()]
+
+    def losses(self, name: str) -> dict[str, float] | None:
+        """The last held-out losses of a run in nats per token, by set; None if it is missing or halted."""
+        entry = self.runs.get(name)
+        return None if entry is None or entry["halted"] else as_floats(entry["losses"])
+
+    def begin(self) -> None:
+        """Notes that this process adds to them: its code, command and date."""
+        self.record["sessions"].append(
+            {
+                "commit": code_version()["commit"],
+                "command": shlex.join(["python", "-m", "stacking.study", *sys.argv[1:]]),
+                "date": datetime.date.today().isoformat(),
+            }
+        )
+
+    def add(self, run: Run, entry: dict[str, Any]) -> None:
+        """Keeps what is known of a run, on the disk, too."""
+        session = {"session": len(self.record["sessions"]) - 1}
+        self.runs[run.name] = {"labels": run.labels, **run.identity, **session, **entry}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in self.runs.items()]
+        head = json.dumps({k: v for k, v in self.record.items() if k != "runs"}, indent=1)
+        body = ",\n".join(lines)
+        write_atomically(self.path, f'{head[:-2]},\n "runs": {{\n{body}\n }}\n}}\n')
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} holds no results yet: leave --report out to train, or give --results")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["kind"], record["runs"].items(), record["sessions"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): restore it, or give another --results") from None
+    return Results(path, record)
+
+
+def open_results(path: Path, definition: Definition) -> Results:
+    """The results of a study, or the beginning of them."""
+    head = {
+        "study": definition.name, "kind": definition.kind, "heldout": definition.heldout,
+        "file": definition.text,
+    }  # fmt: skip
+    if not path.is_file():
+        return Results(path, {**head, "sessions": [], "runs": {}})
+    results = read_results(path)
+    if results.record["kind"] != definition.kind:
+        raise UserError(
+            f"{path} holds a study of {results.record['kind']}, not of {definition.kind}: give another "
+            "--results"
+        )
+    results.record.update(head)
+    return results
+
+
+def require_same_runs(results: Results, runs: list[Run]) -> None:
+    """Refuses results of a run that had other settings."""
+    for run in runs:
+        entry = results.runs.get(run.name)
+        if entry is None:
+            continue
+        for name, value in run.identity.items():
+            if entry.get(name) != value:
+                raise UserError(
+                    f"{results.path} has {run.name} with {name} {entry.get(name)}, and the study asks for "
+                    f"{value}: rename the run in the study, or give another --results"
+                )
+
+
+def summarize(run: Run, folder: Path, distinct_tokens: int, halted: bool) -> dict[str, Any]:
+    """What is kept of a run, out of its log."""
+    train, evaluated = read_log(folder, "train"), read_log(folder, "eval")
+    own = [row for row in train if CARRIED not in row]
+    curve: dict[tuple[int, bool], dict[str, Any]] = {}
+    for row in evaluated:
+        curve.setdefault((row["step"], CARRIED in row), {})[row["split"]] = row["nll"]
+    model = run.model
+    entry: dict[str, Any] = {
+        "halted": halted,
+        "model": {
+            "parameters": model.n_params, "embeddings": model.n_embedding_params,
+            "layers": model.n_layers, "width": model.d_model, "context": model.context,
+            "flops_per_token": model.flops_per_token(),
+        },
+        "optimizer": run.settings.config.optim.optimizer,
+        "lr": run.settings.config.optim.lr,
+        "seed": run.settings.config.seed,
+        "batch": run.settings.config.batch,
+        "data": str(run.settings.config.data),
+        "distinct_tokens": distinct_tokens,
+        "skipped": len(read_log(folder, "skip")),
+        "tokens_per_second": speed(own),
+        "curve": [[step, run.flops(step), losses] for (step, _), losses in curve.items()],
+        "train": thinned([(row["step"], row["nll"]) for row in own]),
+    }  # fmt: skip
+    devices = [row["device"] for row in read_log(folder, "event") if "device" in row]
+    entry["device"] = devices[-1] if devices else None
+    if halted or run.keep:
+        return entry
+    last = [row for row in evaluated if row["step"] == run.steps and CARRIED not in row]
+    if not last:
+        raise UserError(
+            f"the log of {folder} lacks its last evaluation: remove that folder and give the same command "
+            "again"
+        )
+    return entry | {
+        "tokens": run.steps * run.settings.batch_tokens,
+        "flops": run.flops(run.steps),
+        "losses": {row["split"]: row["nll"] for row in last},
+        "bits_per_byte": {row["split"]: row["bits_per_byte"] for row in last},
+    }
+
+
+def speed(rows: list[dict[str, Any]]) -> float | None:
+    """Tokens per second, the median over the updates of a log."""
+    return statistics.median(row["tokens_per_second"] for row in rows) if rows else None
+
+
+def thinned(points: list[tuple[int, Any]]) -> list[list[float]]:
+    """Means over at most POINTS stretches of (step, loss), each with its last step."""
+    n = max(1, -(-len(points) // POINTS))
+    stretches = [points[i : i + n] for i in range(0, len(points), n)]
+    return [[part[-1][0], round(statistics.fmean(float(loss) for _, loss in part), 4)] for part in stretches]
+
+
+def as_floats(losses: dict[str, Any]) -> dict[str, float]:
+    """Losses as numbers: JSON has no NaN, so that a log says "nan"."""
+    return {name: float(value) for name, value in losses.items()}

@@ -42,8 +42,8 @@ CONFIGS = [
     RunConfig(), ModelOverrides(), OptimizerConfig(), GuardConfig(), preset("mtlm1-tiny"), TrainConfig(),
     MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X), LoraConfig(lora_rank=8),
     GenerateConfig(X), Sampling(), ChatConfig(X),
-    torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), StudyConfig(X), GrowConfig(X),
-    AdviseConfig(X),
+    torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), GrowConfig(X),
+    StudyConfig("tuning"), AdviseConfig(X),
     AotConfig(), ImportConfig(X, X), DecodeBenchConfig(), EvalBenchConfig(X, X), LoaderConfig(),
     StepBenchConfig(), TrainBenchConfig(), FinetuneBenchConfig(X),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from tests.port_torch.small_training import ALONE, make_train_step
 from train_tpu.optimizer import apply_gradients
 from train_tpu.optimizer import make_optimizer as make_jax_optimizer
 
-OPTIM = MirrorOptimizerConfig(optimizer="muon", weight_decay=0.3, clip=0.5)
+OPTIM = MirrorOptimizerConfig(optimizer="muon", adamw_lr_ratio=0.7, weight_decay=0.3, clip=0.5)
 
 
 def tensors_of(model: ModelConfig, params: Params) -> dict[str, Tensor]:

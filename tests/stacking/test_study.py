@@ -1,13 +1,11 @@
-"""A study of growth: what its table says, how its jobs run, and a whole one in the small."""
+"""Studies: what a file may say, in which order its runs are trained, and what is made of their results."""
 
-import dataclasses
-import fcntl
 import json
+import math
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +15,295 @@ import core.run.data
 from core.checkpoint.steps import list_steps, step_path
 from core.errors import UserError
 from core.progress import make_console
-from core.run.log import read_log
-from core.run.loop import END, HALT
-from stacking.jobs import Job, run_jobs
+from core.run.folder import write_config
+from core.run.log import END, HALT, read_log
+from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, report
-from stacking.study.arms import ArmKey, Study
+from stacking.study import experiment, fits
 from stacking.study.config import StudyConfig
-from stacking.study.report import flops_to_reach, make_table
-from stacking.study.results import Arm, Point
-from tests.train_tpu.processes import ROOT, TINY, losses, run, start, without
+from stacking.study.definition import STUDIES, read_definition
+from stacking.study.experiment import Clock, run_study
+from stacking.study.growth_report import Arm, Point, at_equal_flops, flops_to_reach, make_table
+from stacking.study.results import read_results, thinned
+from stacking.study.runs import Run
+from tests.train_tpu.processes import losses, refusal_here, run, start
 
-# What the arms of a study are made of: every setting of TINY but those that the study gives.
-TARGET = (
-    *without(without(without(TINY, "--eval-every"), "--save-every"), "--steps"),
-    *("--steps", "20", "--n-layers", "4", "--data"),
+SETTINGS = """
+preset = "mtlm1-tiny"
+tokenizer = "bytes"
+context = 32
+d_model = 32
+n_layers = 2
+n_heads = 2
+d_mlp = 64
+batch = 4
+optimizer = "adamw"
+warmup = 4
+window = 4
+eval_every = 5
+eval_windows = 4
+"""
+TUNING = 'name = "a"\nsteps = 12\nlr = [0.01, 0.02, 0.04, 0.08]\nseed = [0, 1]\n'
+SATURATION = 'name = "a"\ntokens_per_parameter = [0.1, 0.2, 0.05, 0.4, 0.8]\n'
+GROWTH = (
+    'name = "a"\nsteps = 40\nn_layers = 4\ngrow_at = [0.25]\nops = ["stack", "random"]\n'
+    'grow_schedule = "rewarm:3"\nseed = [0, 1]\nlr = [0.01, 0.02]\n'
 )
-STUDY = ("--ops", "stack", "--fractions", "0.25", "--seeds", "0", "1", "--schedule", "rewarm:3")
+
+
+def study_file(folder: Path, kind: str, runs: str, text: Path | str) -> Path:
+    path = folder / f"{kind}.toml"
+    path.write_text(f'kind = "{kind}"\n\n[settings]\ndata = "{text}"\n{SETTINGS}\n[[runs]]\n{runs}')
+    return path
+
+
+class FakeTraining:
+    """Stands for `run_jobs`: every job is done at once, with a loss that is a function of its run."""
+
+    def __init__(self, monkeypatch, loss: Callable[[Run], float], most: int = 10**9) -> None:
+        self.loss, self.most, self.made = loss, most, []
+        monkeypatch.setattr(experiment, "run_jobs", self)
+        monkeypatch.setattr(experiment, "Runs", self._keep)
+        self._runs = None
+
+    def _keep(self, *arguments):
+        self._runs = made = RUNS(*arguments)
+        return made
+
+    def __call__(self, jobs: list[Job], out: Path, *_) -> bool:
+        by_name = {run.name: run for run in self._runs.all()}
+        for job in {job.name: job for job in jobs}.values():
+            if job.done():
+                continue
+            if len(self.made) == self.most:
+                return False
+            assert set(job.needs) <= set(self.made), f"{job.name} before {job.needs}"
+            name, _, end = job.name.rpartition("@")
+            job.before()
+            self._train(by_name[name], out / name, end)
+            self.made.append(job.name)
+            assert job.done(), job.name
+            job.after(1.0)
+        return True
+
+    def _train(self, run: Run, folder: Path, end: str) -> None:
+        if not (folder / "config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, {"run": {}, "tokenizer": {}, "data": {"fingerprint": ""}, "model": {}})
+        if end == "grow":
+            return
+        loss, step = self.loss(run), int(end)
+        figures = {"bits_per_byte": loss, "tokens": 1, "tokens_per_second": 100.0}
+        rows = [
+            {"step": step - 1, "kind": "train", "loss": loss, "nll": loss, **figures},
+            {"step": step, "kind": "eval", "split": "valid", "nll": loss, **figures},
+        ]
+        if math.isinf(loss):
+            rows = [{"step": 1, "kind": "event", "what": HALT}]
+        elif run.keep:
+            step_path(folder / "checkpoints", step).mkdir(parents=True)
+        else:
+            rows.append({"step": step, "kind": "event", "what": END})
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+RUNS = experiment.Runs
+
+
+@pytest.fixture
+def text_of_a_study(cache, text, monkeypatch) -> Path:
+    monkeypatch.setattr(core.run.data, "CACHE", cache / "data")
+    return text
+
+
+def parabola(run: Run) -> float:
+    lr, seed = run.settings.config.optim.lr, run.settings.config.seed
+    return 3 + 0.1 * (math.log2(lr) - math.log2(0.03)) ** 2 + 0.01 * seed
+
+
+def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, tmp_path, monkeypatch):
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out")
+    first = FakeTraining(monkeypatch, parabola, most=3)
+    run_study(config, make_console())
+    # The first axis changes slowest, in the order of the file.
+    assert first.made == [f"a/lr-{lr}/seed-{seed}@12" for lr, seed in ((0.01, 0), (0.01, 1), (0.02, 0))]
+    # On another machine, where the runs are not: the file of results is enough.
+    results = tmp_path / "results.json"
+    (tmp_path / "out/results.json").rename(results)
+    second = FakeTraining(monkeypatch, parabola)
+    run_study(StudyConfig(str(study), out=tmp_path / "other", results=results), make_console())
+    assert len(second.made) == 5 and not set(first.made) & set(second.made)
+    table = results.with_suffix(".md").read_text()
+    # 0.03 is the minimum of the parabola; seeds lie 0.005 from their mean.
+    assert "| 0.01 0.02 0.04 0.08 | 0.04 | 3.0222 ± 0.0050 (2 seeds) | 3.00e-02, to a factor of 1.0" in table
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "other").glob("a/*/*/checkpoints"))
+    assert results.stat().st_size < 20_000
+
+
+def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, monkeypatch):
+    study = study_file(tmp_path, "tuning", TUNING.replace("[0, 1]", "0"), text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out")
+    FakeTraining(monkeypatch, lambda run: math.inf if run.settings.config.optim.lr > 0.07 else parabola(run))
+    run_study(config, make_console())
+    runs = read_results(tmp_path / "out/results.json").runs
+    assert [entry["halted"] for entry in runs.values()] == [False, False, False, True]
+    assert "| a/lr-0.08 | 0.08 | 0 | halted |" in (tmp_path / "out/results.md").read_text()
+    again = FakeTraining(monkeypatch, parabola)
+    run_study(config, make_console())
+    assert again.made == []
+
+
+def law(run: Run) -> float:
+    tokens = run.steps * run.settings.batch_tokens
+    distinct = 96 * 32
+    worth = min(tokens, distinct) + distinct * 5 * (1 - math.exp(-max(0, tokens / distinct - 1) / 5))
+    return 2.5 + 1.5 * (worth / (run.settings.batch_tokens * 11)) ** -0.4
+
+
+def test_saturation_trains_the_shortest_first_and_fits_the_law(text_of_a_study, tmp_path, monkeypatch):
+    study = study_file(tmp_path, "saturation", SATURATION, text_of_a_study)
+    training = FakeTraining(monkeypatch, law)
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    # Lengths of 0.05 to 0.8 tokens per parameter, of 28,896; decays of a fifth branch off one trunk.
+    lengths = [round(x * 28_896 / 128) for x in (0.05, 0.1, 0.2, 0.4, 0.8)]
+    starts = [n - round(0.2 * n) for n in lengths]
+    expected = [
+        (f"a/trunk@{s}", f"a/decayed-{x}@{n}")
+        for s, x, n in zip(starts, (0.05, 0.1, 0.2, 0.4, 0.8), lengths, strict=True)
+    ]
+    assert training.made == [name for pair in expected for name in pair]
+    results = read_results(tmp_path / "out/results.json")
+    (entry,) = [entry for name, entry in results.runs.items() if name == "a/decayed-0.8"]
+    assert entry["distinct_tokens"] == 96 * 32 and entry["tokens"] == lengths[-1] * 128
+    # What was trained, and no more: the trunk is shared.
+    assert entry["flops"] == lengths[-1] * 128 * entry["model"]["flops_per_token"]
+    assert "loss = 2.5 ± " in (tmp_path / "out/results.md").read_text()
+
+
+def test_the_law_is_found_again():
+    """Two texts of different sizes, without noise: every parameter, to what the narrowing grid resolves."""
+    tokens = np.array([1e6, 3e6, 1e7, 3e7, 1e8] * 2)
+    distinct = np.array([1.3e8] * 5 + [3e6] * 5)
+    given = fits.Law(2.5, 1.5, 0.4, 5.0, None, 1e6)
+    found = fits.fit_law(tokens, distinct, given.loss(tokens, distinct))
+    assert found.unit == 1e6
+    np.testing.assert_allclose(
+        [found.floor, found.scale, found.power, found.passes], [2.5, 1.5, 0.4, 5.0], rtol=1e-3
+    )
+    # With noise, the errors are of its size: a floor within four of them in each of 20 draws.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        noisy = fits.fit_law(tokens, distinct, given.loss(tokens, distinct) + 0.01 * rng.normal(size=10))
+        assert abs(noisy.floor - 2.5) < 4 * noisy.errors[0] < 1
+    assert (
+        fits.fit_law(tokens[:3], distinct[:3], tokens[:3]) is not None
+    )  # nothing repeated: three parameters
+    assert fits.fit_law(tokens[5:8], distinct[5:8], tokens[5:8]) is None
+
+
+def test_the_best_rate_is_that_of_a_parabola():
+    points = [(2.0**x, 1 + (x + 6.3) ** 2) for x in (-8, -7, -6, -5)]
+    fit = fits.fit_optimum(points)
+    assert fit.rate == pytest.approx(2**-6.3) and fit.loss == pytest.approx(1) and fit.error < 1e-6
+    assert fits.fit_optimum(points[:3]).error is None
+    assert fits.fit_optimum(points[:2]) is None
+    # A rate far off lies on no parabola: it is left out.
+    assert fits.fit_optimum([*points, (2.0**-3, 99.0)]).rate == pytest.approx(2**-6.3)
+    assert not fits.fit_optimum([(1, 1.0), (2, 2.0), (4, 2.5)]).is_minimum
+    # The error is that of repeated draws.
+    rng = np.random.default_rng(0)
+    drawn = [fits.fit_optimum([(r, y + 0.05 * rng.normal()) for r, y in points]) for _ in range(300)]
+    spread = np.std([math.log2(one.rate) for one in drawn])
+    rms = math.sqrt(np.mean([one.error**2 for one in drawn]))
+    assert rms == pytest.approx(
+        spread, rel=0.25
+    )  # the spread of 300 is known to 4%, with one spare point each
+
+
+def test_powers_are_fitted_where_they_are_determined():
+    points = [
+        ({"width": w, "tokens": t}, 0.1 * w**-0.5 * t**-0.25)
+        for w, t in ((192, 1), (384, 1), (192, 4), (768, 9))
+    ]
+    fitted = fits.fit_powers(points)
+    assert fitted["width"] == (pytest.approx(-0.5), pytest.approx(0, abs=1e-6))
+    assert fitted["tokens"][0] == pytest.approx(-0.25)
+    assert fits.fit_powers(points[:3]) is None and fits.fit_powers([]) is None
+    same = [({"width": 192 * n, "tokens": n}, 1.0) for n in (1, 2, 3, 4)]  # width and tokens move together
+    assert fits.fit_powers(same) is None
+
+
+def growth_loss(run: Run) -> float:
+    best = {"scratch": 0.01, "small": 0.02, "stack": 0.02, "random": 0.01}[run.labels["arm"]]
+    return 3 + (run.labels["lr"] != best) + 1e9 / run.flops(run.steps) + 0.1 * run.labels["seed"]
+
+
+def test_growth_tunes_every_arm_and_then_decays_it_where_the_others_are(
+    text_of_a_study, tmp_path, monkeypatch
+):
+    study = study_file(tmp_path, "growth", GROWTH, text_of_a_study)
+    training = FakeTraining(monkeypatch, growth_loss)
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    results = read_results(tmp_path / "out/results.json")
+    decayed = {}
+    for entry in results.runs.values():
+        labels = entry["labels"]
+        if not labels.get("trunk"):
+            decayed.setdefault((labels["arm"], labels["seed"], labels["lr"]), []).append(entry)
+    # Tuned on seed 0 at equal tokens; the second seed at the best rate alone.
+    assert {key for key in decayed if key[1] == 1} == {
+        ("scratch", 1, 0.01), ("small", 1, 0.02), ("stack", 1, 0.02), ("random", 1, 0.01),
+    }  # fmt: skip
+    assert [entry["steps"] for entry in decayed["stack", 0, 0.01]] == [40]
+    # FLOPs: those of the small model count, and rivals are decayed where the grown arm is, to half an update.
+    per_step = {
+        name: decayed[name, 1, lr][0]["model"]["flops_per_token"] * 128
+        for name, lr in (("scratch", 0.01), ("small", 0.02))
+    }
+    grown = next(entry for entry in decayed["stack", 1, 0.02] if entry["steps"] == 40)
+    assert grown["flops"] == 10 * per_step["small"] + 30 * per_step["scratch"]
+    for name, lr in (("scratch", 0.01), ("small", 0.02)):
+        nearest = min(abs(entry["flops"] - grown["flops"]) for entry in decayed[name, 1, lr])
+        assert nearest <= per_step[name] / 2
+    table = (tmp_path / "out/results.md").read_text()
+    assert "stack at 10 was best at the edge of its rates, 0.02: its best may lie above" in table
+    assert "| scratch | 0.01 |" in table and "| small | 0.02 |" in table and "| stack at 10 | 0.02 |" in table
+    assert len([line for line in table.splitlines() if line.startswith("| stack at 10 |")]) == 2
+    assert len(training.made) == len(set(training.made))
+
+
+def arm(op: str, seed: int, ends: list[tuple[int, float, float]], grown_at: int = 0) -> Arm:
+    decayed = tuple(Point(*end) for end in ends)
+    equal = next(point for point in decayed if point.steps == 100)
+    return Arm(op, grown_at, seed, 1e-3, decayed, decayed, equal, 1000, 30, 1)
+
+
+ARMS = [
+    arm("scratch", 0, [(80, 80.0, 3.2), (100, 100.0, 3.0)]),
+    arm("scratch", 1, [(80, 80.0, 3.4), (100, 100.0, 3.2)]),
+    arm("small", 0, [(100, 50.0, 3.6), (160, 80.0, 3.15)]),
+    arm("stack", 0, [(80, 60.0, 3.2), (100, 80.0, 3.1), (120, 100.0, 2.9)], 40),
+    arm("stack", 1, [(80, 60.0, 3.4), (100, 80.0, 3.3), (120, 100.0, 3.1)], 40),
+    arm("random", 0, [(80, 60.0, 3.3), (100, 80.0, 3.2), (120, 100.0, 3.1)], 40),
+    arm("random", 1, [(80, 60.0, 3.5), (100, 80.0, 3.4)], 40),
+]
+
+
+def test_the_table_of_growth_pairs_seeds_and_says_what_is_missing():
+    rows = {line.split(" | ")[0].strip("| "): line for line in make_table(ARMS).splitlines()}
+    assert "3.1000 ± 0.1000" in rows["scratch"] and "1.000" in rows["scratch"]
+    # Both seeds lie 0.1 above their own scratch at equal tokens and 0.1 below at equal FLOPs; scratch's loss
+    # is half-way between, at the geometric mean of 80 and 100: 10.6 % fewer FLOPs.
+    for words in ("+0.1000 ± 0.0000", "0.800", "-0.1000 ± 0.0000", "-10.6 ± 0.0 %"):
+        assert words in rows["stack at 40"], rows["stack at 40"]
+    assert "+0.1000 (1 of 2 seeds)" in rows["random at 40"]
+    assert "> +0.0 % (1 of 2 seeds)" in rows["random at 40"]
+    # At the grown arm's 80 FLOPs, scratch has 3.2 and 3.4, the small model 3.15 in its one seed.
+    row = at_equal_flops(ARMS)[1]
+    assert row == "| stack at 40 | 0.800 | 3.2000 ± 0.1000 | -0.1000 ± 0.0000 | -0.0500 (1 of 2 seeds) |"
 
 
 def test_flops_are_read_off_between_decayed_runs_only():
@@ -44,235 +314,136 @@ def test_flops_are_read_off_between_decayed_runs_only():
     assert flops_to_reach(points, 2.4) == (1e5, ">")
 
 
-def arm(op: str, seed: int, ends: list[tuple[int, float, float]], grown_at: int = 0) -> Arm:
-    decayed = tuple(Point(steps, steps * 8, flops, {"valid": loss}) for steps, flops, loss in ends)
-    return Arm(op, grown_at, seed, 1e-3, decayed, decayed)
+def test_curves_are_thinned_to_means():
+    assert thinned([(i, float(i)) for i in range(80)])[:2] == [[1, 0.5], [3, 2.5]]
+    assert thinned([(0, 1.0)]) == [[0, 1.0]] and thinned([]) == []
 
 
-def test_the_table_pairs_seeds_and_says_what_is_missing():
-    arms = [
-        arm("scratch", 0, [(80, 80.0, 3.2), (100, 100.0, 3.0)]),
-        arm("scratch", 1, [(80, 80.0, 3.4), (100, 100.0, 3.2)]),
-        arm("stack", 0, [(80, 60.0, 3.2), (100, 80.0, 3.1), (120, 100.0, 2.9)], 40),
-        arm("stack", 1, [(80, 60.0, 3.4), (100, 80.0, 3.3), (120, 100.0, 3.1)], 40),
-        arm("random", 0, [(80, 60.0, 3.3), (100, 80.0, 3.2), (120, 100.0, 3.1)], 40),
-        arm("random", 1, [(80, 60.0, 3.5), (100, 80.0, 3.4)], 40),
+def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path, monkeypatch):
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    FakeTraining(monkeypatch, parabola, most=1)
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    results = read_results(tmp_path / "out/results.json")
+    one = experiment.open_runs(read_definition(str(study), None), results)[0]
+    clock = Clock(None)
+    assert clock.seconds(one, 1e9) is None
+    rows = [{"step": 0, "kind": "event", "what": "first update"}]
+    rows += [
+        {"step": i, "kind": "train", "loss": 1.0, "nll": 1.0, "tokens": 1, "tokens_per_second": 64}
+        for i in range(10)
     ]
-    rows = {line.split(" | ")[0].strip("| "): line for line in make_table(arms, 100, "valid").splitlines()}
-    assert "3.1000 ± 0.1000" in rows["scratch"] and "1.000" in rows["scratch"]
-    # Both seeds lie 0.1 above their own scratch at equal tokens and 0.1 below at equal FLOPs; scratch's loss
-    # is half-way between, at the geometric mean of 80 and 100: 10.6 % fewer FLOPs.
-    for words in ("+0.1000 ± 0.0000", "0.800", "-0.1000 ± 0.0000", "-10.6 ± 0.0 %"):
-        assert words in rows["stack at 40"], rows["stack at 40"]
-    assert "+0.1000 (1 of 2 seeds)" in rows["random at 40"]
-    assert "> +0.0 % (1 of 2 seeds)" in rows["random at 40"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clock.measure(one, 25.0, tmp_path)
+    # Ten updates of 128 tokens at 64 tokens/s take 20 s, so the start took 5; twice as many take 45.
+    assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(45)
 
 
-def make_job(folder, name: str, needs: tuple[str, ...] = (), fails: bool = False) -> Job:
-    """A job that is done when a file is there, which a Python module of the standard library makes."""
-    path = folder / f"{name}.zip"
-    source = folder / "nothing"
-    source.touch()
-    arguments = ("zipfile", "-l" if fails else "-c", str(path), *([] if fails else [str(source)]))
-    return Job(name, arguments, path.exists, needs, 1.0)
+def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
+    text = text_of_a_study
 
+    def refused(kind: str, runs: str, *options: str) -> str:
+        path = study_file(tmp_path, kind, runs, text)
+        return refusal_here(path, "--out", tmp_path / "out", *options, module=command.__name__)
 
-def test_jobs_run_when_what_they_need_is_done_and_only_once(tmp_path):
-    console = make_console()
-    jobs = [make_job(tmp_path, "a"), make_job(tmp_path, "b", ("a",)), make_job(tmp_path, "c", ("b",))]
-    run_jobs([*jobs, *jobs], tmp_path, 2, (), console, dry_run=False)
-    times = [(tmp_path / f"{name}.zip").stat().st_mtime_ns for name in "abc"]
-    assert times == sorted(times)
-    run_jobs(jobs, tmp_path, 2, (), console, dry_run=False)
-    assert times == [(tmp_path / f"{name}.zip").stat().st_mtime_ns for name in "abc"]
-
-
-def test_a_failed_job_is_named_and_the_others_are_done(tmp_path):
-    jobs = [
-        make_job(tmp_path, "bad", fails=True),
-        make_job(tmp_path, "after", ("bad",)),
-        make_job(tmp_path, "good"),
-    ]
-    words = r"2 jobs failed, first bad .exit code 1, its last words: FileNotFoundError.*logs/bad\.log"
-    with pytest.raises(UserError, match=words):
-        run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
-    assert (tmp_path / "good.zip").exists() and not (tmp_path / "after.zip").exists()
-    assert "FileNotFoundError" in (tmp_path / "logs/bad.log").read_text()
-
-
-def test_a_job_that_became_needless_is_not_run(tmp_path):
-    """As what follows a run that its guard halted."""
-    first = make_job(tmp_path, "a")
-    after = Job("b", ("zipfile", "-l", "nowhere"), first.done, ("a",), 1.0)
-    run_jobs([first, after], tmp_path, 1, (), make_console(), dry_run=False)
-    assert first.done() and not (tmp_path / "logs/b.log").exists()
-
-
-def test_jobs_end_with_the_process_that_started_them(tmp_path):
-    """Killed by -9, it can tell them nothing; the lock of a run's folder must become free all the same."""
-    lock = tmp_path / "lock"
-    (tmp_path / "locking.py").write_text(
-        "import fcntl, time\n"
-        f"file = open({str(lock)!r}, 'w')\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "file.write('mine')\n"
-        "file.flush()\n"
-        "time.sleep(600)\n"
+    assert "there is no study tunning: give a .toml file, or one of growth" in refusal_here(
+        "tunning", module=command.__name__
     )
-    script = (
-        "from pathlib import Path\n"
-        "from stacking.jobs import Job, run_jobs\n"
-        "from core.progress import make_console\n"
-        "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
-        f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
+    assert "kind is 'sweep', not one of tuning" in refused("sweep", TUNING)
+    assert "there is no setting learning_rate: it takes" in refused("tuning", TUNING + "learning_rate = 1\n")
+    assert "there is no setting stesp: did you mean steps?" in refused(
+        "tuning", TUNING.replace("steps", "stesp")
     )
-    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | paths)
-    while not lock.exists() or not lock.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits for it; a job that lived on would hold it for minutes
+    assert "runs a: out is set by the study" in refused("tuning", TUNING + 'out = "x"\n')
+    assert "runs a: --lr is -1.0; it must be positive" in refused("tuning", TUNING.replace("0.01", "-1.0"))
+    assert "'sgd' is not one of" in refused("tuning", TUNING + 'optimizer = "sgd"\n')
+    assert "runs a has a/lr-0.01/seed-0 twice" in refused("tuning", TUNING.replace("0.02", "0.01"))
+    assert "has 2 [[runs]] of the name a" in refused("tuning", f"{TUNING}\n[[runs]]\n{TUNING}")
+    assert "need steps or tokens" in refused("tuning", 'name = "a"\n')
+    assert "give steps or tokens, not both" in refused("tuning", TUNING + "tokens = 100\n")
+    assert "is not TOML" in refused("tuning", "name = \n")
+    assert "a name without a slash" in refused("tuning", 'name = "a/b"\nsteps = 3\n')
+    assert "need tokens_per_parameter, a list" in refused("saturation", 'name = "a"\n')
+    assert "within the warmup of 4" in refused("saturation", SATURATION.replace("0.05", "0.01"))
+    assert "schedule must be wsd" in refused("saturation", SATURATION + 'schedule = "cosine"\n')
+    assert "cannot be reached by growing by a factor of 3" in refused("growth", GROWTH + "factor = 3\n")
+    assert "not settled before step 33" in refused("growth", GROWTH.replace("0.25", "0.75"))
+    assert "another decay than scratch" in refused("growth", GROWTH.replace("rewarm:3", "restart"))
+    assert "only lr and seed may be lists, not batch" in refused("growth", GROWTH + "batch = [4, 8]\n")
+    assert "--minutes is 0.0; it must be positive" in refused("tuning", TUNING, "--minutes", "0")
+    assert "--gpus 7: the GPUs here are" in refused("tuning", TUNING, "--gpus", "7")
+    assert "holds no results yet" in refused("tuning", TUNING, "--report")
+    assert not (tmp_path / "out").exists()
 
-
-@pytest.fixture
-def study(cache, text, tmp_path, monkeypatch):
-    """A study of three rates with nothing trained yet."""
-    monkeypatch.setattr(core.run.data, "CACHE", cache / "data")
-    config = StudyConfig(tmp_path, ("stack",), (0.25,), schedule="rewarm:3", lrs=(0.1, 0.2, 0.4), seeds=(0,))
-    return Study(config, experiment.open_target(config, (*map(str, TARGET), str(text))))
-
-
-def log(folder: Path, *rows: dict) -> None:
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def finished(study: Study, key: ArmKey, loss: float | str) -> None:
-    """The log of an arm's decayed run at equal tokens; its trunk has all forks."""
-    steps = study.target.steps
-    figures = dict.fromkeys(("perplexity", "bits_per_byte", "tokens", "scored_tokens"), 1.0)
-    evaluated = {"step": steps, "kind": "eval", "split": "valid", "nll": loss, **figures}
-    log(study.decayed(key, steps), evaluated, {"step": steps, "kind": "event", "what": END})
-    trunk = study.folder(key) / "trunk"
-    log(trunk)
-    for length in study.lengths(key.grown_at):
-        (step_path(trunk / "checkpoints", study.target.decay_start(length))).mkdir(parents=True)
-
-
-def test_a_study_whose_rates_bracket_the_best_one_ends(study, tmp_path):
-    """The largest rate was halted by the guard: that is its result, and nothing of it is left to do."""
-    tuning = [key for lr in study.config.lrs for key in study.keys(0, lr)]
-    halt = {"step": 3, "kind": "event", "what": HALT}
-    for key in tuning:
-        if key.lr == 0.4 and key.op == "scratch":
-            log(study.folder(key) / "trunk", halt)
-        elif key.lr == 0.4:  # before the growth
-            log(study.base(key), halt)
-        else:
-            finished(study, key, {0.1: 3.0, 0.2: "nan"}[key.lr])
-            if key.op != "scratch":
-                step_path(study.base(key) / "checkpoints", key.grown_at).mkdir(parents=True)
-    jobs = [job for key in tuning for job in study.jobs(key, (study.target.steps,))]
-    assert [job.name for job in jobs if not job.done()] == []
-    run_jobs(jobs, tmp_path, 1, (), make_console(), dry_run=False)
-    assert experiment.tune(study, tuning) == {"scratch": 0.1, "stack-at-5": 0.1}
-
-
-def test_a_study_without_a_finite_loss_chooses_no_rate(study):
-    tuning = [key for lr in study.config.lrs for key in study.keys(0, lr)]
-    for key in tuning:
-        finished(study, key, "nan")
-    with pytest.raises(
-        UserError, match=r"scratch was trained at none of --lrs 0.1 0.2 0.4.*give smaller ones"
-    ):
-        experiment.tune(study, tuning)
-
-
-def test_the_table_names_arms_that_were_halted(tmp_path, monkeypatch):
-    arms = [arm("scratch", 0, [(80, 80.0, 3.2), (100, 100.0, 3.0)])]
-    halted = Arm("stack", 40, 0, 0.5, (), (), halted=True)
-    record = {
-        "arms": [dataclasses.asdict(one) for one in arms], "run": {"steps": 100},
-        "halted": [dataclasses.asdict(halted)],
-    }  # fmt: skip
-    (tmp_path / "study.json").write_text(json.dumps(record))
-    monkeypatch.setattr(report, "plot", lambda *_: None)
-    assert "Halted by the guard: stack at 40, seed 0, peak lr 0.5." in report.write_report(tmp_path, None)
-
-
-def test_refusals(cache, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(core.run.data, "CACHE", cache / "data")
-
-    def refused(*study, target=(*TARGET, text)):
-        more = ("--out", tmp_path / "study", *study, "--", *target)
-        monkeypatch.setattr(sys, "argv", ["study", *map(str, more)])
-        with pytest.raises(UserError) as error:
-            command.main()
-        return str(error.value)
-
-    assert "needs --steps" in refused(target=without([*TARGET, text], "--steps"))
-    assert "4 layers cannot be reached by growing by a factor of 3" in refused("--factor", "3")
-    assert "not settled before step 20" in refused("--schedule", "rewarm:10", "--fractions", "0.5")
-    assert "must be wsd" in refused(target=(*TARGET, text, "--schedule", "cosine"))
-    assert "holds out valid" in refused("--heldout", "books")
-    assert "no decayed scratch run yet" in refused("--report", "--schedule", "rewarm:3")
-    assert "another decay than scratch" in refused("--schedule", "restart")
-    assert not (tmp_path / "study").exists()
-
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--schedule", "keep", "--dry-run", *sys.argv[5:]])
-    assert command.main() == 0 and "stacking.grow" in capsys.readouterr().out
+    FakeTraining(monkeypatch, parabola, most=1)
+    study = study_file(tmp_path, "tuning", TUNING, text)
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    assert "has a/lr-0.01/seed-0 with steps 12, and the study asks for 13" in refused(
+        "tuning", TUNING.replace("12", "13")
+    )
+    assert "holds a study of tuning, not of growth" in refused("growth", GROWTH)
+    (tmp_path / "out/results.json").write_text("{")
+    assert "results.json is damaged" in refused("tuning", TUNING)
 
 
 @pytest.mark.slow
-def test_a_whole_study_stopped_on_the_way_and_resumed(cache, text, tmp_path):
-    out = tmp_path / "study"
-    command = (*STUDY, "--out", out, "--jobs", "2", "--lrs", "0.005", "0.01", "--", *TARGET, text)
-    first = start(cache, *command, module="stacking.study")
-    while not list(out.glob("seed-0/*/scratch/trunk/metrics.jsonl")):
+def test_our_studies_can_be_read(capsys, monkeypatch):
+    """Each says what it costs, without its data."""
+    for path in sorted(STUDIES.glob("*.toml")):
+        monkeypatch.setattr("sys.argv", ["study", path.stem, "--dry-run"])
+        assert command.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("minutes of one GPU") >= 4
+
+
+@pytest.mark.slow
+def test_a_whole_study_killed_on_the_way_and_resumed(cache, text, tmp_path):
+    """Decays off a trunk, with a budget; what comes out is what uninterrupted runs of those lengths give."""
+    runs = 'name = "a"\ntokens_per_parameter = [0.05, 0.1]\n'
+    study, out = study_file(tmp_path, "saturation", runs, text), tmp_path / "study"
+    spent, _ = run(cache, study, "--out", out, "--flops", "1e6", module="stacking.study")
+    assert "the budget is spent" in spent and not list(out.glob("a/*"))
+    first = start(cache, study, "--out", out, module="stacking.study")
+    while not list(out.glob("a/trunk/metrics.jsonl")):
         assert first.poll() is None
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGTERM)
     first.communicate(timeout=120)
     assert first.returncode == 130
+    printed, _ = run(cache, study, "--out", out, "--keep-weights", module="stacking.study", timeout=1200)
+    assert (out / "results.md").read_text().strip() in printed
 
-    # Two dozen processes; on two cores that others use as well they may take long.
-    printed, _ = run(cache, *command, module="stacking.study", timeout=1200)
-    table = (out / "table.md").read_text()
-    assert table in printed and (out / "study.png").read_bytes().startswith(b"\x89PNG")
-    record = json.loads((out / "study.json").read_text())
-    arms = {(a["op"], a["seed"]): Arm(**a) for a in record["arms"]}
-    assert set(arms) == {(op, seed) for op in ("scratch", "stack") for seed in (0, 1)}
-    assert len(record["tuning"]) == 4
-    lrs = {a["lr"] for a in record["tuning"]}
-    assert lrs == {0.005, 0.01}
-
-    # Growing at step 5 of 20 to 4 layers out of 2: lengths early, equal tokens, equal FLOPs.
-    stack = arms["stack", 0]
-    steps = [point[0] for point in stack.decayed]
-    flops = [point[2] for point in stack.decayed]
-    scratch = arms["scratch", 0].decayed
-    assert steps[:2] == [16, 20] and [point[0] for point in scratch] == [16, 20]
-    assert flops[1] < scratch[-1][2]
-    # Within half a step of scratch's FLOPs.
-    assert abs(flops[2] - scratch[-1][2]) <= scratch[-1][2] / 20 / 2
-
-    # A decayed run forked off a trunk is the run that had that length from the start.
-    folder = out / "seed-1" / f"lr-{arms['scratch', 1].lr:g}" / "scratch"
     alone = tmp_path / "alone"
-    seed = ("--seed", "1", "--lr", repr(arms["scratch", 1].lr), "--out", alone)
-    run(cache, *TARGET, text, *seed, "--prompts")
-    assert losses(folder / "trunk") == losses(alone)[:16]
-    assert losses(folder / "decayed-20") == losses(alone)[16:]
-    end = [row["nll"] for row in read_log(alone, "eval") if row["step"] == 20]
-    np.testing.assert_array_equal(end, list(scratch_end(arms["scratch", 1]).values()))
-    assert 16 in list_steps(folder / "trunk/checkpoints")
+    flags = [f for line in SETTINGS.split("\n") if line for f in _flag(line)]
+    run(cache, *flags, "--data", text, "--steps", "23", "--prompts", "--out", alone)
+    start_step = list_steps(out / "a/trunk/checkpoints")[-1]
+    assert losses(out / "a/trunk") == losses(alone)[:start_step]
+    assert losses(out / "a/decayed-0.1") == losses(alone)[start_step:]
+    end = {row["split"]: row["nll"] for row in read_log(alone, "eval") if row["step"] == 23}
+    assert read_results(out / "results.json").runs["a/decayed-0.1"]["losses"] == end
+    again, _ = run(cache, study, "--out", out, module="stacking.study")
+    assert "0 of 2 runs to do" in again
+    with pytest.raises(UserError, match="holds no results"):
+        read_results(tmp_path / "none.json")
 
-    again, _ = run(cache, *command, module="stacking.study")
-    assert "0 of " in again and table in again
+
+def _flag(line: str) -> tuple[str, str]:
+    name, value = line.split(" = ")
+    return f"--{name.replace('_', '-')}", value.strip('"')
 
 
-def scratch_end(arm: Arm) -> dict[str, float]:
-    return arm.decayed[-1][3]
+@pytest.mark.slow
+def test_a_whole_study_of_growth(cache, text, tmp_path):
+    """Without the guard, which would end some of it: the text is that small."""
+    runs = (
+        ("sigma = 0\n" + GROWTH)
+        .replace("[0, 1]", "0")
+        .replace('["stack", "random"]', '"stack"')
+        .replace("[0.01, 0.02]", "0.01")
+    )
+    study, out = study_file(tmp_path, "growth", runs, text), tmp_path / "study"
+    printed, _ = run(cache, study, "--out", out, "--jobs", "2", module="stacking.study", timeout=1200)
+    assert "| stack at 10 | 0.01 |" in printed
+    results = read_results(out / "results.json")
+    grown = next(e for n, e in results.runs.items() if n.endswith("stack-at-10/decayed-40"))
+    assert grown["model"]["layers"] == 4 and not grown["halted"]
+    assert not list(out.glob("seed-0/*/*/*/checkpoints"))

@@ -65,7 +65,7 @@ def torch_adamw(model, config: OptimizerConfig, names, steps: int = STEPS):
         for name, leaf in leaves.items():
             leaf.grad = torch.tensor(gradients[name], dtype=torch.float64)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = rate(step) * config.adamw_lr_ratio
         optimizer.step()
     return {k: v.numpy() for k, v in leaves.items()}
 
@@ -176,7 +176,7 @@ def test_orthogonal_in_bfloat16(spectrum, columns):
     "kernels", [REFERENCE, pytest.param(None, marks=pytest.mark.slow)], ids=["kernels", "xla"]
 )
 def test_muon_leaves_the_rest_to_adamw(kernels):
-    config = OptimizerConfig(optimizer="muon", weight_decay=0.3)
+    config = OptimizerConfig(optimizer="muon", adamw_lr_ratio=0.7, weight_decay=0.3)
     found = train(GPT, config, kernels=kernels)
     rest = {k for k in found if not (k.startswith("layers/") and k.endswith("kernel"))}
     assert {"embed/table", "positions/table", "head/kernel", "norm/scale", "layers/mlp/up/bias"} < rest
@@ -234,7 +234,8 @@ def test_no_warmup_and_a_run_shorter_than_its_warmup():
         {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"eps": 0.0}, {"beta1": 1.0}, {"beta2": -0.1},
         {"momentum": 1.0}, {"decay": 1.1}, {"final_lr": -0.1}, {"clip": -1.0}, {"weight_decay": -0.1},
         {"warmup": -1}, {"clip": float("nan")}, {"lr": float("inf")},
-        {"weight_decay": float("nan")},
+        {"weight_decay": float("nan")}, {"adamw_lr_ratio": 0.0},
+        {"adamw_lr_ratio": 2.0, "optimizer": "adamw"},
     ],
 )  # fmt: skip
 def test_bad_settings(bad):

@@ -1,0 +1,154 @@
+"""What is fitted to the results of a study, each with its uncertainty."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+WITHIN = 2.0  # octaves of the best rate: further off, loss over log rate is no parabola
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The minimum of a parabola through losses over log2 of the rate."""
+
+    rate: float
+    loss: float
+    error: float | None
+    """Standard error of the minimum's place, in octaves; None where three points leave no residual."""
+    is_minimum: bool
+    """False where the parabola opens downwards: then nothing else holds."""
+
+    def is_inside(self, tried: Collection[float]) -> bool:
+        """Whether the minimum lies between the rates that were tried."""
+        return self.is_minimum and min(tried) < self.rate < max(tried)
+
+
+def fit_optimum(points: list[tuple[float, float]]) -> Optimum | None:
+    """The best rate by a parabola in log2 of the rate, by least squares.
+
+    Args:
+        points: (rate, loss), of several seeds too; those more than two octaves from the best are left out.
+
+    Returns:
+        None for fewer than three rates.
+    """
+    points = [(math.log2(rate), loss) for rate, loss in points if math.isfinite(loss)]
+    if not points:
+        return None
+    best = min(points, key=lambda point: point[1])[0]
+    x, y = np.array([point for point in points if abs(point[0] - best) <= WITHIN + 1e-9]).T
+    if len(np.unique(x)) < 3:
+        return None
+    x0 = x - best
+    design = np.stack([np.ones_like(x0), x0, x0**2], axis=1)
+    (a, b, c), *_ = np.linalg.lstsq(design, y, rcond=None)
+    if c <= 0:
+        return Optimum(2**best, math.nan, None, False)
+    place, error = -b / (2 * c), None
+    spare = len(x) - 3
+    if spare:
+        variance = float(((design @ (a, b, c) - y) ** 2).sum() / spare)
+        covariance = variance * np.linalg.inv(design.T @ design)
+        slope = np.array([0.0, -1 / (2 * c), b / (2 * c**2)])  # of the place in a, b and c
+        error = math.sqrt(slope @ covariance @ slope)
+    return Optimum(float(2 ** (best + place)), float(a - b**2 / (4 * c)), error, True)
+
+
+def fit_powers(points: list[tuple[dict[str, float], float]]) -> dict[str, tuple[float, float]] | None:
+    """The powers of a product that gives the values of `points`, each with its standard error.
+
+    None where the points do not determine them and leave a residual; what does not vary has no power.
+    """
+    if not points:
+        return None
+    names = [name for name in points[0][0] if len({at[name] for at, _ in points}) > 1]
+    design = np.array([[1.0, *(math.log(at[name]) for name in names)] for at, _ in points])
+    spare = len(points) - design.shape[1]
+    if not names or spare < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
+        return None
+    y = np.log([value for _, value in points])
+    fitted, *_ = np.linalg.lstsq(design, y, rcond=None)
+    variance = float(((design @ fitted - y) ** 2).sum() / spare)
+    errors = np.sqrt(np.diag(variance * np.linalg.inv(design.T @ design)))
+    return {name: (float(fitted[i + 1]), float(errors[i + 1])) for i, name in enumerate(names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """Loss = floor + scale / (effective tokens)^power, the tokens in units of the shortest run's.
+
+    Tokens D of which U are distinct count as U + U r (1 - exp(-(D / U - 1) / r)): each repetition is worth
+    less than the one before, and all together at most r passes (Muennighoff et al. 2023)."""
+
+    floor: float
+    scale: float
+    power: float
+    passes: float
+    """r; infinite where nothing was repeated or repeating costs nothing."""
+    errors: tuple[float, float, float, float] | None
+    """Standard errors of the four; that of `passes` is of its natural logarithm. None: as many points as
+    parameters."""
+    unit: float
+    """Tokens."""
+
+    def loss(self, tokens: np.ndarray, distinct: np.ndarray) -> np.ndarray:
+        """What it predicts for runs over so many tokens, of which so many are distinct."""
+        return self.floor + self.scale * (effective(tokens, distinct, self.passes) / self.unit) ** -self.power
+
+
+def effective(tokens: np.ndarray, distinct: np.ndarray, passes: float | np.ndarray) -> np.ndarray:
+    """Tokens of one pass that are worth as much as `tokens` of which `distinct` are distinct."""
+    repeated = np.maximum(tokens / distinct - 1, 0)
+    with np.errstate(invalid="ignore"):  # 0 x inf; not used
+        worth = np.where(np.isinf(passes), repeated, passes * -np.expm1(-repeated / passes))
+    return np.minimum(tokens, distinct) + distinct * worth
+
+
+def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law | None:
+    """The law by least squares: every power and number of passes on a grid that narrows, floor and scale for
+    each in closed form. None for fewer points than parameters.
+
+    The number of passes is fitted only where some tokens are repeated.
+    """
+    repeats = bool((tokens > distinct).any())
+    if len(losses) < 3 + repeats:
+        return None
+    unit = float(tokens.min())
+    low, high = np.array([0.02, math.log(0.5)]), np.array([2.0, math.log(1000.0)])
+    for _ in range(12):
+        powers = np.linspace(low[0], high[0], 25)[:, None, None]
+        passes = np.exp(np.linspace(low[1], high[1], 25))[:, None] if repeats else np.array([[math.inf]])
+        x = (effective(tokens, distinct, passes) / unit) ** -powers  # [powers, passes, points]
+        x0, y0 = x - x.mean(-1, keepdims=True), losses - losses.mean()
+        scales = (x0 * y0).sum(-1) / (x0**2).sum(-1)
+        squares = ((y0 - scales[..., None] * x0) ** 2).sum(-1)
+        i, j = np.unravel_index(np.argmin(squares), squares.shape)
+        power, best = float(powers[i, 0, 0]), float(passes[j, 0])
+        center, width = np.array([power, math.log(best) if repeats else 0.0]), (high - low) / 6
+        low, high = np.maximum(center - width, [0.005, -3.0]), center + width
+    scale = float(scales[i, j])
+    floor = float(losses.mean() - scale * x[i, j].mean())
+    law = Law(floor, scale, power, best, None, unit)
+    return dataclasses.replace(law, errors=_errors(law, float(squares[i, j]), tokens, distinct, repeats))
+
+
+def _errors(
+    law: Law, squares: float, tokens: np.ndarray, distinct: np.ndarray, repeats: bool
+) -> tuple[float, float, float, float] | None:
+    """Standard errors by the derivatives of the law at its parameters."""
+    names = ["floor", "scale", "power", *(["passes"] if repeats else [])]
+    spare = len(tokens) - len(names)
+    if not spare:
+        return None
+    columns = []
+    for name in names:
+        value, step = getattr(law, name), 1e-4
+        moved = [value * math.exp(s) if name == "passes" else value + s for s in (-step, step)]
+        below, above = (dataclasses.replace(law, **{name: v}).loss(tokens, distinct) for v in moved)
+        columns.append((above - below) / (2 * step))
+    jacobian = np.stack(columns, axis=1)
+    covariance = squares / spare * np.linalg.pinv(jacobian.T @ jacobian)
+    errors = [float(math.sqrt(max(0.0, v))) for v in np.diag(covariance)]
+    return (*errors, *([math.nan] * (4 - len(errors))))

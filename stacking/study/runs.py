@@ -1,0 +1,179 @@
+"""The runs of a study: how each is trained, in which folder, and by which jobs."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint.steps import list_steps, step_path
+from core.config import ModelConfig
+from stacking.forks import NEVER, fork, is_finished, is_halted
+from stacking.jobs import Job
+from stacking.study.definition import Settings
+
+# What a study does not need of its runs: samples, and checkpoints on the way but against an interruption.
+QUIET = {"prompts": (), "sample_every": 0, "save_every": NEVER, "save_minutes": 3, "keep_last": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run: from random parameters, or from a checkpoint of another one."""
+
+    name: str
+    """Unique; its folder below the study's."""
+    settings: Settings
+    """Its own, or those of the run that it comes from."""
+    steps: int
+    """Updates of its schedule."""
+    labels: dict[str, Any]
+    """What the report tells it by."""
+    source: "Run | None" = None
+    at: int = 0
+    """Step of the source from which it continues."""
+    grow: tuple[str, ...] | None = None
+    """Arguments of stacking.grow, where the source is grown."""
+    keep: tuple[int, ...] = ()
+    """Of a trunk: the steps from which others continue. It is trained no further than the last of them."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """What it trains."""
+        return self.settings.model
+
+    def flops(self, steps: int) -> int:
+        """Of all training up to a step, that of the runs it comes from included."""
+        if self.source is None or steps <= self.at:
+            return self.source.flops(steps) if self.source else steps * self.settings.flops_per_step
+        return self.source.flops(self.at) + (steps - self.at) * self.settings.flops_per_step
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results of a run of this name must have been made with."""
+        source = {"from": self.source.name, "at": self.at, "grow": self.grow} if self.source else {}
+        given = self.settings.given
+        return json.loads(json.dumps({"steps": self.steps, "settings": given, **source}))
+
+
+class Runs:
+    """The runs of a study as jobs."""
+
+    def __init__(
+        self,
+        out: Path,
+        leaves: list[Run],
+        ended: Callable[[Run], bool],
+        after: Callable[[Run, float], None],
+        seconds: Callable[[Run, float], float | None],
+    ) -> None:
+        """leaves: the runs whose results are wanted, in order. ended: whether they are there already.
+        after: called when a run has ended, or a trunk has come to the next checkpoint; with the seconds.
+        seconds: what a run is expected to take for FLOPs."""
+        self.out, self.leaves = out, leaves
+        self._ended, self._after, self._seconds = ended, after, seconds
+
+    def folder(self, run: Run) -> Path:
+        """The run folder."""
+        return self.out / run.name
+
+    def is_done(self, run: Run, end: int) -> bool:
+        """Whether a run has come to `end` updates."""
+        folder = self.folder(run)
+        return end in list_steps(folder / "checkpoints") if run.keep else is_finished(folder, end)
+
+    def has_halted(self, run: Run, end: int) -> bool:
+        """Whether its guard ended it, or one that it comes from, before `end`."""
+        if self.is_done(run, end):
+            return False
+        if is_halted(self.folder(run)):
+            return True
+        return (
+            run.source is not None and not self.folder(run).exists() and self.has_halted(run.source, run.at)
+        )
+
+    def jobs(self) -> list[Job]:
+        """What must be done for the leaves that have not ended, each after what it needs."""
+        return [job for leaf in self.leaves if not self._ended(leaf) for job in self._jobs(leaf, leaf.steps)]
+
+    def _jobs(self, run: Run, end: int) -> list[Job]:
+        made = self._jobs(run.source, run.at) if run.source else []
+        earlier = [step for step in self._wanted(run) if step < end]
+        if earlier:  # one process at a time trains a trunk
+            made += self._jobs(run, earlier[-1])
+        out = self.folder(run)
+        if run.grow is not None and not earlier:
+            step = step_path(self.folder(run.source) / "checkpoints", run.at)
+            made.append(
+                Job(
+                    name=f"{run.name}@grow",
+                    command=("stacking.grow", str(step), *run.grow, "--out", str(out)),
+                    done=lambda: out.exists() or self.has_halted(run.source, run.at),
+                    needs=(made[-1].name,),
+                    cost=0,
+                )
+            )
+        begun = max((run.at, *earlier))
+        cost = run.flops(end) - run.flops(begun)
+        arguments: tuple[str, ...] = ()
+        if run.source is None:
+            arguments = run.settings.arguments(**QUIET, steps=run.steps)
+        if run.keep:
+            arguments += ("--keep-steps", *map(str, run.keep), "--stop-at", str(end))
+        forks = run.source is not None and run.grow is None
+        made.append(
+            Job(
+                name=f"{run.name}@{end}",
+                command=("train_tpu.run", *arguments, "--out", str(out)),
+                done=lambda: self.is_done(run, end) or self.has_halted(run, end) or self._ended(run),
+                needs=tuple(job.name for job in made[-1:]),
+                cost=cost,
+                before=lambda: self._fork(run) if forks else None,
+                after=lambda seconds: self._after(run, seconds),
+                seconds=lambda: self._seconds(run, cost),
+            )
+        )
+        return made
+
+    def _wanted(self, run: Run) -> list[int]:
+        """The steps of a trunk from which something continues that has not ended."""
+        found = set()
+        for leaf in self.leaves:
+            one = leaf if not self._ended(leaf) else None
+            while one is not None and one.source is not None:
+                if one.source.name == run.name:
+                    found.add(one.at)
+                one = one.source
+        return sorted(found)
+
+    def _fork(self, run: Run) -> None:
+        fork(self.folder(run.source), run.at, self.folder(run), {"steps": run.steps})
+
+    def remove_weights(self, leaves: list[Run]) -> None:
+        """Removes the checkpoints that none of `leaves`, the runs that are wanted now, needs any more."""
+        needed: set[str] = set()
+        for leaf in leaves:
+            one: Run | None = leaf if not self._ended(leaf) else None
+            while one is not None:
+                needed.add(one.name)
+                one = one.source
+        for run in self.all():
+            if run.name not in needed:
+                shutil.rmtree(self.folder(run) / "checkpoints", ignore_errors=True)
+
+    def all(self) -> list[Run]:
+        """The leaves and every run that they come from."""
+        found: dict[str, Run] = {}
+        for leaf in self.leaves:
+            one: Run | None = leaf
+            while one is not None:
+                found.setdefault(one.name, one)
+                one = one.source
+        return list(found.values())
+
+
+def require_names(runs: Collection[Run]) -> None:
+    """Our own mistake, where two runs have one name."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise RuntimeError(f"two runs of one name: {sorted(name for name in names if names.count(name) > 1)}")

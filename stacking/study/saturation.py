@@ -1,0 +1,149 @@
+"""Saturation: decays that branch off one trunk at more and more tokens per parameter.
+
+A block [[runs]] is a trunk (its lists are axes, as in tuning) with `tokens_per_parameter`, the lengths of its
+decayed runs; all parameters count, embeddings included. The shortest of all blocks are trained first.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from core import checks
+from core.errors import UserError
+from stacking.study.definition import Definition, combinations, open_settings
+from stacking.study.fits import Law, fit_law
+from stacking.study.results import Results, as_floats
+from stacking.study.runs import Run
+
+LENGTHS = "tokens_per_parameter"
+WORTH = 0.5  # of a new token: where a repeated one is worth less, the table says so
+
+
+def runs(definition: Definition, _: Results) -> list[Run]:
+    """The decayed runs, those of the fewest tokens per parameter first."""
+    found: list[tuple[float, Run]] = []
+    for block in definition.blocks:
+        lengths = block.get(LENGTHS)
+        if not isinstance(lengths, list) or not lengths:
+            raise UserError(f"runs {block['name']} need {LENGTHS}, a list")
+        for length in lengths:
+            checks.positive(tokens_per_parameter=length)
+        if len(set(lengths)) < len(lengths):
+            raise UserError(f"runs {block['name']} have a value of {LENGTHS} twice: give every value once")
+        for name, given in combinations(block, {LENGTHS}):
+            found += _branches(block["name"], name, given, sorted(lengths))
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
+
+
+def _branches(block: str, name: str, given: dict[str, Any], lengths: list[float]) -> list[tuple[float, Run]]:
+    if "steps" in given or "tokens" in given:
+        raise UserError(f"runs {block}: {LENGTHS} says how long they are: leave steps and tokens out")
+    settings = open_settings(block, given)
+    optim = settings.config.optim
+    if optim.schedule != "wsd" or not optim.decay:
+        raise UserError(f"runs {block}: decays branch off a trunk, so schedule must be wsd, with a decay")
+    steps = [max(2, round(x * settings.model.n_params / settings.batch_tokens)) for x in lengths]
+    starts = [n - max(1, round(optim.decay * n)) for n in steps]
+    if starts[0] < optim.warmup:
+        raise UserError(
+            f"runs {block}: the first decay begins at step {starts[0]}, within the warmup of {optim.warmup}: "
+            f"give a smaller warmup or larger {LENGTHS}"
+        )
+    labels = {"block": block, "seed": settings.config.seed}
+    keep = tuple(sorted(set(starts)))
+    # A schedule so long that its own decay begins after the last branch.
+    trunk = Run(f"{name}/trunk", settings, 2 * max(steps), {**labels, "trunk": True}, keep=keep)
+    return [
+        (x, Run(f"{name}/decayed-{x:g}", settings, n, {**labels, LENGTHS: x}, source=trunk, at=start))
+        for x, n, start in zip(lengths, steps, starts, strict=True)
+    ]
+
+
+def ends(results: Results) -> list[dict[str, Any]]:
+    """The decayed runs that have ended with a loss."""
+    return [e for e in results.runs.values() if LENGTHS in e["labels"] and not e["halted"]]
+
+
+def sizes(results: Results) -> dict[int, list[dict[str, Any]]]:
+    """The decayed runs of each number of parameters."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for entry in ends(results):
+        found.setdefault(entry["model"]["parameters"], []).append(entry)
+    return found
+
+
+def fit(entries: list[dict[str, Any]], heldout: str) -> Law | None:
+    """The law of one size of model, over all its lengths and texts."""
+    return fit_law(
+        np.array([entry["tokens"] for entry in entries], float),
+        np.array([entry["distinct_tokens"] for entry in entries], float),
+        np.array([as_floats(entry["losses"])[heldout] for entry in entries]),
+    )
+
+
+def table(results: Results, heldout: str) -> str:
+    """Every decayed run, and the law of each size."""
+    sets = list(dict.fromkeys(name for entry in ends(results) for name in entry["losses"]))
+    lines = [
+        "| runs | seed | tokens per parameter | tokens | passes over the text | FLOPs | "
+        f"{' | '.join(sets)} | the law's {heldout} |",
+        "|" + "---|" * (7 + len(sets)),
+    ]
+    laws = {size: fit(entries, heldout) for size, entries in sizes(results).items()}
+    for entry in ends(results):
+        tokens, distinct, losses = entry["tokens"], entry["distinct_tokens"], as_floats(entry["losses"])
+        law = laws[entry["model"]["parameters"]]
+        expected = (
+            "" if law is None else f"{float(law.loss(np.array([tokens]), np.array([distinct]))[0]):.4f}"
+        )
+        cells = [
+            entry["labels"]["block"], str(entry["labels"]["seed"]), f"{entry['labels'][LENGTHS]:g}",
+            f"{tokens / 1e6:.1f}M", f"{tokens / distinct:.2f}", f"{entry['flops']:.3g}",
+            *(f"{losses[name]:.4f}" for name in sets), expected,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Decayed runs; nats per token; the law is fitted to {heldout}."]
+    for size, law in laws.items():
+        lines.append(_describe(size, law, sizes(results)[size]))
+    return "\n".join(lines)
+
+
+def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
+    if law is None:
+        return f"\n{size:,} parameters: {len(entries)} runs are too few for the law."
+    floor, scale, power, passes = law.errors or (None,) * 4
+
+    def said(value: float, error: float | None) -> str:
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+    text = (
+        f"\n{size:,} parameters, {len(entries)} runs: loss = {said(law.floor, floor)} + "
+        f"({said(law.scale, scale)}) "
+        f"(T / {law.unit / 1e6:.3g}M)^-({said(law.power, power)}), T: effective tokens."
+    )
+    if not np.isfinite(law.passes):
+        return f"{text} No run repeats its text."
+    factor = "" if passes is None else f", give or take a factor of {np.exp(passes):.2g}"
+    half = 1 + law.passes * np.log(1 / WORTH)
+    return (
+        f"{text} All repetitions together are worth at most {law.passes:.3g} more passes{factor}: after pass "
+        f"{half:.2g} a token is worth less than {WORTH:g} of a new one. Errors: one standard error."
+    )
+
+
+def plot(results: Results, heldout: str, axes: Any) -> None:
+    """Decayed losses over tokens, and the law of each size and text."""
+    for i, (size, entries) in enumerate(sizes(results).items()):
+        law = fit(entries, heldout)
+        for j, distinct in enumerate(sorted({entry["distinct_tokens"] for entry in entries}, reverse=True)):
+            group = [entry for entry in entries if entry["distinct_tokens"] == distinct]
+            tokens = np.array([entry["tokens"] for entry in group], float)
+            losses = [as_floats(entry["losses"])[heldout] for entry in group]
+            label = f"{size / 1e6:.0f}M parameters, {distinct / 1e6:.0f}M distinct tokens"
+            axes.plot(tokens, losses, "osD^v"[j % 5], color=f"C{i}", label=label)
+            if law is not None:
+                x = np.geomspace(tokens.min(), tokens.max(), 100)
+                shown = law.loss(x, np.full_like(x, distinct))
+                axes.plot(x, shown, color=f"C{i}", linestyle=("-", "--", ":")[j % 3], linewidth=1)
+    axes.set_xscale("log")
+    axes.set(xlabel="tokens trained on", title="Decayed loss over tokens; lines: the fitted law")

@@ -1,0 +1,163 @@
+"""Tuning: a grid of runs, and where the loss is lowest along the peak learning rate.
+
+Every block [[runs]] is a grid over its lists. In the report, runs that differ in nothing but peak rate and
+seed are one row: the best rate tried, and the minimum of a parabola in log2 of the rate.
+"""
+
+import statistics
+from collections.abc import Collection
+from typing import Any
+
+from core.errors import UserError
+from stacking.study.definition import Definition, combinations, open_settings
+from stacking.study.fits import Optimum, fit_optimum, fit_powers
+from stacking.study.results import Results, as_floats
+from stacking.study.runs import Run
+
+ALONG = ("lr", "seed")
+
+
+def runs(definition: Definition, _: Results) -> list[Run]:
+    """Every run of the grids."""
+    found: dict[str, Run] = {}
+    for block in definition.blocks:
+        for name, given in combinations(block, set()):
+            if name in found:
+                raise UserError(f"runs {block['name']} has {name} twice: give every value once")
+            settings = open_settings(block["name"], given)
+            found[name] = Run(name, settings, settings.steps, {"block": block["name"]})
+    return list(found.values())
+
+
+def groups(results: Results) -> list[list[dict[str, Any]]]:
+    """The runs that have ended, those together that differ in peak rate and seed alone."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in results.entries:
+        given = {k: v for k, v in entry["settings"].items() if k not in ALONG}
+        found.setdefault(repr((sorted(given.items()), entry["steps"])), []).append(entry)
+    return list(found.values())
+
+
+def varied(entries: list[dict[str, Any]]) -> list[str]:
+    """The settings in which runs differ, but for peak rate and seed."""
+    names = dict.fromkeys(name for entry in entries for name in entry["settings"])
+    values = {name: {repr(entry["settings"].get(name)) for entry in entries} for name in names}
+    return [name for name in names if name not in ALONG and len(values[name]) > 1]
+
+
+def by_rate(group: list[dict[str, Any]], heldout: str) -> dict[float, list[float]]:
+    """The losses of a group's seeds at each rate; none at one that the guard halted."""
+    found: dict[float, list[float]] = {}
+    for entry in group:
+        losses = found.setdefault(entry["lr"], [])
+        if not entry["halted"]:
+            losses.append(as_floats(entry["losses"])[heldout])
+    return dict(sorted(found.items()))
+
+
+def optimum(group: list[dict[str, Any]], heldout: str) -> Optimum | None:
+    """The fitted best rate of a group."""
+    points = [(rate, loss) for rate, losses in by_rate(group, heldout).items() for loss in losses]
+    return fit_optimum(points)
+
+
+def table(results: Results, heldout: str) -> str:
+    """The best rates, the rule they would make, and every run."""
+    ended, names = groups(results), varied(results.entries)
+    columns = [*names, "steps", "tokens", "rates tried", "best tried", f"{heldout} there", "fitted best rate",
+               "loss there"]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for group in ended:
+        rates, settings = by_rate(group, heldout), group[0]["settings"]
+        cells = [str(settings.get(name, "")) for name in names]
+        cells += [f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.1f}M"]
+        cells.append(" ".join(f"{rate:g}" for rate in rates))
+        means = {rate: statistics.fmean(losses) for rate, losses in rates.items() if losses}
+        if means:
+            best = min(means, key=means.get)
+            cells += [f"{best:g}", _spread(rates[best]), *_fitted(optimum(group, heldout), means)]
+        else:
+            cells += ["all halted", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        f"\n{heldout}: nats per token; after ± the largest distance of a seed from the mean. Fitted: the "
+        "minimum of a parabola in log2 of the rate; its standard error, as a factor, from four runs on.\n"
+    )
+    return "\n".join([*lines, *_rules(ended, heldout), "", *_all_runs(ended)])
+
+
+def tokens_of(entry: dict[str, Any]) -> int:
+    """Tokens that a run trains on."""
+    return entry["steps"] * entry["batch"] * entry["model"]["context"]
+
+
+def _spread(losses: list[float]) -> str:
+    mean = statistics.fmean(losses)
+    if len(losses) == 1:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {max(abs(loss - mean) for loss in losses):.4f} ({len(losses)} seeds)"
+
+
+def _fitted(fit: Optimum | None, tried: Collection[float]) -> list[str]:
+    if fit is None:
+        return ["needs three rates", ""]
+    if not fit.is_minimum:
+        return ["no minimum: widen the grid", ""]
+    error = "" if fit.error is None else f", to a factor of {2**fit.error:.2f}"
+    outside = "" if fit.is_inside(tried) else ", outside the rates tried"
+    return [f"{fit.rate:.2e}{error}{outside}", f"{fit.loss:.4f}"]
+
+
+def _rules(ended: list[list[dict[str, Any]]], heldout: str) -> list[str]:
+    """For each optimizer how the best rate moves with size, batch and length, by the minima inside their
+    grids."""
+    lines = []
+    for optimizer in dict.fromkeys(group[0]["optimizer"] for group in ended):
+        points = []
+        for group in ended:
+            fit, first = optimum(group, heldout), group[0]
+            if first["optimizer"] == optimizer and fit and fit.is_inside(by_rate(group, heldout)):
+                sizes = {name: first["model"][name] for name in ("width", "layers")}
+                points.append(({**sizes, "batch": first["batch"], "tokens": tokens_of(first)}, fit.rate))
+        fitted = fit_powers(points)
+        if fitted is None:
+            lines.append(
+                f"{optimizer}: {len(points)} fitted minima inside their grids; they determine no rule yet."
+            )
+            continue
+        powers = ", ".join(f"{name}^({power:.2f} ± {error:.2f})" for name, (power, error) in fitted.items())
+        lines.append(f"{optimizer}: best rate ~ {powers}; of {len(points)} fitted minima.")
+    return lines
+
+
+def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
+    entries = [entry for group in ended for entry in sorted(group, key=lambda e: (e["lr"], e["seed"]))]
+    sets = list(dict.fromkeys(name for entry in entries for name in entry.get("losses", ())))
+    columns = ["run", "peak rate", "seed", *sets, "skipped updates", "tokens/s"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for entry in entries:
+        losses, speed = as_floats(entry.get("losses", {})), entry["tokens_per_second"]
+        cells = [entry["name"], f"{entry['lr']:g}", str(entry["seed"])]
+        cells += [f"{losses[name]:.4f}" if name in losses else "halted" for name in sets]
+        cells += [str(entry["skipped"]), "" if speed is None else f"{speed:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def plot(results: Results, heldout: str, axes: Any) -> None:
+    """Loss over peak rate, a line per group through the means of its seeds."""
+    names = varied(results.entries)
+    for i, group in enumerate(groups(results)):
+        rates = {rate: losses for rate, losses in by_rate(group, heldout).items() if losses}
+        if not rates:
+            continue
+        label = ", ".join(f"{name} {group[0]['settings'].get(name, '')}" for name in names) or "all runs"
+        style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]}
+        axes.plot(list(rates), [statistics.fmean(losses) for losses in rates.values()], label=label, **style)
+        dots = [(rate, loss) for rate, losses in rates.items() for loss in losses]
+        axes.plot(*zip(*dots, strict=True), ".", color=style["color"], alpha=0.6)
+        fit = optimum(group, heldout)
+        if fit is not None and fit.is_minimum:
+            axes.axvline(fit.rate, color=style["color"], linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="peak learning rate", title="Loss over peak rate; dotted: fitted minima")
