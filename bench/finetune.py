@@ -27,23 +27,24 @@ from core.errors import UserError, run_command
 OURS = "ours"
 WAYS = {
     OURS: "port_torch.finetune",
-    "trl-sdpa": "TRL, SDPA",
-    "trl-flex": "TRL, FlexAttention",
     "trl-flash": "TRL, flash",
     "trl-flash-liger": "TRL, flash, Liger",
-    "trl-flash-compile": "TRL, flash, torch.compile",
+    "trl-sdpa": "TRL, SDPA",
+    "trl-flex": "TRL, FlexAttention",
     "trl-flash-narrow": "TRL, flash, Liger, bfloat16 weights",
+    "trl-flash-compile": "TRL, flash, torch.compile",
 }
-"""Ways to fine-tune. TRL's attention in packed rows: by a mask, by a block mask, by PyTorch's flash attention
-over the lengths, which is ours, too, and the kernel of the package flash_attn."""
+"""Ways to fine-tune. TRL's attention in packed rows: PyTorch's flash attention over the lengths, which is
+ours, too, and the kernel of the package flash_attn; by a mask; by a block mask."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneBenchConfig:
     """Time fine-tuning on conversations next to TRL's SFTTrainer with packing.
 
-    bfloat16 under autocast with float32 weights, but for the last row; no gradient checkpointing; the rest as
-    TRL has it. Tokens are those of the conversations, without padding; a row is the median of the updates.
+    bfloat16 under autocast with float32 weights, but where a row says otherwise; no gradient checkpointing;
+    the rest as TRL has it. Tokens are those of the conversations, without padding; a row is the median of the
+    updates.
     """
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROWS.jsonl")]
