@@ -1,8 +1,6 @@
 """A study file: what it holds, checked, and the settings of the runs that it asks for.
 
     kind = "tuning"                # or "saturation", "growth"
-    about = "Peak rates of the 40M."
-    flops_per_second = 2.8e14      # of one GPU, until runs have been measured
 
     [settings]                     # of all runs, as train_tpu.run names them
     data = "data/wiki-books"
@@ -11,6 +9,7 @@
     name = "40m"
     preset = "mtlm2-40m"
     tokens = 65e6                  # instead of steps
+    flops_per_second = 2.8e14      # of one GPU, until runs have been measured
     lr = [4e-3, 8e-3, 16e-3]       # a list is an axis: one run for each value
     seed = [0, 1]
 
@@ -37,7 +36,7 @@ from train_tpu.config import RunConfig, defaults
 
 STUDIES = Path(__file__).parents[1] / "studies"
 KINDS = ("tuning", "saturation", "growth")
-TABLES = {"kind", "about", "heldout", "flops_per_second", "settings", "runs"}
+TABLES = {"kind", "heldout", "settings", "runs"}
 # Settings of a run that the study itself gives.
 OURS = {
     "out", "stop_at", "epochs", "keep_steps", "keep_every", "keep_last", "save_every", "from_step",
@@ -54,7 +53,6 @@ class Definition:
     kind: str
     heldout: str | None
     """The held-out set that decides. None: the data's first."""
-    flops_per_second: float | None
     blocks: tuple[dict[str, Any], ...]
     """The tables [[runs]], each with the common settings."""
     text: str
@@ -79,20 +77,21 @@ def read_definition(study: str, data: str | None) -> Definition:
     _require_known(path, content, TABLES)
     if content.get("kind") not in KINDS:
         raise UserError(f"{path}: kind is {content.get('kind')!r}, not one of {', '.join(KINDS)}")
-    common = content.get("settings", {}) | ({} if data is None else {"data": data})
-    runs = content.get("runs", [])
-    if not isinstance(common, dict) or not isinstance(runs, list) or not runs:
-        raise UserError(f"{path} asks for no runs: give it a table [[runs]]")
+    common, runs = content.get("settings", {}), content.get("runs")
+    tables = [common, *(runs if isinstance(runs, list) else [])]
+    if len(tables) < 2 or not all(isinstance(table, dict) for table in tables):
+        raise UserError(
+            f"{path} asks for no runs: give it tables [[runs]], and [settings] for what they share"
+        )
+    common = common | ({} if data is None else {"data": data})
     names = [block.get("name") for block in runs]
     for name in names:
         if not isinstance(name, str) or not name or "/" in name:
             raise UserError(f"{path}: every [[runs]] needs a name without a slash, not {name!r}")
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} [[runs]] of the name {name}: give each its own")
-    speed = content.get("flops_per_second")
-    checks.positive(flops_per_second=speed)
     blocks = tuple(common | block for block in runs)
-    return Definition(path.stem, content["kind"], content.get("heldout"), speed, blocks, text)
+    return Definition(path.stem, content["kind"], content.get("heldout"), blocks, text)
 
 
 def _require_known(where: Any, given: dict[str, Any], known: set[str]) -> None:
@@ -114,6 +113,8 @@ class Settings:
     tokenizer: str
     tokens: float | None
     """Asked for instead of steps."""
+    flops_per_second: float | None
+    """What one GPU is expected to reach."""
 
     @property
     def batch_tokens(self) -> int:
@@ -161,24 +162,24 @@ def open_settings(block: str, given: dict[str, Any]) -> Settings:
     block: the name of its [[runs]], for messages.
     """
     given = dict(given)
-    tokens = given.pop("tokens", None)
-    checks.positive(tokens=tokens)
+    tokens, speed = given.pop("tokens", None), given.pop("flops_per_second", None)
     default = defaults(given.get("preset", RunConfig.preset))
     known = set(flatten(default)) - OURS
     for name in given:
         if name in OURS:
             raise UserError(f"runs {block}: {name} is set by the study: leave it out")
-    _require_known(f"runs {block}", given, known | {"tokens"})
+    _require_known(f"runs {block}", given, known | {"tokens", "flops_per_second"})
     if tokens is not None and "steps" in given:
         raise UserError(f"runs {block}: give steps or tokens, not both")
     apart = {name: given[name] for name in ("lr", "seed") if name in given}  # most runs differ in them alone
     try:
+        checks.positive(tokens=tokens, flops_per_second=speed)
         config, tokenizer, vocabulary = _open(flags({k: v for k, v in given.items() if k not in apart}))
         seed = {"seed": apart.pop("seed")} if "seed" in apart else {}
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **apart), **seed)
     except UserError as error:
         raise UserError(f"runs {block}: {error}") from None
-    return Settings(given, config, model_config(config, vocabulary), tokenizer, tokens)
+    return Settings(given, config, model_config(config, vocabulary), tokenizer, tokens, speed)
 
 
 @functools.lru_cache(maxsize=256)

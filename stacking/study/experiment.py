@@ -46,14 +46,13 @@ def run_study(config: StudyConfig, console: Console) -> None:
     gpus = visible_gpus(os.environ, config.gpus)
     at_once = config.jobs if config.jobs is not None else 2 if gpus else 1
     budget = Budget(config.minutes, config.flops)
-    expected = definition.flops_per_second if gpus or config.dry_run else None
-    clock = Clock(None if expected is None else expected / at_once)
+    clock = Clock(at_once if gpus or config.dry_run else None)
     for line in describe(definition, leaves, results, config, clock, at_once, gpus):
         say(line)
     if config.dry_run:
         list_runs(leaves, out, results, clock, say)
         return
-    distinct = open_texts(leaves, out)
+    distinct = open_texts(leaves, definition.heldout, out)
 
     # 2. Train. What is to be trained next may depend on the results.
     with lock_folder(out):
@@ -94,7 +93,8 @@ def make_runs(
         clock.measure(run, seconds, folder)
         halted = runs.has_halted(run, run.steps)
         entry = summarize(run, folder, distinct[data_key(run.settings)], halted)
-        results.add(run, entry | {"seconds": round(seconds, 1)})
+        before = results.runs.get(run.name, {}).get("seconds", 0)  # of a trunk, up to an earlier branch
+        results.add(run, entry | {"seconds": round(before + seconds, 1)})
 
     runs = Runs(out, leaves, lambda run: run.name in results.runs and not run.keep, after, clock.seconds)
     for leaf in leaves:
@@ -108,10 +108,13 @@ def make_runs(
 class Clock:
     """How long runs take, by those of this process; by what the study expects before there are any."""
 
-    def __init__(self, expected: float | None) -> None:
-        """expected: FLOP/s of one process; None: nobody knows."""
-        self._expected = expected
+    def __init__(self, at_once: int | None) -> None:
+        """at_once: runs that share a GPU. None: there is none, so that nothing is expected."""
+        self._at_once = at_once
         self._measured: dict[str, float] = {}
+        """FLOP/s of one process, by the kind of run."""
+        self._ratios: dict[str, float] = {}
+        """The same as parts of what is expected."""
         self._start = START
 
     def measure(self, run: Run, seconds: float, folder: Path) -> None:
@@ -122,14 +125,26 @@ class Clock:
             return
         rate = speed(rows[-200:])
         updates = sum(row["step"] >= firsts[-1] for row in rows)
-        self._measured[_kind(run)] = rate * run.model.flops_per_token()
+        self._measured[_kind(run)] = measured = rate * run.model.flops_per_token()
+        expected = self._expected(run)
+        if expected is not None:
+            self._ratios[_kind(run)] = measured / expected
         self._start = max(0.0, seconds - updates * run.settings.batch_tokens / rate)
 
     def seconds(self, run: Run, flops: float) -> float | None:
         """What a process is expected to take for so many FLOPs of a run."""
-        rates = self._measured.values()
-        known = self._measured.get(_kind(run)) or (sum(rates) / len(rates) if rates else self._expected)
-        return None if known is None else self._start + flops / known
+        known = self._measured.get(_kind(run), self._expected(run))
+        if known is None:
+            rates = self._measured.values()
+            return self._start + flops * len(rates) / sum(rates) if rates else None
+        if _kind(run) not in self._measured and self._ratios:
+            known *= sum(self._ratios.values()) / len(self._ratios)
+        return self._start + flops / known
+
+    def _expected(self, run: Run) -> float | None:
+        """FLOP/s that the study expects of a process; None where it says nothing."""
+        speed = run.settings.flops_per_second
+        return None if speed is None or self._at_once is None else speed / self._at_once
 
 
 def _kind(run: Run) -> str:
@@ -145,11 +160,11 @@ def data_key(settings: Settings) -> str:
     return repr((config.data, config.weights, settings.tokenizer, settings.model.context))
 
 
-def open_texts(leaves: list[Run], out: Path) -> dict[str, int]:
+def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, int]:
     """Opens, or prepares, the text of every run; its training tokens.
 
     Raises:
-        UserError: one cannot be opened.
+        UserError: one cannot be opened, or lacks the held-out set that decides.
     """
     found: dict[str, int] = {}
     for run in leaves:
@@ -158,9 +173,12 @@ def open_texts(leaves: list[Run], out: Path) -> dict[str, int]:
             settings = run.settings
             context = settings.model.context
             dataset = open_data(settings.config, settings.tokenizer, context, out / run.name)
-            if not dataset.heldout:
+            names = dataset.heldout
+            if not names or (heldout is not None and heldout not in names):
                 raise UserError(
-                    f"{settings.config.data} has no held-out text, so that runs cannot be compared"
+                    f"{settings.config.data} holds out {', '.join(names) or 'nothing'}, and the study "
+                    f"compares losses on {heldout or 'held-out text'}: prepare the text with --valid, or "
+                    "name another set as heldout in the study"
                 )
             found[key] = dataset.splits[TRAIN].windows * context
     return found

@@ -20,11 +20,11 @@ Seeds are paired, and every figure has their spread.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from core import checks
 from core.errors import UserError
-from stacking.plan import make_plan
+from stacking.plan import Operator, make_plan
 from stacking.schedule import parse_schedule
 from stacking.study.definition import Definition, Settings, open_settings
 from stacking.study.results import Results
@@ -217,6 +217,9 @@ def open_target(definition: Definition) -> Target:
     small = _small(name, block, settings, factor, seeds[0], lrs[0])
     at = tuple(round(fraction * settings.steps) for fraction in fractions)
     ops = _listed(name, "ops", options.get("ops", ["stack", "random"]))
+    for op in ops:
+        if op not in get_args(Operator):
+            raise UserError(f"runs {name}: {op!r} is no way of growing: {', '.join(get_args(Operator))}")
     target = Target(
         block, settings, small, at, ops, factor, options.get("grow_schedule", "rewarm:50"), early, seeds, lrs
     )

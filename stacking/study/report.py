@@ -1,7 +1,9 @@
 """The report of a study, made of its results alone: a table in Markdown and a picture."""
 
+from pathlib import Path
 from types import ModuleType
 
+from core.folders import write_atomically
 from stacking.study import growth_report, saturation, tuning
 from stacking.study.results import Results
 
@@ -10,30 +12,33 @@ REPORTS: dict[str, ModuleType] = {"tuning": tuning, "saturation": saturation, "g
 
 def write_report(results: Results) -> str:
     """Writes the table and the plot next to the results; returns what is to be said."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     path, record = results.path, results.record
     ended = [entry for entry in results.runs.values() if "losses" in entry]
     if not ended:
         return f"{path} holds no run with a loss yet, so there is nothing to report"
     heldout = record["heldout"] or next(iter(ended[0]["losses"]))
     kind = REPORTS[record["kind"]]
-    table = kind.table(results, heldout)
-    table += f"\n\n{len(ended)} runs; {describe_sessions(results)}"
-    path.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    table = f"{kind.table(results, heldout)}\n\n{len(ended)} runs; {describe_sessions(results)}"
+    tables, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    write_atomically(tables, f"{table}\n")
+    draw(kind, results, heldout, picture)
+    return f"{table}\n\ntable: {tables}; plot: {picture}; all figures: {path}"
+
+
+def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
+    """The plot of a kind of study."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
     kind.plot(results, heldout, axes)
     axes.set_ylabel(f"{heldout}, nats per token")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
-    return (
-        f"{table}\n\ntable: {path.with_suffix('.md')}; plot: {path.with_suffix('.png')}; all figures: {path}"
-    )
 
 
 def describe_sessions(results: Results) -> str:

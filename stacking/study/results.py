@@ -82,6 +82,8 @@ def open_results(path: Path, definition: Definition) -> Results:
         "study": definition.name, "kind": definition.kind, "heldout": definition.heldout,
         "file": definition.text,
     }  # fmt: skip
+    if path.is_dir():
+        raise UserError(f"--results {path} is a folder: name a file")
     if not path.is_file():
         return Results(path, {**head, "sessions": [], "runs": {}})
     results = read_results(path)

@@ -19,12 +19,12 @@ from core.run.folder import write_config
 from core.run.log import END, HALT, read_log
 from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, fits
+from stacking.study import experiment, fits, report
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
 from stacking.study.growth_report import Arm, Point, at_equal_flops, flops_to_reach, make_table
-from stacking.study.results import read_results, thinned
+from stacking.study.results import open_results, read_results, thinned
 from stacking.study.runs import Run
 from tests.train_tpu.processes import losses, refusal_here, run, start
 
@@ -126,7 +126,9 @@ def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, 
     study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
     config = StudyConfig(str(study), out=tmp_path / "out")
     first = FakeTraining(monkeypatch, parabola, most=3)
-    run_study(config, make_console())
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "draw", lambda *_: None)
+        run_study(config, make_console())
     # The first axis changes slowest, in the order of the file.
     assert first.made == [f"a/lr-{lr}/seed-{seed}@12" for lr, seed in ((0.01, 0), (0.01, 1), (0.02, 0))]
     # On another machine, where the runs are not: the file of results is enough.
@@ -144,6 +146,7 @@ def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, 
 
 
 def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
     study = study_file(tmp_path, "tuning", TUNING.replace("[0, 1]", "0"), text_of_a_study)
     config = StudyConfig(str(study), out=tmp_path / "out")
     FakeTraining(monkeypatch, lambda run: math.inf if run.settings.config.optim.lr > 0.07 else parabola(run))
@@ -319,12 +322,9 @@ def test_curves_are_thinned_to_means():
     assert thinned([(0, 1.0)]) == [[0, 1.0]] and thinned([]) == []
 
 
-def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path, monkeypatch):
-    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
-    FakeTraining(monkeypatch, parabola, most=1)
-    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
-    results = read_results(tmp_path / "out/results.json")
-    one = experiment.open_runs(read_definition(str(study), None), results)[0]
+def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path):
+    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), None)
+    one = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))[0]
     clock = Clock(None)
     assert clock.seconds(one, 1e9) is None
     rows = [{"step": 0, "kind": "event", "what": "first update"}]
@@ -339,6 +339,7 @@ def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path, m
 
 
 def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
     text = text_of_a_study
 
     def refused(kind: str, runs: str, *options: str) -> str:
@@ -369,6 +370,14 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "not settled before step 33" in refused("growth", GROWTH.replace("0.25", "0.75"))
     assert "another decay than scratch" in refused("growth", GROWTH.replace("rewarm:3", "restart"))
     assert "only lr and seed may be lists, not batch" in refused("growth", GROWTH + "batch = [4, 8]\n")
+    assert "'stak' is no way of growing: stack" in refused("growth", GROWTH.replace('"stack"', '"stak"'))
+    study_file(tmp_path, "books", TUNING, text)
+    books = (tmp_path / "books.toml").read_text().replace('"books"', '"tuning"\nheldout = "books"')
+    (tmp_path / "books.toml").write_text(books)
+    assert "holds out valid, and the study compares losses on books" in refusal_here(
+        tmp_path / "books.toml", "--out", tmp_path / "out", module=command.__name__
+    )
+    assert "is a folder: name a file" in refused("tuning", TUNING, "--results", tmp_path)
     assert "--minutes is 0.0; it must be positive" in refused("tuning", TUNING, "--minutes", "0")
     assert "--gpus 7: the GPUs here are" in refused("tuning", TUNING, "--gpus", "7")
     assert "holds no results yet" in refused("tuning", TUNING, "--report")
