@@ -10,6 +10,7 @@ from types import ModuleType
 
 from rich.console import Console
 
+from core.data.batches import data_record
 from core.data.dataset import TRAIN
 from core.errors import UserError
 from core.folders import require_place
@@ -21,7 +22,16 @@ from stacking.study import growth, saturation, tuning
 from stacking.study.config import StudyConfig
 from stacking.study.definition import Definition, Settings, read_definition
 from stacking.study.report import write_report
-from stacking.study.results import Results, open_results, read_results, require_same_runs, speed, summarize
+from stacking.study.results import (
+    Results,
+    Text,
+    open_results,
+    read_results,
+    require_same_runs,
+    require_same_text,
+    speed,
+    summarize,
+)
 from stacking.study.runs import Run, Runs, require_names
 
 KINDS: dict[str, ModuleType] = {"tuning": tuning, "saturation": saturation, "growth": growth}
@@ -52,13 +62,15 @@ def run_study(config: StudyConfig, console: Console) -> None:
     if config.dry_run:
         list_runs(leaves, out, results, clock, say)
         return
-    distinct = open_texts(leaves, definition.heldout, out)
+    texts = open_texts(leaves, definition.heldout, out)
+    require_same_text(results, leaves, {run.name: texts[text_key(run.settings)] for run in leaves})
 
     # 2. Train. What is to be trained next may depend on the results.
     with lock_folder(out):
-        results.begin()
+        if any(run.name not in results.runs for run in leaves):
+            results.begin()
         while True:
-            runs = make_runs(out, leaves, results, clock, distinct)
+            runs = make_runs(out, leaves, results, clock, texts)
             whole = run_jobs(runs.jobs(), out, at_once, gpus, console, False, budget)
             leaves = open_runs(definition, results)
             if not config.keep_weights:
@@ -83,16 +95,14 @@ def open_runs(definition: Definition, results: Results) -> list[Run]:
     return leaves
 
 
-def make_runs(
-    out: Path, leaves: list[Run], results: Results, clock: "Clock", distinct: dict[str, int]
-) -> Runs:
+def make_runs(out: Path, leaves: list[Run], results: Results, clock: "Clock", texts: dict[str, Text]) -> Runs:
     """The runs as jobs that keep their results; those that ended while nobody looked are kept at once."""
 
     def after(run: Run, seconds: float) -> None:
         folder = runs.folder(run)
         clock.measure(run, seconds, folder)
         halted = runs.has_halted(run, run.steps)
-        entry = summarize(run, folder, distinct[data_key(run.settings)], halted)
+        entry = summarize(run, folder, texts[text_key(run.settings)], halted)
         before = results.runs.get(run.name, {}).get("seconds", 0)  # of a trunk, up to an earlier branch
         results.add(run, entry | {"seconds": round(before + seconds, 1)})
 
@@ -154,21 +164,21 @@ def _kind(run: Run) -> str:
     return json.dumps([shape, config.batch, config.grad_accum_steps, config.optim.optimizer])
 
 
-def data_key(settings: Settings) -> str:
+def text_key(settings: Settings) -> str:
     """Runs with the same have the same text."""
     config = settings.config
     return repr((config.data, config.weights, settings.tokenizer, settings.model.context))
 
 
-def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, int]:
-    """Opens, or prepares, the text of every run; its training tokens.
+def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, Text]:
+    """Opens, or prepares, the text of every run.
 
     Raises:
         UserError: one cannot be opened, or lacks the held-out set that decides.
     """
-    found: dict[str, int] = {}
+    found: dict[str, Text] = {}
     for run in leaves:
-        key = data_key(run.settings)
+        key = text_key(run.settings)
         if key not in found:
             settings = run.settings
             context = settings.model.context
@@ -180,7 +190,8 @@ def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, i
                     f"compares losses on {heldout or 'held-out text'}: prepare the text with --valid, or "
                     "name another set as heldout in the study"
                 )
-            found[key] = dataset.splits[TRAIN].windows * context
+            tokens = dataset.splits[TRAIN].windows * context
+            found[key] = Text(tokens, data_record(dataset)["fingerprint"])
     return found
 
 

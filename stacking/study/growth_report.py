@@ -32,13 +32,12 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One arm's losses: along its trunk, and at the ends of its decayed runs."""
+    """One arm's losses, at the ends of its decayed runs."""
 
     op: str
     grown_at: int
     seed: int
     lr: float
-    trunk: tuple[Point, ...]
     decayed: tuple[Point, ...]
     """By FLOPs."""
     equal_tokens: Point | None = None
@@ -66,13 +65,11 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
         found.setdefault((labels["arm"], labels["grown_at"], labels["seed"], labels["lr"]), []).append(entry)
     arms, halted = [], []
     for (op, at, seed, lr), entries in found.items():
-        decayed, equal, trunk, model = [], None, (), entries[0]["model"]
+        decayed, equal, model = [], None, entries[0]["model"]
         for entry in entries:
             if entry["labels"].get("trunk"):
-                trunk = tuple(
-                    Point(step, flops, as_floats(losses)[heldout]) for step, flops, losses in entry["curve"]
-                )
-            elif entry["halted"]:
+                continue
+            if entry["halted"]:
                 halted.append(f"{op} at {at}, seed {seed}, peak lr {lr:g}, was halted by the guard")
             else:
                 decayed.append(Point(entry["steps"], entry["flops"], as_floats(entry["losses"])[heldout]))
@@ -80,7 +77,7 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
         decayed.sort(key=lambda point: point.flops)
         per_token = model["flops_per_token"]
         sizes = (model["parameters"], per_token, per_token * model["context"] * entries[0]["batch"])
-        arms.append(Arm(op, at, seed, lr, trunk, tuple(decayed), equal, *sizes))
+        arms.append(Arm(op, at, seed, lr, tuple(decayed), equal, *sizes))
     best = {}
     for arm in arms:  # tuned at equal tokens, on one seed
         if arm.equal_tokens is not None and math.isfinite(arm.equal_tokens.loss):

@@ -1,5 +1,6 @@
 """The results of a study: one small JSON file, of which reports are made and in which a study continues."""
 
+import dataclasses
 import datetime
 import json
 import shlex
@@ -96,6 +97,25 @@ def open_results(path: Path, definition: Definition) -> Results:
     return results
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What runs were trained on."""
+
+    distinct_tokens: int
+    fingerprint: str
+
+
+def require_same_text(results: Results, runs: list[Run], texts: dict[str, Text]) -> None:
+    """Refuses results of runs that were trained on another text. texts: by the names of the runs."""
+    for run in runs:
+        entry = results.runs.get(run.name)
+        if entry is not None and entry["fingerprint"] != texts[run.name].fingerprint:
+            raise UserError(
+                f"{results.path} has {run.name} trained on {entry['data']}, which is another text than "
+                f"{run.settings.config.data}: give that text with --data, or another --results"
+            )
+
+
 def require_same_runs(results: Results, runs: list[Run]) -> None:
     """Refuses results of a run that had other settings."""
     for run in runs:
@@ -110,7 +130,7 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
                 )
 
 
-def summarize(run: Run, folder: Path, distinct_tokens: int, halted: bool) -> dict[str, Any]:
+def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any]:
     """What is kept of a run, out of its log."""
     train, evaluated = read_log(folder, "train"), read_log(folder, "eval")
     own = [row for row in train if CARRIED not in row]
@@ -130,7 +150,7 @@ def summarize(run: Run, folder: Path, distinct_tokens: int, halted: bool) -> dic
         "seed": run.settings.config.seed,
         "batch": run.settings.config.batch,
         "data": str(run.settings.config.data),
-        "distinct_tokens": distinct_tokens,
+        **dataclasses.asdict(text),
         "skipped": len(read_log(folder, "skip")),
         "tokens_per_second": speed(own),
         "curve": [[step, run.flops(step), losses] for (step, _), losses in curve.items()],

@@ -50,9 +50,9 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What results of a run of this name must have been made with."""
+        """What results of a run of this name must have been made with, wherever its text lay."""
         source = {"from": self.source.name, "at": self.at, "grow": self.grow} if self.source else {}
-        given = self.settings.given
+        given = {name: value for name, value in self.settings.given.items() if name != "data"}
         return json.loads(json.dumps({"steps": self.steps, "settings": given, **source}))
 
 

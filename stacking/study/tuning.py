@@ -4,6 +4,7 @@ Every block [[runs]] is a grid over its lists. In the report, runs that differ i
 seed are one row: the best rate tried, and the minimum of a parabola in log2 of the rate.
 """
 
+import math
 import statistics
 from collections.abc import Collection
 from typing import Any
@@ -34,7 +35,8 @@ def groups(results: Results) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in results.entries:
         given = {k: v for k, v in entry["settings"].items() if k not in ALONG}
-        found.setdefault(repr((sorted(given.items()), entry["steps"])), []).append(entry)
+        key = repr((sorted(given.items()), entry["steps"], entry["fingerprint"]))
+        found.setdefault(key, []).append(entry)
     return list(found.values())
 
 
@@ -46,12 +48,13 @@ def varied(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def by_rate(group: list[dict[str, Any]], heldout: str) -> dict[float, list[float]]:
-    """The losses of a group's seeds at each rate; none at one that the guard halted."""
+    """The losses of a group's seeds at each rate; none at one that came to no finite loss."""
     found: dict[float, list[float]] = {}
     for entry in group:
         losses = found.setdefault(entry["lr"], [])
-        if not entry["halted"]:
-            losses.append(as_floats(entry["losses"])[heldout])
+        loss = math.nan if entry["halted"] else as_floats(entry["losses"])[heldout]
+        if math.isfinite(loss):
+            losses.append(loss)
     return dict(sorted(found.items()))
 
 

@@ -131,11 +131,14 @@ def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, 
         run_study(config, make_console())
     # The first axis changes slowest, in the order of the file.
     assert first.made == [f"a/lr-{lr}/seed-{seed}@12" for lr, seed in ((0.01, 0), (0.01, 1), (0.02, 0))]
-    # On another machine, where the runs are not: the file of results is enough.
+    # On another machine, where the runs are not and the text lies elsewhere: the file of results is enough.
     results = tmp_path / "results.json"
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(text_of_a_study.read_bytes())
     (tmp_path / "out/results.json").rename(results)
     second = FakeTraining(monkeypatch, parabola)
-    run_study(StudyConfig(str(study), out=tmp_path / "other", results=results), make_console())
+    elsewhere = StudyConfig(str(study), out=tmp_path / "other", results=results, data=str(moved))
+    run_study(elsewhere, make_console())
     assert len(second.made) == 5 and not set(first.made) & set(second.made)
     table = results.with_suffix(".md").read_text()
     # 0.03 is the minimum of the parabola; seeds lie 0.005 from their mean.
@@ -143,6 +146,10 @@ def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, 
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "other").glob("a/*/*/checkpoints"))
     assert results.stat().st_size < 20_000
+    # Another text is another study.
+    moved.write_text(moved.read_text() * 2)
+    with pytest.raises(UserError, match=r"a/lr-0.01/seed-0 trained on .*, which is another text than"):
+        run_study(elsewhere, make_console())
 
 
 def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, monkeypatch):
@@ -281,7 +288,7 @@ def test_growth_tunes_every_arm_and_then_decays_it_where_the_others_are(
 def arm(op: str, seed: int, ends: list[tuple[int, float, float]], grown_at: int = 0) -> Arm:
     decayed = tuple(Point(*end) for end in ends)
     equal = next(point for point in decayed if point.steps == 100)
-    return Arm(op, grown_at, seed, 1e-3, decayed, decayed, equal, 1000, 30, 1)
+    return Arm(op, grown_at, seed, 1e-3, decayed, equal, 1000, 30, 1)
 
 
 ARMS = [
