@@ -34,6 +34,11 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
 
 
+GRACE = (
+    20.0  # seconds after the end of a budget in which a process may save; what compiles has nothing to save
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One process."""
@@ -57,7 +62,7 @@ class Job:
 
 class Budget:
     """What may be spent from now on. A job that cannot end within it is not started; at the end of the time,
-    those that still run save their state and end."""
+    those that still run have GRACE seconds to save their state and end."""
 
     def __init__(self, minutes: float | None = None, flops: float | None = None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -155,6 +160,8 @@ class _Deal:
                     self._say("the time is up: what still runs saves its state")
                     processes.stop()
                     self._leave(*self._todo)
+                    if wait(self._running, GRACE).not_done:
+                        processes.kill()
                     for future in wait(self._running).done:
                         job, _ = self._running.pop(future)
                         if job.done():
@@ -273,6 +280,12 @@ class Processes:
             self._stopped = True
             for process in self._on:
                 process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends every process that has not heeded `stop`."""
+        with self._lock:
+            for process in self._on:
+                process.kill()
 
     def _start(self, job: Job, gpu: str | None, output: object) -> subprocess.Popen | None:
         environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self._memory:.2f}"}
