@@ -86,16 +86,38 @@ class Law:
     scale: float
     power: float
     passes: float
-    """r; infinite where nothing was repeated or repeating costs nothing."""
-    errors: tuple[float, float, float, float] | None
-    """Standard errors of the four; that of `passes` is of its natural logarithm. None: as many points as
-    parameters."""
+    """r; infinite where nothing was repeated."""
     unit: float
     """Tokens."""
+    covariance: np.ndarray | None = None
+    """Of floor, scale, power and, where tokens were repeated, the natural logarithm of `passes`. None: as
+    many points as parameters."""
 
     def loss(self, tokens: np.ndarray, distinct: np.ndarray) -> np.ndarray:
         """What it predicts for runs over so many tokens, of which so many are distinct."""
         return self.floor + self.scale * (effective(tokens, distinct, self.passes) / self.unit) ** -self.power
+
+    @property
+    def errors(self) -> list[float] | None:
+        """Standard errors of what `covariance` is of."""
+        return None if self.covariance is None else [math.sqrt(max(0.0, v)) for v in np.diag(self.covariance)]
+
+    def error(self, tokens: float, distinct: float) -> float | None:
+        """Standard error of what it predicts for a run; the scatter of runs comes on top."""
+        if self.covariance is None:
+            return None
+        (slopes,) = self.slopes(np.array([tokens]), np.array([distinct]))
+        return math.sqrt(slopes @ self.covariance @ slopes)
+
+    def slopes(self, tokens: np.ndarray, distinct: np.ndarray) -> np.ndarray:
+        """[runs, parameters]: derivatives of its losses in what `covariance` is of."""
+        columns = []
+        for name in ("floor", "scale", "power", *(["passes"] if math.isfinite(self.passes) else [])):
+            value, step = getattr(self, name), 1e-4
+            moved = [value * math.exp(s) if name == "passes" else value + s for s in (-step, step)]
+            below, above = (dataclasses.replace(self, **{name: v}).loss(tokens, distinct) for v in moved)
+            columns.append((above - below) / (2 * step))
+        return np.stack(columns, axis=1)
 
 
 def effective(tokens: np.ndarray, distinct: np.ndarray, passes: float | np.ndarray) -> np.ndarray:
@@ -130,25 +152,10 @@ def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law
         low, high = np.maximum(center - width, [0.005, -3.0]), center + width
     scale = float(scales[i, j])
     floor = float(losses.mean() - scale * x[i, j].mean())
-    law = Law(floor, scale, power, best, None, unit)
-    return dataclasses.replace(law, errors=_errors(law, float(squares[i, j]), tokens, distinct, repeats))
-
-
-def _errors(
-    law: Law, squares: float, tokens: np.ndarray, distinct: np.ndarray, repeats: bool
-) -> tuple[float, float, float, float] | None:
-    """Standard errors by the derivatives of the law at its parameters."""
-    names = ["floor", "scale", "power", *(["passes"] if repeats else [])]
-    spare = len(tokens) - len(names)
-    if not spare:
-        return None
-    columns = []
-    for name in names:
-        value, step = getattr(law, name), 1e-4
-        moved = [value * math.exp(s) if name == "passes" else value + s for s in (-step, step)]
-        below, above = (dataclasses.replace(law, **{name: v}).loss(tokens, distinct) for v in moved)
-        columns.append((above - below) / (2 * step))
-    jacobian = np.stack(columns, axis=1)
-    covariance = squares / spare * np.linalg.pinv(jacobian.T @ jacobian)
-    errors = [float(math.sqrt(max(0.0, v))) for v in np.diag(covariance)]
-    return (*errors, *([math.nan] * (4 - len(errors))))
+    law = Law(floor, scale, power, best, unit)
+    spare = len(losses) - 3 - repeats
+    if spare == 0:
+        return law
+    slopes = law.slopes(tokens, distinct)
+    covariance = float(squares[i, j]) / spare * np.linalg.pinv(slopes.T @ slopes)
+    return dataclasses.replace(law, covariance=covariance)

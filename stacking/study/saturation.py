@@ -16,6 +16,7 @@ from stacking.study.results import Results, as_floats
 from stacking.study.runs import Run
 
 LENGTHS = "tokens_per_parameter"
+FAR = 350  # tokens per parameter: the 14B of train_tpu/recipes/mtlm2.sh
 WORTH = 0.5  # of a new token: where a repeated one is worth less, the table says so
 
 
@@ -111,15 +112,13 @@ def table(results: Results, heldout: str) -> str:
 def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
     if law is None:
         return f"\n{size:,} parameters: {len(entries)} runs are too few for the law."
-    floor, scale, power, passes = law.errors or (None,) * 4
-
-    def said(value: float, error: float | None) -> str:
-        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
+    floor, scale, power, passes = [*(law.errors or []), None, None, None, None][:4]
+    far = FAR * size
     text = (
-        f"\n{size:,} parameters, {len(entries)} runs: loss = {said(law.floor, floor)} + "
-        f"({said(law.scale, scale)}) "
-        f"(T / {law.unit / 1e6:.3g}M)^-({said(law.power, power)}), T: effective tokens."
+        f"\n{size:,} parameters, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
+        f"({_said(law.scale, scale)}) (T / {law.unit / 1e6:.3g}M)^-({_said(law.power, power)}), T: effective "
+        f"tokens. Extrapolated to {FAR} new tokens per parameter ({far / 1e9:.3g}B): "
+        f"{_said(float(law.loss(np.array([far]), np.array([far]))[0]), law.error(far, far))}."
     )
     if not np.isfinite(law.passes):
         return f"{text} No run repeats its text."
@@ -129,6 +128,10 @@ def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
         f"{text} All repetitions together are worth at most {law.passes:.3g} more passes{factor}: after pass "
         f"{half:.2g} a token is worth less than {WORTH:g} of a new one. Errors: one standard error."
     )
+
+
+def _said(value: float, error: float | None) -> str:
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def plot(results: Results, heldout: str, axes: Any) -> None:
