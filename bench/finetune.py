@@ -23,6 +23,8 @@ from core import checks, cli
 from core.config import preset
 from core.data.tuning_rows import read_rows
 from core.errors import UserError, run_command
+from core.folders import require_place
+from core.tokenizer import load_tokenizer
 
 OURS = "ours"
 WAYS = {
@@ -114,7 +116,10 @@ def run_row(config: FinetuneBenchConfig, row: str) -> Row:
 
 def check(config: FinetuneBenchConfig) -> None:
     """Refuses what cannot be timed before anything slow."""
-    trl = [way for way in config.ways if way != OURS]
+    model, trl = preset(config.preset), [way for way in config.ways if way != OURS]
+    load_tokenizer(config.tokenizer)
+    if config.json:
+        require_place(config.json.absolute().parent)
     if trl and find_spec("trl") is None:
         raise UserError("TRL is not installed: `pip install trl`, or give --ways ours")
     import torch  # slow
@@ -126,7 +131,7 @@ def check(config: FinetuneBenchConfig) -> None:
         )
     from port_torch.hf_config import stock_type
 
-    if trl and stock_type(preset(config.preset)) is None:
+    if trl and stock_type(model) is None:
         raise UserError(f"Hugging Face has no model like {config.preset}: give --ways ours")
 
 
@@ -167,6 +172,7 @@ def main() -> None:
             if "failed" not in figures:
                 print(f"    {figures['milliseconds']:.1f} ms, {figures['tokens_per_second']:,.0f} tokens/s")
             if config.json:
+                config.json.parent.mkdir(parents=True, exist_ok=True)
                 config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print_table(report["rows"])
 
