@@ -12,6 +12,7 @@ import jax
 
 from core.checkpoint.checkpointer import load_manifest, restore_params
 from core.checkpoint.steps import tokenizer_carriers
+from core.cli import command
 from core.config import ModelConfig
 from core.folders import new_folder
 from core.memory import peak_memory
@@ -85,6 +86,8 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
         f"wrote and checked {config.out}: {model.n_params:,} parameters, {config.dtype}, {seconds:.1f} s, "
         f"{memory / 1e6:,.0f} MB peak memory (the float32 weights: {4 * model.n_params / 1e6:,.1f} MB)"
     )
+    asked = command("port_torch.generate", config.out, "--prompt", "The")
+    print(f"next: {asked if manifest.chat_template is None else command('port_torch.chat', config.out)}")
     if config.push_to_hub:
         push(config.out, config.push_to_hub, config.private, config.dry_run)
 
