@@ -32,7 +32,7 @@ def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     kind.plot(results, heldout, axes)
     axes.set_ylabel(f"{heldout}, nats per token")
     axes.grid(alpha=0.25)

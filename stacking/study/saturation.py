@@ -122,7 +122,7 @@ def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
     )
     if not np.isfinite(law.passes):
         return f"{text} No run repeats its text."
-    factor = "" if passes is None else f", give or take a factor of {np.exp(passes):.2g}"
+    factor = "" if passes is None else f", give or take a factor of {np.exp(passes):.3g}"
     half = 1 + law.passes * np.log(1 / WORTH)
     return (
         f"{text} All repetitions together are worth at most {law.passes:.3g} more passes{factor}: after pass "

@@ -16,6 +16,10 @@ from stacking.study.results import Results, as_floats
 from stacking.study.runs import Run
 
 ALONG = ("lr", "seed")
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999",
+)  # fmt: skip
 
 
 def runs(definition: Definition, _: Results) -> list[Run]:
@@ -47,6 +51,13 @@ def varied(entries: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if name not in ALONG and len(values[name]) > 1]
 
 
+def label(group: list[dict[str, Any]], names: list[str]) -> str:
+    """What tells a group from the others; names: the settings in which they differ."""
+    given = {name: value for name, value in group[0]["settings"].items() if name in names}
+    words = [str(given.pop("preset"))] if "preset" in given else []
+    return ", ".join([*words, *(f"{name} {value}" for name, value in given.items())]) or "all"
+
+
 def by_rate(group: list[dict[str, Any]], heldout: str) -> dict[float, list[float]]:
     """The losses of a group's seeds at each rate; none at one that came to no finite loss."""
     found: dict[float, list[float]] = {}
@@ -67,13 +78,12 @@ def optimum(group: list[dict[str, Any]], heldout: str) -> Optimum | None:
 def table(results: Results, heldout: str) -> str:
     """The best rates, the rule they would make, and every run."""
     ended, names = groups(results), varied(results.entries)
-    columns = [*names, "steps", "tokens", "rates tried", "best tried", f"{heldout} there", "fitted best rate",
+    columns = ["runs", "steps", "tokens", "rates tried", "best tried", f"{heldout} there", "fitted best rate",
                "loss there"]  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for group in ended:
-        rates, settings = by_rate(group, heldout), group[0]["settings"]
-        cells = [str(settings.get(name, "")) for name in names]
-        cells += [f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.1f}M"]
+        rates = by_rate(group, heldout)
+        cells = [label(group, names), f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.1f}M"]
         cells.append(" ".join(f"{rate:g}" for rate in rates))
         means = {rate: statistics.fmean(losses) for rate, losses in rates.items() if losses}
         if means:
@@ -148,19 +158,21 @@ def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def plot(results: Results, heldout: str, axes: Any) -> None:
-    """Loss over peak rate, a line per group through the means of its seeds."""
-    names = varied(results.entries)
-    for i, group in enumerate(groups(results)):
+    """Loss over peak rate, a line per group of at least two rates through the means of its seeds."""
+    ended = [group for group in groups(results) if sum(map(bool, by_rate(group, heldout).values())) > 1]
+    names = varied([entry for group in ended for entry in group])
+    for i, group in enumerate(ended):
         rates = {rate: losses for rate, losses in by_rate(group, heldout).items() if losses}
-        if not rates:
-            continue
-        label = ", ".join(f"{name} {group[0]['settings'].get(name, '')}" for name in names) or "all runs"
-        style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]}
-        axes.plot(list(rates), [statistics.fmean(losses) for losses in rates.values()], label=label, **style)
+        words = f"{label(group, names)}, {tokens_of(group[0]) / 1e6:.0f}M tokens"
+        style = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i // len(COLORS) % 5]}
+        axes.plot(list(rates), [statistics.fmean(losses) for losses in rates.values()], label=words, **style)
         dots = [(rate, loss) for rate, losses in rates.items() for loss in losses]
         axes.plot(*zip(*dots, strict=True), ".", color=style["color"], alpha=0.6)
         fit = optimum(group, heldout)
-        if fit is not None and fit.is_minimum:
-            axes.axvline(fit.rate, color=style["color"], linewidth=0.8, linestyle=":")
+        if fit is not None and fit.is_inside(rates):
+            axes.plot(fit.rate, fit.loss, "*", color=style["color"], markersize=13, markeredgecolor="white")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="peak learning rate", title="Loss over peak rate; dotted: fitted minima")
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}")
+    axes.set(
+        xlabel="peak learning rate", title="Loss over peak rate; stars: fitted minima inside their grids"
+    )
