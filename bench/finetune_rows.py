@@ -195,18 +195,22 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
         # One length for all batches, or each would be compiled anew.
         pad_to_multiple_of=config.batch * context if how.compiled else None,
         model_init_kwargs={"attn_implementation": attention, "dtype": how.dtype},
-        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    clock, counted = Clock(config.device), []
+    clock, counted, losses = Clock(config.device), [], []
+
+    class Trainer(trl.SFTTrainer):
+        def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
+            losses.append(super().training_step(*given, **more))  # stays on the device
+            return losses[-1]
 
     class Marks(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.mark()
 
-    trainer = trl.SFTTrainer(
+    trainer = Trainer(
         model=str(folder / MODEL),
         args=settings,
         train_dataset=datasets.load_dataset("json", data_files=str(folder / ROWS), split="train"),
@@ -220,8 +224,7 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
 
     trainer.data_collator = collate_counted
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return clock.row(counted, losses[0], losses[-1])
+    return clock.row(counted, float(losses[0]), float(losses[-1]))
 
 
 def flash(
