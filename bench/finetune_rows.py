@@ -18,7 +18,7 @@ from core.chat import open_chat
 from core.checkpoint.manifest import Manifest
 from core.config import preset
 from core.data.tuning_rows import read_rows
-from core.run.loop import process_age
+from core.run.reports import process_age
 from core.tokenizer import load_tokenizer, tokenizer_record
 from core.vocabulary import with_room
 from port_torch.export import write_rest, write_weights

@@ -56,6 +56,16 @@ class Device(NamedTuple):
     """How many take part in the run."""
 
 
+class InFlight(NamedTuple):
+    """A dispatched update whose metrics have not been read."""
+
+    step: int
+    batch: LoadedBatch
+    lr: float
+    guard: GuardConfig
+    pending: Any
+
+
 class TaskScore(NamedTuple):
     """One task of lm-evaluation-harness."""
 

@@ -7,51 +7,35 @@ step, from its metrics, or from what the engines agree on.
 
 import collections
 import dataclasses
-import json
-import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
-from core.checkpoint.manifest import TORCH, Manifest
+from core.checkpoint.manifest import Manifest
 from core.cli import command as command_line
 from core.config import ModelConfig
-from core.data.mixture import phase_number, phases_of
 from core.errors import UserError
 from core.progress import Activity
 from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
-from core.run.engine import Engine, LoadedBatch, Metrics
-from core.run.guard import GuardConfig, Health
+from core.run.commands import Steering
+from core.run.engine import Engine, InFlight, LoadedBatch
+from core.run.guard import Health
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import END, HALT, NoLog, RunLog
-from core.run.metrics import model_flops_utilization
 from core.run.phases import phase_limits
-from core.run.profiling import FOLDER as PROFILE
-from core.run.profiling import describe, parse_updates
-from core.run.settings import PretrainingSource, TrainingSettings
-from core.run.steering import LASTING, Command, Record, Steered, apply, parse, settle, steered
-from core.run.steering_queue import REFUSED, STEERED, Inbox, Typed
+from core.run.reports import Reports
+from core.run.settings import TrainingSettings
+from core.run.steering import Command, Record, Steered
+from core.run.steering_queue import Inbox
+from core.run.trace import Trace
 from core.sampling import Sampling, require_room
 from core.tokenizer import Tokenizer
 
 METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
 LISTEN = 0.2  # seconds between two looks for a command while a run is paused
-
-
-class InFlight(NamedTuple):
-    """A dispatched step whose metrics have not been read."""
-
-    step: int
-    batch: LoadedBatch
-    lr: float
-    guard: GuardConfig
-    pending: Any
 
 
 class Halted(Exception):
@@ -87,8 +71,7 @@ class Loop:
     """Where commands come in; None in a process that is not the first."""
 
     def __post_init__(self) -> None:
-        model = ModelConfig(**self.manifest.config["model"])
-        self._context, self._flops_per_token = model.context, model.flops_per_token()
+        self._context = ModelConfig(**self.manifest.config["model"]).context
         self.step = self._first_step = self.manifest.step
         """Updates made so far, skipped ones included."""
         self.cursor = self.manifest.sequences
@@ -97,29 +80,27 @@ class Loop:
         self._grown_at = growth["step"] if growth else None
         self._saved_step = self.step or None
         self._cadence = choose_cadence(self.settings, self.steps)
-        self._agreement = Agreement(
-            self.settings.save_minutes,
-            lambda: self.interrupt.requested is not None,
-            lambda: self.inbox is not None and self.inbox.waiting(),
-        )
-        self._start = Steered(self.settings.optim, self.settings.guard, self.steps)
-        self._now = steered(self._start, self.steering, self.step)
-        """What the next update's settings are."""
-        self._repeated = collections.deque(r for r in self.steering if r["step"] >= self.step)
         self._paused = False
         self._stopped_by: str | None = None
-        self._profiled = parse_updates(self.settings.profile) if self.settings.profile else None
-        self._profiling = False
-        self._n_read = 0  # updates whose metrics were read
         self._health = Health(self.checkpoints, self.manifest)
-        self._phase = phase_number(self.manifest.data, self.cursor)
         self._in_flight: collections.deque[InFlight] = collections.deque()
-        self._durations: collections.deque[float] = collections.deque(maxlen=20)
-        self._worked = 0.0  # seconds of work, without evaluations and the like, at the newest metrics
         self._progress = Activity(
             "waiting for the first update", self.end, done=self.step, left="of updates left",
             console=self.console,
         )  # fmt: skip
+        out, log = self.checkpoints.parent, self.log
+        self._reports = Reports(
+            self.settings, self.manifest, out, self.engine.device, log, self.console, self._progress
+        )
+        self._say = self._reports.say
+        self._trace = Trace(self.settings.profile, self.engine, out)
+        start = Steered(self.settings.optim, self.settings.guard, self.steps)
+        self._steering = Steering(start, self.steering, self.step, self.inbox, log, self._say)
+        self._agreement = Agreement(
+            self.settings.save_minutes,
+            lambda: self.interrupt.requested is not None,
+            self._steering.waiting,
+        )
 
     @property
     def _stopping(self) -> bool:
@@ -131,8 +112,8 @@ class Loop:
             try:
                 return self._run()
             finally:
-                if self._profiling:
-                    self._end_profile()
+                if self._trace.running:
+                    self._end_trace()
 
     def _run(self) -> int:
         try:
@@ -140,13 +121,14 @@ class Loop:
                 self._hear()
                 if self._stopping:
                     break
-                if self._profiling and self.step >= self._profiled[1]:
-                    self._end_profile()
+                if self._trace.ends_at(self.step):
+                    self._end_trace()
                 self._before_step()
                 if self.step == self.end or self._stopping:
                     break
-                if self._profiled and self.step == self._profiled[0]:
-                    self._begin_profile()
+                if self._trace.begins_at(self.step):
+                    self._read_metrics(leave=0)
+                    self._trace.begin()
                 self._dispatch()
                 self._read_metrics(leave=METRICS_LAG)
             self._read_metrics(leave=0)
@@ -170,38 +152,12 @@ class Loop:
         now: without waiting for the updates that agree by the way.
         """
         self._agreement.hear(*self.engine.agree(self.step, self._agreement.flags(), now))
-        while self._repeated and self._repeated[0]["step"] <= self.step:
-            record = self._repeated.popleft()
-            self._now = steered(self._start, self.steering, self.step)
-            self.log.write(self.step, "event", what=STEERED, command=record["command"])
+        self._steering.repeat(self.step)
         if self._agreement.steer:
             self._read_metrics(leave=0)
-            taken = self.engine.share(json.dumps(self.inbox.take() if self.inbox else []))
-            for typed in json.loads(taken):
-                self._obey(Typed(*typed))
+            self._steering.obey(self.step, self.engine.share, self._require_possible, self._act)
         if self._paused and not now:
             self._wait_for_continue()
-
-    def _obey(self, typed: Typed) -> None:
-        def refuse(error: UserError) -> None:
-            self.log.write(self.step, "event", what=REFUSED, id=typed.id, why=str(error))
-            self._say(f"step {self.step}: not steered: {error}")
-
-        try:
-            commands = parse(typed.words)
-        except UserError as error:
-            refuse(error)
-            return
-        for command in commands:
-            try:
-                settled = settle(command, self._now, self.step)
-                self._require_possible(command)
-            except UserError as error:
-                refuse(error)
-                continue
-            self.log.write(self.step, "event", what=STEERED, id=typed.id, command=str(settled))
-            self._say(f"step {self.step}: steered: {settled}")
-            self._act(settled)
 
     def _require_possible(self, command: Command) -> None:
         if command.name == "continue" and not self._paused:
@@ -214,13 +170,8 @@ class Loop:
             require_room([self.tokenizer.begin(command.value)], self._context)
 
     def _act(self, command: Command) -> None:
-        if command.name in LASTING:
-            self.steering = [*self.steering, Record(step=self.step, command=str(command))]
-            self._now = apply(self._now, command)
-            if command.name == "steps":
-                self._change_steps(self._now.steps)
-            if self.inbox:
-                self.inbox.keep(self.steering, self.steps)
+        if command.name == "steps":
+            self._change_steps(self._steering.now.steps)
         elif command.name == "save":
             self._save()
         elif command.name == "evaluate":
@@ -229,14 +180,13 @@ class Loop:
             self._sample([self.tokenizer.begin(command.value)])
         elif command.name == "stop":
             self._agreement.stop, self._stopped_by = True, "the command stop"
-        else:
+        elif command.name in ("pause", "continue"):
             self._paused = command.name == "pause"
 
     def _change_steps(self, steps: int) -> None:
         """The run, which is under way, gets another length; see `core.run.steering.settle`."""
         self.steps, stop_at = steps, self.settings.stop_at
         self.end = steps if stop_at is None else min(steps, stop_at)
-        self._start = dataclasses.replace(self._start, steps=steps)
         run = self.manifest.config["run"] | {"steps": steps}
         self.manifest = dataclasses.replace(self.manifest, config=self.manifest.config | {"run": run})
         self._cadence = choose_cadence(self.settings, steps)
@@ -254,21 +204,10 @@ class Loop:
                 time.sleep(LISTEN)
                 self._hear(now=True)
 
-    def _begin_profile(self) -> None:
-        self._read_metrics(leave=0)
-        self.engine.start_profile(self.checkpoints.parent / PROFILE)
-        self._profiling = True
-
-    def _end_profile(self) -> None:
+    def _end_trace(self) -> None:
         if not isinstance(sys.exception(), Exception):  # one that ends the run may be of the device
             self._read_metrics(leave=0)
-        self._profiling = False
-        folder = self.checkpoints.parent / PROFILE
-        with Activity(f"writing the trace into {folder}"):
-            operations = self.engine.stop_profile()
-        made = self.step - self._profiled[0]
-        self.log.write(self.step, "event", what="profiled", updates=[self._profiled[0], self.step])
-        self._say(f"traced {made} updates into {folder}; {describe(operations, max(1, made))}")
+        self._trace.end(self.step, self.log, self._say)
 
     def _stop_early(self) -> int:
         started = self.step > self._first_step
@@ -303,7 +242,7 @@ class Loop:
             self._save()
 
     def _dispatch(self) -> None:
-        now = self._now
+        now = self._steering.now
         lr, left_out = now.lr(self.step), now.leaves_out(self.step)
         guard = phase_limits(now.guard, self.manifest.data, self.cursor, self.settings.batch)
         try:
@@ -327,20 +266,11 @@ class Loop:
         while len(self._in_flight) > leave:
             done = self._in_flight.popleft()
             metrics = self.engine.read(done.pending)
-            now = self._progress.work
-            if self._n_read == 1:
-                self._durations.clear()  # of the first update, which may have waited for compilation
-            self._durations.append(now - self._worked)
-            self._worked = now
-            if self._n_read == 0:
-                self._report_start()
-            self._n_read += 1
-            self._report(done, metrics)
+            self._reports.update(done, metrics, self.end)
             for news in self.engine.news():
-                self.log.write(done.step, "event", what="compiled", why=news.text)
-                if news.unexpected:
-                    self._say(f"step {done.step}: {news.text}")
-            self._notice_phase(done)
+                self._reports.compiled(done.step, news)
+            if self._reports.mixture_changed(done):
+                self._health.forget()
             self._health.see(metrics.loss, metrics.streak)
             if metrics.streak >= done.guard.halt_after:
                 self._in_flight.clear()  # they changed nothing: the engine stops applying by itself
@@ -348,80 +278,6 @@ class Loop:
                     f"{metrics.streak} updates in a row were not applied, the last at step {done.step} "
                     f"with loss {metrics.loss:.4g} and gradient norm {metrics.grad_norm:.4g}"
                 )
-
-    def _notice_phase(self, done: InFlight) -> None:
-        """Says so where another mixture begins: losses before and after do not compare."""
-        data = self.manifest.data
-        number = phase_number(data, done.batch.first + self.settings.batch)
-        if number > self._phase:
-            self._phase = number
-            self.log.write(done.step, "event", what="mixture", shares=str(phases_of(data)[number - 1]))
-            self._say(f"step {done.step}: mixture: {phases_of(data)[number - 1]}")
-            self._health.forget()
-
-    def _report_start(self) -> None:
-        seconds, aside = round(process_age(), 1), round(self._progress.aside, 1)
-        self.log.write(self._first_step, "event", what="first update", seconds=seconds, aside=aside)
-        of_them = f", {aside} s of them evaluating and sampling" if aside else ""
-        self._say(f"the first update was made {seconds} s after the start{of_them}")
-
-    def _report(self, done: InFlight, metrics: Metrics) -> None:
-        seconds = sum(self._durations) / len(self._durations)
-        rate = self.settings.batch * self._context / seconds
-        self.log.write(
-            done.step,
-            "train",
-            tokens=done.batch.first * self._context,
-            loss=metrics.loss,
-            nll=metrics.nll,
-            grad_norm=metrics.grad_norm,
-            lr=done.lr,
-            tokens_per_second=round(rate),
-        )
-        if metrics.watched:
-            self.log.watch(done.step, metrics.watched)
-        if not metrics.applied:
-            self._report_skip(done, metrics)
-        bad = set(done.batch.records[done.batch.bad].tolist())
-        asked = bad & set(getattr(self.settings, "leave_out", ()))
-        for kind, records in (("damaged records", bad - asked), ("records named by --leave-out", asked)):
-            if records:
-                self.log.write(done.step, "event", what=f"{kind} left out", records=sorted(records))
-                self._say(f"step {done.step}: left out {kind} {sorted(records)}")
-        mfu = model_flops_utilization(rate, self._flops_per_token, *self.engine.device)
-        used = "" if mfu is None else f", MFU {mfu:.1%}"
-        self._progress.name = f"step {done.step}/{self.end}"
-        self._progress.advance(
-            text=f"loss {metrics.nll:.4f}, lr {done.lr:.2e}, {rate:,.0f} tokens/s{used}",
-            line=done.step % self.settings.log_every == 0 or done.step == self.end - 1,
-        )
-
-    def _report_skip(self, done: InFlight, metrics: Metrics) -> None:
-        first, blame = done.batch.first, blame_leaves(metrics.leaf_norms)
-        self.log.write(
-            done.step,
-            "skip",
-            loss=metrics.loss,
-            grad_norm=metrics.grad_norm,
-            streak=metrics.streak,
-            skipped=metrics.skipped,
-            sequences=[first, first + self.settings.batch],
-            records=done.batch.records.tolist(),
-            blame=blame,
-        )
-        self._say(
-            f"step {done.step}: update skipped (loss {metrics.loss:.4g}, gradient norm "
-            f"{metrics.grad_norm:.4g}), largest in {', '.join(blame)}; sequences {first} to "
-            f"{first + self.settings.batch - 1}, see metrics.jsonl; {metrics.skipped} skipped so far"
-            f"{self._how_to_replay(done.step) if metrics.streak == 1 else ''}"
-        )
-
-    def _how_to_replay(self, step: int) -> str:
-        if not isinstance(self.settings, PretrainingSource):
-            return ""
-        up_to = " (JAX makes it again, equal up to rounding)" if self.manifest.engine == TORCH else ""
-        typed = command_line("train_tpu.replay", self.checkpoints.parent, "--step", step)
-        return f"; to look into it{up_to}: {typed}"
 
     def _evaluate(self, limit: int | None) -> None:
         for split in self.engine.heldout:
@@ -467,7 +323,7 @@ class Loop:
             tokens=self.cursor * self._context,
             data={**self.manifest.data, "cursor": self.cursor},
             health=self._health.record(),
-            steering=[record for record in self.steering if record["step"] <= self.step] or None,
+            steering=[record for record in self._steering.records if record["step"] <= self.step] or None,
         )
         with Activity(f"saving step {self.step}"):
             self.engine.save(manifest)
@@ -477,24 +333,3 @@ class Loop:
     def _wait(self) -> None:
         with Activity("waiting until the checkpoint is on the disk"):
             self.engine.wait()
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def blame_leaves(norms: Mapping[str, Any], most: int = 3) -> list[str]:
-    """The leaves (with their layers) whose gradients are not finite, else those of largest norm."""
-    named = {}
-    for name, values in norms.items():
-        if np.ndim(values) == 0:
-            named[name] = float(values)
-        else:
-            named |= {f"{name}[{layer}]": float(value) for layer, value in enumerate(values)}
-    ranked = sorted(named, key=lambda n: (math.isfinite(named[n]), -named[n]))
-    return [f"{name} ({named[name]:.3g})" for name in ranked[:most]]
-
-
-def process_age() -> float:
-    """Seconds since this process started, its imports included (Linux)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

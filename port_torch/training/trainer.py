@@ -18,8 +18,7 @@ from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
-from core.run.log import SAMPLES, read_log
-from core.run.loop import END
+from core.run.log import END, SAMPLES, read_log
 from core.run.schedule import check_room
 from core.run.training_run import run_loop
 from core.tokenizer import Tokenizer

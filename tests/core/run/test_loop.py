@@ -28,8 +28,9 @@ from core.run.engine import Device, Metrics
 from core.run.guard import EARLY, GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import RunLog, read_log
-from core.run.loop import Loop, blame_leaves
+from core.run.loop import Loop
 from core.run.metrics import Score
+from core.run.reports import blame_leaves
 from core.run.schedule import OptimizerConfig
 from core.run.settings import TrainingSettings
 from core.tokenizer import load_tokenizer

@@ -162,7 +162,7 @@ def test_a_live_run_obeys_at_a_step_boundary_and_records_it(tmp_path: Path):
     engine = FakeEngine()
     with running(tmp_path) as inbox:
         loop = make_loop(tmp_path, engine, **OPTIONS)
-        loop.inbox = inbox
+        loop = dataclasses.replace(loop, inbox=inbox)
         steer_at(engine, tmp_path, {
             2: ["lr=0.5x", "guard.sigma=3"], 5: ["skip=8:10", "evaluate", "save"], 6: ["sample", "be"],
             11: ["steps=+100", "skip=9:20"], 15: ["stop"],
@@ -209,7 +209,7 @@ def test_a_paused_run_is_saved_and_waits_for_continue_or_an_interrupt(tmp_path: 
     engine = FakeEngine()
     with running(tmp_path) as inbox:
         loop = make_loop(tmp_path, engine, **OPTIONS)
-        loop.inbox = inbox
+        loop = dataclasses.replace(loop, inbox=inbox)
         steer_at(engine, tmp_path, {3: ["pause"], 8: ["pause"]})
         codes: list[int] = []
         thread = threading.Thread(target=lambda: codes.append(loop.run()))
@@ -243,7 +243,7 @@ def test_of_two_processes_the_second_follows_the_first_at_the_same_step(tmp_path
         loops = [
             make_loop(folder, engine, **OPTIONS) for folder, engine in zip(folders, engines, strict=True)
         ]
-        loops[0].inbox = inbox
+        loops[0] = dataclasses.replace(loops[0], inbox=inbox)
         for rank, engine in enumerate(engines):
             engine.exchange = lambda flags, rank=rank: tuple(
                 map(any, zip(*meeting.all(rank, flags), strict=True))
@@ -265,13 +265,14 @@ def test_of_two_processes_the_second_follows_the_first_at_the_same_step(tmp_path
     assert codes == {0: EXIT_SAVED, 1: EXIT_SAVED}
     assert engines[0].controls == engines[1].controls and [*engines[0].controls] == [0, 1, 2, 3, 4, 5, 8, 9]
     records = [[(m.step, m.steering) for m in engine.saved] for engine in engines]
-    assert records[0] == records[1] == [(10, loops[0].steering)] and len(loops[1].steering) == 2
+    assert records[0] == records[1] == [(10, loops[0]._steering.records)]
+    assert len(loops[1]._steering.records) == 2
 
 
 def test_a_run_that_is_told_to_stop_before_its_first_update_keeps_nothing(tmp_path: Path):
     with running(tmp_path) as inbox:
         loop = make_loop(tmp_path, FakeEngine(), **OPTIONS)
-        loop.inbox = inbox
+        loop = dataclasses.replace(loop, inbox=inbox)
         send(tmp_path, ["save", "stop"])
         assert loop.run() == EXIT_KEPT
     (row,) = (row for row in read_log(tmp_path, "event") if row["what"] == "not steered")
