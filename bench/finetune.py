@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bench import row_process
-from bench.row_process import Row, print_row
+from bench.row_process import Row, print_row, taken_row
 from core import checks, cli
 from core.config import preset
 from core.data.tuning_rows import read_rows
@@ -137,9 +137,7 @@ def check(config: FinetuneBenchConfig) -> None:
 
 def main() -> None:
     """Runs every row in a process and prints the table."""
-    argv, row = sys.argv[1:], None
-    if argv[:1] == ["--row"]:  # this is a row's process
-        row, argv = argv[1], argv[2:]
+    row, argv = taken_row(sys.argv[1:])
     config = cli.parse(FinetuneBenchConfig, argv, prog="python -m bench.finetune")
     if row:
         print_row(run_row(config, row))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
+from bench.row_process import taken_row
 from core import cli
 from core.errors import UserError, run_command
 
@@ -100,9 +101,7 @@ def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:
 
 def main() -> None:
     """Measures each library in its process and prints the table."""
-    argv, library = sys.argv[1:], None
-    if argv[:1] == ["--row"]:  # this is a library's process
-        library, argv = argv[1], argv[2:]
+    library, argv = taken_row(sys.argv[1:])
     config = cli.parse(LadderConfig, argv, prog="python -m bench.ladder")
     if library:
         print("ROWS " + json.dumps(rows_of(library, config)))

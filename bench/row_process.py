@@ -15,6 +15,11 @@ def print_row(row: Row) -> None:
     print(MARK + json.dumps(row))
 
 
+def taken_row(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The row that this process was started for by `in_process`, or None, and the command's own arguments."""
+    return (argv[1], argv[2:]) if argv[:1] == ["--row"] else (None, argv)
+
+
 def in_process(module: str, row: str, argv: Sequence[str], environment: dict[str, str]) -> Row:
     """The figures of `python -m MODULE --row ROW ARGV`, or {"failed": why, in one line}; then its stderr is
     shown."""

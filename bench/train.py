@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from bench import row_process
 from bench.bars import draw_rates
-from bench.row_process import Row, print_row
+from bench.row_process import Row, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
@@ -178,9 +178,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
 
 def main() -> None:
     """Runs every row in a process and prints the table."""
-    argv, row = sys.argv[1:], None
-    if argv[:1] == ["--row"]:  # this is a row's process
-        row, argv = argv[1], argv[2:]
+    row, argv = taken_row(sys.argv[1:])
     config = cli.parse(TrainBenchConfig, argv, prog="python -m bench.train")
     if row:
         print_row(run_row(config, row))

@@ -238,10 +238,7 @@ def plot(content: Record, path: Path) -> None:
     A panel says on how many questions its figure stands; published figures, which are of full sets, are not
     put next to one of a part.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     tasks = all_tasks(content)
     panels = [(task, m) for task, entry in tasks.items() for m in ACCURACIES if m in entry["metrics"]]
@@ -249,9 +246,8 @@ def plot(content: Record, path: Path) -> None:
         return
     n_columns = min(4, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(3.4 * n_columns, 2.9 * n_rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.4 * n_columns, 2.9 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (task, metric) in zip(axes.flat, panels, strict=False):
@@ -279,4 +275,3 @@ def plot(content: Record, path: Path) -> None:
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -16,14 +16,12 @@ SPLITS = (("#d55e00", "o"), ("#009e73", "s"), ("#cc79a7", "^"), ("#e69f00", "D")
 
 def plot_curve(folder: Path) -> Path:
     """Draws loss_curve.png of a run folder: training and held-out loss, nats per token, over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     train = [row for row in read_log(folder, "train") if not isinstance(row["nll"], str)]
     evals = [row for row in read_log(folder, "eval") if not isinstance(row["nll"], str)]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     tokens, losses = ([row[name] for row in train] for name in ("tokens", "nll"))
     millions = np.array(tokens) / 1e6
     axes.plot(millions, losses, color=TRAIN, linewidth=0.8, label="training, each step")
@@ -50,22 +48,17 @@ def plot_curve(folder: Path) -> Path:
     axes.set_title(f"{folder.name}{_summary(evals)}")
     path = folder / "loss_curve.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 
 def plot_branch(run: Path, branch: Path, first: int) -> Path:
     """Draws branch.png in a branch's folder: the training losses of the run and of the branch from update
     `first` on, and their difference below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     end = max((row["step"] for row in read_log(branch, "train")), default=first)
-    figure, (upper, lower) = plt.subplots(
-        2, sharex=True, figsize=(8, 5.5), layout="constrained", height_ratios=(2, 1)
-    )
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     values = []
     for folder, color, line in ((run, GREY, "--"), (branch, SMOOTHED, "-")):
         rows = [row for row in read_log(folder, "train") if first <= row["step"] <= end]
@@ -84,7 +77,6 @@ def plot_branch(run: Path, branch: Path, first: int) -> Path:
     upper.set_title(f"{branch.name}: a branch of {run.name} from update {first} on")
     path = branch / "branch.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 

@@ -14,9 +14,7 @@ WIDTH, HEIGHT = 12.0, 9.0  # inches
 def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | None = None) -> Path:
     """Draws a panel for every measure into `path`. grown_at: the update at which the model grew."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows, layers = watched.of_rows, watched.of_layers
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -34,7 +32,8 @@ def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | Non
         ("attention entropy, 1: uniform", layers["entropy"] / uniform),
         ("attention entropy of the head with the lowest", layers["lowest_entropy"] / uniform),
     )
-    figure, axes = plt.subplots(4, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharex=True)
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots(4, 2, sharex=True)
     panels = iter(axes.T.flat)
     for name, values in logarithmic:
         usable = values[np.isfinite(values) & (values > 0)]
@@ -47,7 +46,6 @@ def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | Non
         ax.set_xlabel("update")
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
     return path
 
 
