@@ -5,6 +5,8 @@ token for every row of the batch. How to sample is an input of that step, so tha
 twice, and each row draws from keys of its own: its text does not depend on what else is in the batch.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,16 +94,15 @@ def sample(scores: Float[Array, "B V"], position: Int[Array, " B"], knobs: Knobs
     return jnp.where(knobs.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
 class Generator:
-    """Compiled generation for one model; keeps its compiled functions from call to call."""
+    """Compiled generation for one model; what is compiled is kept from call to call."""
 
-    def __init__(self, config: ModelConfig, compute: Compute):
-        self.config = config
-        self.compute = compute
-        self._prefill = jax.jit(self._prefill_pass)
-        self._decode = jax.jit(self._decode_step, donate_argnums=(1,))
+    config: ModelConfig
+    compute: Compute
 
-    def _prefill_pass(self, params, tokens, lengths, knobs) -> tuple[Rows, KVCache]:
+    @functools.partial(jax.jit, static_argnums=0)
+    def _prefill(self, params, tokens, lengths, knobs) -> tuple[Rows, KVCache]:
         batch, width = tokens.shape
         size = min(width, PREFILL)
         tokens = jnp.pad(tokens, ((0, 0), (0, -width % size)))  # what is written beyond the cache is dropped
@@ -120,7 +121,8 @@ class Generator:
         token = sample(logits(self.config, params, last), lengths, knobs)
         return Rows(token, lengths), cache
 
-    def _decode_step(self, params, cache, rows, knobs) -> tuple[Rows, KVCache]:
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def _decode(self, params, cache, rows, knobs) -> tuple[Rows, KVCache]:
         hidden, cache = forward_cached(
             self.config, params, rows.token[:, None], rows.position[:, None], cache, self.compute
         )

@@ -1,5 +1,6 @@
 """The proof of an export: what a model loaded from the folder computes against what Flax computes."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -33,18 +34,19 @@ def probe_tokens(model: ModelConfig, first: int) -> np.ndarray:
 def flax_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
     """Logits of core.model in float32, [B, S, V]."""
 
-    @jax.jit
-    def run(params: Params, tokens: jax.Array) -> jax.Array:
-        return logits(model, params, forward(model, params, tokens))
-
     with Activity("computing the logits"):
-        return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
+        return np.asarray(_whole_logits(model, params, jnp.asarray(tokens, jnp.int32)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole_logits(model: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    return logits(model, params, forward(model, params, tokens))
 
 
 def require_finite(params: Params, what: str) -> None:
     """A UserError naming the first leaf of `what` that holds NaN or infinity."""
     for path, leaf in flatten(params)[0].items():
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = leaf.size - np.count_nonzero(np.isfinite(leaf))
         if bad:
             raise UserError(
                 f"{what}: {path} holds {bad} values that are NaN or infinite, so it is not exported; "
@@ -56,10 +58,10 @@ def rounded(params: Params, dtype: str) -> Params:
     """The parameters as float32 again after rounding to `dtype`; those given are used up."""
 
     def leaf(array: jax.Array) -> jax.Array:
-        # Not inside jit: XLA would leave out both conversions.
-        narrow = array.astype(dtype)
+        with np.errstate(over="ignore"):  # what is too large for it becomes infinite, which is refused
+            narrow = np.asarray(array).astype(jnp.dtype(dtype))
         array.delete()
-        return narrow.astype(jnp.float32)
+        return jnp.asarray(narrow.astype(np.float32))
 
     return jax.tree.map(leaf, params)
 

@@ -36,7 +36,7 @@ class Evaluator:
         self.dataset = dataset
         self.rows = rows
         self._sharding = batch_sharding(mesh)
-        self._sums = jax.jit(functools.partial(_sums, config, compute, chunk, documents))
+        self._sums = functools.partial(_sums, config, compute, chunk, documents)
 
     def score(
         self,
@@ -60,6 +60,7 @@ class Evaluator:
         return make_score(total, count, info.tokens - 1, info.bytes)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sums(
     config: ModelConfig,
     compute: Compute,
