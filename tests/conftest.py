@@ -34,7 +34,7 @@ if ON_CPU and not IS_WORKER:
     if not Path("/dev/nvidiactl").exists():
         os.environ["MTLM_CACHE"] = f"{_kept.name}/data"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_kept.name}/compiled"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # less is not worth its file
 
 if not HAS_WORKERS:
     _flags = os.environ.get("XLA_FLAGS", "")
@@ -42,22 +42,20 @@ if not HAS_WORKERS:
         os.environ["XLA_FLAGS"] = f"{_flags} {devices_flags(1)}"
 
     import jax
-    import jaxtyping
+
+    from tests.types_of_calls import check_types
 
     jax.devices()  # reads the flags, once
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time that lowering takes
     os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
 
-    # Before the first import of these packages: every call in the tests checks types and shapes. An int
-    # will do for a float, as Python has it.
-    jaxtyping.install_import_hook(
-        ["core", "stacking.transform", "train_tpu.step", "train_tpu.optimizer"],
-        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-    )
+    check_types()  # before the first import of what is checked
 
 
 def pytest_collection_finish() -> None:
-    """From here on garbage is collected again, but not looked for in what importing made."""
+    """From here on garbage is collected again, but not looked for in what importing made, and less often."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

@@ -1,12 +1,14 @@
 """Small models for tests: both kinds of decoder, with parameters that are nowhere trivially 0 or 1."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from core.config import ModelConfig
 from core.leaves import path_names
-from core.model import Params, abstract_params
+from core.model import Params, abstract_params, forward, logits
 
 LLAMA = ModelConfig(vocab_size=97, context=96, d_model=48, n_layers=3, n_heads=4, d_mlp=80)
 """In the manner of mtlm1: rotary positions, SwiGLU, tied embeddings, no biases."""
@@ -37,6 +39,12 @@ def random_params(config: ModelConfig, seed: int = 0, std: float = 0.2) -> Param
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
     """Token ids, int32, evenly from the whole vocabulary."""
     return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """Logits [B, S, V] of whole sequences, in float32; compiled once for all tests of this process."""
+    return logits(config, params, forward(config, params, tokens))
 
 
 def flat(tree: Params) -> dict[str, np.ndarray]:

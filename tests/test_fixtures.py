@@ -19,10 +19,11 @@ from core.checkpoint.checkpointer import find_step, load_manifest, restore_param
 from core.config import ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import open_dataset, open_windows
-from core.model import Compute, abstract_params, forward, logits
+from core.model import abstract_params
 from core.run.log import read_log
 from port_torch.formats import exported
 from port_torch.model import load
+from tests.models import whole_logits
 from tests.train_tpu.processes import run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "7b5e0bc"
@@ -57,8 +58,7 @@ def test_checkpoint_export_and_their_logits(name: str):
     assert imported.config == config
     jax.tree.map(np.testing.assert_array_equal, params, imported.params)
 
-    hidden = forward(config, params, jnp.array([PROMPT]), Compute())
-    ours = np.asarray(logits(config, params, hidden))[0, -1, :16]
+    ours = np.asarray(whole_logits(config, params, jnp.array([PROMPT])))[0, -1, :16]
     with torch.no_grad():
         mirror = load(FIXTURES / f"{name}-export").eval()
         mirrored = mirror.logits(mirror(torch.tensor([PROMPT])))[0, -1, :16].numpy()

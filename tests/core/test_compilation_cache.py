@@ -70,6 +70,7 @@ def test_the_environment_can_keep_it_elsewhere_or_not_at_all(tmp_path: Path):
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*-cache")} == {"elsewhere"}
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path):
     (tmp_path / "file").write_text("")
     own = os.environ | {"MTLM_CACHE": str(tmp_path / "file"), "JAX_COMPILATION_CACHE_DIR": ""}

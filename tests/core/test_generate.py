@@ -1,7 +1,6 @@
 """Generation: the cache against the whole forward pass, sampling against numpy, nothing compiled twice."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,10 @@ import pytest
 
 from core.errors import UserError
 from core.generation import Generator, Knobs, sample
-from core.model import Compute, empty_cache, forward, forward_cached, logits
+from core.model import Compute, empty_cache, forward_cached, logits
 from core.sampling import Sampling
 from tests.compilations import listen
-from tests.models import BOTH, random_params, random_tokens
+from tests.models import BOTH, random_params, random_tokens, whole_logits
 from tests.p_values import chi_square
 
 SMALL = {
@@ -32,18 +31,13 @@ def case(request):
     return config, random_params(config), Generator(config, Compute()), prompts
 
 
-@functools.lru_cache
-def whole_pass(config):
-    return jax.jit(lambda params, tokens: logits(config, params, forward(config, params, tokens)))
-
-
 def greedy_by_hand(config, params, prompt, n):
     """The likeliest token again and again, each by a forward pass over everything so far."""
     text = list(prompt)
     for _ in range(n):
         padded = np.zeros((1, config.context), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(whole_pass(config)(params, jnp.asarray(padded))[0, len(text) - 1].argmax()))
+        text.append(int(whole_logits(config, params, jnp.asarray(padded))[0, len(text) - 1].argmax()))
     return text[len(prompt) :]
 
 
@@ -52,21 +46,25 @@ def test_cached_logits_equal_the_whole_pass(kind):
     """Prompts of several lengths are prefilled with padding; then each goes on from its own end."""
     config = SMALL[kind]
     params, tokens = random_params(config), random_tokens(config, len(LENGTHS), 40)
-    truth = whole_pass(config)(params, tokens)
-    step = jax.jit(functools.partial(forward_cached, config))
+    truth = whole_logits(config, params, tokens)
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        hidden, cache = forward_cached(config, params, tokens, positions, cache)
+        return logits(config, params, hidden), cache
+
     lengths, width = np.array(LENGTHS), 24
     positions = jnp.tile(jnp.arange(width), (len(LENGTHS), 1))
     padded = jnp.where(positions < lengths[:, None], tokens[:, :width], 0)
-    hidden, cache = step(params, padded, positions, empty_cache(config, len(LENGTHS), 40, "float32"))
-    scores = logits(config, params, hidden)
+    scores, cache = step(params, padded, positions, empty_cache(config, len(LENGTHS), 40, "float32"))
     for row, n in enumerate(LENGTHS):
         # The same sums with masked terms between them: a few roundings of 6e-8 of scores of about 5.
         np.testing.assert_allclose(scores[row, :n], truth[row, :n], rtol=0, atol=2e-5)
     for i in range(15):  # beyond the padding for some rows, within it for others
         at = jnp.asarray(lengths + i)[:, None]
-        hidden, cache = step(params, jnp.take_along_axis(tokens, at, 1), at, cache)
+        scores, cache = step(params, jnp.take_along_axis(tokens, at, 1), at, cache)
         wanted = jnp.take_along_axis(truth, at[..., None], 1)
-        np.testing.assert_allclose(logits(config, params, hidden), wanted, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(scores, wanted, rtol=0, atol=2e-5)
 
 
 def test_greedy_is_the_likeliest_token_of_the_whole_pass(case):
@@ -194,7 +192,7 @@ def test_temperature_0_is_greedy_whatever_else():
     scores = jnp.asarray(np.random.default_rng(0).standard_normal((5, 12)), jnp.float32)
     for top_k, top_p in [(0, 1.0), (3, 0.5), (1, 0.01)]:
         knobs = Knobs(jnp.float32(0), jnp.int32(top_k), jnp.float32(top_p), jnp.uint32(0))
-        np.testing.assert_array_equal(sample(scores, jnp.arange(5), knobs), scores.argmax(-1))
+        np.testing.assert_array_equal(jax.jit(sample)(scores, jnp.arange(5), knobs), scores.argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_initial_weights():
 def test_a_training_step_with_dropout():
     """Of two micro-batches, whose masks are drawn in a loop."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    config = StepConfig(MODEL, OptimizerConfig(), GuardConfig(), Compute(), 0.0, 8192)
+    config = StepConfig(MODEL, OptimizerConfig(optimizer="adamw"), GuardConfig(), Compute(), 0.0, 8192)
     shape = 2, 2
     batch = Batch(
         jnp.ones((*shape, 9), jnp.uint16),

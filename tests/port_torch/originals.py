@@ -113,11 +113,11 @@ def mtlm2_state(model: TinyGPT, seed: int = 0, std: float = 0.2) -> TrainState:
     """A training state as the original has it; no norm is 1 and no bias 0."""
     import optax
 
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
 
-    def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        noise = rng.standard_normal(value.shape)
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(shape.shape)
         return jnp.asarray(1 + 0.3 * noise if path[-1].key == "scale" else std * noise, jnp.float32)
 
     params = jax.tree.map_with_path(leaf, params)

@@ -129,6 +129,7 @@ def call(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_cores_prints(case, call):
     _, _, _, folder, checkpoint = case
     greedy = ("--temperature", "0", "--max-new-tokens", "20")

@@ -214,6 +214,7 @@ def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
         add_adapters(load(saved.base), LoraConfig(lora_rank=2), 0)
 
 
+@pytest.mark.slow
 def test_training_on_rows_imports_neither_jax_nor_peft():
     """Each takes seconds before the first update; what needs them imports them late."""
     slow = {"jax", "peft", "transformers"}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.model import forward, logits
 from port_torch.formats import mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
+from tests.models import whole_logits
 from tests.port_torch.originals import TinyGPT, mtlm1_logits, mtlm1_weights, mtlm2_state
 from tests.train_tpu.processes import refusal_here
 
@@ -23,8 +23,7 @@ GPT = TinyGPT(VOCAB, CONTEXT, D, LAYERS, HEADS)
 
 
 def ours(imported: Imported, tokens: np.ndarray) -> np.ndarray:
-    hidden = forward(imported.config, imported.params, jnp.asarray(tokens))
-    return np.asarray(logits(imported.config, imported.params, hidden))
+    return np.asarray(whole_logits(imported.config, imported.params, jnp.asarray(tokens)))
 
 
 def random_ids(length: int) -> np.ndarray:
@@ -174,7 +173,9 @@ def test_mtlm2_gives_the_logits_of_its_own_forward_pass(state, checkpoint, lengt
     assert (config.vocab_size, config.d_model, config.n_layers, config.n_heads) == (VOCAB, D, LAYERS, HEADS)
     assert (config.d_mlp, config.context) == (D * 4 * 2 // 3, CONTEXT)
     tokens = random_ids(length)
-    assert_close(ours(imported, tokens), np.asarray(state.apply_fn({"params": state.params}, tokens)))
+    assert_close(
+        ours(imported, tokens), np.asarray(jax.jit(state.apply_fn)({"params": state.params}, tokens))
+    )
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def untrained(cache, trunk):
 def stacked(cache, untrained):
     """The grown run, trained to its end, and what that said."""
     folder = shutil.copytree(untrained[0], cache / "grow-stacked")
-    trained, _ = run_here("--out", folder)
+    trained, _ = run_here("--out", folder, drawn=True)
     return folder, trained
 
 
@@ -377,8 +377,8 @@ def test_what_does_not_fit_is_refused(grow_here, trunk, tmp_path, arguments, mes
 @pytest.mark.parametrize(
     "source, out, message",
     [
-        ("base", "new", "has ended"),
-        ("trunk", "there", "exists already"),
+        pytest.param("base", "new", "has ended", marks=pytest.mark.slow),
+        pytest.param("trunk", "there", "exists already", marks=pytest.mark.slow),
         ("nowhere", "new", "does not exist"),
     ],
 )

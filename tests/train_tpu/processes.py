@@ -1,6 +1,7 @@
 """Commands as users start them, on a model of seconds: in processes of their own, or in this one."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -106,19 +107,36 @@ def _kept(made: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def compiled_once() -> Iterator[None]:
+def compiled_once(drawn: bool = False) -> Iterator[None]:
     """JAX's runs in this process share their compiled steps and their fresh parameters: a step is a function
-    of its settings, and lowering and loading it again is half of a run of seconds."""
+    of its settings, and lowering and loading it again is half of a run of seconds. Drawing a loss curve is a
+    quarter of the rest, and only done where it is to be `drawn`."""
     import jax
 
-    from train_tpu import step, trainer
+    from core.run.guard import GuardConfig
+    from train_tpu import setup, step, trainer
 
-    def fresh_state(*arguments: Any) -> step.TrainState:
-        return jax.tree.map(jax.numpy.copy, _kept(step.fresh_state)(*arguments))  # a run donates it
+    def compiled(config: step.StepConfig) -> step.StepConfig:
+        """Without what the step is given with every update: one serves every schedule and limit."""
+        default = type(config.optim)()
+        given = ("lr", "schedule", "warmup", "decay", "final_lr", "schedule_start", "rewarm", "rewarm_at")
+        optim = dataclasses.replace(config.optim, **{name: getattr(default, name) for name in given})
+        return dataclasses.replace(config, optim=optim, guard=GuardConfig(window=config.guard.window))
+
+    def compile_step(config: step.StepConfig, *arguments: Any) -> jax.stages.Compiled:
+        return _kept(step.compile_step)(compiled(config), *arguments)
+
+    def fresh_state(config: step.StepConfig, *arguments: Any) -> step.TrainState:
+        kept = _kept(step.fresh_state)(compiled(config), *arguments)
+        return jax.tree.map(jax.numpy.copy, kept)  # a run donates it
 
     with (
-        mock.patch.object(trainer, "compile_step", _kept(step.compile_step)),
+        contextlib.nullcontext()
+        if drawn
+        else mock.patch.object(trainer, "plot_curve", lambda out: out / "undrawn"),
+        mock.patch.object(trainer, "compile_step", compile_step),
         mock.patch.object(trainer, "fresh_state", fresh_state),
+        mock.patch.object(setup, "require_fit", _kept(setup.require_fit)),
     ):
         yield
 
@@ -130,16 +148,17 @@ def run_here(
     moment: str | None = None,
     then: Callable[[], None] = lambda: None,
     compile_anew: bool = False,
+    drawn: bool = False,
 ) -> tuple[str, str]:
     """As `run`, in this process, which spares the imports. `then` is called when it has said `moment`.
 
-    compile_anew: its step, too; otherwise that of an earlier run here will do.
+    compile_anew: its step, too; otherwise that of an earlier run here will do. drawn: with its loss curve.
     """
     main = importlib.import_module(module).main
     out, err = Said(moment, then), io.StringIO()
     shared = module.startswith(("train_tpu.run", "train_tpu.replay")) and not compile_anew
     with (
-        compiled_once() if shared else contextlib.nullcontext(),
+        compiled_once(drawn) if shared else contextlib.nullcontext(),
         mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
         mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
         contextlib.redirect_stdout(out),

@@ -174,7 +174,11 @@ def test_paths_with_spaces_reach_the_commands_whole(tmp_path, recipe):
         ({"PATH": "{tmp}/bin:/usr/bin:/bin"}, "packages are missing, of train_tpu "),
         ({"RUN_DIR": "{tmp}/old", "TOKENS": 10_000_000}, "was not prepared for 10000000 tokens"),
         ({"DATA": "missing.jsonl"}, "no file, folder or glob 'missing.jsonl'"),
-        ({"HELDOUT": "text.jsonl", "DATA": "builtin"}, "--valid text.jsonl has no path: write NAME=PATH"),
+        pytest.param(
+            {"HELDOUT": "text.jsonl", "DATA": "builtin"},
+            "--valid text.jsonl has no path: write NAME=PATH",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_wrong_use_is_one_sentence_and_trains_nothing(tmp_path, recipe, settings, message):

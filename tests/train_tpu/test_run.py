@@ -28,7 +28,7 @@ UNSAMPLED = (*TINY, "--sample-every", "0")
 def finished(cache, text):
     """An uninterrupted run."""
     folder = cache / "finished"
-    out, _ = run_here(*TINY, "--data", text, "--out", folder)
+    out, _ = run_here(*TINY, "--data", text, "--out", folder, drawn=True)
     return folder, out
 
 
@@ -143,6 +143,7 @@ def test_the_step_is_compiled_once_whatever_happens(cache, text, caplog):
     assert any("layers/" in leaf or "embed" in leaf for leaf in skips[0]["blame"])
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_halted_with_its_last_good_state(cache, text):
     folder = cache / "diverged"
     arguments = (

@@ -13,11 +13,11 @@ import pytest
 import train_tpu.step
 from core.config import ModelConfig
 from core.errors import UserError
-from core.model import Compute, forward, logits
+from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import make_mesh
 from tests.compilations import listen
-from tests.models import flat, random_params
+from tests.models import flat, random_params, whole_logits
 from tests.several_devices import run_on_devices
 from train_tpu.oom_hints import out_of_memory_explained
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, compile_step, fresh_state, init_state
@@ -61,9 +61,12 @@ def compiled():
     return get
 
 
+init = jax.jit(init_state, static_argnums=0)
+
+
 def start(config: StepConfig = CONFIG, **changed):
     """A state from random parameters, which the donating step may consume."""
-    return jax.tree.map(jnp.array, init_state(config, random_params(config.model, std=0.1) | changed))
+    return init(config, random_params(config.model, std=0.1) | changed)
 
 
 def copied(state):
@@ -84,7 +87,7 @@ def test_loss_is_the_mean_over_counted_targets(compiled):
     params = jax.tree.map(jnp.array, state.params)
     _, metrics = compiled()(state, data, controls())
     tokens = data.tokens[0].astype(jnp.int32)
-    scores = logits(MODEL, params, forward(MODEL, params, tokens[:, :-1]))
+    scores = whole_logits(MODEL, params, tokens[:, :-1])
     nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, 1:, None], -1)[..., 0]
     assert float(metrics.loss) == pytest.approx(float(nll[~ignored].mean()), rel=1e-6)
     assert float(metrics.nll) == float(metrics.loss)  # no z-loss here
@@ -188,13 +191,15 @@ def test_norms(compiled):
 def test_clipping_equals_optax(compiled, limit):
     free, metrics = compiled()(start(), batch(), controls())
     assert 0.1 < float(metrics.grad_norm) < 50  # one limit is below it, one above
-    gradient = jax.tree.map(lambda m: m / (1 - OPTIM.beta1), free.opt_state[0].mu)
+    gradient = jax.tree.map(lambda m: m / (1 - OPTIM.beta1), copied(free.opt_state[0].mu))
     clipper = optax.clip_by_global_norm(limit)
-    expected = clipper.update(gradient, clipper.init(gradient))[0]
+    expected = jax.jit(clipper.update)(gradient, clipper.init(gradient))[0]
     config = dataclasses.replace(CONFIG, optim=dataclasses.replace(OPTIM, clip=limit))
     clipped, other = compiled(config)(start(config), batch(), controls())
     assert float(other.grad_norm) == pytest.approx(float(metrics.grad_norm), rel=1e-6)  # before clipping
-    for mu, g in zip(jax.tree.leaves(clipped.opt_state[0].mu), jax.tree.leaves(expected), strict=True):
+    for mu, g in zip(
+        jax.tree.leaves(copied(clipped.opt_state[0].mu)), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(mu / (1 - OPTIM.beta1), g, rtol=1e-5, atol=1e-8)
 
 

@@ -116,6 +116,7 @@ def kill_while_saving(folder: Path, kills: int, seed: int) -> int:
     return unfinished
 
 
+@pytest.mark.slow
 def test_newest_step_is_whole_after_kill(tmp_path: Path) -> None:
     kill_while_saving(tmp_path, kills=1, seed=0)
 
@@ -134,6 +135,7 @@ def assert_refused_for_room(child: subprocess.CompletedProcess[str], folder: Pat
     np.testing.assert_array_equal(restored["params"], np.arange(100, dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_file_size_limit_leaves_the_old_step(tmp_path: Path) -> None:
     child = run_child("file-size-limit", tmp_path)
     assert_refused_for_room(child, tmp_path)

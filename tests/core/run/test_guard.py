@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,9 +32,10 @@ def decisions_of_jax(losses: np.ndarray, norms: np.ndarray, sigma: float) -> lis
     guard = Guard(window, window, zero, zero, zero)
     controls = Controls(jnp.float32(0), jnp.float32(sigma), jnp.int32(10**6), jnp.uint32(0))
     made = []
-    for loss, norm in zip(jnp.float32(losses), jnp.float32(norms), strict=True):
-        ok = _acceptable(guard, loss, norm, controls)
-        guard = _remember(guard, loss, norm, ok)
+    acceptable, remember = jax.jit(_acceptable), jax.jit(_remember)
+    for loss, norm in zip(losses, norms, strict=True):  # float32
+        ok = acceptable(guard, loss, norm, controls)
+        guard = remember(guard, loss, norm, ok)
         made.append(bool(ok))
     return made
 
