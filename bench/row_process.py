@@ -20,13 +20,19 @@ def taken_row(argv: list[str]) -> tuple[str | None, list[str]]:
     return (argv[1], argv[2:]) if argv[:1] == ["--row"] else (None, argv)
 
 
-def in_process(module: str, row: str, argv: Sequence[str], environment: dict[str, str]) -> Row:
+def in_process(
+    module: str, row: str, argv: Sequence[str], environment: dict[str, str], processes: int = 1
+) -> Row:
     """The figures of `python -m MODULE --row ROW ARGV`, or {"failed": why, in one line}; then its stderr is
-    shown."""
-    command = [sys.executable, "-m", module, "--row", row, *argv]
+    shown.
+
+    processes: that torchrun starts, of which one prints the row.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else ()), "-m", module, "--row", row, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
-        return json.loads(done.stdout.rpartition(MARK)[2])
+        return json.loads(done.stdout.rpartition(MARK)[2].split("\n")[0])
     print(done.stderr, file=sys.stderr)
     lines = done.stderr.split("\n")
     said = [line for line in lines if line.strip()] or [f"ended with {done.returncode}"]

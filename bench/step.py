@@ -25,7 +25,7 @@ from core.config import ModelConfig, preset
 from core.errors import run_command
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
-from core.sharding import batch_sharding, make_mesh, require_deterministic_operations
+from core.sharding import MeshShape, batch_sharding, make_mesh, require_deterministic_operations
 from core.tokenizer import id_dtype
 from train_tpu.backend import choose_kernels, choose_step
 from train_tpu.config import KernelsOption, RunConfig
@@ -77,17 +77,25 @@ class StepBenchConfig:
 BATCH = {"mtlm2-40m": 64, "mtlm1-200m": 32, "mtlm1-88m": 64}
 
 
-def measure(config: StepBenchConfig, name: str, model: ModelConfig, batch: int, who: str) -> dict[str, Any]:
+def measure(
+    config: StepBenchConfig,
+    name: str,
+    model: ModelConfig,
+    batch: int,
+    who: str,
+    shape: MeshShape | None = None,
+) -> dict[str, Any]:
     """One row: median seconds per step, compile seconds, peak device memory, first and last loss.
 
     Args:
         name: of the preset.
         who: `PLAIN`, or our kernels and products: "cuda/preset".
+        shape: of the mesh; the first device alone if None.
     """
     config = dataclasses.replace(config, deterministic=config.deterministic and who != PLAIN)
     if config.deterministic:
         require_deterministic_operations()
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1]) if shape is None else make_mesh(shape)
     kernels, _, products = who.partition("/")
     chosen = None if who == PLAIN else choose_kernels(kernels, jax.devices()[0]).kernels
     step_config, attention = choose_step(config.run(name, batch), model, mesh, chosen)
@@ -95,8 +103,8 @@ def measure(config: StepBenchConfig, name: str, model: ModelConfig, batch: int, 
         options = tuple(PRODUCTS[products].items())
         step_config = dataclasses.replace(step_config, compiler_options=options)
     rng = np.random.default_rng(0)
-    shape, ids = (batch, model.context + 1), id_dtype(model.vocab_size)
-    tokens = [rng.integers(0, model.vocab_size, shape, ids) for _ in range(4)]
+    rows, ids = (batch, model.context + 1), id_dtype(model.vocab_size)
+    tokens = [rng.integers(0, model.vocab_size, rows, ids) for _ in range(4)]
     started = time.perf_counter()
     if who != PLAIN:
         compiled = compile_step(step_config, batch, 1, mesh)
@@ -139,7 +147,9 @@ def measure(config: StepBenchConfig, name: str, model: ModelConfig, batch: int, 
     return {
         "rate": rate,
         "ms": median * 1e3,
-        "mfu": model_flops_utilization(rate, model.flops_per_token(), jax.devices()[0].device_kind, 1),
+        "mfu": model_flops_utilization(
+            rate, model.flops_per_token(), jax.devices()[0].device_kind, mesh.size
+        ),
         "compile": compile_seconds,
         "peak": stats.get("peak_bytes_in_use", 0) / 2**30,
         "batch": batch,

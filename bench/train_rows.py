@@ -62,18 +62,23 @@ class Variant(NamedTuple):
         return stock_type(model) is not None or not self.stock
 
 
-def ours(kernels: library.Backend, compiled: bool, optimizer: Optimizer = "adamw") -> Make:
+def ours(
+    kernels: library.Backend,
+    compiled: bool,
+    optimizer: Optimizer = "adamw",
+    ranks: Distributed | None = None,
+) -> Make:
     """The mirror, as port_torch.train runs it; batches come from the host. Without the kernels AdamW is the
-    plain formula, one operation at a time."""
+    plain formula, one operation at a time. ranks: this process alone if None."""
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
         if kernels == "cuda" and device.type != "cuda":
             raise UserError("our kernels run on a GPU alone")
         library.load(kernels)
         bf16 = device.type == "cuda"
-        ranks = Distributed(0, 1, device)
+        among = Distributed(0, 1, device) if ranks is None else ranks
         optim = MirrorOptimizerConfig(optimizer=optimizer)
-        train_step = TrainStep(mirror.to(device), optim, ranks, seed=0, bf16=bf16, compiled=compiled)
+        train_step = TrainStep(mirror.to(device), optim, among, seed=0, bf16=bf16, compiled=compiled)
 
         def step(i: int) -> Tensor:
             return train_step.update(batches[i % BATCHES], 1, i, LR)[0]

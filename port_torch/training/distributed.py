@@ -30,6 +30,10 @@ class Distributed:
     rank: int
     size: int
     device: torch.device
+    before_end: list[Callable[[], object]] = dataclasses.field(
+        default_factory=list, compare=False, kw_only=True
+    )
+    """Called before the connection ends: NCCL waits for recorded CUDA graphs that hold its calls."""
 
     @property
     def first(self) -> bool:
@@ -65,6 +69,22 @@ class Distributed:
             found.reshape(self.size * len(part), *part.shape[1:])
             for found, part in zip(parts, own, strict=True)
         ]
+
+    def sum_gradients(self, parameters: list[Tensor]) -> None:
+        """Makes the gradient of each the sum over all ranks; one exchange, of all as one array."""
+        if self.size == 1:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        sums = flat.split([p.numel() for p in parameters])
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total.view_as(parameter)
+
+    def copy_from_first(self, tensors: list[Tensor]) -> None:
+        """Makes each tensor that of the first rank."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
     def largest(self, value: int) -> int:
         """The largest of a number over all ranks."""
@@ -157,7 +177,10 @@ def open_distributed(device: str) -> Iterator[Distributed]:
         yield Distributed(0, 1, here)
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    ranks = Distributed(rank, size, here)
     try:
-        yield Distributed(rank, size, here)
+        yield ranks
     finally:
+        for end in ranks.before_end:
+            end()
         dist.destroy_process_group()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from port_torch.decode import capture_stream
+
 WARM_UP = 2
 """Calls before the one that is recorded: they compile, and load what cannot be loaded during a recording."""
 
@@ -33,9 +35,9 @@ class Recording(NamedTuple):
 class Recorded:
     """`function(*inputs)` on one GPU, replayed from its third call with inputs of the same shapes on.
 
-    The function waits for nothing, calls no other device, and finds all it needs but its inputs at the same
-    addresses in every call. Random numbers continue those of the default generator, as in a plain call. The
-    recordings, one for each shapes of inputs, keep the memory that the largest needs.
+    The function waits for nothing, calls no other device (but by NCCL), and finds all it needs but its inputs
+    at the same addresses in every call. Random numbers continue those of the default generator, as in a plain
+    call. The recordings, one for each shapes of inputs, keep the memory that the largest needs.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -53,12 +55,25 @@ class Recorded:
             self._recordings[shapes] = self._record(inputs)
         return self._recordings[shapes].replay(inputs)
 
+    def forget(self) -> None:
+        """Gives up all recordings and their memory."""
+        self._recordings.clear()
+        self._calls.clear()
+
     def _record(self, inputs: Inputs) -> Recording:
         held = tuple(None if given is None else given.clone() for given in inputs)
         graph = torch.cuda.CUDAGraph()
         # One is replayed at a time and gives nothing away, so all can use the same memory.
         pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
-        # Only this thread's calls can spoil it: others may prepare batches meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        device = next(given.device for given in inputs if given is not None)
+        # On a stream of the inputs' device: PyTorch's own capture stream is of the device that was current at
+        # the process's first capture, and records nothing of another. Only this thread's calls can spoil it:
+        # others may prepare batches meanwhile.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(
+                graph, pool=pool, stream=capture_stream(device), capture_error_mode="thread_local"
+            ),
+        ):
             output = self._function(*held)
         return Recording(graph, held, output)

@@ -1,14 +1,14 @@
 """One update: the loss of every micro-batch, gradients, clipping, optimizer. Nothing waits for the device.
 
-Where it is compiled for one GPU it is recorded as a CUDA graph: launching its thousand kernels one by one
-takes the host longer than the GPU needs to run them (docs/LOG.md).
+Where it is compiled for a GPU it is recorded as a CUDA graph: launching its thousand kernels one by one takes
+the host longer than the GPU needs to run them (docs/LOG.md).
 
 Every micro-batch's loss is divided by the targets of the whole global batch, so that micro-batches and ranks
-sum up to the mean of that batch. An update that the guard refuses changes nothing; that is decided on the
-device. Parameters and gradients are float32; products run in bfloat16 under autocast.
+sum up to the mean of that batch. The ranks' gradients are added once, in float32, as one array. An update
+that the guard refuses changes nothing; that is decided on the device. Parameters and gradients are float32;
+products run in bfloat16 under autocast.
 """
 
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from core.data.examples import IGNORE
@@ -38,7 +37,7 @@ flags are set. The norms of the gradients of all parameters follow."""
 
 
 class Losses(nn.Module):
-    """Tokens and targets to the two sums of the loss: what is compiled, and what DDP wraps."""
+    """Tokens and targets to the two sums of the loss: what is compiled."""
 
     def __init__(self, decoder: Decoder, z_loss: float):
         super().__init__()
@@ -125,15 +124,12 @@ class TrainStep:
         self.losses: nn.Module = Losses(decoder, z_loss)
         if compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
-        self._wrapped = self.losses
-        if ranks.size > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            # The one buffer that there may be is a constant.
-            self._wrapped = DistributedDataParallel(self.losses, device_ids=ids, broadcast_buffers=False)
+        ranks.copy_from_first(list(self.parameters.values()))
         self._flags = torch.zeros(len(Flags._fields), device=ranks.device)
-        self.recorded = compiled and ranks.size == 1 and ranks.device.type == "cuda"
+        self.recorded = compiled and ranks.device.type == "cuda"
         """Whether updates run as one CUDA graph; `fit` may find no memory for it."""
         self._recording = Recorded(self._update)
+        ranks.before_end.append(self._recording.forget)
         self._by_lengths = attends_by_lengths(decoder.config, ranks.device, bf16)
 
     def autocast(self) -> torch.autocast:
@@ -165,14 +161,13 @@ class TrainStep:
         ranks, guard, inputs = self.ranks, self.guard, Inputs(*tensors)
         n_targets = ranks.sum((inputs.targets != IGNORE).sum().float()).clamp(min=1)
         sums = torch.cat([torch.zeros(2, device=ranks.device), self._flags])
-        for number, micro in enumerate(inputs.micro_batches()):
-            last = number == len(inputs.tokens) - 1
-            with contextlib.nullcontext() if last or ranks.size == 1 else self._wrapped.no_sync():
-                with self.autocast():
-                    total, nll = self._wrapped(*micro)
-                (total * (ranks.size / n_targets)).backward()  # DDP takes the mean over the ranks
+        for micro in inputs.micro_batches():
+            with self.autocast():
+                total, nll = self.losses(*micro)
+            (total / n_targets).backward()
             sums[:2] += torch.stack([total.detach(), nll.detach()]) / n_targets
         ranks.sum(sums)
+        ranks.sum_gradients(list(self.parameters.values()))
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters.values()]))
         norm = torch.linalg.vector_norm(norms)
         skip = guard.refuses(sums[0], norm)
@@ -207,7 +202,7 @@ class TrainStep:
             self._forget()
             needed = self.ranks.largest(needed)
             if needed == grad_accum_steps:
-                self.recorded = self.recorded and self._room_to_record()
+                self.recorded = self.recorded and not self.ranks.largest(int(not self._room_to_record()))
                 return grad_accum_steps
             if needed > rows:
                 raise UserError(

@@ -18,7 +18,7 @@ from core.checkpoint.steps import find_step
 from core.errors import UserError
 from tests.port_torch.small_training import call
 from tests.port_torch.trained import transformers_model
-from tests.port_torch.tuned import CONTEXT, Tuned
+from tests.port_torch.tuned import CONTEXT, Tuned, tune
 from tests.train_tpu.processes import run_here
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
@@ -75,8 +75,10 @@ def test_three_turns_are_those_of_transformers(tuned: Tuned, answers):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_kernels_answer(tuned: Tuned, monkeypatch, capsys, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_on_a_gpu_the_kernels_answer(kind: str, monkeypatch, capsys, tmp_path: Path):
     """In bfloat16, whose greedy tokens are not float32's; what it was tuned to say leaves no doubt."""
+    tuned = tune(tmp_path, kind, d_model=64, n_heads=2, d_mlp=96)  # sizes that the kernels have
     (tmp_path / "lines").write_text("Hi?\nHi?\n")
     with (tmp_path / "lines").open() as file:
         monkeypatch.setattr(sys, "stdin", file)

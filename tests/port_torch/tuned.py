@@ -35,9 +35,9 @@ class Tuned(NamedTuple):
         return self.out / "model"
 
 
-def tune(root: Path, kind: str) -> Tuned:
-    """A model of a kind, tuned on 16 conversations."""
-    rows, config = root / "rows.jsonl", dataclasses.replace(SMALL[kind], context=CONTEXT)
+def tune(root: Path, kind: str, **changes: int) -> Tuned:
+    """A model of a kind, tuned on 16 conversations; changes: of its config."""
+    rows, config = root / "rows.jsonl", dataclasses.replace(SMALL[kind], context=CONTEXT, **changes)
     rows.write_text("".join(json.dumps({"messages": row}) + "\n" for row in ROWS * 2))
     start = write_export(root / "start", config, random_params(config, std=0.1))
     arguments = (

@@ -12,11 +12,13 @@ import pytest
 
 from core.checkpoint.manifest import load_manifest, seal
 from core.checkpoint.steps import list_steps, step_path
-from core.data.batches import record_at
+from core.data.batches import Batch, record_at
 from core.data.prepare import open_or_prepare, prepare
 from core.folders import CACHE
+from core.loss import IGNORE
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, losses, make_text, refusal_here, run, run_here
+from train_tpu.replay.layers import targets_of
 
 REPLAY = "train_tpu.replay.__main__"
 RUN = (*TINY, "--sample-every", "0")
@@ -287,3 +289,10 @@ def test_eight_devices_repeat_themselves_and_one_is_within_the_spread(cache, tex
     out, _ = run(cache, folder, "--step", "11", module="train_tpu.replay", devices=1)
     assert EQUAL in out or "within the 2e-05" in out
     assert EQUAL in out or "8 x cpu made the update, and here are 1 x cpu" in out
+
+
+def test_a_damaged_record_predicts_nothing():
+    """Ids are unsigned where they are stored, and the target that is none is not."""
+    tokens = np.array([[1, 2, 3], [0, 0, 0]], np.uint16)
+    batch = Batch(tokens, 0, np.arange(2), np.array([False, True]))
+    assert targets_of(batch).tolist() == [[2, 3], [IGNORE, IGNORE]]

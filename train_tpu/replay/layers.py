@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from core.config import ModelConfig
+from core.data.batches import Batch as LoadedBatch
 from core.documents import number_documents
 from core.keys import Purpose, make_key
 from core.leaves import path_names
@@ -205,6 +206,11 @@ def dropout_keys(setup: Setup, index: np.ndarray) -> jax.Array | None:
     return jax.vmap(make)(jnp.asarray(index, jnp.uint32))
 
 
+def targets_of(batch: LoadedBatch) -> np.ndarray:
+    """What is predicted, [B, S] int32; nothing in damaged records."""
+    return np.where(batch.bad[:, None], IGNORE, batch.tokens[:, 1:].astype(np.int32))
+
+
 def go_through(setup: Setup, replayed: Replayed) -> Passage:
     """Takes the batch of an update through the layers, forward and back."""
     params = own_copy(replayed.params, setup.mesh)
@@ -214,7 +220,7 @@ def go_through(setup: Setup, replayed: Replayed) -> Passage:
     blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(n_layers)]
     rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= TOKENS))
-    targets = np.where(batch.bad[:, None], IGNORE, batch.tokens[:, 1:]).astype(np.int32)
+    targets = targets_of(batch)
     n_targets = np.float32((~batch.bad).sum() * length)
     layers = [Layer("embed"), *(Layer(f"layers/{i}") for i in range(n_layers))]
     gradients: list[Any] = [None] * (n_layers + 1)  # of the ends, then of every layer
