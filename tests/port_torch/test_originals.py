@@ -223,7 +223,6 @@ def test_mtlm2_a_file_that_is_gone(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.rmtree(copy / "ocdbt.process_0")
     shutil.rmtree(copy / "d")
-    with pytest.raises(UserError, match="copy it again"):
-        mtlm2_orbax.read(copy)
+    # Once: what Orbax leaves behind of a failed read would speak up during a second one.
     sentence = refusal_here(copy, tmp_path / "out", module="port_torch.import_checkpoint")
     assert "copy it again" in sentence and not (tmp_path / "out").exists()
