@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from core.attention import RESIDUALS, Implementation, causal_attention, masked_attention
 from core.config import ModelConfig
+from core.leaves import model_leaves
 from core.ops import Kernels, Rotation, add_rms_norm, norms_run_on, rms_norm, rotate_both, split_heads
 from core.shapes import naming_shapes, require_shapes
 from core.sharding import (
@@ -376,13 +377,16 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and types, without the arrays; no device is touched."""
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    require_shapes(config, params)
+    """The tree of `init_params` as shapes and types, by the table of leaves: nothing is traced."""
+    params: Params = {}
+    for leaf in model_leaves(config):
+        *modules, kind = leaf.path.split("/")
+        inner = functools.reduce(lambda tree, name: tree.setdefault(name, {}), modules, params)
+        inner[kind] = jax.ShapeDtypeStruct(leaf.shape(config), jnp.float32)
     return params
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def definition(config: ModelConfig) -> nnx.GraphDef:
     """What the modules are apart from their parameters; building it allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
@@ -434,8 +438,10 @@ def require_fit(config: ModelConfig) -> None:
     Raises:
         UserError: shapes do not fit; it names the module and its axes.
     """
+    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    require_shapes(config, params)
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
-    jax.eval_shape(functools.partial(forward, config), abstract_params(config), tokens)
+    jax.eval_shape(functools.partial(forward, config), params, tokens)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> KVCache:

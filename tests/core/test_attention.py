@@ -103,13 +103,13 @@ def test_reference_keeps_its_softmax_in_float32():
 
 def test_masked_attention_sees_what_is_visible():
     q, k, v, _ = example()
-    whole = causal_attention(q, k, v, "xla")
+    whole = jax.jit(causal_attention, static_argnums=3)(q, k, v, "xla")
     positions = jnp.array([[3, 9], [0, 23]])
     part = jnp.take_along_axis(q, positions[..., None, None], axis=1)
     visible = jnp.arange(24) <= positions[..., None]
     # What is not visible may hold anything, but a number: it is multiplied by zero.
     k, v = (x.at[0, 10:].set(1e9) for x in (k, v))
-    found = masked_attention(part, k, v, visible)
+    found = jax.jit(masked_attention)(part, k, v, visible)
     np.testing.assert_allclose(
         found, jnp.take_along_axis(whole, positions[..., None, None], axis=1), rtol=0, atol=1e-6
     )
