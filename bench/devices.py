@@ -27,9 +27,9 @@ from bench.train import BATCH
 from bench.train_rows import WARM_UP, Make, Step, ours, peer, random_batches, timed
 from core import checks, cli
 from core.config import ModelConfig, preset
+from core.data.sequences import Rows
 from core.errors import UserError, run_command
 from port_torch.model import Decoder
-from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretraining import fresh_decoder
 

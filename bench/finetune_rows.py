@@ -17,6 +17,7 @@ from bench.row_process import Row
 from core.chat import open_chat
 from core.checkpoint.manifest import Manifest
 from core.config import preset
+from core.data.row_packing import PADDING
 from core.data.tuning_rows import read_rows
 from core.run.reports import process_age
 from core.tokenizer import load_tokenizer, tokenizer_record
@@ -27,7 +28,6 @@ from port_torch.model import attend_by_lengths, parameter_name
 from port_torch.training.distributed import open_distributed
 from port_torch.training.engine import TorchEngine
 from port_torch.training.finetuning import make_job
-from port_torch.training.packing import PADDING
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.setup import load_kernels

@@ -22,13 +22,14 @@ from torch.profiler import ProfilerActivity
 from bench.plain_torch import GPT
 from bench.stock import stock_model
 from core.config import ModelConfig
+from core.data.sequences import Rows
 from core.errors import UserError
 from core.run.metrics import model_flops_utilization
 from kernels_cuda import library
 from port_torch.hf_config import stock_type
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.training.batches import Rows
+from port_torch.training.batches import place
 from port_torch.training.distributed import Distributed
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import MirrorOptimizerConfig
@@ -135,7 +136,7 @@ def peer(
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, LR, (optim.beta1, optim.beta2), optim.eps, fused=True)
-    on_device = [next(rows.on(device).micro_batches())[:2] for rows in batches]
+    on_device = [next(place(rows, device).micro_batches())[:2] for rows in batches]
 
     def step(i: int) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

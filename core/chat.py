@@ -89,7 +89,8 @@ def require_template(own: str | None, given: str | None, model: Path) -> Templat
     if template is None:
         raise UserError(
             f"{model} has no chat template, so it has not learned to converse: tune it on conversations with "
-            "`python -m port_torch.finetune`, or name how they are written with --template"
+            "`python -m train_tpu.finetune` or `python -m port_torch.finetune`, or name how they are written "
+            "with --template"
         )
     return template
 

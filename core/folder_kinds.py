@@ -4,7 +4,7 @@ import enum
 import shlex
 from pathlib import Path
 
-from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST, load_manifest
+from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST, TORCH, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.cli import command
 from core.errors import UserError
@@ -43,10 +43,11 @@ def kind_of(path: Path) -> Kind:
 
 def _holds_adapters(step_dir: Path) -> bool:
     try:
-        run = load_manifest(step_dir).config.get("run", {})
+        manifest = load_manifest(step_dir)
     except UserError:  # whoever opens it says so
         return False
-    return run.get("lora_rank") is not None
+    # Those of JAX hold the whole model, adapters merged.
+    return manifest.engine == TORCH and manifest.config.get("run", {}).get("lora_rank") is not None
 
 
 IMPORT = "import it first, with `python -m port_torch.import_checkpoint {path} CHECKPOINT`"

@@ -16,6 +16,10 @@ class Purpose(enum.IntEnum):
     """The index is that of the generated sequence."""
     GROW = 3
     """Layers drawn when a model grows; the index is the step."""
+    LORA = 4
+    """The first values of adapters."""
+    LORA_DROPOUT = 5
+    """Of what adapters are given; the index is as for DROPOUT."""
 
 
 def make_key(

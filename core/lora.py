@@ -84,3 +84,8 @@ class LoraConfig:
                 )
         named = {one for name in self.lora_targets for one in GROUPS.get(name, [name])}
         return [name for name in present if name in named]
+
+    def describe(self, model: ModelConfig) -> str:
+        """What is trained, in words; raises as `targets` does."""
+        dropout = f", dropout {self.dropout:g}" if self.dropout > 0 else ""
+        return f"LoRA adapters of rank {self.rank}{dropout}, at {', '.join(self.targets(model))}"

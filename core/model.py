@@ -10,7 +10,7 @@ V vocabulary, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -95,12 +95,34 @@ def scoped(name: str, part: Callable, *inputs: Any) -> Any:
         return naming_shapes(name, part, *inputs)
 
 
+class Adapter(nnx.Module):
+    """What LoRA adds to a linear map of every layer: dropout(x) A B (core/lora.py)."""
+
+    def __init__(
+        self,
+        a: Float[Array, "L I R"],
+        b: Float[Array, "L R O"],
+        keys: Key[Array, "L B"] | None = None,
+        dropout: float = 0.0,
+    ):
+        """b: with the scale in it. keys: of dropout; None means none. Within a layer they lack the axis L."""
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
+        self.keys = None if keys is None else nnx.Variable(keys)
+        self.dropout = dropout
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        if self.keys is not None:
+            x = drop(x, self.dropout, self.keys[...], site=0)
+        return x @ self.a[...].astype(x.dtype) @ self.b[...].astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """x W + b, the weights cast to the type of x."""
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         return fused_linear(x, self)
@@ -113,7 +135,16 @@ def fused_linear(x: Float[Array, "*batch I"], *linears: Linear) -> Float[Array, 
     y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     if linears[0].bias is not None:
         y += jnp.concatenate([m.bias[...] for m in linears]).astype(x.dtype)
+    if any(m.adapter is not None for m in linears):
+        y += jnp.concatenate([_adapted(x, m) for m in linears], axis=-1)
     return y
+
+
+def _adapted(x: Float[Array, "*batch I"], linear: Linear) -> Float[Array, "*batch O"]:
+    """What a map's adapter adds; zeros without one."""
+    if linear.adapter is None:
+        return jnp.zeros((*x.shape[:-1], linear.kernel.shape[-1]), x.dtype)
+    return linear.adapter(x)
 
 
 class RMSNorm(nnx.Module):
@@ -393,10 +424,13 @@ def definition(config: ModelConfig) -> nnx.GraphDef:
 
 
 def _run(
-    config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, documents=None, look=None
-):
+    config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, documents=None, look=None,
+    adapters=None,
+):  # fmt: skip
     require_shapes(config, params)
     model = nnx.merge(definition(config), params)
+    for path, adapter in (adapters or {}).items():
+        functools.reduce(getattr, path.split("/"), model).adapter = adapter
     return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, documents, look)
 
 
@@ -407,6 +441,7 @@ def forward(
     compute: Compute = Compute(),
     dropout_keys: Key[Array, " B"] | None = None,
     documents: Int[Array, "B S"] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> Float[Array, "B S D"]:
     """Hidden states after the final norm, of whole sequences.
 
@@ -415,8 +450,9 @@ def forward(
         dropout_keys: one key a sequence; None means no dropout.
         documents: numbers that rise along a row (core/documents.py). Each stretch of one number is a sequence
             of its own: it sees nothing of the others, and its positions begin at 0. None: a row is one.
+        adapters: of linear maps, by the paths of these ("layers/attn/q").
     """
-    return _run(config, params, tokens, compute, dropout_keys, documents=documents)[0]
+    return _run(config, params, tokens, compute, dropout_keys, documents=documents, adapters=adapters)[0]
 
 
 def forward_looked_at(

@@ -90,6 +90,8 @@ def next_command(growth: Growth) -> str:
     """The command that trains what was grown."""
     if growth.runs:
         return cli.command("train_tpu.run", "--out", growth.out)
+    if growth.manifest.kind == "train":
+        return cli.command("train_tpu.finetune", growth.out, "--data", "ROWS.jsonl", "--out", "DIR")
     tokenizer = growth.tokenizer.named_for(growth.out / TOKENIZER_FILE)
     model_flags = training_flags(growth.models[1], growth.tokenizer.vocab_size).split()
     flags = (*model_flags, "--tokenizer", tokenizer, "--data", "DATA")

@@ -40,7 +40,7 @@ class Growth:
     models: tuple[ModelConfig, ModelConfig]
     """Before and after."""
     runs: tuple[RunConfig, RunConfig] | None
-    """The settings before and after; None for parameters alone."""
+    """The settings before and after; None for parameters alone, which is what a run on rows is grown as."""
     schedule: str
     """As --schedule gives it."""
     reset_optimizer: bool
@@ -116,7 +116,7 @@ def decide(config: "GrowConfig") -> Growth:
 
     # 2. How its training continues.
     runs = None
-    if manifest.kind == "train":
+    if manifest.kind == "train" and "preset" in manifest.config["run"]:
         run = run_settings(step_dir, manifest)
         left = (run.steps if config.steps is None else config.steps) - manifest.step
         schedule = parse_schedule(config.schedule, left)
@@ -145,8 +145,8 @@ def run_settings(step_dir: Path, manifest: Manifest) -> RunConfig:
     """The settings of the run that a manifest is of, whichever engine wrote it."""
     if "preset" not in manifest.config["run"]:
         raise UserError(
-            f"{step_dir} is of a fine-tuning run, which does not continue deeper: export it with "
-            "`python -m port_torch.convert`, import that, and grow what you get"
+            f"{step_dir} is of a run on rows, which does not continue deeper: grow it with stacking.grow, "
+            "which takes its parameters alone"
         )
     record = manifest.config | {"tokenizer": manifest.tokenizer}
     return unflatten(settings_for(RunConfig.engine, record), RunConfig)

@@ -85,8 +85,10 @@ def rewrite(growth: Growth, say: Callable[[str], None]) -> tuple[int, tuple[floa
 
 def check_source(growth: Growth) -> None:
     """Refuses a checkpoint that does not hold just the leaves that its own configuration says."""
-    wanted = stored(growth.manifest, source_leaves(growth))
-    differing = differing_leaves(growth.manifest.tree, wanted)
+    wanted, saved = stored(growth.manifest, source_leaves(growth)), growth.manifest.tree
+    if not growth.runs:
+        saved = {path: leaf for path, leaf in saved.items() if path.startswith("params/")}
+    differing = differing_leaves(saved, wanted)
     if differing:
         path, (there, here) = next(iter(differing.items()))
         raise UserError(
@@ -154,8 +156,8 @@ def write(growth: Growth, target: Path, probe: Int[Array, "B S1"]) -> tuple[Mani
         config["run"] = flatten_settings(growth.runs[1])
     entry = growth.lineage_record() | {"probe": {"tokens": probe[:, 1:].size, "loss": [before, after]}}
     manifest = dataclasses.replace(
-        growth.manifest, config=config, lineage=[*growth.manifest.lineage, entry], code=code_version(),
-        tree={}, files={},
+        growth.manifest, kind="train" if growth.runs else "params", config=config,
+        lineage=[*growth.manifest.lineage, entry], code=code_version(), tree={}, files={},
     )  # fmt: skip
     save_tree(target, tree, manifest, None if growth.runs else growth.tokenizer)
     return manifest, grown

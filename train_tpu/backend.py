@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.loss import head_axes
 from core.model import Compute
 from core.ops import Kernels, norms_run_on
-from train_tpu.config import KernelsOption, RunConfig
+from train_tpu.config import JaxSettings, KernelsOption
 from train_tpu.step import StepConfig
 
 LOSS_CHUNK = 8192
@@ -29,7 +29,7 @@ TPU_TOKENS = 8192
 TPU_ON_CHIP = 112 * 2**20  # what arrays may take of a v5e's 128 MiB of vector memory; the rest is XLA's
 
 
-def split_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> int:
+def split_batch(config: JaxSettings, model: ModelConfig, mesh: Mesh) -> int:
     """Into how many micro-batches a batch is split: --grad-accum-steps, or what suits the devices.
 
     On a TPU, parts of at most `TPU_TOKENS` tokens per chip: the compiler then keeps a layer's activations in
@@ -89,7 +89,7 @@ def choose_kernels(requested: KernelsOption, device: jax.Device) -> KernelsChoic
     return found
 
 
-def compiler_options(preset: str, platform: str) -> dict[str, bool]:
+def compiler_options(preset: str | None, platform: str) -> dict[str, bool]:
     """What makes XLA's matrix products on a GPU, said here since its own defaults change between releases.
 
     On an H200, cuBLASLt without products by Triton made the step of mtlm1-200m 2% faster and that of
@@ -102,7 +102,7 @@ def compiler_options(preset: str, platform: str) -> dict[str, bool]:
 
 
 def choose_step(
-    config: RunConfig, model: ModelConfig, mesh: Mesh, kernels: Kernels | None = None
+    config: JaxSettings, model: ModelConfig, mesh: Mesh, kernels: Kernels | None = None
 ) -> tuple[StepConfig, Choice]:
     """All that is compiled into the step on the devices of `mesh`, and why that attention."""
     platform = mesh.devices.flat[0].platform

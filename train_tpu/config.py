@@ -1,8 +1,10 @@
-"""The settings of `train_tpu.run`."""
+"""The settings of `train_tpu.run` and `train_tpu.finetune`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from core import checks
 from core.checkpoint.manifest import JAX
@@ -10,24 +12,20 @@ from core.config import preset
 from core.run.presets import TRAINING_DEFAULTS
 from core.run.schedule import OptimizerConfig
 from core.run.settings import PretrainingSource, TrainingSettings
+from core.run.tuning import OPTIMIZER, TuningSource
 
 KernelsOption = Literal["auto", "cuda", "xla"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(TrainingSettings, PretrainingSource):
-    """Train a language model, or resume a run. `--out DIR` alone resumes DIR with its saved settings."""
+class JaxSettings(TrainingSettings):
+    """How a run of JAX is computed, watched and kept."""
 
     engine = JAX
 
-    tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
-    tiny presets and mistral for the others."""
     grad_accum_steps: int | None = None
     """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
     the same up to rounding. Default: 1; on a TPU, enough for 8,192 tokens per chip."""
-    init_from: Path | None = None
-    """Start from the parameters of this run or checkpoint instead of random ones."""
 
     mesh: str | None = None
     """Device mesh, e.g. data=8, fsdp=8 or fsdp=4,tensor=2. data: replicate the model; fsdp: shard parameters
@@ -64,9 +62,44 @@ class RunConfig(TrainingSettings, PretrainingSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_source()
         checks.counts(**checks.fields(self, "unroll", "loss_chunk", "num_processes"))
         checks.counts(0, process_id=self.process_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(JaxSettings, PretrainingSource):
+    """Train a language model, or resume a run. `--out DIR` alone resumes DIR with its saved settings."""
+
+    tokenizer: str | None = None
+    """mistral, bytes or a path to a tokenizer.json. Default: the prepared data's; else bytes for the
+    tiny presets and mistral for the others."""
+    init_from: Path | None = None
+    """Start from the parameters of this run or checkpoint instead of random ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_source()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuningSource, JaxSettings):
+    """Fine-tune a model on rows of text, of prompts and responses, or of conversations; the same command
+    resumes."""
+
+    init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """The run or checkpoint to start from; of a run, its newest checkpoint."""
+    out: Path
+    """The run folder. Its checkpoints hold the whole tuned model, with LoRA the adapters merged into it."""
+    optim: OptimizerConfig = OptimizerConfig(**OPTIMIZER)
+
+    # What runs on rows have not.
+    preset = None
+    document_mask = False
+    watch_every = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_tuning()
 
 
 def defaults(name: str) -> RunConfig:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from core.checkpoint.checkpointer import Checkpointer
 from core.checkpoint.manifest import Manifest
 from core.data.batches import Batch as LoadedBatch
+from core.data.sequences import Batch as PackedBatch
 from core.errors import UserError
 from core.generation import Generator
 from core.model import Params
@@ -24,11 +25,20 @@ from core.run.metrics import Score
 from core.run.profiling import Operation
 from core.sampling import Sampling
 from core.sharding import batch_sharding, local_rows, place, place_rows, replicated
-from train_tpu.config import RunConfig
+from train_tpu.config import JaxSettings
 from train_tpu.evaluate import Evaluator
+from train_tpu.lora import AdaptedState, merged
 from train_tpu.profile import start_trace, stop_trace
 from train_tpu.recompilation import Compilation, Compilations, differences
-from train_tpu.step import Batch, Controls, StepConfig, TrainState, abstract_inputs, lower_for
+from train_tpu.step import (
+    Batch,
+    Controls,
+    StepConfig,
+    TrainState,
+    abstract_inputs,
+    abstract_model,
+    lower_for,
+)
 from train_tpu.step import Metrics as StepMetrics
 from train_tpu.watch import record_of
 
@@ -40,7 +50,7 @@ class JaxEngine:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: JaxSettings,
         mesh: Mesh,
         state: TrainState,
         step: jax.stages.Compiled,
@@ -49,23 +59,32 @@ class JaxEngine:
         generator: Generator,
         checkpointer: Checkpointer,
         config_of_step: StepConfig | None = None,
+        *frozen: Params,
     ):
         """tasks: an eval.training.TaskEvaluator; None where no tasks are evaluated.
 
         config_of_step: what `step` was compiled from, to compile it again if its inputs change; None: then
             they are refused.
+        frozen: the model's parameters, where those of the state are adapters.
         """
         self.state = state
         self.alone = not are_several()
         self.device = Device(mesh.devices.flat[0].device_kind, mesh.size)
-        self.heldout: Sequence[str] = evaluator.dataset.heldout
-        self._config, self._mesh, self._step = config, mesh, step
+        self.heldout: Sequence[str] = list(evaluator.heldout)
+        self._config, self._mesh, self._step, self._frozen = config, mesh, step, frozen
         self._evaluator, self._tasks, self._generator = evaluator, tasks, generator
         self._checkpointer, self._config_of_step = checkpointer, config_of_step
         self.compilations = Compilations()
         """To be entered by whoever wants to hear of them."""
         self._unexpected: list[Compilation] = []  # those that updates needed
         self._expected: tuple[Any, ...] | None = None  # inputs of a step that was compiled again
+
+    @property
+    def params(self) -> Params:
+        """The model's parameters, adapters merged into them."""
+        if not self._frozen:
+            return self.state.params
+        return _merged(self._config_of_step, self._mesh)(*self._frozen, self.state.params)
 
     def agree(self, step: int, flags: Flags, now: bool = False) -> Flags:
         """See `Engine`: by an exchange every `AGREE_EVERY` updates."""
@@ -101,9 +120,10 @@ class JaxEngine:
         try:
             self.state, metrics = self._run_step(placed, controls)
         except (TypeError, ValueError):  # before anything is computed or donated
-            if not (found := self._changed_inputs(self.state, placed, controls)):
+            inputs = (self.state, placed, controls, *self._frozen)
+            if not (found := self._changed_inputs(*inputs)):
                 raise
-            self._compile_again(found, self.state, placed, controls)
+            self._compile_again(found, *inputs)
             self.state, metrics = self._run_step(placed, controls)
         return metrics if watched else metrics._replace(seen=None)
 
@@ -129,7 +149,7 @@ class JaxEngine:
 
     def _run_step(self, batch: Batch, controls: Controls) -> tuple[TrainState, StepMetrics]:
         with jax.transfer_guard("disallow"):  # what the step takes lies on the devices already
-            return self._step(self.state, batch, controls)
+            return self._step(self.state, batch, controls, *self._frozen)
 
     def _changed_inputs(self, *inputs: Any) -> list[str]:
         """Which inputs of the step are not those that it was compiled for; none where that is not known."""
@@ -137,7 +157,7 @@ class JaxEngine:
         if step is None:
             return []
         expected = self._expected or abstract_inputs(step, config.batch, config.grad_accum_steps, self._mesh)
-        names = ("state", "batch", "controls")
+        names = ("state", "batch", "controls", "frozen")[: len(inputs)]
         return differences(dict(zip(names, expected, strict=True)), dict(zip(names, inputs, strict=True)))
 
     def _compile_again(self, found: list[str], *inputs: Any) -> None:
@@ -171,19 +191,19 @@ class JaxEngine:
 
     def score(self, split: str, limit: int | None, stop: Callable[[], bool]) -> Score | None:
         """See `Engine`."""
-        return self._evaluator.score(self.state.params, split, limit, stop)
+        return self._evaluator.score(self.params, split, limit, stop)
 
     def evaluate_tasks(
         self, limit: int | None, stop: Callable[[], bool], say: Callable[[str], None]
     ) -> Iterable[TaskScore]:
         """See `Engine`."""
-        return self._tasks.evaluate(self.state.params, limit, stop, say) if self._tasks else ()
+        return self._tasks.evaluate(self.params, limit, stop, say) if self._tasks else ()
 
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int
     ) -> list[list[int]] | None:
         """See `Engine`."""
-        params = self.state.params
+        params = self.params
         if not self.alone:
             params = own_copy(params, self._mesh)
             if not is_first():
@@ -202,7 +222,8 @@ class JaxEngine:
 
     def save(self, manifest: Manifest) -> None:
         """See `Engine`: in the background."""
-        self._checkpointer.save(manifest.step, self.state, manifest)
+        state = AdaptedState(self.params, *self.state) if self._frozen else self.state
+        self._checkpointer.save(manifest.step, state, manifest)
 
     def wait(self) -> None:
         """See `Engine`."""
@@ -220,6 +241,13 @@ def _whole(mesh: Mesh) -> Callable[[Params], Params]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
+@functools.cache
+def _merged(step: StepConfig, mesh: Mesh) -> Callable[[Params, Params], Params]:
+    """One function for a run, so that it is compiled once."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model(step, mesh))
+    return jax.jit(functools.partial(merged, step.lora, step.model), out_shardings=shardings)
+
+
 def own_rows(batch: int, grad_accum_steps: int, mesh: Mesh) -> np.ndarray:
     """[grad_accum_steps, n]: the rows of a global batch for this process's devices; alone, all of them."""
     rows = batch // grad_accum_steps
@@ -228,7 +256,7 @@ def own_rows(batch: int, grad_accum_steps: int, mesh: Mesh) -> np.ndarray:
     )
 
 
-def place_batch(loaded: LoadedBatch, batch: int, grad_accum_steps: int, mesh: Mesh) -> Batch:
+def place_batch(loaded: LoadedBatch | PackedBatch, batch: int, grad_accum_steps: int, mesh: Mesh) -> Batch:
     """This process's rows of a global batch of `batch` as the step takes them: cut into micro-batches,
     spread over the devices."""
     own = own_rows(batch, grad_accum_steps, mesh)
@@ -238,4 +266,8 @@ def place_batch(loaded: LoadedBatch, batch: int, grad_accum_steps: int, mesh: Me
         return place_rows(cut, own[0], batch // grad_accum_steps, batch_sharding(mesh))
 
     index = (loaded.first + own.ravel()).astype(np.uint32)
+    if isinstance(loaded, PackedBatch):
+        rows = loaded.rows
+        of_places = (placed(rows.targets), placed(rows.documents))
+        return Batch(placed(rows.tokens), placed(loaded.bad), placed(index), *of_places)
     return Batch(placed(loaded.tokens), placed(loaded.bad), placed(index))

@@ -1,17 +1,16 @@
 """Held-out loss: nats per token, perplexity and bits per byte, by the code that training's loss uses."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from core.config import ModelConfig
-from core.data.batches import Data, full_batches, heldout_windows
-from core.documents import DocumentMark, number_documents
-from core.loss import IGNORE, cross_entropy
+from core.data.sequences import HeldOut
+from core.loss import cross_entropy
 from core.model import Compute, Params, forward, head_table
 from core.progress import Activity
 from core.run.metrics import Score, make_score
@@ -19,24 +18,22 @@ from core.sharding import batch_sharding, place
 
 
 class Evaluator:
-    """Scores the held-out splits of a dataset. Reads parameters and nothing else of a run."""
+    """Scores held-out sets. Reads parameters and nothing else of a run."""
 
     def __init__(
         self,
         config: ModelConfig,
         compute: Compute,
-        dataset: Data,
+        heldout: Sequence[HeldOut],
         rows: int,
         chunk: int,
         mesh: Mesh,
-        documents: DocumentMark | None = None,
     ):
-        """rows: windows scored at once, over all devices; chunk: see `core.loss`; documents: see
-        `StepConfig`."""
-        self.dataset = dataset
+        """rows: sequences scored at once, over all devices; chunk: see `core.loss`."""
+        self.heldout = {one.name: one for one in heldout}
         self.rows = rows
         self._sharding = batch_sharding(mesh)
-        self._sums = functools.partial(_sums, config, compute, chunk, documents)
+        self._sums = functools.partial(_sums, config, compute, chunk)
 
     def score(
         self,
@@ -45,33 +42,30 @@ class Evaluator:
         limit: int | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Score | None:
-        """The loss on `split`, or on `limit` windows spread over it; None if interrupted on the way."""
-        total, count = 0.0, 0
+        """The loss on the set `split`, or on `limit` rows spread over it; None if interrupted on the way."""
+        total, count, heldout = 0.0, 0, self.heldout[split]
         with Activity(f"evaluating {split}", unit="windows") as progress:
-            tokens, mask = heldout_windows(self.dataset, split, limit)
-            progress.total = len(tokens)
-            for n, (part, scored) in full_batches(self.rows, tokens, mask):
+            progress.total, parts = heldout.parts(limit, self.rows)
+            for part in parts:
                 if interrupted():
                     return None
-                nll = self._sums(params, *(place(x[None], self._sharding) for x in (part, scored)))
-                total, count = total + float(nll), count + int(scored.sum())
-                progress.advance(n)
-        info = self.dataset.splits[split]
-        return make_score(total, count, info.tokens - 1, info.bytes)
+                placed = (None if x is None else place(x[None], self._sharding) for x in part)
+                total, count = total + float(self._sums(params, *placed)), count + part.n_targets
+                progress.advance(min(self.rows, progress.total - progress.done))
+        return make_score(total, count, heldout.tokens, heldout.n_bytes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
     config: ModelConfig,
     compute: Compute,
     chunk: int,
-    mark: DocumentMark | None,
     params: Params,
-    tokens: Integer[Array, "1 B S1"],
-    mask: Bool[Array, "1 B S"],
+    tokens: Integer[Array, "1 B S"],
+    targets: Integer[Array, "1 B S"],
+    documents: Integer[Array, "1 B S"] | None,
 ) -> Float[Array, ""]:
-    inputs, targets = tokens[0, :, :-1].astype(jnp.int32), tokens[0, :, 1:].astype(jnp.int32)
-    hidden = forward(config, params, inputs, compute, documents=number_documents(inputs, mark))
-    targets = jnp.where(mask[0], targets, IGNORE)
+    numbers = None if documents is None else documents[0]
+    hidden = forward(config, params, tokens[0].astype(jnp.int32), compute, documents=numbers)
     table = head_table(config, params)
-    return cross_entropy(hidden, table, targets, chunk=chunk, mesh=compute.mesh).nll
+    return cross_entropy(hidden, table, targets[0], chunk=chunk, mesh=compute.mesh).nll

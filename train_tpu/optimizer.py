@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from core.leaves import Leaf, get_leaf, path_names
+from core.leaves import get_leaf, path_names
 from core.model import Params
 from core.ops import Kernels
 from core.run.schedule import OptimizerConfig
 from core.sharding import is_parallel, per_device, split_axes
+from train_tpu.lora import A, B
 from train_tpu.muon import muon
 
 
@@ -82,7 +83,7 @@ def _adamw_on_kernels(
     )
     new_params: dict[tuple, Array] = {}
     for decays in (True, False):
-        paths = [path for path in mu if get_leaf(path_names(path)).is_matrix is decays]
+        paths = [path for path in mu if _decays(path) is decays]
         if not paths:
             continue
         specs = [P()] * len(paths)
@@ -136,7 +137,7 @@ def make_optimizer(
     """
     adam = optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, _by_leaf(lambda leaf: leaf.is_matrix)),
+        optax.add_decayed_weights(config.weight_decay, _by_path(_decays)),
         optax.scale(-config.adamw_lr_ratio),
     )
     if config.optimizer == "adamw":
@@ -148,7 +149,7 @@ def make_optimizer(
     )
     if skips_adam:
         adam = optax.GradientTransformation(adam.init, lambda updates, state, _: (_zeros(updates), state))
-    labels = _by_leaf(lambda leaf: "muon" if leaf.is_layer_kernel else "adam")
+    labels = _by_path(lambda path: "muon" if get_leaf(path_names(path)).is_layer_kernel else "adam")
     return optax.partition({"muon": matrices, "adam": adam}, labels)
 
 
@@ -156,8 +157,11 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _by_leaf(rule: Callable[[Leaf], Any]) -> Callable[[Any], Any]:
-    def of_leaf(path: tuple, _: Any) -> Any:
-        return rule(get_leaf(path_names(path)))
+def _decays(path: tuple) -> bool:
+    """Whether a leaf decays: matrices, those of adapters included."""
+    names = path_names(path)
+    return names[-1] in (A, B) or get_leaf(names).is_matrix
 
-    return lambda tree: jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+def _by_path(rule: Callable[[tuple], Any]) -> Callable[[Any], Any]:
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: rule(path), tree)

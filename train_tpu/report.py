@@ -6,47 +6,45 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 from rich.table import Table
+from rich.text import Text
 
 from core.attention import Choice
 from core.cli import command
 from core.config import ModelConfig
 from core.data.batches import Data
+from core.data.conversations import Conversation
+from core.data.tuning_rows import CHAT, Row, instruction
 from core.model import Compute
 from core.run.data import data_rows
 from core.run.schedule import in_decay
+from core.run.tuning_data import TuningData
 from core.sharding import layouts, splits_weights
 from train_tpu.backend import KernelsChoice
-from train_tpu.config import RunConfig
+from train_tpu.config import FinetuneConfig, JaxSettings, RunConfig
 from train_tpu.step import TrainState
 
 
 def describe(
-    config: RunConfig,
+    config: JaxSettings,
     model: ModelConfig,
-    dataset: Data,
-    steps: int,
+    about: list[tuple[str, str]],
     mesh: Mesh,
     compute: Compute,
     attention: Choice,
     kernels: KernelsChoice,
+    by_documents: bool,
 ) -> Table:
-    """The table a run begins with."""
-    train = dataset.splits["train"]
+    """The table a run begins with.
+
+    about: its rows of model, data and training. by_documents: whether attention ends at documents.
+    """
     device = mesh.devices.flat[0]
-    tokens = steps * config.batch * model.context
     along = f", {config.mesh}" if splits_weights(mesh) else ""
     if jax.process_count() > 1:
         along += f", of {jax.process_count()} processes"
-    within = " within documents" if config.document_mask else ""
+    within = " within documents" if by_documents else ""
     rows = [
-        ("model", f"{config.preset}: {model.summary}"),
-        ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
-                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
-        ("tokenizer", "{name}, {vocab_size:,} ids".format(**dataset.tokenizer_record)),
-        *data_rows(config, dataset, steps),
-        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
-                     f"{tokens / (train.windows * model.context):.2f} epochs, "
-                     f"{tokens / model.n_params:.1f} tokens per parameter"),
+        *about,
         ("optimizer", f"{config.optim.optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform}){along}, {compute.dtype}"),
@@ -55,8 +53,37 @@ def describe(
     ]  # fmt: skip
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
     return table
+
+
+def pretraining_rows(
+    config: RunConfig, model: ModelConfig, dataset: Data, steps: int
+) -> list[tuple[str, str]]:
+    """What the table says of a run that pretrains."""
+    windows, tokens = dataset.splits["train"].windows, steps * config.batch * model.context
+    return [
+        ("model", f"{config.preset}: {model.summary}"),
+        ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
+                       f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
+        ("tokenizer", "{name}, {vocab_size:,} ids".format(**dataset.tokenizer_record)),
+        *data_rows(config, dataset, steps),
+        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
+                     f"{tokens / (windows * model.context):.2f} epochs, "
+                     f"{tokens / model.n_params:.1f} tokens per parameter"),
+    ]  # fmt: skip
+
+
+def tuning_rows(config: FinetuneConfig, data: TuningData, n_trained: int) -> list[tuple[str, str]]:
+    """What the table says of a run on rows."""
+    model, n = data.model, data.steps * config.batch
+    return [
+        ("model", model.summary),
+        ("parameters", f"{model.n_params:,}, of which {n_trained:,} are trained"),
+        *data.table,
+        ("training", f"{data.steps:,} steps of {config.batch} x {model.context} = {n * model.context:,} "
+                     f"places, {n / len(data.divided.train.tokens):.2f} epochs"),
+    ]  # fmt: skip
 
 
 def describe_layout(state: TrainState, mesh: Mesh) -> Table:
@@ -96,7 +123,7 @@ def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
     """
     open_ended = end < steps and not in_decay(config.optim, end, steps)
     schedule = () if open_ended else ("--schedule", "restart", "--steps", end + steps)
-    commands = [
+    return to_type([
         ("generate text", "core.generate", (out, "--prompt", "The")),
         ("evaluate it", "eval.run", (out,)),
         (
@@ -106,7 +133,24 @@ def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
         ),
         ("grow it", "stacking.grow", (out, "--out", f"{out}-grown", *schedule)),
         ("convert it to PyTorch", "port_torch.convert", (out, f"{out}-torch")),
-    ]
+    ])  # fmt: skip
+
+
+def commands_of_tuned(out: Path, form: str, shown: Row | Conversation) -> str:
+    """What to type next of a model tuned on rows of a form; shown: one of them."""
+    prompt = {"text": "The", "instruction": instruction("Name three colours.")}.get(form)
+    if prompt is None and form != CHAT:
+        prompt = shown.prompt
+    asked = ("--chat",) if form == CHAT else ("--prompt", prompt)
+    return to_type([
+        ("converse with it" if form == CHAT else "ask it", "core.generate", (out, *asked)),
+        ("evaluate it", "eval.run", (out,)),
+        ("convert it to PyTorch", "port_torch.convert", (out, f"{out}-torch")),
+    ])  # fmt: skip
+
+
+def to_type(commands: list[tuple[str, str, tuple]]) -> str:
+    """Lines with commands: what each does, its module and its arguments."""
     lines = ["next:"]
     for what, module, arguments in commands:
         if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from core.config import ModelConfig
 from core.documents import DocumentMark, number_documents
 from core.keys import Purpose, make_key
+from core.lora import LoraConfig
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.ops import Kernels
@@ -37,6 +38,7 @@ from core.sharding import (
     state_shardings,
 )
 from core.tokenizer import id_dtype
+from train_tpu.lora import adapters_for, init_adapters
 from train_tpu.optimizer import apply_gradients, make_optimizer
 from train_tpu.watch import Seen, leaf_squares, look
 
@@ -65,10 +67,15 @@ class Batch(NamedTuple):
     """Input of a step. `tokens` holds one more position than the model sees: inputs and targets overlap."""
 
     tokens: Integer[Array, "A B S1"]
+    """With `targets`, [A, B, S]: what the model sees."""
     ignored: Bool[Array, "A B"]
     """Rows that do not count (a damaged record)."""
     index: Integer[Array, "A B"]
     """Each row's number in the stream of training sequences; dropout masks are drawn from it."""
+    targets: Int[Array, "A B S"] | None = None
+    """The id to predict at each place, -1 where nothing is; None: the next one everywhere."""
+    documents: Int[Array, "A B S"] | None = None
+    """Of `core.model.forward`, for rows that were packed; None: `StepConfig.documents` says what they are."""
 
 
 class Controls(NamedTuple):
@@ -116,6 +123,10 @@ class StepConfig:
     """Whether updates can be watched (train_tpu/watch.py)."""
     documents: DocumentMark | None = None
     """Where attention and positions end; None: they run through the documents of a window."""
+    packed: bool = False
+    """Whether batches are of packed rows, with their targets and documents."""
+    lora: LoraConfig | None = None
+    """Of a step that trains adapters: `TrainState.params` are these, and the model's parameters stay."""
 
 
 def init_state(config: StepConfig, params: Params) -> TrainState:
@@ -137,18 +148,35 @@ def emptied(guard: Guard) -> Guard:
 
 def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without its arrays: what restoring needs."""
-    state = jax.eval_shape(functools.partial(init_state, config), abstract_params(config.model))
+    return _placed(jax.eval_shape(functools.partial(init_state, config), abstract_trained(config)), mesh)
+
+
+def abstract_model(config: StepConfig, mesh: Mesh) -> Params:
+    """The same of the model's parameters, whether they are trained or not."""
+    return _placed(abstract_params(config.model), mesh)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh, state),
+        tree,
+        state_shardings(mesh, tree),
     )
+
+
+def abstract_trained(config: StepConfig) -> Params:
+    """Shapes and types of what is trained: the model's parameters, or adapters."""
+    if config.lora is None:
+        return abstract_params(config.model)
+    return jax.eval_shape(lambda: init_adapters(config.lora, config.model, 0))
 
 
 def fresh_state(config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
     """A new state from a seed, made where it will lie."""
 
     def make(seed: Array) -> TrainState:
+        if config.lora is not None:
+            return init_state(config, init_adapters(config.lora, config.model, seed))
         return init_state(config, init_params(config.model, make_key(seed, Purpose.INIT)))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
@@ -156,10 +184,13 @@ def fresh_state(config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
 
 
 def train_step(
-    config: StepConfig, state: TrainState, batch: Batch, controls: Controls
+    config: StepConfig, state: TrainState, batch: Batch, controls: Controls, *frozen: Params
 ) -> tuple[TrainState, Metrics]:
-    """One update, or none if the guard objects. Pure; `compile_step` makes it run."""
-    n_targets = jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
+    """One update, or none if the guard objects. Pure; `compile_step` makes it run.
+
+    frozen: the model's parameters, where adapters are trained.
+    """
+    n_targets = count_targets(batch)
     mesh = config.compute.mesh
     if is_parallel(mesh) and not splits_weights(mesh):
         # Each device sums the gradients of its own rows, and the devices' sums are added once, in float32.
@@ -170,12 +201,12 @@ def train_step(
         loss, nll, gradients = jax.shard_map(
             lambda *inputs: jax.lax.psum(_gradients(own, *inputs), BATCH_AXES),
             mesh=mesh,
-            in_specs=(P(), rows, P(), P()),
+            in_specs=(P(), rows, P(), P(), *(P() for _ in frozen)),
             out_specs=P(),
             check_vma=False,
-        )(state.params, batch, n_targets, controls.seed)
+        )(state.params, batch, n_targets, controls.seed, *frozen)
     else:
-        loss, nll, gradients = _gradients(config, state.params, batch, n_targets, controls.seed)
+        loss, nll, gradients = _gradients(config, state.params, batch, n_targets, controls.seed, *frozen)
 
     squares = leaf_squares(gradients)
     norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
@@ -208,19 +239,34 @@ def _zeros(function: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function))
 
 
+def count_targets(batch: Batch) -> Float[Array, ""]:
+    """How many tokens a batch predicts."""
+    if batch.targets is None:
+        return jnp.sum(~batch.ignored).astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
+    counted = (batch.targets != IGNORE) & ~batch.ignored[..., None]
+    return jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+
+
 def _gradients(
-    config: StepConfig, params: Params, batch: Batch, n_targets: Array, seed: Array
+    config: StepConfig, params: Params, batch: Batch, n_targets: Array, seed: Array, *frozen: Params
 ) -> tuple[Array, Array, Params]:
     """Loss and cross-entropy per target token, and the gradients, summed over the micro-batches in turn."""
 
     def micro_loss(params: Params, micro: Batch) -> tuple[Array, Array]:
-        inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)
+        if config.packed:
+            inputs, targets = micro.tokens.astype(jnp.int32), micro.targets
+        else:
+            inputs, targets = micro.tokens[:, :-1].astype(jnp.int32), micro.tokens[:, 1:].astype(jnp.int32)
         targets = jnp.where(micro.ignored[:, None], IGNORE, targets)
+        adapters = None
+        if config.lora is not None:
+            adapters = adapters_for(config.lora, config.model, params, seed, micro.index)
+            (params,) = frozen
         keys = None
         if config.model.dropout > 0:
             keys = jax.vmap(functools.partial(make_key, seed, Purpose.DROPOUT))(micro.index)
-        documents = number_documents(inputs, config.documents)
-        hidden = forward(config.model, params, inputs, config.compute, keys, documents)
+        documents = micro.documents if config.packed else number_documents(inputs, config.documents)
+        hidden = forward(config.model, params, inputs, config.compute, keys, documents, adapters)
         sums = cross_entropy(
             hidden,
             head_table(config.model, params),
@@ -270,8 +316,13 @@ def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:
     )
 
 
-def abstract_batch(rows: int, grad_accum_steps: int, model: ModelConfig, mesh: Mesh) -> Batch:
-    """Shapes, types and shardings of a step's batch of `rows` sequences in `grad_accum_steps` parts."""
+def abstract_batch(
+    rows: int, grad_accum_steps: int, model: ModelConfig, mesh: Mesh, packed: bool = False
+) -> Batch:
+    """Shapes, types and shardings of a step's batch of `rows` sequences in `grad_accum_steps` parts.
+
+    packed: as `StepConfig` has it.
+    """
     sharding = batch_sharding(mesh)
 
     def leaf(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
@@ -279,7 +330,11 @@ def abstract_batch(rows: int, grad_accum_steps: int, model: ModelConfig, mesh: M
             (grad_accum_steps, rows // grad_accum_steps, *more), dtype, sharding=sharding
         )
 
-    return Batch(leaf(id_dtype(model.vocab_size), model.context + 1), leaf(jnp.bool_), leaf(jnp.uint32))
+    ids, length = id_dtype(model.vocab_size), model.context
+    if packed:
+        of_places = (leaf(jnp.int32, length), leaf(jnp.int32, length))
+        return Batch(leaf(jnp.int32, length), leaf(jnp.bool_), leaf(jnp.uint32), *of_places)
+    return Batch(leaf(ids, length + 1), leaf(jnp.bool_), leaf(jnp.uint32))
 
 
 def lower_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Lowered:
@@ -287,21 +342,20 @@ def lower_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh)
     return lower_for(config, mesh, *abstract_inputs(config, rows, grad_accum_steps, mesh))
 
 
-def abstract_inputs(
-    config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh
-) -> tuple[TrainState, Batch, Controls]:
-    """Shapes, types and shardings of what the step takes."""
+def abstract_inputs(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> tuple[Any, ...]:
+    """Shapes, types and shardings of what the step takes: those of `train_step`."""
     types = Controls(
         lr=jnp.float32, sigma=jnp.float32, halt_after=jnp.int32, seed=jnp.uint32,
         watch=jnp.bool_ if config.watches else None,
     )  # fmt: skip
     controls = jax.tree.map(lambda t: jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)), types)
-    batch = abstract_batch(rows, grad_accum_steps, config.model, mesh)
-    return abstract_state(config, mesh), batch, controls
+    batch = abstract_batch(rows, grad_accum_steps, config.model, mesh, config.packed)
+    frozen = () if config.lora is None else (abstract_model(config, mesh),)
+    return abstract_state(config, mesh), batch, controls, *frozen
 
 
 def lower_for(
-    config: StepConfig, mesh: Mesh, state: TrainState, batch: Batch, controls: Controls
+    config: StepConfig, mesh: Mesh, state: TrainState, batch: Batch, controls: Controls, *frozen: Params
 ) -> jax.stages.Lowered:
     """`train_step` for inputs of these shapes, types and shardings."""
     step = jax.jit(
@@ -309,14 +363,14 @@ def lower_for(
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
-    return step.lower(state, batch, controls)
+    return step.lower(state, batch, controls, *frozen)
 
 
 def compile_step(config: StepConfig, rows: int, grad_accum_steps: int, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles `train_step` for batches of `rows` sequences; the state is donated.
 
     Returns:
-        A function (state, batch, controls) -> (state, metrics) that refuses other shapes.
+        A function (state, batch, controls, and what is frozen) -> (state, metrics) that refuses other shapes.
     """
     lowered = lower_step(config, rows, grad_accum_steps, mesh)
     return lowered.compile(compiler_options=dict(config.compiler_options))

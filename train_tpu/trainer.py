@@ -13,7 +13,6 @@ from core import processes
 from core.checkpoint.checkpointer import Checkpointer, restore
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.compilation_cache import programs_found
-from core.data.batches import train_batches
 from core.errors import UserError
 from core.extras import install_command
 from core.generation import Generator
@@ -25,15 +24,15 @@ from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
 from core.run.training_run import run_loop
 from core.sharding import resolved_mesh, state_shardings
-from core.tokenizer import id_dtype
-from train_tpu.config import RunConfig
-from train_tpu.engine import JaxEngine, own_rows
+from train_tpu.engine import JaxEngine
 from train_tpu.evaluate import Evaluator
+from train_tpu.lora import AdaptedState
 from train_tpu.oom_hints import out_of_memory_explained
-from train_tpu.report import describe_layout, memory, next_commands
+from train_tpu.report import describe_layout, memory
 from train_tpu.setup import Setup
 from train_tpu.step import (
     TrainState,
+    abstract_model,
     abstract_state,
     compile_step,
     emptied,
@@ -68,7 +67,7 @@ def run(setup: Setup, report: bool = True) -> int:
         checkpointer = stack.enter_context(Checkpointer(setup.checkpoints, config.keep))
         engine = make_engine(setup, state, tasks, checkpointer)
         stack.enter_context(engine.compilations)
-        batches = open_batches(setup, manifest.sequences)
+        batches = setup.open_batches(manifest.sequences)
         stack.callback(batches.close)
         with out_of_memory_explained(config.batch, config.grad_accum_steps):
             code = run_loop(
@@ -94,7 +93,7 @@ def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
     if processes.is_first():
         stack.enter_context(lock_folder(out))
         here = functools.partial(resolved_mesh, n_devices=jax.device_count())
-        check_run_folder(out, setup.record, setup.config.allow_change, RunConfig(), mesh=here)
+        check_run_folder(out, setup.record, setup.config.allow_change, setup.defaults, mesh=here)
     processes.require_shared(out.absolute())
 
 
@@ -124,25 +123,11 @@ def make_engine(setup: Setup, state: TrainState, tasks: Any, checkpointer: Check
     seconds = time.monotonic() - started
     setup.console.print(f"compiled the step in {seconds:.1f} s{kept}; it needs {memory(compiled)} per device")
     rows = config.batch // config.grad_accum_steps
-    evaluator = Evaluator(model, step.compute, setup.dataset, rows, step.loss_chunk, mesh, step.documents)
+    evaluator = Evaluator(model, step.compute, setup.heldout, rows, step.loss_chunk, mesh)
     sampling = dataclasses.replace(step.compute, mesh=None, attention="xla", kernels=None)
     generator = Generator(model, sampling)
-    return JaxEngine(config, mesh, state, compiled, evaluator, tasks, generator, checkpointer, step)
-
-
-def open_batches(setup: Setup, start: int) -> Any:
-    """This process's rows of the global batches, from the one on whose first sequence is `start`."""
-    config = setup.config
-    return train_batches(
-        setup.dataset,
-        seed=config.seed,
-        batch=config.batch,
-        start=start,
-        rows=own_rows(config.batch, config.grad_accum_steps, setup.mesh).ravel().tolist(),
-        vocab_size=setup.tokenizer.vocab_size,
-        on_bad=config.on_bad_record,
-        leave_out=config.leave_out,
-        dtype=id_dtype(setup.step.model.vocab_size),
+    return JaxEngine(
+        config, mesh, state, compiled, evaluator, tasks, generator, checkpointer, step, *setup.frozen
     )
 
 
@@ -151,8 +136,7 @@ def report_end(setup: Setup) -> None:
     out, console = setup.out, setup.console
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
     console.print(f"loss curve: {plot_curve(out)}{samples}", highlight=False)
-    after = next_commands(out, setup.config, setup.steps, setup.end)
-    console.print(after, highlight=False, markup=False, soft_wrap=True)
+    console.print(setup.commands(), highlight=False, markup=False, soft_wrap=True)
 
 
 def open_tasks(setup: Setup) -> Any:
@@ -171,12 +155,12 @@ def open_tasks(setup: Setup) -> Any:
 def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
     """The state to start from: resumed, made of another checkpoint's parameters, or fresh. With its manifest
     (and so its counters), and in words where it comes from."""
-    out = setup.out
     manifest = setup.new_manifest()
     say = functools.partial(setup.console.print, markup=False, highlight=False)
     step_dir = setup.find_start(processes, say)
     if step_dir:
         old = load_manifest(step_dir)
+        setup.require_same_source(old)
         state, changed = saved_state(setup, step_dir)
         if processes.is_first():
             setup.leave_newer(say)
@@ -188,33 +172,35 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
         if changed:
             how += f"; the guard starts anew, for other {' and '.join(changed)}"
         return state, manifest, how
-    state = new_state(setup)
-    if setup.source:
-        step_dir, old, _ = setup.source
-        entry = {"operation": "init_from", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
-        lineage = [*old.lineage, entry]
-        manifest = dataclasses.replace(manifest, lineage=lineage, chat_template=old.chat_template)
-        return state, manifest, f"starting a new run in {out} from the parameters of {step_dir}"
-    return state, manifest, f"starting a new run in {out} from random parameters (seed {setup.config.seed})"
+    return new_state(setup), *setup.begun(manifest)
 
 
 def saved_state(setup: Setup, step_dir: Path) -> tuple[TrainState, list[str]]:
     """The state of a checkpoint of this run, to resume from; and the changed settings that emptied its
     guard."""
-    old = load_manifest(step_dir)
-    state = restore(step_dir, abstract_state(setup.step, setup.mesh))
+    old, state = load_manifest(step_dir), restore_state(setup, step_dir)
     # A run that the guard halted resumes after the batches that halted it.
     state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
     changed = changed_measure(old, setup.new_manifest())
     return (state._replace(guard=emptied(state.guard)) if changed else state), changed
 
 
+def restore_state(setup: Setup, step_dir: Path) -> TrainState:
+    """The state in a checkpoint of this run; of adapters, without the model that they make."""
+    state = abstract_state(setup.step, setup.mesh)
+    if setup.step.lora is None:
+        return restore(step_dir, state)
+    whole = restore(step_dir, AdaptedState(abstract_model(setup.step, setup.mesh), *state))
+    return TrainState(whole.adapters, whole.opt_state, whole.guard)
+
+
 def new_state(setup: Setup) -> TrainState:
-    """The state that a run begins with: of the parameters of another checkpoint, or random."""
-    if not setup.source:
+    """The state that a run begins with: of the parameters of another checkpoint, or random; of new
+    adapters."""
+    if not setup.source or setup.step.lora is not None:
         return fresh_state(setup.step, setup.mesh, setup.config.seed)
     return jax.jit(
         functools.partial(init_state, setup.step),
         out_shardings=state_shardings(setup.mesh, abstract_state(setup.step, setup.mesh)),
         donate_argnums=0,
-    )(setup.source[2])
+    )(setup.source.params)

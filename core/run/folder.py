@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from core.checkpoint.manifest import Manifest, digest, load_manifest
+from core.checkpoint.manifest import JAX, TORCH, Manifest, digest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.config import ModelConfig
 from core.data.mixture import data_paths, describe_phases, phases_of
@@ -195,7 +195,7 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     if not record:
         return default
     if "preset" not in record["run"]:
-        raise UserError(f"the run in {folder} is of port_torch.finetune: resume it with that command")
+        raise UserError(f"the run in {folder} is of {tuned_by(record)}: resume it with that command")
     once = {name: getattr(default, name) for name in settings.ONCE}
     run = settings_for(default.engine, record)
     saved = dataclasses.replace(settings.unflatten(run, type(default)), **once)
@@ -204,6 +204,11 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
         saved = dataclasses.replace(saved, tokenizer=own)
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved
+
+
+def tuned_by(record: dict[str, Any]) -> str:
+    """The command of a run on rows, by its record."""
+    return {JAX: "train_tpu.finetune", TORCH: "port_torch.finetune"}[engine_of(record["run"])]
 
 
 def require_shared(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from core.checkpoint.manifest import Manifest, load_manifest
+from core.checkpoint.manifest import CHANGE, Manifest, load_manifest
 from core.checkpoint.steps import find_start, leave_newer
 from core.errors import UserError
 from core.run.engine import Engine, LoadedBatch
@@ -95,6 +95,20 @@ class TrainingRun:
         if self.config.from_step is not None:
             for left in leave_newer(self.checkpoints, self.config.from_step):
                 say(f"a newer checkpoint is left, as {left}")
+
+    def require_same_origin(self, old: Manifest, lineage: list[dict[str, Any]]) -> None:
+        """Refuses to resume from the checkpoint of `old` on other weights than those that the run began with.
+
+        lineage: what a run would have that began with those that are given now.
+        """
+        began = [entry for entry in old.lineage if entry["operation"] != CHANGE]
+        before, now = (entries[-1] if entries else {} for entries in (began, lineage))
+        if before.get("sha256") != now.get("sha256"):
+            where = f": give {before['path']} as it was then" if "path" in before else ""
+            raise UserError(
+                f"the run in {self.out} was not started from the weights that are given now{where}, or "
+                "another --out"
+            )
 
     def require_profile(self, step: int) -> None:
         """Refuses a --profile of updates that a start at `step` does not make."""

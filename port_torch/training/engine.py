@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.steps import Keep
+from core.data.sequences import Batch, HeldOut
 from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
@@ -17,7 +18,6 @@ from core.run.profiling import Operation
 from core.sampling import Sampling
 from kernels_cuda.library import Backend
 from port_torch.training import checkpoint
-from port_torch.training.batches import Batch, HeldOut
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.profile import Trace

@@ -44,14 +44,11 @@ class Adapted(nn.Module):
         return self.lora_B[ADAPTER].weight @ self.lora_A[ADAPTER].weight * self.scale
 
 
-def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> str:
+def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
     """Puts adapters into the decoder, which compute nothing yet, and leaves only them to be trained.
 
     Args:
         seed: of the first matrix of each; the second is zero.
-
-    Returns:
-        What is trained, in words.
 
     Raises:
         UserError: the model lacks a map that the settings name, or peft is not installed, which opens the
@@ -65,8 +62,6 @@ def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> str:
         parent, _, child = name.rpartition(".")
         if child in targets and isinstance(module, nn.Linear):
             setattr(decoder.get_submodule(parent), child, Adapted(module, config))
-    dropout = f", dropout {config.dropout:g}" if config.dropout > 0 else ""
-    return f"LoRA adapters of rank {config.rank}{dropout}, at {', '.join(targets)}"
 
 
 def base_weights(decoder: Decoder) -> dict[str, Tensor]:

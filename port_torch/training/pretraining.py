@@ -8,6 +8,7 @@ import torch
 
 from core.config import ModelConfig
 from core.data.batches import data_record, require_records
+from core.data.sequences import heldout_sets
 from core.documents import document_mark
 from core.keys import Purpose, make_key
 from core.model import init_params
@@ -20,7 +21,7 @@ from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
 from port_torch.model import Decoder, decoder_of, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.training.batches import empty_rows, heldout_sets, pretraining_batches
+from port_torch.training.batches import empty_rows, pretraining_batches
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretrained import open_pretrained
 from port_torch.training.setup import Job, begin, require_deterministic_operations

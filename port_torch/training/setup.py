@@ -18,6 +18,7 @@ from rich.text import Text
 from torch.nn.attention import SDPBackend
 
 from core.config import ModelConfig, compute_dtype
+from core.data.sequences import Batch, HeldOut, Rows
 from core.errors import UserError
 from core.lora import LoraConfig
 from core.run.folder import require_folder
@@ -26,7 +27,6 @@ from core.tokenizer import Tokenizer
 from kernels_cuda import library
 from port_torch.card import Tuning
 from port_torch.model import Decoder, attends_by_lengths
-from port_torch.training.batches import Batch, HeldOut, Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.engine import device_name
 from port_torch.training.settings import TrainerConfig

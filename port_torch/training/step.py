@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from core.data.examples import IGNORE
+from core.data.sequences import Rows
 from core.errors import UserError
 from core.run.cadence import NO_FLAGS, Flags
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Decoder, attends_by_lengths, leaf_of
-from port_torch.training.batches import Inputs, Rows
+from port_torch.training.batches import Inputs, place
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
 from port_torch.training.muon import Muon
@@ -146,15 +147,15 @@ class TrainStep:
         """
         self.decoder.train()
         seed_dropout(self._seed, step, self.ranks.rank)
-        for place, flag in zip(self._flags, flags, strict=True):
-            place.fill_(float(flag))  # a kernel's argument; a copy could wait
+        for kept, flag in zip(self._flags, flags, strict=True):
+            kept.fill_(float(flag))  # a kernel's argument; a copy could wait
         self.optimizer.set_lr(lr)
         inputs = self.place(rows, grad_accum_steps)
         return self._recording(*inputs) if self.recorded else self._update(*inputs)
 
     def place(self, rows: Rows, parts: int = 1) -> Inputs:
         """Rows on the device, in so many micro-batches."""
-        return rows.on(self.ranks.device, parts, self._by_lengths)
+        return place(rows, self.ranks.device, parts, self._by_lengths)
 
     def _update(self, *tensors: Tensor | None) -> Tensor:
         """What of `update` runs on the device; tensors: those of `Inputs`."""

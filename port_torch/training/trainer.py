@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from core.checkpoint.manifest import CHANGE, Manifest, code_version, load_manifest
+from core.checkpoint.manifest import Manifest, code_version, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.cli import command
 from core.errors import UserError
@@ -212,7 +212,7 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     if step_dir is None:
         source = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"
         return manifest, f"starting a new run in {out} from {source} (seed {job.config.seed})"
-    require_same_pretrained(job, load_manifest(step_dir).lineage)
+    job.require_same_origin(load_manifest(step_dir), job.lineage)
     old = checkpoint.restore(step_dir, train_step)
     if ranks.first:
         job.leave_newer(say)
@@ -224,14 +224,3 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
         how += f"; the guard starts anew, for other {' and '.join(changed)}"
     manifest = job.resume(manifest, old)
     return manifest, how
-
-
-def require_same_pretrained(job: Job, lineage: list[dict[str, Any]]) -> None:
-    """Refuses to resume on a folder whose weights are not those that the run was started from."""
-    began = [entry for entry in lineage if entry["operation"] != CHANGE]
-    before, now = (entries[-1].get("sha256") if entries else None for entries in (began, job.lineage))
-    if before != now:
-        raise UserError(
-            f"the run in {job.out} was not started from the weights that are given now: give the same "
-            "folder, unchanged, or another --out"
-        )

@@ -12,6 +12,7 @@ import numpy as np
 from core.attention import choose
 from core.config import ModelConfig
 from core.documents import DocumentMark
+from core.lora import LoraConfig
 from core.model import Compute
 from core.run.schedule import OptimizerConfig
 from core.sharding import make_mesh, parse_mesh
@@ -22,7 +23,10 @@ from train_tpu.step import GuardConfig, StepConfig, abstract_state, compile_step
 
 CHUNK, ROWS, VOCAB, CONTEXT = 512, 32, 32_000, 512
 heads, kv_heads, shape = int(sys.argv[1]), int(sys.argv[2]), parse_mesh(sys.argv[3], 8)
-documents = DocumentMark(1, twice=False) if sys.argv[4] == "several" else None
+what = sys.argv[4]
+documents = DocumentMark(1, twice=False) if what == "several" else None
+lora = LoraConfig(lora_rank=8) if what == "adapters" else None
+optim = OptimizerConfig(optimizer="adamw") if lora else OptimizerConfig()
 
 mesh = make_mesh(shape, open_slice("v5e:2x4"))
 require(mesh.size == 8 and mesh.devices.flat[0].platform == "tpu", mesh)
@@ -32,8 +36,8 @@ model = ModelConfig(
 attention = choose("auto", platform="tpu", dtype="bfloat16", head_dim=model.head_size, context=model.context)
 require(attention.name == "splash", attention)
 config = StepConfig(
-    model, OptimizerConfig(), GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),
-    z_loss=0.0, loss_chunk=CHUNK, documents=documents,
+    model, optim, GuardConfig(), Compute("bfloat16", attention.name, mesh=mesh),
+    z_loss=0.0, loss_chunk=CHUNK, documents=documents, packed=what in ("rows", "adapters"), lora=lora,
 )  # fmt: skip
 text = compile_step(config, ROWS, 1, mesh).as_text()
 

@@ -210,6 +210,8 @@ def test_triton_interpreted(most, monkeypatch: pytest.MonkeyPatch):
         *((4, 4, "data=8", "one"), (8, 8, "data=8", "one"), (4, 4, "fsdp=4,tensor=2", "one")),
         # Heads shared; not divided by tensor.
         *((4, 2, "data=8", "several"), (4, 1, "fsdp=4,tensor=2", "several")),
+        # Packed rows, on which all weights are trained or adapters.
+        *((4, 4, "data=8", "rows"), (4, 4, "fsdp=4,tensor=2", "adapters")),
     ],
 )
 def test_the_training_step_compiles_for_a_tpu(heads, kv_heads, mesh, documents):

@@ -33,6 +33,7 @@ from port_torch.training.settings import MirrorOptimizerConfig
 from stacking.advise.config import AdviseConfig
 from stacking.grow import GrowConfig
 from stacking.study.config import StudyConfig
+from train_tpu import config as jax_settings
 from train_tpu.aot.__main__ import AotConfig
 from train_tpu.config import RunConfig
 from train_tpu.step import GuardConfig
@@ -41,6 +42,7 @@ X = Path("x")
 CONFIGS = [
     RunConfig(), ModelOverrides(), OptimizerConfig(), GuardConfig(), preset("mtlm1-tiny"), TrainConfig(),
     MirrorOptimizerConfig(), FinetuneConfig(init_from=X, data=X, out=X), LoraConfig(lora_rank=8),
+    jax_settings.FinetuneConfig(init_from=X, data=X, out=X),
     GenerateConfig(X), Sampling(), ChatConfig(X),
     torch_generate.GenerateConfig(X), EvalConfig(X), PerplexityConfig(X), GrowConfig(X),
     StudyConfig("tuning"), AdviseConfig(X),

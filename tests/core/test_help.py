@@ -17,10 +17,11 @@ from port_torch import finetune
 from port_torch import train as torch_train
 from train_tpu import run as training
 from train_tpu.aot import __main__ as aot
-from train_tpu.config import RunConfig
+from train_tpu.config import FinetuneConfig, RunConfig
 
 COMMANDS = (
-    "core.generate", "train_tpu.run", "train_tpu.prepare", "train_tpu.inspect", "train_tpu.replay.__main__",
+    "core.generate", "train_tpu.run", "train_tpu.finetune", "train_tpu.prepare", "train_tpu.inspect",
+    "train_tpu.replay.__main__",
     "train_tpu.aot.__main__", "stacking.advise.__main__", "stacking.grow", "stacking.study.__main__",
     "port_torch.train", "port_torch.finetune", "port_torch.convert", "port_torch.merge",
     "port_torch.import_checkpoint", "port_torch.generate", "eval.run", "eval.perplexity", "eval.compare",
@@ -134,7 +135,7 @@ def test_six_options_come_first_and_internals_are_hidden(tmp_path, monkeypatch, 
 
 def test_every_training_option_has_a_subject():
     """One that the table does not name would come after the six."""
-    kinds = (RunConfig, torch_train.TrainConfig, finetune.FinetuneConfig)
+    kinds = (RunConfig, FinetuneConfig, torch_train.TrainConfig, finetune.FinetuneConfig)
     named = [name for names in TRAINING_OPTIONS.values() for name in names]
     fields = {option.field for kind in kinds for option in cli.options_of(kind) if option.names}
     assert set(named) == fields

@@ -49,7 +49,7 @@ def test_keys_of_different_seeds_purposes_and_indices_differ():
     made = {
         tuple(np.asarray(jax.random.key_data(make_key(s, p, jnp.uint32(i)))).tolist()) for s, p, i in every
     }
-    assert len(made) == len(every) == 32
+    assert len(made) == len(every) == 48
 
 
 def test_initial_weights():

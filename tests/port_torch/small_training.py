@@ -14,11 +14,11 @@ import port_torch.finetune
 import port_torch.train
 from core.config import ModelConfig
 from core.data.examples import IGNORE
+from core.data.sequences import Rows
 from core.run.log import read_log
 from port_torch.hf.modeling_mtlm import MtlmForCausalLM
 from port_torch.hf_config import stock_type
 from port_torch.model import Decoder
-from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import port_torch.generate
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
 from core.data.examples import IGNORE, Example, examples_of
+from core.data.row_packing import PADDING, pack, packed_batches
+from core.data.sequences import Rows
 from core.data.tuning_rows import Row, RowFile, instruction, read_rows
 from core.errors import UserError
 from core.run.interrupt import EXIT_SAVED
@@ -23,8 +25,7 @@ from core.run.log import read_log
 from core.tokenizer import load_tokenizer
 from port_torch.folder import weights_hash
 from port_torch.model import load
-from port_torch.training.batches import Rows, document_starts
-from port_torch.training.packing import PADDING, pack, packed_batches
+from port_torch.training.batches import document_starts
 from port_torch.training.settings import MirrorOptimizerConfig
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, write_export

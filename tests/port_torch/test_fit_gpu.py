@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from core.config import PRESETS, ModelConfig
+from core.data.sequences import Rows
 from kernels_cuda import library
 from port_torch.model import Decoder
-from port_torch.training.batches import Rows, empty_rows
+from port_torch.training.batches import empty_rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep

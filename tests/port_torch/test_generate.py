@@ -307,9 +307,9 @@ def test_a_terminal_is_asked_again_and_again(folder, cache):
 def test_jax_takes_no_device():
     """Beside PyTorch on a GPU, JAX would take three quarters of its memory."""
     program = (
-        "import sys, port_torch.finetune, port_torch.generate\n"
+        "import sys, port_torch.finetune, port_torch.generate, train_tpu.finetune\n"
         "from tests.checks import require\n"
-        "require('torch' not in sys.modules)\n"  # malformed rows and prompts are told before its seconds
+        "require(not {'torch', 'jax'} & set(sys.modules))\n"  # malformed rows are told before
         "import port_torch.sampling, core.config, port_torch.names\n"
         "port_torch.names.exported_tensors(core.config.preset('mtlm1-tiny'))\n"
         "from jax._src import xla_bridge\n"

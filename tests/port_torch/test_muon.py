@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.checkpoint.steps import Keep, find_step
 from core.config import ModelConfig
+from core.data.sequences import Rows
 from core.errors import UserError
 from core.lora import LoraConfig
 from core.model import Params
@@ -21,7 +22,6 @@ from port_torch.finetune import FinetuneConfig
 from port_torch.model import decoder_of, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training import checkpoint
-from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.muon import newton_schulz
 from port_torch.training.settings import MirrorOptimizerConfig

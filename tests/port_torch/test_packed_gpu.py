@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from core.config import ModelConfig
+from core.data.sequences import Rows
 from kernels_cuda import library, registry
 from port_torch.model import Decoder, attends_by_lengths
-from port_torch.training.batches import Inputs, Rows
+from port_torch.training.batches import Inputs, place
 from tests.kernels_cuda.gpu import assert_as_good
 from tests.models import GPT, GROUPED, LLAMA
 
@@ -53,7 +54,7 @@ def test_as_exact_as_a_mask(kind: str, monkeypatch: pytest.MonkeyPatch):
     assert attends_by_lengths(model, GPU, bf16=True)
     library.load("cuda")
     decoder, rows = decoder_of(model), packed_rows(model, 5)
-    masked, by_lengths = (next(rows.on(GPU, 1, given).micro_batches()) for given in (False, True))
+    masked, by_lengths = (next(place(rows, GPU, 1, given).micro_batches()) for given in (False, True))
     assert masked.starts is None and by_lengths.starts is not None
     with torch.autocast("cuda", torch.bfloat16):
         plain, ours = gradients(decoder, masked), gradients(decoder, by_lengths)
@@ -72,7 +73,7 @@ def test_any_number_of_documents_is_compiled_once():
     compiled = torch.compile(decoder, dynamic=False)
     with torch.autocast("cuda", torch.bfloat16):
         for n_documents in (1, 2, 5, 40, 200):
-            inputs = next(packed_rows(model, n_documents).on(GPU, 1, True).micro_batches())
+            inputs = next(place(packed_rows(model, n_documents), GPU, 1, True).micro_batches())
             ours, eager = gradients(decoder, inputs, compiled), gradients(decoder, inputs)
             assert abs(ours[0] - eager[0]) <= 2e-3 * eager[0], n_documents
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

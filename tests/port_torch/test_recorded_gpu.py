@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from core.config import PRESETS
+from core.data.sequences import Rows
 from core.run.cadence import Flags
 from core.run.guard import GuardConfig
 from kernels_cuda import library
-from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.recorded import Recorded

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from core.config import PRESETS
+from core.data.sequences import Rows
 from core.lora import LoraConfig
 from core.sampling import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator
 from port_torch.model import Decoder, decoder_of
 from port_torch.training import samples
-from port_torch.training.batches import Rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import add_adapters, merged
 from port_torch.training.pretraining import fresh_decoder

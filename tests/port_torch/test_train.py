@@ -19,6 +19,7 @@ from core.config import PRESETS, ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import Dataset
 from core.data.prepare import open_or_prepare
+from core.data.sequences import Rows, heldout_sets
 from core.documents import DocumentMark, document_mark
 from core.errors import UserError
 from core.model import Compute
@@ -34,7 +35,7 @@ from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.training import checkpoint
-from port_torch.training.batches import Rows, empty_rows, heldout_sets, pretraining_batches
+from port_torch.training.batches import empty_rows, pretraining_batches
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
 from port_torch.training.pretraining import fresh_decoder
@@ -189,8 +190,8 @@ def test_equal_to_train_tpu_from_the_first_parameters_on(masked: bool, dataset: 
     checkpoint.restore(find_step(tmp_path / "jax"), changed)
     same(update_losses(changed, batches[half:], RATES[half:]), ours[half:])
 
-    evaluator = Evaluator(config, Compute(mesh=mesh), dataset, 3, 8192, mesh, mark)
     (heldout,) = heldout_sets(dataset, mark)
+    evaluator = Evaluator(config, Compute(mesh=mesh), [heldout], 3, 8192, mesh)
     for limit in (None, 2):
         expected, found = evaluator.score(state.params, "valid", limit), score(train_step, heldout, 3, limit)
         np.testing.assert_allclose(found, expected, rtol=1e-5)

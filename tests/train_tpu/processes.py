@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import json
 import os
 import re
 import socket
@@ -106,6 +107,17 @@ def _kept(made: Callable[..., Any]) -> Callable[..., Any]:
     return functools.cache(made)
 
 
+def write_rows(path: Path) -> Path:
+    """30 conversations of one or two exchanges, to tune on."""
+    rows = []
+    for i in range(30):
+        turns = [("user", f"{i} squared?"), ("assistant", f"{i * i}, " * (1 + i % 5))]
+        turns += [("user", "And?"), ("assistant", "No.")] * (i % 3 == 0)
+        rows.append({"messages": [{"role": role, "content": said} for role, said in turns]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @contextlib.contextmanager
 def compiled_once(drawn: bool = False) -> Iterator[None]:
     """JAX's runs in this process share their compiled steps and their fresh parameters: a step is a function
@@ -156,7 +168,8 @@ def run_here(
     """
     main = importlib.import_module(module).main
     out, err = Said(moment, then), io.StringIO()
-    shared = module.startswith(("train_tpu.run", "train_tpu.replay")) and not compile_anew
+    trains = module.startswith(("train_tpu.run", "train_tpu.replay", "train_tpu.finetune"))
+    shared = trains and not compile_anew
     with (
         compiled_once(drawn) if shared else contextlib.nullcontext(),
         mock.patch.object(sys, "argv", [module, *map(str, arguments)]),

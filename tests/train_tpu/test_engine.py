@@ -50,7 +50,7 @@ def engine() -> JaxEngine:
     abstract = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     small = ModelConfig(vocab_size=258, context=8, d_model=8, n_layers=1, n_heads=1, d_mlp=8)
     lowered = jax.jit(step, out_shardings=whole).lower(abstract, abstract_batch(2, 1, small, mesh), controls)
-    evaluator = SimpleNamespace(dataset=SimpleNamespace(heldout=[]))
+    evaluator = SimpleNamespace(heldout={})
     config = RunConfig(batch=2, grad_accum_steps=1)
     return JaxEngine(config, mesh, state, lowered.compile(), evaluator, None, None, None)
 

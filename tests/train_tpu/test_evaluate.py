@@ -10,6 +10,7 @@ import numpy as np
 from core.data.batches import heldout_windows
 from core.data.dataset import open_dataset
 from core.data.prepare import prepare
+from core.data.sequences import heldout_sets
 from core.model import Compute, forward, init_params, logits
 from core.sharding import make_mesh
 from tests.models import LLAMA
@@ -27,7 +28,8 @@ def test_score_is_the_mean_over_every_predicted_token_of_the_text(tmp_path):
     dataset = open_dataset(out)
     config = dataclasses.replace(LLAMA, vocab_size=258, context=16)
     params = init_params(config, jax.random.key(3))
-    evaluator = Evaluator(config, Compute(), dataset, rows=7, chunk=32, mesh=make_mesh())  # 7 fits no count
+    # 7 rows fit no count.
+    evaluator = Evaluator(config, Compute(), heldout_sets(dataset), rows=7, chunk=32, mesh=make_mesh())
     score = evaluator.score(params, "end")
 
     # The stream is <s>, the bytes, </s>; window i predicts positions 16 i + 1 to 16 i + 16 of it.

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from core.config import ModelConfig
 from core.run.watching import read_watched
-from tests.train_tpu.processes import TINY, finish, losses, make_text, run, start_two, without
+from tests.models import random_params
+from tests.port_torch.folders import write_checkpoint, write_export
+from tests.train_tpu.processes import TINY, finish, losses, make_text, run, start_two, without, write_rows
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(jax.local_device_count() < 2, reason="needs two GPUs")
@@ -73,6 +76,31 @@ def test_a_document_mask_is_one_in_every_attention_and_in_pytorch(tmp_path):
         np.testing.assert_allclose(found, exact, rtol=3e-3, err_msg=name)
     found = curve("torch", "each document by its length", module="port_torch.train")
     np.testing.assert_allclose(found, exact, rtol=3e-3)
+
+
+def test_tuning_on_rows_is_that_of_pytorch(tmp_path):
+    """In bfloat16 on the kernels of each; see above for the tolerance. At first adapters add nothing."""
+    config = ModelConfig(vocab_size=258, context=128, d_model=128, n_layers=2, n_heads=2, d_mlp=256)
+    params = random_params(config, std=0.05)
+    start = write_checkpoint(tmp_path / "start", config, params)
+    export = write_export(tmp_path / "export", config, params)
+    arguments = (
+        "--data", write_rows(tmp_path / "rows.jsonl"), "--template", "plain", "--validation", "0", "--batch",
+        "4", "--steps", "6", "--lr", "3e-4", "--warmup", "1", "--sample-every", "0", "--log-every", "1",
+        "--sigma", "0",
+    )  # fmt: skip
+
+    def curve(name: str, *more: str, module: str = "train_tpu.finetune") -> np.ndarray:
+        out, _ = run(tmp_path, *more, *arguments, "--out", tmp_path / name, module=module, environ=FIRST)
+        assert module.startswith("port_torch") or "cudnn within documents" in " ".join(out.split())
+        return np.array(losses(tmp_path / name))[:, 1]
+
+    expected = curve("torch", export, "--no-compile", module="port_torch.finetune")
+    assert expected[-1] < expected[0] - 0.02
+    np.testing.assert_allclose(curve("all", start), expected, rtol=3e-3)
+    adapted = curve("lora", start, "--lora-rank", "8", "--lora-dropout", "0.1")
+    np.testing.assert_allclose(adapted[0], expected[0], rtol=3e-3)
+    assert adapted[-1] < adapted[0]
 
 
 @pytest.fixture(scope="module")

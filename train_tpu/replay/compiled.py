@@ -21,8 +21,8 @@ from core.sharding import MeshShape, make_mesh, parse_mesh, require_deterministi
 from core.tokenizer import Tokenizer
 from train_tpu.backend import choose_kernels
 from train_tpu.replay.recorded import Recorded
-from train_tpu.setup import Setup, open_source, settle
-from train_tpu.trainer import make_engine, new_state, open_batches, saved_state
+from train_tpu.setup import Pretraining, Setup, open_source, settle
+from train_tpu.trainer import make_engine, new_state, saved_state
 
 SPREAD = {"float32": 2e-5, "bfloat16": 2.5e-3}
 """How far the loss may lie from the log's, relative to it, where sums are made in another order: of a dozen
@@ -61,7 +61,7 @@ class Replayed:
         return Figures(self.metrics.loss, self.metrics.grad_norm)
 
 
-def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console: Console) -> Setup:
+def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console: Console) -> Pretraining:
     """The run as these devices train it: with its own mesh where that fits them, else with all of them on
     `data`, or with one where they cannot share its batch."""
     config, folder = recorded.config, recorded.folder
@@ -84,14 +84,17 @@ def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console:
     record, source = recorded.record, None
     if recorded.source:
         source = open_source(recorded.source, step, record, mesh)
-    return Setup(config, folder, dataset, tokenizer, [], recorded.steps, mesh, step, record, source, console)
+    return Pretraining(
+        config=config, out=folder, tokenizer=tokenizer, prompts=[], steps=recorded.steps, mesh=mesh,
+        step=step, record=record, source=source, console=console, dataset=dataset,
+    )  # fmt: skip
 
 
 def make_again(recorded: Recorded, setup: Setup) -> Replayed:
     """Makes the updates from the nearest checkpoint up to the recorded one; nothing is written."""
     state = saved_state(setup, recorded.start)[0] if recorded.start else new_state(setup)
     engine = make_engine(setup, state, None, None)
-    batches = open_batches(setup, recorded.cursor)
+    batches = setup.open_batches(recorded.cursor)
     others: list[int] = []
     try:
         with Activity(

@@ -339,6 +339,7 @@ def test_ranks_of_torch_hear_each_others_flags_and_a_save_answers_them():
 def jax_engine(data, settings, checkpoints: Path):
     from core.checkpoint.checkpointer import Checkpointer
     from core.data.batches import train_batches
+    from core.data.sequences import heldout_sets
     from core.generation import Generator
     from core.model import Compute
     from core.sharding import make_mesh
@@ -354,14 +355,15 @@ def jax_engine(data, settings, checkpoints: Path):
     config = dataclasses.replace(config, grad_accum_steps=1)
     engine = JaxEngine(
         config, mesh, fresh_state(step, mesh, 0), compile_step(step, BATCH, 1, mesh),
-        Evaluator(MODEL, compute, data, BATCH, 8192, mesh), None, Generator(MODEL, Compute()),
+        Evaluator(MODEL, compute, heldout_sets(data), BATCH, 8192, mesh), None, Generator(MODEL, Compute()),
         Checkpointer(checkpoints, settings.keep),
     )  # fmt: skip
     return engine, train_batches(data, seed=0, batch=BATCH, vocab_size=258)
 
 
 def torch_engine(data, settings, checkpoints: Path):
-    from port_torch.training.batches import heldout_sets, pretraining_batches
+    from core.data.sequences import heldout_sets
+    from port_torch.training.batches import pretraining_batches
     from port_torch.training.distributed import Distributed
     from port_torch.training.engine import TorchEngine
     from port_torch.training.pretraining import fresh_decoder

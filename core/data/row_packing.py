@@ -1,18 +1,18 @@
 """Examples packed into rows of the context's length, and batches of them.
 
 An example is put where it fits best, the longest first, so that little is padding. Within a row each has a
-number: attention stays inside of it and positions begin anew (`Decoder.forward`), so that an example's loss
-does not depend on its neighbours. The order of the rows is a function of (seed, index), as in pretraining.
+number: attention stays inside of it and positions begin anew, so that an example's loss does not depend on
+its neighbours. The order of the rows is a function of (seed, index), as in pretraining.
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from core.data.batches import record_at
 from core.data.examples import IGNORE, Example
-from port_torch.training.batches import Batch, Rows
+from core.data.sequences import Batch, Rows
 
 PADDING = 2**31 - 1  # the number of what fills a row up: behind every document's
 
@@ -43,10 +43,15 @@ def pack(examples: list[Example], length: int) -> Rows:
     return Rows(tokens, targets, documents)
 
 
-def packed_batches(packed: Rows, *, seed: int, batch: int, start: int, rows: slice) -> Iterator[Batch]:
-    """Endless batches of packed rows, epoch after epoch, each a shuffle; this rank's `rows` of each."""
-    n = len(packed.tokens)
+def packed_batches(
+    packed: Rows, *, seed: int, batch: int, start: int, rows: slice | Sequence[int]
+) -> Iterator[Batch]:
+    """Endless batches of packed rows, epoch after epoch, each a shuffle.
+
+    rows: which rows of every global batch this process reads.
+    """
+    n, offsets = len(packed.tokens), np.arange(batch)[rows].tolist()
     while True:
-        numbers = np.array([record_at(start + i, n, seed) for i in range(batch)[rows]], np.int64)
+        numbers = np.array([record_at(start + i, n, seed) for i in offsets], np.int64)
         yield Batch(packed.part(numbers), start, numbers, np.zeros(len(numbers), bool))
         start += batch
