@@ -14,6 +14,7 @@ def draw_rates(axis: Any, ways: Sequence[str], rates: Sequence[float], title: st
     bars = axis.barh(ways, rates, color=color)
     axis.bar_label(bars, fmt="{:,.0f}", padding=3)
     axis.margins(x=0.16)  # room for the figures
+    axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.invert_yaxis()
     axis.set_title(title, fontsize="medium")
