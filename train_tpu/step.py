@@ -301,7 +301,8 @@ def _acceptable(guard: Guard, loss: Array, norm: Array, controls: Controls) -> B
     spike |= norm > spike_limit(guard.norms, held, controls.sigma)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     halted = guard.streak >= controls.halt_after
-    return finite & ~(can_judge(guard.accepted, size) & (controls.sigma > 0) & spike) & ~halted
+    judged = can_judge(guard.accepted, size, guard.streak) & (controls.sigma > 0)
+    return finite & ~(judged & spike) & ~halted
 
 
 def _remember(guard: Guard, loss: Array, norm: Array, ok: Array) -> Guard:

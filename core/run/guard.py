@@ -29,7 +29,8 @@ class GuardConfig:
     emptied by growth and when batch, data, document mask or z-loss change."""
     sigma: float = 8.0
     """Skip above mean + sigma standard deviations of the window, from 16 updates on; while it fills, sigma is
-    larger by sqrt(window / updates). 0 leaves only non-finite values."""
+    larger by sqrt(window / updates), and of two high updates in a row only the first is skipped. 0 leaves
+    only non-finite values."""
     halt_after: int = 10
     """Stop the run (exit code 5) after this many consecutive skipped updates."""
 
@@ -57,9 +58,18 @@ def spike_limit(window: Any, held: Any, sigma: Any) -> Any:
     return mean + sigma * (window.shape[0] / n) ** 0.5 * spread
 
 
-def can_judge(accepted: Any, window: int) -> Any:
-    """Whether enough updates stand in the window to judge the next."""
-    return accepted >= min(EARLY, window)
+def can_judge(accepted: Any, window: int, streak: Any) -> Any:
+    """Whether the next update may be skipped for being high.
+
+    Enough updates must stand in the window. And while it fills, the rate rises and parameters overshoot: then
+    all batches are high until an update has mended it, which skipping would put off for ever (docs/LOG.md,
+    "The guard halted runs that would have recovered"). So the one after a skipped update is applied.
+
+    Args:
+        accepted: updates applied since the window was empty.
+        streak: updates skipped since the last applied one.
+    """
+    return (accepted >= min(EARLY, window)) & ((accepted >= window) | (streak == 0))
 
 
 def changed_measure(old: Manifest, new: Manifest) -> list[str]:

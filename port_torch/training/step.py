@@ -90,7 +90,7 @@ class Guard:
         skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
         spike = loss > spike_limit(self.losses, held, self._sigma)
         spike |= norm > spike_limit(self.norms, held, self._sigma)
-        skip |= can_judge(self.accepted, size) & (self._sigma > 0) & spike
+        skip |= can_judge(self.accepted, size, self.streak) & (self._sigma > 0) & spike
         skip |= self.streak >= self._halt_after
         here = (self._places == self.accepted % size) & ~skip
         self.losses.copy_(torch.where(here, loss, self.losses))

@@ -21,18 +21,20 @@ def test_the_first_updates_of_a_phase_are_no_spikes():
 
     def refused(data: dict) -> list[int]:
         window: list[float] = []
-        found = []
+        found, streak = [], 0
         for step, loss in enumerate(losses):
             limits = phase_limits(config, data, step * BATCH, BATCH)
             assert limits.window == config.window and limits.halt_after == config.halt_after
             kept = np.array(window[-config.window :])
             padded = np.r_[kept, np.zeros(config.window - len(kept))]
             held = (np.arange(config.window) < len(kept)).astype(float)
-            judged = can_judge(len(window), config.window) and limits.sigma > 0
+            judged = can_judge(len(window), config.window, streak) and limits.sigma > 0
             if judged and loss > spike_limit(padded, held, limits.sigma):
                 found.append(step)
+                streak += 1
             else:
                 window.append(loss)
+                streak = 0
         return found
 
     assert refused({"fingerprint": "f"})[:10] == list(range(200, 210))  # which would halt the run
