@@ -5,7 +5,7 @@ gradients, how its arrays are split over a mesh (XLA would gather them for a cal
 for which shapes it is used. Without kernels the formulas run, and JAX makes their gradients.
 
 Shapes: B batch, S positions, D d_model, H heads of queries, G heads of keys and values, K head size,
-N rows, V vocabulary.
+N rows, F hidden width of an MLP, V vocabulary.
 """
 
 import functools
@@ -47,6 +47,12 @@ class Kernels(NamedTuple):
     """Gradients of q, k and v, angles -> that of packed."""
     softmax_loss: Callable[..., tuple[Array, Array, Array]]
     """logits [N, V], targets [N], z_loss -> their gradient, in their memory; total and nll of each row."""
+    product_types: tuple[str, ...]
+    """Of matrices that they multiply, with SwiGLU inside; none on a GPU that lacks what they need."""
+    swiglu_product: Callable[..., tuple[Array, Array]]
+    """x [N, D], weight [D, 2F] of gate and up -> their outputs [N, 2F]; silu(gate) * up, [N, F]."""
+    swiglu_product_backward: Callable[..., tuple[Array, Array]]
+    """Gradient [N, D] of the MLP, down [F, D], outputs of gate and up -> their gradient; silu(gate) * up."""
     adamw: Callable[..., tuple[list[Array], list[Array], list[Array]]]
     """params, gradients, first and second moments (lists), lr, step, grad_scale, skip (scalars), betas, eps,
     weight_decay -> params and moments, in their memory."""
@@ -222,3 +228,63 @@ def _angles(rotation: Rotation | None) -> tuple[Array, ...]:
 def _angle_spec(cos: Array) -> P:
     """Angles of all sequences, or a set for each."""
     return P() if cos.shape[0] == 1 else ROWS
+
+
+def products_run_on(kernels: Kernels | None, x: Array, width: int) -> bool:
+    """Whether the kernels multiply x [..., D] by matrices of D and this width: both in steps of 16 bytes."""
+    if kernels is None or str(x.dtype) not in kernels.product_types:
+        return False
+    return x.shape[-1] % 8 == 0 and width % 8 == 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def swiglu_mlp(
+    kernels: Kernels,
+    mesh: Mesh | None,
+    x: Float[Array, "B S D"],
+    gate: Float[Array, "D F"],
+    up: Float[Array, "D F"],
+    down: Float[Array, "F D"],
+) -> Float[Array, "B S D"]:
+    """(silu(x gate) * (x up)) down, its gradient on the kernels; every device holds whole weights.
+
+    The kernels store what gate and up give for the backward pass, so without gradients the formula runs. h is
+    computed again rather than stored.
+    """
+    gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def _swiglu_forward(kernels, mesh, x, gate, up, down):
+    def local(x, weight):
+        results = kernels.swiglu_product(_flat(x), weight)
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in results)
+
+    gate_up, h = per_device(mesh, local, (ROWS, P()), ROWS)(x, _gate_and_up(x, gate, up))
+    y = _flat(h) @ down.astype(x.dtype)
+    return y.reshape(x.shape), (x, gate, up, down, gate_up)
+
+
+def _swiglu_backward(kernels, mesh, residuals, d):
+    x, gate, up, down, gate_up = residuals
+
+    def local(d, down, gate_up):
+        results = kernels.swiglu_product_backward(_flat(d), down, _flat(gate_up))
+        return tuple(y.reshape(*d.shape[:-1], -1) for y in results)
+
+    d_gate_up, h = per_device(mesh, local, (ROWS, P(), ROWS), ROWS)(d, down.astype(x.dtype), gate_up)
+    d_x = _flat(d_gate_up) @ _gate_and_up(x, gate, up).T
+    d_gate, d_up = jnp.split(_flat(x).T @ _flat(d_gate_up), 2, axis=1)
+    d_down = _flat(h).T @ _flat(d)
+    return d_x.reshape(x.shape), d_gate.astype(gate.dtype), d_up.astype(up.dtype), d_down.astype(down.dtype)
+
+
+swiglu_mlp.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _gate_and_up(x: Array, gate: Array, up: Array) -> Array:
+    return jnp.concatenate([gate, up], axis=1).astype(x.dtype)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])

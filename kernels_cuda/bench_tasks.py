@@ -15,6 +15,7 @@ from kernels_cuda.ops.adamw import AdamW
 from kernels_cuda.ops.linear_cross_entropy import linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate
+from kernels_cuda.ops.swiglu import swiglu_mlp
 from kernels_cuda.registry import reference
 
 EPS = 1e-6
@@ -177,6 +178,25 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     yield task, "torch.compile", bind(torch.compile(backward, dynamic=False), *gradients)
 
 
+def mlps(n: int, d: int, f: int) -> Made:
+    """An MLP with SwiGLU, forward and backward."""
+    x = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
+    weights = [torch.randn(shape, device="cuda", dtype=BF16) / d**0.5 for shape in ((f, d), (f, d), (d, f))]
+    inputs = (x, *(w.requires_grad_() for w in weights))
+    gradient = torch.randn_like(x)
+    task = Task(f"MLP {n}x{d}x{f}", operations=18 * n * d * f)
+
+    def plain(x, gate, up, down):
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    def both(way):
+        return lambda: torch.autograd.grad(way(*inputs), inputs, gradient)
+
+    yield task, "mtlm", both(swiglu_mlp)
+    yield task, "torch", both(plain)
+    yield task, "torch.compile", both(torch.compile(plain, dynamic=False))
+
+
 def losses(n: int, d: int, vocab: int) -> Made:
     """Head and cross-entropy, forward and backward, mean loss."""
     hidden = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
@@ -254,6 +274,7 @@ TASKS: dict[str, Callable[[], Made]] = {
     "norm alone 768": lambda: norm_alone(262144, 768),
     "norm alone 384": lambda: norm_alone(262144, 384),
     "rotary": lambda: rotations(131072, 12, 64),
+    "mlp": lambda: mlps(32768, 768, 2176),
     "softmax": lambda: softmax_pass(16384, 32000),
     "loss 768": lambda: losses(32768, 768, 32000),
     "loss 384": lambda: losses(32768, 384, 32000),

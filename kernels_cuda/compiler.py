@@ -108,8 +108,8 @@ def ffi_version() -> str:
 
 TORCH = Binding("mtlm_kernels", "binding_torch.cpp", "torch", None, _torch_facts)
 XLA = Binding(
-    "mtlm_kernels_xla", "binding_xla.cpp", "jax", ("adamw.cu", "rms_norm.cu", "rotary.cu", "softmax_loss.cu"),
-    _xla_facts, ffi_version,
+    "mtlm_kernels_xla", "binding_xla.cpp", "jax",
+    ("adamw.cu", "rms_norm.cu", "rotary.cu", "softmax_loss.cu", "swiglu.cu"), _xla_facts, ffi_version,
 )  # fmt: skip
 BINDINGS = (TORCH, XLA)
 
@@ -149,7 +149,9 @@ def generate_code(architectures: tuple[str, ...]) -> list[str]:
         if int(major) < 8:
             raise UserError(f"architecture {architecture} is older than 8.0, the first with bfloat16")
         name = major + minor
-        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+        # Hopper's own instructions are only in its machine code, under a name of their own.
+        own = f"{name}a" if name == "90" else name
+        flags += ["-gencode", f"arch=compute_{own},code=sm_{own}"]
         if suffix:
             flags += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
     return flags
@@ -228,6 +230,12 @@ def _sealed(facts: dict[str, Any]) -> bytes:
     """The text of a .json, its last field the sha256 of all others."""
     seal = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return json.dumps({**facts, "seal": seal}, indent=1).encode()
+
+
+def has_hopper(file: Path) -> bool:
+    """Whether a built file has Hopper's own instructions, not only code that also runs there."""
+    facts = made_of(file) or {"architectures": []}
+    return any(architecture.partition("+")[0] == "9.0" for architecture in facts["architectures"])
 
 
 def kept_file(capability: tuple[int, int], binding: Binding = TORCH) -> Path:

@@ -11,14 +11,18 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from kernels_cuda.compiler import has_hopper
+
 LIBRARY = torch.library.Library("mtlm", "DEF")
 KERNEL_TYPES = (torch.bfloat16, torch.float32)
+HOPPER = (9, 0)  # the one architecture that runs csrc/hopper.cuh
 
 reference = SimpleNamespace()
 """The plain PyTorch implementation of every op, by name: what the kernels are compared with."""
 
 _cuda: dict[str, Callable] = {}  # the ops whose CUDA implementation begins in Python
 _kernels_loaded = False
+_hopper: frozenset[int] = frozenset()  # numbers of the GPUs that have Hopper's own instructions
 
 
 def declare(schema: str, *, fake: Callable | None = None, cuda: Callable | None = None) -> Callable:
@@ -65,11 +69,13 @@ def load_kernels(file: Path) -> None:
     Raises:
         OSError: it does not load.
     """
-    global _kernels_loaded
+    global _kernels_loaded, _hopper
     torch.ops.load_library(file)
     for name, function in _cuda.items():
         LIBRARY.impl(name, function, "CUDA")
     _kernels_loaded = True
+    gpus = range(torch.cuda.device_count() if has_hopper(file) else 0)
+    _hopper = frozenset(i for i in gpus if torch.cuda.get_device_capability(i) == HOPPER)
 
 
 def kernels_loaded() -> bool:
@@ -84,6 +90,11 @@ def on_kernels(*tensors: Tensor) -> bool:
         and all(t.is_cuda and t.dtype in KERNEL_TYPES for t in tensors)
         and compute_type(tensors[0]) in KERNEL_TYPES
     )
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether Hopper's own instructions are where this tensor is, and the kernels that have them loaded."""
+    return x.device.index in _hopper  # asked once, when they are: torch.compile cannot ask
 
 
 def compute_type(x: Tensor) -> torch.dtype:

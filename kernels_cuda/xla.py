@@ -15,15 +15,16 @@ import numpy as np
 from jaxtyping import Array
 
 from core.ops import Heads, Kernels
-from kernels_cuda.compiler import XLA, sources_hash
+from kernels_cuda.compiler import XLA, has_hopper, sources_hash
 from kernels_cuda.files import Source, find_file
 
 TARGETS = (
     "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "softmax_loss",
-    "adamw",
+    "swiglu_product", "swiglu_product_backward", "adamw",
 )  # fmt: skip
 WIDTHS = (64, 128, 384, 512, 576, 768, 960, 1024)  # of rows that rms_norm.cu holds in registers
 PROCESSORS = 132  # of an H100 or H200
+HOPPER = "9.0"  # their architecture, the only one that swiglu.cu is for
 
 _registered: set[str] = set()  # files whose calls XLA knows
 
@@ -49,7 +50,8 @@ def load(device: jax.Device) -> tuple[Kernels | None, str]:
         register(str(source.file))
     except (OSError, AttributeError) as error:
         return None, f"{source.file} does not load: {error}"
-    return make(getattr(device, "core_count", PROCESSORS)), source.reason
+    hopper = device.compute_capability == HOPPER and has_hopper(source.file)
+    return make(getattr(device, "core_count", PROCESSORS), hopper), source.reason
 
 
 def register(file: str) -> None:
@@ -74,7 +76,7 @@ def target(name: str) -> str:
 
 
 @functools.cache
-def make(processors: int) -> Kernels:
+def make(processors: int, hopper: bool) -> Kernels:
     """The kernels for a GPU with this many multiprocessors. Nothing is loaded: see `register`."""
     return Kernels(
         widths=WIDTHS,
@@ -85,6 +87,9 @@ def make(processors: int) -> Kernels:
         rotary_unpack=_rotary_unpack,
         rotary_pack=_rotary_pack,
         softmax_loss=_softmax_loss,
+        product_types=("bfloat16",) if hopper else (),
+        swiglu_product=_swiglu_product,
+        swiglu_product_backward=_swiglu_product_backward,
         adamw=_adamw,
     )
 
@@ -143,6 +148,17 @@ def _rotary_pack(q, k, v, angles):
 def _softmax_loss(logits, targets, z_loss):
     results = (_like(logits), _row_values(logits), _row_values(logits))
     return _call("softmax_loss", results, logits, targets, aliases={0: 0}, z_loss=np.float64(z_loss))
+
+
+def _swiglu_product(x, weight):
+    width = weight.shape[1]
+    results = [jax.ShapeDtypeStruct((x.shape[0], n), x.dtype) for n in (width, width // 2)]
+    return _call("swiglu_product", results, x, weight)
+
+
+def _swiglu_product_backward(d, down, gate_up):
+    results = (_like(gate_up), jax.ShapeDtypeStruct((d.shape[0], down.shape[0]), d.dtype))
+    return _call("swiglu_product_backward", results, d, down, gate_up)
 
 
 def _adamw(params, gradients, first, second, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay):

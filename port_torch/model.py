@@ -22,6 +22,7 @@ from core.leaves import LEAVES, Leaf, get_leaf
 from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate, rotated_projections
+from kernels_cuda.ops.swiglu import swiglu_mlp
 from kernels_cuda.registry import compute_type
 from port_torch.model_folder import open_model
 from port_torch.names import Place
@@ -168,6 +169,9 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
+        parts = (self.gate, self.up, self.down)
+        if all(type(part) is nn.Linear and part.bias is None for part in parts):  # no LoRA
+            return swiglu_mlp(x, *(part.weight for part in parts))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

@@ -64,6 +64,23 @@ def softmax_loss(logits, targets, z_loss):
     return jnp.where(counts[:, None], gradient, 0).astype(logits.dtype), total, nll
 
 
+def swiglu_product(x, weight):
+    gate_up = x @ weight
+    return gate_up, swiglu(gate_up)
+
+
+def swiglu(gate_up):
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    return (gate / (1 + jnp.exp(-gate)) * up).astype(gate_up.dtype)
+
+
+def swiglu_product_backward(d, down, gate_up):
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    d_h, s = (d @ down.T).astype(jnp.float32), 1 / (1 + jnp.exp(-gate))
+    d_gate_up = jnp.concatenate([d_h * up * s * (1 + gate * (1 - s)), d_h * gate * s], axis=1)
+    return d_gate_up.astype(gate_up.dtype), swiglu(gate_up)
+
+
 def adamw(params, gradients, first, second, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay):
     updated = []
     for p, g, m, v in zip(params, gradients, first, second, strict=True):
@@ -86,5 +103,8 @@ REFERENCE = Kernels(
     rotary_unpack,
     rotary_pack,
     softmax_loss,
+    ("float32", "bfloat16"),
+    swiglu_product,
+    swiglu_product_backward,
     adamw,
 )

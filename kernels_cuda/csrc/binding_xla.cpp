@@ -22,6 +22,8 @@ cudaError_t rotary_(cudaStream_t, Out, Out, View, View, bool);
 cudaError_t rotary_pack_into(cudaStream_t, View, View, View, std::optional<View>, std::optional<View>, bool, Out);
 cudaError_t rotary_unpack_into(cudaStream_t, View, std::optional<View>, std::optional<View>, bool, Out, Out, Out);
 cudaError_t softmax_loss_(cudaStream_t, Out, View, Out, Out, double, bool);
+cudaError_t swiglu_product_into(cudaStream_t, View, View, bool, Out, Out);
+cudaError_t swiglu_product_backward_into(cudaStream_t, View, View, bool, View, Out, Out);
 cudaError_t adamw_(cudaStream_t, const std::vector<Out>&, const std::vector<View>&, const std::vector<Out>&,
                    const std::vector<Out>&, const std::vector<Out>&, View, View, View, View, double, double, double,
                    double);
@@ -155,6 +157,18 @@ ffi::Error softmax_loss(cudaStream_t stream, In logits, In targets, Result d_log
   });
 }
 
+ffi::Error swiglu_product(cudaStream_t stream, In x, In weight, Result gate_up, Result h) {
+  Arrays a;
+  return run([&] { return swiglu_product_into(stream, a(x), a(weight), true, a(gate_up), a(h)); });
+}
+
+ffi::Error swiglu_product_backward(cudaStream_t stream, In d, In down, In gate_up, Result d_gate_up, Result h) {
+  Arrays a;
+  return run([&] {
+    return swiglu_product_backward_into(stream, a(d), a(down), true, a(gate_up), a(d_gate_up), a(h));
+  });
+}
+
 // After the scalars n parameters, n gradients, n first and n second moments; the results are all but the gradients,
 // in the memory of what they replace.
 ffi::Error adamw(cudaStream_t stream, In lr, In step, In grad_scale, In skip, ffi::RemainingArgs rest,
@@ -201,6 +215,8 @@ OP(rotary_unpack, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().RemainingArgs().Ret<I
                       .Attr<bool>("conjugate"));
 OP(softmax_loss, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>()
                      .Attr<double>("z_loss"));
+OP(swiglu_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
+OP(swiglu_product_backward, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
 OP(adamw, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().RemainingArgs().RemainingRets()
               .Attr<double>("beta1").Attr<double>("beta2").Attr<double>("eps").Attr<double>("weight_decay"));
 // clang-format on

@@ -28,6 +28,7 @@ REGISTERS = {
     "adamw": 64,
     "decode_project": 160,
     "decode_attention": 104,
+    "swiglu": 168,  # at entry; its warpgroups exchange them
 }
 
 
@@ -78,6 +79,8 @@ def test_no_spills_no_local_memory_few_registers_whole_accesses(name: str, tmp_p
     for kernel, lines in kernels_of(disassembler, cubin).items():
         if name.startswith("decode_"):
             check_decode(kernel, lines)
+        elif name == "swiglu":
+            check_products(kernel, lines)
         elif re.search(r"in_registers|in_shared|Li[48]E", kernel):  # the paths that read and write vectors
             loads = sum(bool(re.search(r"LDG\.\S*128|LDGSTS\.\S*128", line)) for line in lines)
             # Beside 16 bytes of float32, four bfloat16 are 8.
@@ -99,6 +102,12 @@ def check_decode(kernel: str, lines: list[str]) -> None:
         assert early >= 2 * int(wide) * int(stages), f"{kernel}: {early} loads of 16 bytes before the wait"
     elif "attend" in kernel:
         assert early == 8, f"{kernel}: {early} loads of 16 bytes before the wait"
+
+
+def check_products(kernel: str, lines: list[str]) -> None:
+    """Two halves of 64 rows by four steps of the inner dimension follow each other without a wait."""
+    products = [line for line in lines if "HGMMA" in line or "WARPGROUP.DEPBAR" in line]
+    assert ["HGMMA.64x128x16" in line for line in products] == [True] * 8 + [False] * 2, kernel
 
 
 def test_jax_knows_the_widths_of_the_norms():
@@ -213,14 +222,17 @@ def test_wrong_architectures(given: str, said: str):
         compiler.generate_code((given,))
 
 
-def test_which_gpus_a_file_serves():
+def test_which_gpus_a_file_serves(tmp_path: Path):
     assert compiler.generate_code(("9.0+PTX",)) == [
-        "-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90",
+        "-gencode", "arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_90,code=compute_90",
     ]  # fmt: skip
     assert compiler.serves(["8.0", "9.0+PTX"], (8, 6))  # machine code of the same major version
     assert compiler.serves(["8.0", "9.0+PTX"], (12, 0))  # the PTX
     assert not compiler.serves(["9.0"], (8, 0))
     assert not compiler.serves(["9.0"], (10, 0))
+    for architectures, hopper in ((["8.0", "9.0+PTX"], True), (["8.0+PTX"], False)):  # both run on Hopper
+        compiler.put_sealed(b"code", {"architectures": architectures}, tmp_path / "built.so")
+        assert compiler.serves(architectures, (9, 0)) and compiler.has_hopper(tmp_path / "built.so") == hopper
 
 
 def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):

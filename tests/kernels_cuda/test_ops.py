@@ -13,6 +13,7 @@ from kernels_cuda.ops import linear_cross_entropy as loss
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from kernels_cuda.ops.rms_norm import AddRMSNorm, RMSNorm
 from kernels_cuda.ops.rotary import RotatedProjections
+from kernels_cuda.ops.swiglu import SwiGLU, swiglu_mlp
 from kernels_cuda.registry import reference
 
 EPS = 1e-6
@@ -56,6 +57,19 @@ def test_rotation_is_multiplication_by_a_complex_number():
     torch.testing.assert_close(back, torch.cat([q, k, v], 2))
     fewer = MTLM.rotary_pack(q, k[:, :, :1], v[:, :, :1], cos, sin, False)
     torch.testing.assert_close(fewer, torch.cat([turned(q, turn), turned(k[:, :, :1], turn), v[:, :, :1]], 2))
+
+
+def test_swiglu_is_torchs():
+    x, gate, up, down = (random(*shape, grad=True) for shape in ((2, 5, 8), (16, 8), (16, 8), (8, 16)))
+    expected = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    d = random(2, 5, 8)
+    gradients = torch.autograd.grad(expected, (x, gate, up, down), d)
+    for got in (
+        swiglu_mlp(x, gate, up, down),
+        SwiGLU.apply(x.reshape(10, 8), torch.cat([gate, up]), down).view(2, 5, 8),
+    ):
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (x, gate, up, down), d), gradients)
 
 
 def test_loss_is_torchs_with_ignored_targets_and_z_loss():
@@ -157,6 +171,8 @@ def test_ops_keep_pytorchs_contracts():
         "rms_norm_backward": (x.bfloat16(), x, x, rstd, weight, True),
         "rotary_": (q.clone(), k.clone(), cos, sin, True),
         "rotary_pack": (q, k, v, cos, sin, False),
+        "swiglu_product": (x, random(6, 8).float()),
+        "swiglu_product_backward": (x, random(8, 3).float(), random(3, 6).float()),
         "softmax_loss_": (random(3, 5).float(), targets, torch.zeros(3), torch.zeros(3), 0.1, True),
         "linear_cross_entropy": (x, random(5, 8).float(), targets, 0.1, True),
         "adamw_": ([x.clone()], [x], [x * 0], [x * 0], [x.bfloat16()], *scalars, 0.9, 0.95, 1e-8, 0.1),
@@ -166,7 +182,9 @@ def test_ops_keep_pytorchs_contracts():
         torch.library.opcheck(getattr(MTLM, name).default, arguments)
 
 
-def a_layer(x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, table: Tensor) -> Tensor:
+def a_layer(
+    x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, gate_up: Tensor, down: Tensor, table: Tensor
+) -> Tensor:
     """Every autograd function, as a model chains them."""
     b, s, d = x.shape
     cos, sin = (t.float() for t in angles(s, d // 4))
@@ -174,14 +192,15 @@ def a_layer(x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, table: Te
     q, k, v = (t.transpose(1, 2) for t in RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2)))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
     normed, _ = AddRMSNorm.apply(x, y, weight, EPS)
+    normed = SwiGLU.apply(normed.reshape(b * s, d), gate_up, down)
     targets = torch.arange(b * s) % table.shape[0]
-    return loss.LinearCrossEntropy.apply(normed.reshape(b * s, d), table, targets, 1e-3)[0] / (b * s)
+    return loss.LinearCrossEntropy.apply(normed, table, targets, 1e-3)[0] / (b * s)
 
 
 @pytest.mark.skipif(sys.flags.optimize > 0, reason="PyTorch's compiler fails under -O")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole(backend: str):
-    shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (11, 16))
+    shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (24, 16), (16, 12), (11, 16))
     leaves = [random(*shape).float().requires_grad_() for shape in shapes]
     expected = torch.autograd.grad(a_layer(*leaves), leaves)
     got = torch.autograd.grad(torch.compile(a_layer, backend=backend, fullgraph=True)(*leaves), leaves)

@@ -23,7 +23,7 @@ def calls(name: str, mesh_text: str, optimizer: str) -> dict[str, list[tuple[lis
     shape = parse_mesh(mesh_text, 8)
     mesh = make_mesh(shape, jax.devices())
     model = dataclasses.replace(preset(name), context=CONTEXT, n_layers=2)
-    compute = Compute("bfloat16", unroll=2, mesh=mesh, kernels=xla.make(132))
+    compute = Compute("bfloat16", unroll=2, mesh=mesh, kernels=xla.make(132, hopper=True))
     optim = OptimizerConfig(optimizer=optimizer)
     text = lower_step(StepConfig(model, optim, GuardConfig(), compute, 0.0, CHUNK), ROWS, 1, mesh).as_text()
     found: dict[str, list[tuple[list[str], list[int]]]] = {}
@@ -47,6 +47,10 @@ for name, heads, width in (("mtlm1-200m", 12, 768), ("mtlm2-40m", 6, 384)):
                 expected |= {"rotary_unpack", "rotary_pack"}
                 require(found["rotary_unpack"][0][0][0] == f"{own}x{CONTEXT}x{3 * width}xbf16", name, found)
                 require(len(found["rotary_unpack"][0][0]) == (3 if rotates else 1), name, found)
+                if rotates:  # whose MLP has SwiGLU
+                    expected |= {"swiglu_product", "swiglu_product_backward"}
+                    sizes = [f"{rows}x768xbf16", "768x4352xbf16"]
+                    require(found["swiglu_product"][0][0] == sizes, name, found)
             elif rotates:
                 expected |= {"rotary"}
                 local = f"{own}x{CONTEXT}x{heads // tensor}x64xbf16"

@@ -145,6 +145,26 @@ def test_rotation_and_packing(kernels: Kernels, heads: tuple[int, int, int], siz
     jax.tree.map(np.testing.assert_array_equal, ours, tuple(theirs))
 
 
+@pytest.mark.parametrize("rows, d, f", [(33, 64, 72), (8192, 768, 2176)])
+def test_swiglu_in_products(kernels: Kernels, rows: int, d: int, f: int):
+    if not kernels.product_types:
+        pytest.skip("needs compute capability 9.0")
+    x, d_y = (normal(seed, (rows, d), jnp.bfloat16) for seed in (0, 1))
+    weight, down = (
+        normal(seed, shape, jnp.bfloat16, d**-0.5) for seed, shape in ((2, (d, 2 * f)), (3, (f, d)))
+    )
+    gate_up = x @ weight
+
+    def every(ops, x, weight, d_y, down, gate_up):
+        return *ops.swiglu_product(x, weight), *ops.swiglu_product_backward(d_y, down, gate_up)
+
+    exact = (
+        *reference.swiglu_product(wide(x), wide(weight).T),
+        *reference.swiglu_product_backward(wide(d_y), wide(down).T, wide(gate_up)),
+    )
+    assert_as_good(kernels, every, exact, x, weight, d_y, down, gate_up)
+
+
 def turned64(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
