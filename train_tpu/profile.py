@@ -42,10 +42,20 @@ def _calls(trace: Path) -> Iterator[tuple[str, float]]:
             lines = own
         for line in lines:
             for event in line.events:
-                name = dict(event.stats).get("hlo_op", event.name if own else None)
-                if name is None or event.name.startswith("end: ") or name.startswith(_CONTAINERS):
+                found = dict(event.stats).get("hlo_op", event.name if own else None)
+                if found is None or event.name.startswith("end: "):
                     continue
-                yield str(name), event.duration_ns / 1e9
+                name = operation_name(str(found), event.name)
+                if not name.startswith(_CONTAINERS):
+                    yield name, event.duration_ns / 1e9
+
+
+def operation_name(operation: str, kernel: str) -> str:
+    """What an event is called: the operation of the program, and for one within a CUDA graph, of which XLA
+    only says which graph it is in, the kernel without its arguments."""
+    if not operation.startswith("command_buffer"):
+        return operation
+    return re.sub(r"^void |\(anonymous namespace\)::|(?<!^)[<(].*", "", kernel)
 
 
 def _short(op_name: str) -> str:

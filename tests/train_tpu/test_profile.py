@@ -9,6 +9,7 @@ import pytest
 from core.errors import UserError
 from core.run.profiling import Operation, add_up, describe, parse_updates, require_among
 from tests.train_tpu.processes import TINY, run_here, without
+from train_tpu.profile import operation_name
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "-1:3", "a:b"])
@@ -32,6 +33,14 @@ def test_the_ten_costliest_have_their_share_of_all():
     assert len(lines) == 11 and "10 costliest of 13" in lines[0]
     assert lines[1].split() == [f"{0.022 / 0.088:.1%}", "11.000", "ms", "1", "calls", "op12"]
     assert "no operations" in describe([], 2)
+
+
+def test_a_kernel_of_a_cuda_graph_has_its_own_name():
+    """As an H200's trace has them: the operation of all is the graph."""
+    rotation = "void mtlm::(anonymous namespace)::rotate<__nv_bfloat16, 64>(mtlm::Shape, int)"
+    assert operation_name("command_buffer_1", rotation) == "mtlm::rotate"
+    assert operation_name("command_buffer_447", "loop_add_multiply_fusion_3") == "loop_add_multiply_fusion_3"
+    assert operation_name("fusion.3", "loop_fusion_3") == "fusion.3"
 
 
 @pytest.mark.slow
