@@ -164,10 +164,15 @@ def run_here(
 ) -> tuple[str, str]:
     """As `run`, in this process, which spares the imports. `then` is called when it has said `moment`.
 
-    compile_anew: its step, too; otherwise that of an earlier run here will do. drawn: with its loss curve.
+    compile_anew: all of it, as in a new process; otherwise what an earlier run here compiled will do. drawn:
+    with its loss curve.
     """
     main = importlib.import_module(module).main
     out, err = Said(moment, then), io.StringIO()
+    if compile_anew:
+        import jax
+
+        jax.clear_caches()
     trains = module.startswith(("train_tpu.run", "train_tpu.replay", "train_tpu.finetune"))
     shared = trains and not compile_anew
     with (
