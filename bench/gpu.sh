@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, one after the other: the kernels built, the tests, all tables and plots.
 #
-#     bash bench/gpu.sh OUT                # OUT: a new folder for what each step writes; half an hour, by its parts
+#     bash bench/gpu.sh OUT                # OUT: a new folder for what each step writes; three quarters of an hour, by its parts
 #     bash bench/gpu.sh OUT DATA ROWS      # and bench.train_mirror: DATA prepared with mistral and context 1024,
 #                                          # ROWS of instructions, JSONL
 #
@@ -41,6 +41,9 @@ step train python -m bench.train --json "$out/train.json" --plot "$out/train.png
 step decode python -m bench.decode --preset mtlm1-200m --preset mtlm2-40m --preset smollm2-135m \
     --json "$out/decode.json" --plot "$out/decode.png" --profile "$out/decode-profile"
 step jax python -m bench.step --kernels auto xla
+step ladder python -m bench.ladder --json "$out/ladder.json" --plot "$out/ladder.png"
+! python -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 2)' >/dev/null ||
+    step devices python -m bench.devices --json "$out/devices.json"
 (($# == 1)) || step mirror python -m bench.train_mirror --data "$2" --rows "$3" --out "$out/mirror"
 
 ((${#failed[@]} == 0)) || {
