@@ -104,6 +104,9 @@ def make_tuning_data(
     if steps is None:
         epochs = EPOCHS if config.epochs is None else config.epochs
         steps = max(1, round(epochs * n / config.batch))
+    if config.batch > n:
+        few = f"an update takes {config.batch} sequences of {n}, some more than once"
+        about.append(("few rows", f"{few}: --batch {n} and a larger --epochs make more updates of them"))
     held = train.documents != PADDING
     table = [
         ("started from", str(config.init_from)),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +23,9 @@ from core.data.tuning_rows import Row, RowFile, instruction, read_rows
 from core.errors import UserError
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
+from core.run.tuning_data import make_tuning_data
 from core.tokenizer import load_tokenizer
+from port_torch.finetune import FinetuneConfig
 from port_torch.folder import weights_hash
 from port_torch.model import load
 from port_torch.training.batches import document_starts
@@ -331,6 +334,16 @@ def test_the_forms_of_rows(tmp_path: Path):
     assert rows_of({"prompt": "a", "completion": "b"}) == ([Row("a", "b")], "prompt")
     assert rows_of({"instruction": "Do.", "input": None, "output": "b"}) == ([Row(bare, "b")], "instruction")
     assert rows_of({"text": None, "prompt": "a", "response": "b", "output": ""})[0] == [Row("a", "b")]
+
+
+def test_rows_fewer_than_a_batch_are_said(data: Path, tmp_path: Path):
+    """Thirty short rows, packed into a few sequences: 16 at once take some of them twice."""
+    for batch, told in ((16, True), (2, False)):
+        config = FinetuneConfig(init_from=tmp_path, data=data, out=tmp_path / "out", batch=batch)
+        table = dict(make_tuning_data(config, read_rows(data), BYTES, None, SMALL["llama"]).table)
+        n = int(re.search(r"into (\d+) sequences", table["data"])[1])
+        assert 2 <= n < 16 and ("few rows" in table) is told
+        assert not told or f"takes 16 sequences of {n}" in table["few rows"]
 
 
 def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):
