@@ -41,11 +41,11 @@ def cut(self, x, ctx):
     return scoped("o", self.o, y[..., :-4]), None
 
 
-def turned(self, x):
+def turned(self, x, compute):
     return scoped("down", lambda y: y @ self.down.kernel[...].T, jax.nn.relu(scoped("up", self.up, x)))
 
 
-def no_down(self, x):
+def no_down(self, x, compute):
     return scoped("up", self.up, x)
 
 

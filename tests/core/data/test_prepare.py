@@ -713,7 +713,7 @@ def test_ended_at_every_step_it_makes_the_same(tmp_path, monkeypatch, options):
             prepare([source], out, "bytes", CONTEXT, **options, workers=1 + n_ends % 2)
         n_ends += 1
         assert n_ends < 100
-    assert n_ends > 8
+    assert n_ends > 5  # how many it takes, hangs on what else a worker renames before it ends
     assert contents(out) == contents(tmp_path / "whole")
 
 
