@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import plain_jax
+from bench.row_process import MARK, print_row, taken_row
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import run_command
@@ -160,9 +161,7 @@ def measure(
 
 def main() -> None:
     """Runs every row in a process and prints the table."""
-    argv, row = sys.argv[1:], None
-    if argv[:1] == ["--row"]:  # this is a row's process
-        row, argv = argv[1], argv[2:]
+    row, argv = taken_row(sys.argv[1:])
     config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
     if row:
         name, _, who = row.partition("/")
@@ -170,7 +169,7 @@ def main() -> None:
         if config.context is not None:
             model = dataclasses.replace(model, context=config.context)
         batch = BATCH.get(name, 32) if config.batch is None else config.batch
-        print("ROW " + json.dumps(measure(config, name, model, batch, who)))
+        print_row(measure(config, name, model, batch, who))
         return
     table = Table(
         "model", "step", "batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "loss", "ratio"
@@ -181,7 +180,7 @@ def main() -> None:
         for who in rows:
             command = [sys.executable, "-m", "bench.step", "--row", f"{name}/{who}", *argv]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = json.loads(output.split("ROW ", 1)[1])
+            row = json.loads(output.split(MARK, 1)[1])
             plain_rate = row["rate"] if plain_rate is None else plain_rate
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             table.add_row(

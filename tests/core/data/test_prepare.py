@@ -688,8 +688,8 @@ class Killed(BaseException):
 def test_ended_at_every_step_it_makes_the_same(tmp_path, monkeypatch, options):
     """Whatever is written appears by being renamed. Ended after the first of these, the next run after its
     second, the next after its third, and again, in whichever process that is."""
-    monkeypatch.setattr(making, "SMALLEST_PIECE", 10_000)
-    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 300)
+    monkeypatch.setattr(making, "SMALLEST_PIECE", 5_000)
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 150)
     source = write_jsonl(tmp_path / "t.jsonl", documents(200) + documents(20))
     prepare([source], tmp_path / "whole", "bytes", CONTEXT, **options)
     monkeypatch.setattr(making.shutil, "rmtree", lambda *_, **__: None)  # what is killed cleans up nothing
@@ -706,15 +706,17 @@ def test_ended_at_every_step_it_makes_the_same(tmp_path, monkeypatch, options):
                 raise Killed
 
         monkeypatch.setattr(Path, name, ending)
-    out = tmp_path / "out"
-    while not out.exists():
-        n_renamed = 0
-        with contextlib.suppress(Killed, RuntimeError):
-            prepare([source], out, "bytes", CONTEXT, **options, workers=1 + n_ends % 2)
-        n_ends += 1
-        assert n_ends < 100
-    assert n_ends > 5  # how many it takes, hangs on what else a worker renames before it ends
-    assert contents(out) == contents(tmp_path / "whole")
+    n_made = 0
+    while n_ends <= 8:  # how often one is ended, hangs on what else its workers rename meanwhile
+        n_made += 1
+        out = tmp_path / f"out-{n_made}"
+        while not out.exists():
+            n_renamed = 0
+            with contextlib.suppress(Killed, RuntimeError):
+                prepare([source], out, "bytes", CONTEXT, **options, workers=1 + n_ends % 2)
+            n_ends += 1
+            assert n_ends < 100
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 def children_of(pid: int) -> list[int]:
