@@ -21,6 +21,12 @@ from tests.train_tpu.processes import TINY, refusal_here
 MLP, ATTENTION = model.MLP.__init__, model.Attention.__init__
 
 
+@pytest.fixture(autouse=True)
+def no_kept_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model made before a mistake was planted would hide it."""
+    monkeypatch.setattr(model, "definition", model.definition.__wrapped__)
+
+
 def transposed(self, config, std, rngs):
     MLP(self, config, std, rngs)
     self.down = Linear(config.d_model, config.d_mlp, bias=False, std=std, rngs=rngs)
@@ -69,7 +75,6 @@ def no_down(self, x, compute):
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_sentence(where: str, planted: Callable, said: str, monkeypatch):
-    monkeypatch.setattr(model, "definition", model.definition.__wrapped__)  # none that is kept
     monkeypatch.setattr(f"core.model.{where}", planted)
     with pytest.raises(UserError) as found:
         require_fit(LLAMA)

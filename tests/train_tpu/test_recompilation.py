@@ -12,8 +12,9 @@ from core.checkpoint.steps import list_steps
 from core.data.batches import Batch
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, refusal_here, run_here
-from train_tpu import engine, trainer
+from train_tpu import engine
 from train_tpu.recompilation import Compilations, differences
+from train_tpu.setup import Pretraining
 
 
 def test_a_second_compilation_is_heard_with_the_argument_that_changed(caplog):
@@ -52,7 +53,7 @@ def test_differences_are_named_by_path():
 @pytest.fixture
 def shorter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """From sequence 20 on, as of a reader that was changed in the middle of a run."""
-    opened = trainer.open_batches
+    opened = Pretraining.open_batches
 
     class Reader:
         def __init__(self, inner):
@@ -68,7 +69,7 @@ def shorter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self):
             self._inner.close()
 
-    monkeypatch.setattr(trainer, "open_batches", lambda *arguments: Reader(opened(*arguments)))
+    monkeypatch.setattr(Pretraining, "open_batches", lambda setup, start: Reader(opened(setup, start)))
 
 
 @pytest.mark.slow
