@@ -6,6 +6,7 @@ port_torch need PyTorch alone to see one.
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from tests.several_devices import devices_flags
 # Importing and collecting makes millions of objects that stay: nothing there is for the garbage collector.
 gc.disable()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` in a script would pass on "ignored"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products: threads only wait for each other
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
