@@ -8,6 +8,7 @@ and there is no iterator state to save.
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -160,9 +161,16 @@ def record_at(index: int, n_records: int, seed: int) -> int:
     import grain
 
     epoch, place = divmod(index, n_records)
+    return grain.experimental.index_shuffle(
+        place, max_index=n_records - 1, seed=_epoch_seed(seed, epoch), rounds=16
+    )
+
+
+@functools.lru_cache(maxsize=64)  # of a few sources, whose epochs end at different times
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """32 bits for the shuffle of one epoch."""
     digest = hashlib.sha256(f"train order, seed {seed}, epoch {epoch}".encode()).digest()
-    epoch_seed = int.from_bytes(digest[:4], "big")
-    return grain.experimental.index_shuffle(place, max_index=n_records - 1, seed=epoch_seed, rounds=16)
+    return int.from_bytes(digest[:4], "big")
 
 
 def full_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:

@@ -303,12 +303,26 @@ def test_id_outside_the_vocabulary_is_named_or_skipped(tmp_path, tokens):
     assert rows(take(dataset, 13, vocab_size=VOCAB + 1)).max() == VOCAB
 
 
-def test_record_of_another_length_is_named(tmp_path, tokens):
+def test_records_that_other_code_wrote_are_named(tmp_path, tokens):
     dataset = make(tmp_path / "data", tokens)
     features = dataset.path / "features.json"
-    features.write_text(features.read_text().replace(f'"{CONTEXT + 1}"', f'"{CONTEXT + 2}"'))
-    with pytest.raises(UserError, match=r"train record \d+ in .* cannot be read"):
+    described = features.read_text()
+    features.write_text(described.replace(f'"{CONTEXT + 1}"', f'"{CONTEXT + 2}"'))
+    said = rf"its split train cannot be opened .*\({CONTEXT + 2},\), not {CONTEXT + 1} tokens"
+    with pytest.raises(UserError, match=said):
         take(dataset, 1)
+    features.write_text(described)
+    (file,) = dataset.path.glob("*train*.array_record*")
+    for wrong, said in (
+        (tokens[:, :-1], r"cannot be read"),
+        (tokens.astype(np.uint32) + 2**16, r"holds the token id (65|66)\d{3}"),  # not that modulo 2^16
+    ):
+        other = tmp_path / f"of-{wrong.shape[1]}"
+        other.mkdir()
+        packing.write_splits(other, wrong.shape[1] - 1, {"train": wrong})
+        file.write_bytes((other / file.name).read_bytes())
+        with pytest.raises(UserError, match=rf"train record \d+ in .* {said}"):
+            take(dataset, 1)
 
 
 def test_heldout_windows(tmp_path, tokens):
