@@ -143,7 +143,14 @@ def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Pat
     if not (kept and kept[-1].counts == now):
         kept = (*kept, Phase(sequences, now))
     later = ((begins - step, counts) for begins, counts in phases if begins > step)
-    return (*kept, *(Phase(sequences + n * config.batch, counts) for n, counts in later))
+    found = (*kept, *(Phase(sequences + n * config.batch, counts) for n, counts in later))
+    if old and found == phases_of(old["data"]) and sources.keys() == old["data"]["mixture"]["sources"].keys():
+        raise UserError(
+            f"--weights and --phases differ from the run's only before update {step:,}, which has been "
+            f"trained; from there on nothing would change ({found[-1]}): leave them as they were, or give "
+            "what is to hold from there on"
+        )
+    return found
 
 
 def as_recorded(old: dict[str, Any], asked: Asked) -> tuple[Phase, ...] | None:

@@ -94,6 +94,17 @@ def test_a_changed_mixture_is_asked_for_by_name_and_begins_at_the_next_sequence(
         start(folder, fallback=True, **allowed, **change)
 
 
+@pytest.mark.parametrize("at", [800, 900])
+def test_a_change_of_what_has_been_trained_is_refused(tmp_path, at):
+    """At the phase's own beginning, and behind it: weights of the phase before would change nothing."""
+    start(tmp_path / "run", at=at)
+    allowed = {"allow_change": ("mixture",)}
+    with pytest.raises(UserError, match=rf"only before update {at}, which .* \(books 100%\): leave them"):
+        start(tmp_path / "run", weights=("wiki=1", "books=1"), **allowed)
+    back = start(tmp_path / "run", weights=("wiki=1", "books=1"), phases=(), **allowed)
+    assert back[-1] == Phase(at * BATCH, HALF)
+
+
 def test_sources_come_and_go(tmp_path):
     folder, allowed = tmp_path / "run", {"allow_change": ("mixture",)}
     start(folder, at=100, phases=())
