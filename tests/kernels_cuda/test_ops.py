@@ -198,7 +198,8 @@ def a_layer(
 
 
 @pytest.mark.skipif(sys.flags.optimize > 0, reason="PyTorch's compiler fails under -O")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend: str):
     shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (24, 16), (16, 12), (11, 16))
     leaves = [random(*shape).float().requires_grad_() for shape in shapes]
