@@ -1,17 +1,14 @@
-"""LoRA adapters in the format of `peft`: adapter_config.json and adapter_model.safetensors in a folder.
+"""Opening LoRA adapters as `peft` saves them: a folder of adapter_config.json and adapter_model.safetensors.
 
-The adapters of a run have the names of the class of transformers that its base is exported as, so that `peft`
-opens them on that folder. A manifest (core/checkpoint/manifest.py) lies next to them: the SHA-256 of every
+Next to those of ours (adapter_export.py) lies a manifest (core/checkpoint/manifest.py): the SHA-256 of every
 file, and of the base's weights.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -20,8 +17,7 @@ from core.config import ModelConfig
 from core.errors import UserError
 from core.extras import require_peft
 from core.folder_kinds import ADAPTER_CONFIG as CONFIG
-from core.hub_models import PICKLES, is_hub_name, local, origin, parse
-from core.lora import LoraConfig
+from core.hub_models import PICKLES, local, origin
 from port_torch.folder import (
     export_manifest,
     inside,
@@ -29,16 +25,14 @@ from port_torch.folder import (
     read_json,
     require_finite,
     require_tensors,
-    save_tensors,
     weights_hash,
 )
 from port_torch.hf_config import STOCK, hf_config, stock_type
-from port_torch.model import Decoder, leaf_of
-from port_torch.training.lora import ADAPTER, Adapted
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # that peft puts before the names of the class of transformers
-OPERATION = "finetune"  # of the lineage's entry that names the base and has its hash
+BASE_HASH = "base_sha256"  # of the lineage's last entry
+OPERATION = "finetune"  # of the entry that has the base's hash in older adapters
 
 
 class Adapter(NamedTuple):
@@ -54,54 +48,15 @@ class Adapter(NamedTuple):
     def base_hash(self) -> str | None:
         """Of the weights that it was trained on, as `weights_hash` gives it; None: not recorded."""
         lineage = self.manifest.lineage if self.manifest else []
-        hashes = [entry.get("sha256") for entry in lineage if entry["operation"] == OPERATION]
-        return hashes[-1] if hashes else None
+        for entry in reversed(lineage):
+            if found := entry.get(BASE_HASH) or (entry["operation"] == OPERATION and entry.get("sha256")):
+                return found
+        return None
 
     @property
     def base_name(self) -> str:
         """What adapter_config.json calls the base; empty if it does not say."""
         return self.config.get("base_model_name_or_path") or ""
-
-
-def write_adapter(folder: Path, decoder: Decoder, lora: LoraConfig, base: Path) -> dict[str, dict[str, Any]]:
-    """Writes the decoder's adapters into a folder that is there; gives every tensor's shape and type.
-
-    base: the folder that they were trained on, or its name on the Hugging Face Hub, as a run records it.
-    """
-    maps = [leaf_of(f"{name}.weight") for name in lora.targets(decoder.config)]
-    name, revision = str(base.absolute()), None
-    if is_hub_name(base):
-        name, revision = parse(base)
-    content = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": [leaf.exported.rpartition(".")[2] for leaf in maps],
-        "bias": "none",
-        "inference_mode": True,
-    }
-    (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    tensors = {}
-    for module, layer in adapted_maps(decoder).items():
-        for matrix in ("lora_A", "lora_B"):
-            weight = getattr(layer, matrix)[ADAPTER].weight.detach()
-            tensors[f"{PREFIX}{module}.{matrix}.weight"] = weight.to("cpu", torch.float32).contiguous()
-    save_tensors(tensors, folder / WEIGHTS)
-    return {name: {"shape": list(t.shape), "dtype": "float32"} for name, t in tensors.items()}
-
-
-def adapted_maps(decoder: Decoder) -> dict[str, Adapted]:
-    """The adapted maps by their names in transformers: "model.layers.0.self_attn.q_proj"."""
-    found = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, Adapted):
-            _, layer, *_ = name.split(".")
-            found[leaf_of(f"{name}.weight").exported.format(layer)] = module
-    return found
 
 
 def open_adapter(path: Path) -> Adapter:

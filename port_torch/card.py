@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -12,26 +12,17 @@ from core.config import ModelConfig
 from core.data.mixture import describe_phases, phases_of
 from core.hub_models import PREFIX, parse
 from core.run.log import read_log
-from core.special_tokens import named_in
+from core.tokenizer import Tokenizer
+from core.tokenizer_json import as_library
 from port_torch.hf_config import STOCK, stock_type
+from port_torch.tuned import converses, tuned_in, tuning
 
 LICENSE = "mit"
 POSITIONS = {"rope": "rotary (half-split)", "learned": "a learned table"}
 UNTUNED = "It continues text; it is not tuned to follow instructions."
+TOLD = ("rows", "form", "template", "trained", "example")  # of the tuning, in a table of their own
+ENDS = "What it says ends with `{}`, at which `generate` stops."
 METRICS = {"bits_per_byte": "bits per byte", "nll": "nats per token", "perplexity": "perplexity"}
-
-
-class Tuning(NamedTuple):
-    """What the card tells of a fine-tuned model instead."""
-
-    what: str
-    """One sentence: what it was tuned to do."""
-    prompt: str
-    """An example of what it is given."""
-    format: str
-    """How that is put together, and how an answer ends."""
-    arguments: str
-    """Of port_torch.generate, to try it: as they are typed in a shell."""
 
 
 def model_card(
@@ -39,7 +30,7 @@ def model_card(
     model: ModelConfig,
     manifest: Manifest,
     held_out: list[dict[str, Any]],
-    tuning: Tuning | None = None,
+    tokenizer: Tokenizer,
 ) -> str:
     """The text of the card.
 
@@ -47,8 +38,9 @@ def model_card(
         name: of the model, for its title.
         manifest: of the checkpoint; its counters, data and lineage are told.
         held_out: what `held_out_scores` gives.
-        tuning: of a fine-tuned model.
+        tokenizer: of the model.
     """
+    tuned, library = tuning(manifest), as_library(tokenizer)
     results = [
         EvalResult(
             task_type="text-generation", dataset_type="held-out", dataset_name=row["split"],
@@ -71,11 +63,11 @@ def model_card(
     )
     lines = [
         f"# {name}",
-        f"A small language model {made} {tuning.what if tuning else UNTUNED} "
+        f"A small language model {made} {tuned.what if tuned else UNTUNED} "
         "What it says may be wrong or offensive.",
         "## Use",
-        _usage(model, manifest, tuning.prompt if tuning else "This function returns"),
-        *([tuning.format] if tuning else []),
+        _usage(model, manifest, tokenizer, tuned.prompt if tuned else "This function returns"),
+        *([f"{tuned.format} {ENDS.format(library.id_to_token(tokenizer.eos))}".strip()] if tuned else []),
         "## Model",
         _table(_model_rows(model)),
         "## Training",
@@ -102,7 +94,7 @@ def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in scores.values() if all(isinstance(row.get(metric), float) for metric in METRICS)]
 
 
-def _usage(model: ModelConfig, manifest: Manifest, prompt: str) -> str:
+def _usage(model: ModelConfig, manifest: Manifest, tokenizer: Tokenizer, prompt: str) -> str:
     stock = stock_type(model)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
@@ -115,9 +107,10 @@ def _usage(model: ModelConfig, manifest: Manifest, prompt: str) -> str:
     )
     # transformers 5 opens the tokenizer of every Qwen2 folder as Qwen2's own.
     opener = "PreTrainedTokenizerFast" if stock == "qwen2" else "AutoTokenizer"
+    bos = "nothing" if tokenizer.bos is None else f"`{as_library(tokenizer).id_to_token(tokenizer.bos)}`"
     encoded = f'tokenizer({json.dumps(prompt)}, return_tensors="pt")'
     read = "; special tokens that a text spells are text"
-    if manifest.chat_template is not None:
+    if converses(manifest):
         said = f'[{{"role": "user", "content": {json.dumps(prompt)}}}]'
         encoded = (
             f"tokenizer.apply_chat_template(\n    {said}, add_generation_prompt=True, return_dict=True, "
@@ -133,13 +126,8 @@ inputs = {encoded}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {why}
-The tokenizer puts {_opening(manifest.tokenizer)} before a text, as every document in training had
+The tokenizer puts {bos} before a text, as every document in training had
 it{read}."""
-
-
-def _opening(tokenizer: dict[str, Any]) -> str:
-    token = named_in(tokenizer).get("bos", "<s>")
-    return "nothing" if token is None else f"`{token}`"
 
 
 def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -165,6 +153,11 @@ def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
 
 def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     run = manifest.config.get("run", {})
+    if tuned := tuned_in(manifest):
+        yield "fine-tuned from", shown_path(tuned["path"])
+        for name in TOLD:
+            if name in tuned:
+                yield name, tuned[name]
     later = ", not counting the run that its parameters come from" if manifest.took_parameters else ""
     yield "updates", f"{manifest.step:,}{later}"
     yield "sequences", f"{manifest.sequences:,}"
@@ -192,9 +185,9 @@ def _evaluation_rows(held_out: list[dict[str, Any]]) -> Iterator[tuple[str, ...]
 
 def _entry(entry: dict[str, Any]) -> str:
     """One entry of the lineage, with paths cut to their last part; the manifest has all of it."""
-    shown = dict(entry)
-    if not entry.get("path", PREFIX).startswith(PREFIX):
-        shown["path"] = Path(entry["path"]).name
+    shown = {name: value for name, value in entry.items() if name not in TOLD}
+    if "path" in entry:
+        shown["path"] = shown_path(entry["path"])
     operation = shown.pop("operation", "unknown")
     if operation == CHANGE:
         return f"{shown['to']} continued at step {shown['step']:,} what {shown['from']} had trained"
@@ -205,6 +198,14 @@ def _entry(entry: dict[str, Any]) -> str:
             f"{shown['tokens']:,} tokens; optimizer {shown['optimizer']}, schedule {shown['schedule']}"
         )
     return f"{operation}: {', '.join(f'{key} {value}' for key, value in shown.items())}"
+
+
+def shown_path(path: str) -> str:
+    """A path that may be published: of a local one its end, of a run's checkpoint the run as well."""
+    if path.startswith((PREFIX, "tfds:")):
+        return path
+    *_, run, folder, name = ("", "", *Path(path).parts)
+    return f"{run}/{folder}/{name}" if folder == "checkpoints" and run else name
 
 
 def _table(rows: Iterator[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:

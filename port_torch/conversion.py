@@ -12,16 +12,17 @@ import jax
 
 from core.checkpoint.checkpointer import load_manifest, restore_params
 from core.checkpoint.steps import tokenizer_carriers
-from core.cli import command
 from core.config import ModelConfig
 from core.folders import new_folder
 from core.memory import peak_memory
 from core.model import abstract_params
 from core.tokenizer import load_tokenizer_of
+from port_torch.adapter_conversion import convert_adapters
 from port_torch.card import held_out_scores, model_card
 from port_torch.export import disk_errors, reader, write_rest, write_weights
 from port_torch.hub import push
 from port_torch.parity import compare, flax_logits, probe_tokens, require_finite, rounded
+from port_torch.tuned import command_to_try
 
 if TYPE_CHECKING:
     from port_torch.convert import ConvertConfig
@@ -53,6 +54,11 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
     tokenizer = load_tokenizer_of(manifest.tokenizer, carriers, str(step_dir), config.tokenizer)
     params = restore_params(step_dir, abstract_params(model))
     require_finite(params, f"{step_dir}")
+    if config.adapter_for is not None:
+        convert_adapters(config.out, config.adapter_for, step_dir, manifest, params, tokenizer)
+        if config.push_to_hub:
+            push(config.out, config.push_to_hub, config.private, config.dry_run)
+        return
 
     # 2. What the folder must compute: the logits of the weights as they will be in it.
     tokens = probe_tokens(model, tokenizer.prefix)
@@ -72,7 +78,7 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
         del params
         gc.collect()
         scores = held_out_scores(step_dir, manifest.step)
-        card = model_card(config.out.name, model, manifest, scores)
+        card = model_card(config.out.name, model, manifest, scores, tokenizer)
         entry = {"operation": "convert", "step": manifest.step, "dtype": config.dtype}
         exported = dataclasses.replace(manifest, lineage=[*manifest.lineage, entry], tree=tree)
         write_rest(folder, model, tokenizer, exported, config.dtype, card)
@@ -86,8 +92,7 @@ def convert(config: "ConvertConfig", step_dir: Path) -> None:
         f"wrote and checked {config.out}: {model.n_params:,} parameters, {config.dtype}, {seconds:.1f} s, "
         f"{memory / 1e6:,.0f} MB peak memory (the float32 weights: {4 * model.n_params / 1e6:,.1f} MB)"
     )
-    asked = command("port_torch.generate", config.out, "--prompt", "The")
-    print(f"next: {asked if manifest.chat_template is None else command('port_torch.chat', config.out)}")
+    print(f"next: {command_to_try(config.out, manifest)}")
     if config.push_to_hub:
         push(config.out, config.push_to_hub, config.private, config.dry_run)
 

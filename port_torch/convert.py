@@ -11,10 +11,13 @@ from typing import Annotated, Literal
 import tyro
 
 from core import cli
+from core.checkpoint.manifest import load_manifest
 from core.checkpoint.steps import find_step
 from core.errors import UserError, run_command
+from core.extras import require_peft
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
+from core.hub_models import is_hub_name
 
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -31,6 +34,9 @@ class ConvertConfig:
     """Type of the weights in the folder."""
     max_shard_size: str = "5GB"
     """Split the weights into files of at most this size."""
+    adapter_for: Path | None = None
+    """Of a LoRA run: write its adapters alone, as peft opens them on this folder, which is the export of the
+    model that the run began with, or hf:OWNER/NAME[@REVISION]. Default: the whole model, adapters merged."""
     tokenizer: str | None = None
     """The checkpoint's tokenizer.json, where neither the run nor its old path has it."""
     push_to_hub: str | None = None
@@ -46,6 +52,8 @@ def main() -> int:
     config = cli.parse(ConvertConfig, prog="python -m port_torch.convert")
     check(config)
     step_dir = find_step(config.checkpoint)
+    if config.adapter_for is not None:
+        check_adapters(config, config.adapter_for, step_dir)
     from port_torch.conversion import convert  # slow: JAX, PyTorch and transformers
 
     convert(config, step_dir)
@@ -64,6 +72,21 @@ def check(config: ConvertConfig) -> None:
         raise UserError(
             f"--max-shard-size {config.max_shard_size!r} is not a size: give one like 500MB or 5GB"
         )
+
+
+def check_adapters(config: ConvertConfig, base: Path, step_dir: Path) -> None:
+    """Refuses --adapter-for where there are no adapters, or no base that they could be for."""
+    if not any(path.startswith("adapters/") for path in load_manifest(step_dir).tree):
+        raise UserError(f"{step_dir} holds no adapters: leave --adapter-for out, to convert the whole model")
+    require_kind(base, "start", Kind.WEIGHTS)
+    if (config.dtype, config.max_shard_size) != (ConvertConfig.dtype, ConvertConfig.max_shard_size):
+        raise UserError("--dtype and --max-shard-size are not for adapters, which are one file of float32")
+    if config.push_to_hub and not is_hub_name(base):
+        raise UserError(
+            f"adapters name their base, and {base} is a folder of this machine: upload that first, and give "
+            "it as --adapter-for hf:OWNER/NAME"
+        )
+    require_peft()
 
 
 if __name__ == "__main__":

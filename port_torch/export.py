@@ -22,7 +22,7 @@ from core.progress import Activity
 from core.special_tokens import join_name, split_name
 from core.tokenizer import Tokenizer
 from port_torch import hf
-from port_torch.card import base_model
+from port_torch.card import base_model, shown_path
 from port_torch.folder import CONFIG, INDEX, WEIGHTS, save_tensors
 from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from core.model import Params
 
 CODE = ("configuration_mtlm.py", "modeling_mtlm.py")
+PATHS = {"data", "out", "init_from", "source", "tokenizer", "template", "eval_data_dir"}  # settings
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 
 
@@ -115,14 +116,16 @@ def without_local_paths(manifest: Manifest) -> Manifest:
     """The manifest with every local path cut to its last part."""
 
     def shortened(value: Any) -> Any:
-        if not isinstance(value, str) or value.startswith(("hf:", "tfds:")):
+        if isinstance(value, list):  # of several sources
+            return [shortened(part) for part in value]
+        if not isinstance(value, str):
             return value
         path, named = split_name(value)  # a tokenizer may name tokens
-        return join_name(Path(path).name, named)
+        return join_name(shown_path(path), named)
 
     config = dict(manifest.config)
     if "run" in config:
-        named = {"data", "out", "init_from", "source", "tokenizer"} & config["run"].keys()
+        named = PATHS & config["run"].keys()
         paths = {name: shortened(config["run"][name]) for name in named}
         config["run"] = config["run"] | paths
     lineage = [

@@ -51,7 +51,8 @@ def merge(path: Path, out: Path, base: Path | None, tokenizer: str | None) -> No
             merged_manifest(adapter, opened), tokenizer=tokenizer_record(found), tree=tree,
             chat_template=folder_template(holder),
         )  # fmt: skip
-        write_rest(partial, model, found, exported, "float32", model_card(out.name, model, exported, []))
+        card = model_card(out.name, model, exported, [], found)
+        write_rest(partial, model, found, exported, "float32", card)
         compare(partial, model, tokens, expected, "peft")
     print(f"wrote and checked {out}: {path} merged into {origin(folder) or folder}")
 

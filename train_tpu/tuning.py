@@ -64,7 +64,7 @@ class Tuning(Setup):
         """What the parameters come from."""
         step_dir, old, _ = self.source
         entry = {"operation": "finetune", "path": str(step_dir), "step": old.step, "tokens": old.tokens}
-        return [*old.lineage, entry | {"sha256": recorded_hash(step_dir)}]
+        return [*old.lineage, entry | {"sha256": recorded_hash(step_dir)} | self.data.told]
 
     def begun(self, manifest: Manifest) -> tuple[Manifest, str]:
         """See `Setup`."""
@@ -77,7 +77,8 @@ class Tuning(Setup):
 
     def commands(self) -> str:
         """See `Setup`."""
-        return commands_of_tuned(self.out, self.data.form, self.data.divided.shown[0])
+        shown, adapted = self.data.divided.shown[0], self.step.lora is not None
+        return commands_of_tuned(self.out, self.data.form, shown, adapted)
 
 
 def prepare_tuning(config: FinetuneConfig, file: RowFile) -> Tuning:

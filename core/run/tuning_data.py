@@ -6,6 +6,7 @@ Both engines make of the same rows, settings and model the same sequences in the
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.chat import ChatFormat, open_chat
@@ -25,6 +26,7 @@ from core.vocabulary import with_room
 
 EPOCHS = 3.0
 SAMPLES = 3
+LONGEST_EXAMPLE = 200  # characters of a prompt that is shown as an example
 VALID = "valid"
 
 
@@ -67,9 +69,12 @@ class TuningData:
     fingerprint: str
     """Of all that the sequences depend on."""
     chat_template: str | None
-    """How conversations are written; None for other rows."""
+    """How conversations are written, by these rows or by the model before; None: the model knows none."""
     table: list[tuple[str, str]]
     """What is printed of the rows, and of what is trained."""
+    told: dict[str, str]
+    """What the lineage says besides the base: `rows` (the file's name), their `form`, what was `trained`,
+    `template`, and of prompts an `example`."""
 
     def record(self, config: TuningSource) -> dict[str, Any]:
         """What config.json and the manifests say of a run of these settings, as it is computed."""
@@ -119,9 +124,14 @@ def make_tuning_data(
         ("learned", f"{train.n_targets:,} of {held.sum():,} tokens"),
     ]  # fmt: skip
     prompts = sample_prompts(config, file.form, divided.shown, tokenizer, chat, model.context)
-    template = None if chat is None else chat.template
+    template = own_template if chat is None else chat.template
     of_all = fingerprint(config, file, tokenizer, chat, model.context)
-    return TuningData(divided, file.form, tokenizer, model, steps, prompts, of_all, template, table)
+    told = {"rows": config.data.name, "form": file.form, "trained": trained}
+    if chat is not None:
+        told["template"] = Path(chat.where.removeprefix("the template ")).name
+    elif file.form == "prompt" and len(divided.shown[0].prompt) <= LONGEST_EXAMPLE:
+        told["example"] = divided.shown[0].prompt
+    return TuningData(divided, file.form, tokenizer, model, steps, prompts, of_all, template, table, told)
 
 
 def fingerprint(

@@ -16,7 +16,6 @@ from port_torch.training.lora import add_adapters
 from port_torch.training.pretrained import open_pretrained
 from port_torch.training.setup import Job, begin, require_deterministic_operations
 from port_torch.training.trainer import train
-from port_torch.training.tuned import tuning
 
 if TYPE_CHECKING:
     from port_torch.finetune import FinetuneConfig
@@ -48,7 +47,7 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         decoder=decoder.to(ranks.device),
         tokenizer=data.tokenizer,
         record=data.record(config),
-        lineage=pretrained.lineage,
+        lineage=[*pretrained.lineage[:-1], pretrained.lineage[-1] | data.told],
         steps=data.steps,
         batches=lambda start: packed_batches(
             divided.train, seed=config.seed, batch=config.batch, start=start, rows=mine
@@ -57,7 +56,6 @@ def make_job(config: "FinetuneConfig", file: RowFile, ranks: Distributed) -> Job
         heldout=divided.heldout,
         prompts=data.prompts,
         table=data.table,
-        tuning=tuning(data.form, divided.shown[0]),
         lora=None if config.lora.lora_rank is None else config.lora,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.extras import require_peft
 from core.lora import LoraConfig
-from port_torch.model import Decoder
+from port_torch.model import Decoder, leaf_of
 
 BASE, LORA = ".base_layer", ".lora_"  # in the names of an adapted map's parameters
 ADAPTER = "default"  # the adapter's name there
@@ -62,6 +62,18 @@ def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
         parent, _, child = name.rpartition(".")
         if child in targets and isinstance(module, nn.Linear):
             setattr(decoder.get_submodule(parent), child, Adapted(module, config))
+
+
+def adapters_of(decoder: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [rank, in] and B [out, rank] of each adapted map, by its name in transformers; float32, on CPU."""
+    found = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, Adapted):
+            _, layer, *_ = name.split(".")
+            pair = (matrix[ADAPTER].weight.detach() for matrix in (module.lora_A, module.lora_B))
+            a, b = (weight.to("cpu", torch.float32) for weight in pair)
+            found[leaf_of(f"{name}.weight").exported.format(layer)] = a, b
+    return found
 
 
 def base_weights(decoder: Decoder) -> dict[str, Tensor]:

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, seal, verify
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.checkpoint.steps import set_aside
 from core.errors import UserError
 from core.folders import new_folder
 from port_torch.card import held_out_scores, model_card
-from port_torch.export import disk_errors, without_local_paths, write_rest, write_weights
-from port_torch.hf_tokenizer import write_tokenizer
-from port_torch.model import decoder_of, parameter_name
+from port_torch.export import disk_errors, write_rest, write_weights
+from port_torch.model import parameter_name
 from port_torch.names import exported_tensors
-from port_torch.training.lora import base_weights, merged
+from port_torch.training.lora import adapters_of, base_weights, merged
 from port_torch.training.setup import Job
 
 FOLDER = "model"
@@ -88,7 +87,7 @@ def write_model(folder: Path, job: Job, step_dir: Path, manifest: Manifest) -> N
     weights: dict[str, Tensor] = merged(job.decoder)
     tree = write_weights(folder, model, lambda leaf: weights[parameter_name(leaf)], "float32")
     scores = held_out_scores(step_dir, manifest.step)
-    card = model_card(job.out.name, model, manifest, scores, job.tuning)
+    card = model_card(job.out.name, model, manifest, scores, job.tokenizer)
     write_rest(folder, model, job.tokenizer, exported(manifest, tree), "float32", card)
     with contextlib.redirect_stdout(io.StringIO()):
         compare(folder, model, tokens, expected, "the trained model")
@@ -96,21 +95,15 @@ def write_model(folder: Path, job: Job, step_dir: Path, manifest: Manifest) -> N
 
 def write_adapters(folder: Path, job: Job, manifest: Manifest) -> None:
     """Writes the adapters with the tokenizer, and compares what peft makes of them with the trained model."""
-    from port_torch.adapter import transformers_model, with_adapter, write_adapter
-    from port_torch.parity import require_equal, tolerance
+    from port_torch.adapter_export import Trained, write_adapter
 
-    tokens, expected = live_logits(job)
-    decoder, model, ids = job.decoder, job.decoder.config, torch.from_numpy(tokens)
-    tree = write_adapter(folder, decoder, job.lora, job.config.init_from)
-    write_tokenizer(folder, job.tokenizer, model.context, manifest.chat_template)
-    seal(folder, without_local_paths(exported(manifest, tree)), EXPORT_MANIFEST)
-    frozen, places = base_weights(decoder), exported_tensors(model)
-    base = transformers_model(model, {n: frozen[parameter_name(place)].cpu() for n, place in places.items()})
-    exact = decoder_of(model, {n: w.cpu().double() for n, w in merged(decoder).items()}).eval()
-    with torch.inference_mode():
-        noise = float(np.abs(exact.logits(exact(ids)).numpy() - expected).max())
-        found = with_adapter(base, folder)(ids, use_cache=False).logits.numpy()
-    require_equal(found, expected, tolerance(model, expected, noise), "peft", "the trained model")
+    decoder, model, frozen = job.decoder, job.decoder.config, base_weights(job.decoder)
+    weights = {name: frozen[parameter_name(place)].cpu() for name, place in exported_tensors(model).items()}
+    trained = Trained(
+        model, job.lora, adapters_of(decoder), job.config.init_from, job.lineage[-1]["sha256"], weights,
+        *live_logits(job), "the trained model",
+    )  # fmt: skip
+    write_adapter(folder, trained, job.tokenizer, manifest, "export")
 
 
 def exported(manifest: Manifest, tree: dict[str, dict[str, Any]]) -> Manifest:

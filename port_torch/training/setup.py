@@ -25,7 +25,6 @@ from core.run.folder import require_folder
 from core.run.training_run import TrainingRun
 from core.tokenizer import Tokenizer
 from kernels_cuda import library
-from port_torch.card import Tuning
 from port_torch.model import Decoder, attends_by_lengths
 from port_torch.training.distributed import Distributed
 from port_torch.training.engine import device_name
@@ -55,8 +54,6 @@ class Job(TrainingRun):
     prompts: list[list[int]]
     table: list[tuple[str, str]]
     """What is printed of model and data."""
-    tuning: Tuning | None = None
-    """What the card says of a fine-tuned model."""
     lora: LoraConfig | None = None
     """Of a run that trains adapters, which `decoder` has; its settings have `init_from`."""
 

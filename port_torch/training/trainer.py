@@ -10,7 +10,6 @@ from rich.console import Console
 
 from core.checkpoint.manifest import Manifest, code_version, load_manifest
 from core.checkpoint.steps import find_step, list_steps
-from core.cli import command
 from core.errors import UserError
 from core.extras import install_command
 from core.progress import Activity, make_console
@@ -30,6 +29,7 @@ from port_torch.training.settings import TrainerConfig
 from port_torch.training.setup import Job, describe, is_compiled, load_kernels
 from port_torch.training.step import TrainStep
 from port_torch.training.watch import Watch
+from port_torch.tuned import command_to_try
 
 
 def train(job: Job, ranks: Distributed) -> int:
@@ -158,15 +158,10 @@ def report_end(job: Job, console: Console) -> None:
     folder = write_result(job, step_dir, manifest)
     adapters = f"the adapters alone, for peft: {out / ADAPTER}\n" if job.lora else ""
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
-    then = (
-        f"{command('port_torch.generate', folder)} {job.tuning.arguments if job.tuning else '--prompt The'}"
-    )
-    if manifest.chat_template is not None:
-        then = command("port_torch.chat", folder)
     console.print(
         f"loss curve: {plot_curve(out)}{samples}\n"
         f"the model: {folder}, a folder for transformers, proved by its logits\n{adapters}"
-        f"next: {then}",
+        f"next: {command_to_try(folder, manifest)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

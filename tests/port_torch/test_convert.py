@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses, and that nothing half-written stays."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -79,6 +80,21 @@ def test_the_card(trained: Path, exported: Path):
         assert told in card.content, told
     assert str(trained.parent) not in card.content  # nobody's paths
     assert ("trust_remote_code" in card.content) == (config.mlp != "swiglu")
+
+
+def test_paths_are_nobodys():
+    """Of whatever setting holds one, several of them included; names on the Hub stay."""
+    run = {
+        "data": ["/home/me/a.txt", "hf:a/b"],
+        "template": "/home/me/t.jinja",
+        "eval_data_dir": "/home/me/sets",
+    }
+    lineage = [{"operation": "init_from", "path": "/home/me/runs/base/checkpoints/00000007"}]
+    manifest = manifest_of(SMALL["llama"])
+    manifest = dataclasses.replace(manifest, config=manifest.config | {"run": run}, lineage=lineage)
+    written = export.without_local_paths(manifest).to_json()
+    assert "/home" not in written and "base/checkpoints/00000007" in written
+    assert all(f'"{name}"' in written for name in ("a.txt", "hf:a/b", "t.jinja", "sets"))
 
 
 def test_the_lines_of_the_card_and_a_pipeline_of_batches(exported: Path, monkeypatch, capsys):

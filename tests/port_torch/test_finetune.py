@@ -1,5 +1,7 @@
 """Fine-tuning: rows and packing, against transformers on single rows; LoRA; the command."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -25,13 +27,15 @@ from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from core.run.tuning_data import make_tuning_data
 from core.tokenizer import load_tokenizer
+from port_torch.card import model_card
 from port_torch.finetune import FinetuneConfig
 from port_torch.folder import weights_hash
 from port_torch.model import load
 from port_torch.training.batches import document_starts
 from port_torch.training.settings import MirrorOptimizerConfig
+from tests.core.test_tokenizer import bpe_file
 from tests.models import random_params
-from tests.port_torch.folders import SMALL, write_export
+from tests.port_torch.folders import SMALL, manifest_of, write_export
 from tests.port_torch.small_training import (
     Killed,
     call,
@@ -224,6 +228,7 @@ def test_the_command_trains_and_tells_of_it(finished, folders, data, tmp_path, m
         assert "fine-tuned to follow instructions" in card and "### Input:\n{input}" in card
         manifest = load_manifest(folder / "model", EXPORT_MANIFEST)
         assert [entry["operation"] for entry in manifest.lineage] == ["test", "finetune", "export"]
+        assert f"| trained | {manifest.lineage[1]['trained']} |" in card
         assert str(folder.parent) not in card + manifest.to_json()
         ids = torch.arange(60)[None]
         ours, before = load(folder / "model"), load(folders[kind])
@@ -344,6 +349,56 @@ def test_rows_fewer_than_a_batch_are_said(data: Path, tmp_path: Path):
         n = int(re.search(r"into (\d+) sequences", table["data"])[1])
         assert 2 <= n < 16 and ("few rows" in table) is told
         assert not told or f"takes 16 sequences of {n}" in table["few rows"]
+
+
+def test_the_models_own_template_stays_where_rows_have_no_turns(data: Path, tmp_path: Path):
+    config = FinetuneConfig(init_from=tmp_path, data=data, out=tmp_path / "out")
+    made = make_tuning_data(config, read_rows(data), BYTES, "the model's own", SMALL["llama"])
+    assert made.record(config)["chat_template"] == "the model's own"
+    assert made.told == {"rows": "rows.jsonl", "form": "instruction", "trained": "all weights"}
+
+
+@pytest.mark.parametrize(
+    ("told", "template", "expected"),
+    [
+        (
+            {"form": "chat", "template": "chatml"},
+            "{{ x }}",
+            ("converse", "apply_chat_template", "| chatml |"),
+        ),
+        ({}, "{{ x }}", ("converse", "apply_chat_template")),  # an older run, which did not say of what form
+        (
+            {"form": "prompt", "example": "3 squared?"},
+            "{{ x }}",
+            ('tokenizer("3 squared?", return',),
+        ),
+        ({"form": "instruction"}, None, ("follow instructions", "### Input:\n{input}")),
+        ({"form": "text"}, None, ("on further text",)),
+        ({}, None, ("fine-tuned on rows",)),
+    ],
+)
+def test_the_card_says_how_a_model_was_tuned(
+    told: dict, template: str | None, expected: tuple, tmp_path: Path
+):
+    """By its lineage, whichever engine wrote that; until it is trained further on text."""
+    start = {"operation": "finetune", "path": "/home/me/runs/base/checkpoints/00000009", "rows": "a.jsonl"}
+    of = functools.partial(model_card, "tuned", SMALL["llama"], held_out=[], tokenizer=BYTES)
+    manifest = dataclasses.replace(
+        manifest_of(SMALL["llama"]), lineage=[start | told], chat_template=template
+    )
+    card = of(manifest=manifest)
+    for text in (
+        *expected,
+        "ends with `</s>`",
+        "| rows | a.jsonl |",
+        "| fine-tuned from | base/checkpoints/00000009 |",
+    ):
+        assert text in card, text
+    assert ("apply_chat_template" in card) is ("apply_chat_template" in expected) and "/home" not in card
+    other = of(manifest=manifest, tokenizer=load_tokenizer(str(bpe_file(tmp_path, ["<|endoftext|>"]))))
+    assert "ends with `<|endoftext|>`" in other and "puts `<|endoftext|>` before" in other
+    further = [*manifest.lineage, {"operation": "init_from", "path": "b"}]
+    assert "not tuned to follow" in of(manifest=dataclasses.replace(manifest, lineage=further))
 
 
 def test_every_field_of_a_row_is_used_or_named(tmp_path: Path):

@@ -23,7 +23,7 @@ from core.sampling import Sampling
 from port_torch.generate import main
 from port_torch.model import load
 from port_torch.sampling import choose, stream
-from port_torch.training.tuned import shell_quoted
+from port_torch.tuned import shell_quoted
 from tests.models import random_params
 from tests.p_values import chi_square
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export

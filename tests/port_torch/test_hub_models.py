@@ -79,9 +79,9 @@ def test_what_starts_from_a_name_says_its_commit(cached: Path):
     lineage = open_pretrained(Path("hf:me/tiny"), "finetune", None).lineage
     assert lineage[-1]["path"] == NAME
     manifest = dataclasses.replace(manifest_of(CONFIG), lineage=lineage)
-    card = model_card("tuned", CONFIG, manifest, [])
+    card = model_card("tuned", CONFIG, manifest, [], load_tokenizer("bytes"))
     assert "base_model: me/tiny\n" in card and "license:" not in card and f"path {NAME}" in card
-    assert "license: mit" in model_card("ours", CONFIG, manifest_of(CONFIG), [])
+    assert "license: mit" in model_card("ours", CONFIG, manifest_of(CONFIG), [], load_tokenizer("bytes"))
 
 
 @pytest.mark.slow

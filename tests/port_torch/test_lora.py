@@ -8,26 +8,35 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import port_torch.convert
 import port_torch.merge
-from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest, seal
+from core.checkpoint.checkpointer import save_tree
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
 from core.config import ModelConfig
 from core.errors import UserError
-from core.lora import LoraConfig
-from port_torch.adapter import write_adapter
+from core.lora import MAPS, LoraConfig
+from core.model import Adapter, forward, logits
+from core.run.settings import flatten
+from core.tokenizer import load_tokenizer
+from port_torch.adapter_export import Trained, write_adapter
 from port_torch.folder import weights_hash
 from port_torch.model import Decoder, decoder_of, load, parameter_name
 from port_torch.names import exported_tensors
 from port_torch.parity import probe_tokens, tolerance
-from port_torch.training.lora import add_adapters, merged
+from port_torch.training.lora import adapters_of, add_adapters, merged
 from tests.models import BOTH, GROUPED, random_params
-from tests.port_torch.folders import SMALL, manifest_of, tensors_of, write_export
+from tests.port_torch.folders import SMALL, manifest_of, tensors_of, write_checkpoint, write_export
 from tests.port_torch.small_training import call, theirs_of
+from train_tpu.lora import init_adapters, module_of
+from train_tpu.lora import merged as merged_in_jax
 
 MODELS = {**BOTH, "grouped": GROUPED}
 
@@ -47,7 +56,7 @@ def decoder(kind: str) -> Decoder:
     return decoder_of(config, {parameter_name(p): tensors[n] for n, p in exported_tensors(config).items()})
 
 
-def adapters_of(model: Decoder) -> dict[str, torch.Tensor]:
+def trained_in(model: Decoder) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -66,12 +75,12 @@ def test_adapters_are_those_of_peft(kind: str):
     targets = ["q", "k", "v", "o", "down"]
     settings = peft.LoraConfig(r=3, lora_alpha=5.0, lora_dropout=0.3, target_modules=targets)
     peft.inject_adapter_in_model(settings, theirs)
-    assert list(adapters_of(ours)) == list(adapters_of(theirs))
+    assert list(trained_in(ours)) == list(trained_in(theirs))
     tokens = torch.arange(60)[None] % 97
     for model in (ours, theirs):
         torch.manual_seed(8)
         with torch.no_grad():
-            for name, p in adapters_of(model).items():
+            for name, p in trained_in(model).items():
                 if ".lora_B." in name:
                     p.normal_(0, 0.1)
         model.train().logits(model(tokens)).square().sum().backward()
@@ -87,7 +96,7 @@ def test_adapters_merge_to_what_their_formula_says(kind: str):
     tokens = torch.arange(64)[None] % 97
     adapted.eval()
     assert torch.allclose(adapted(tokens), plain(tokens), atol=1e-5)  # at first they add nothing
-    trained = adapters_of(adapted)
+    trained = trained_in(adapted)
     maps = 6 if kind == "gpt" else 7
     assert len(trained) == 2 * maps * 3 and all(".lora_" in name for name in trained)
     with torch.no_grad():
@@ -118,13 +127,19 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     lora = LoraConfig(lora_rank=3, lora_alpha=7.5, lora_dropout=0.4, lora_targets=("q", "o", "mlp"))
     add_adapters(adapted, lora, seed=1)
     with torch.no_grad():
-        for p in adapters_of(adapted).values():
+        for p in trained_in(adapted).values():
             p.normal_(0, 0.05)
     folder = root / "adapter"
     folder.mkdir()
-    tree = write_adapter(folder, adapted.eval(), lora, base)
-    entry = {"operation": "finetune", "path": str(base), "sha256": weights_hash(base)}
-    seal(folder, dataclasses.replace(manifest_of(config), lineage=[entry], tree=tree), EXPORT_MANIFEST)
+    adapted.eval()
+    ids = probe_tokens(config, 256)
+    with torch.inference_mode():
+        logits = adapted.logits(adapted(torch.from_numpy(ids))).numpy()
+    trained = Trained(
+        config, lora, adapters_of(adapted), base, weights_hash(base), load_file(base / "model.safetensors"),
+        ids, logits, "the mirror",
+    )  # fmt: skip
+    write_adapter(folder, trained, load_tokenizer("bytes"), manifest_of(config), "export")
     return Saved(config, base, folder, adapted)
 
 
@@ -147,6 +162,72 @@ def test_peft_computes_what_was_trained(saved: Saved):
     assert json.loads((saved.folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_peft_computes_what_jax_trained(kind: str, tmp_path: Path, monkeypatch, capsys):
+    """A checkpoint of adapters, converted for its base; against core.model with base and adapters apart. On
+    another base, on weights that are off by one rounding, and without adapters it is refused."""
+    config, lora = SMALL[kind], LoraConfig(lora_rank=3, lora_alpha=7.5, lora_targets=("q", "o", "mlp"))
+    params = random_params(config, std=0.1)
+    adapters = init_adapters(lora, config, 0)
+    for name in lora.targets(config):
+        b = module_of(adapters, MAPS[name].module)["lora_b"]
+        module_of(adapters, MAPS[name].module)["lora_b"] = 0.05 * jax.random.normal(
+            jax.random.key(1), b.shape
+        )
+    run = {"data": "rows.jsonl", **flatten(lora)}
+    entry = {"operation": "finetune", "path": "runs/base/checkpoints/00000009", "form": "chat"}
+    manifest = dataclasses.replace(manifest_of(config), lineage=[entry])
+    manifest = dataclasses.replace(manifest, config=manifest.config | {"run": run})
+    whole = {"params": merged_in_jax(lora, config, params, adapters), "adapters": adapters}
+    start, base = (
+        save_tree(tmp_path / "start", whole, manifest),
+        write_export(tmp_path / "base", config, params),
+    )
+    folder = tmp_path / "adapter"
+    assert call(monkeypatch, port_torch.convert, start, folder, "--adapter-for", base) == 0
+    ids = probe_tokens(config, 256)
+    paths = [MAPS[name].module for name in lora.targets(config)]
+    pairs = {path: module_of(adapters, path) for path in paths}
+    apart = {path: Adapter(pair["lora_a"], pair["lora_b"] * 2.5) for path, pair in pairs.items()}
+    expected = np.asarray(logits(config, params, forward(config, params, jnp.asarray(ids), adapters=apart)))
+    with torch.inference_mode():
+        model = peft.PeftModel.from_pretrained(theirs_of(base, config), folder).eval()
+        found = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+        exact = model.merge_and_unload().double()(torch.from_numpy(ids), use_cache=False).logits.numpy()
+    # Merging into float32 rounds once more than either: less than the sums behind it do.
+    limit = tolerance(config, expected, float(np.abs(exact - expected).max()))
+    assert np.abs(found - expected).max() <= limit < 0.01
+    assert "LoRA adapters of rank 3, at q, o" in capsys.readouterr().out
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    lineage = load_manifest(folder, EXPORT_MANIFEST).lineage
+    assert lineage[0]["path"] == "base/checkpoints/00000009"
+    assert (lineage[-1]["operation"], lineage[-1]["base_sha256"]) == ("convert", weights_hash(base))
+    table = params["embed"]["table"]
+    rounded = params | {"embed": params["embed"] | {"table": table.at[5, 3].multiply(1 + 2**-23)}}
+    others = {
+        "rounded": (
+            config,
+            rounded,
+            "embed_tokens.weight is another one: give the folder that .* of runs/base",
+        ),
+        "deeper": (dataclasses.replace(config, n_layers=4), None, "a model with n_layers 4, not 3"),
+        "adapted": (config, whole["params"], "_proj.weight is another one"),
+    }
+    for name, (other, weights, message) in others.items():
+        wrong = write_export(tmp_path / name, other, weights or random_params(other))
+        with pytest.raises(UserError, match=f"was not trained on the weights of .*{message}"):
+            call(monkeypatch, port_torch.convert, start, tmp_path / "no", "--adapter-for", wrong)
+    for source, options, message in (
+        (write_checkpoint(tmp_path / "plain", config, params), (base,), "holds no adapters"),
+        (start, (start,), "export it first"),
+        (start, (base, "--dtype", "float16"), "are not for adapters"),
+        (start, (base, "--push-to-hub", "me/adapter"), "upload that first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, port_torch.convert, source, tmp_path / "no", "--adapter-for", *options)
+    assert not (tmp_path / "no").exists()
+
+
 def test_merging_gives_the_trained_weights(saved: Saved, tmp_path: Path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert call(monkeypatch, port_torch.merge, saved.folder, out) == 0
@@ -156,7 +237,7 @@ def test_merging_gives_the_trained_weights(saved: Saved, tmp_path: Path, monkeyp
         # One product of rank 3 and one sum: a rounding each, of values below 1.
         assert torch.allclose(found[name], weight, rtol=0, atol=4 * 2**-24), name
     lineage = load_manifest(out, EXPORT_MANIFEST).lineage
-    assert [entry["operation"] for entry in lineage] == ["finetune", "merge"]
+    assert [entry["operation"] for entry in lineage] == ["test", "export", "merge"]
 
 
 def test_an_adapter_of_peft_alone_is_merged_and_its_doubt_said(

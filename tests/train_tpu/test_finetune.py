@@ -288,6 +288,12 @@ def test_the_run_is_opened_by_the_other_commands(kind: str, tuned, tmp_path: Pat
     opened = load(tmp_path / "exported")
     theirs, ours = load(tuned.torch / "model"), opened
     assert torch.allclose(ours.logits(ours(ids)), theirs.logits(theirs(ids)), atol=1e-3)
+    cards = [(folder / "README.md").read_text() for folder in (tmp_path / "exported", tuned.torch / "model")]
+    name = "plain" if kind == "gpt" else "chatml"
+    for card in cards:
+        for said in ("fine-tuned to converse", "| rows | rows.jsonl |", f"| template | {name} |"):
+            assert said in card, said
+    assert "| fine-tuned from | a |" in cards[0] and "| fine-tuned from | b |" in cards[1]
     tokenizer = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
     assert tokenizer["chat_template"] == load_manifest(find_step(tuned.jax)).chat_template
     said, _ = run_here(tuned.jax, "--out", tmp_path / "grown", module="stacking.grow")
