@@ -9,8 +9,9 @@ it begins the whole, so that the model meets at its answer what it was given in 
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ PLAIN = (
 """Speakers in plain text and answers that end as documents do, for a model that is to get no new tokens."""
 TEMPLATES = {"chatml": (CHATML, ("<|im_start|>", "<|im_end|>")), "plain": (PLAIN, ())}
 """Name -> template, and the special tokens that it is written with."""
+NO_MARKS = MappingProxyType({"bos_token": "", "eos_token": ""})
 PROBE = (Turn("user", "question"), Turn("assistant", "answer", learned=True))
 
 
@@ -81,6 +83,16 @@ def choose_template(own: str | None, given: str | None) -> Template | None:
     if given is not None:
         return Template(read_text_file(Path(given)), (), f"the template {given}")
     return None if own is None else Template(own, (), "the model's own template")
+
+
+def require_usable(template: Template, marks: Mapping[str, str] = NO_MARKS) -> None:
+    """Refuses what is no template, fails at the simplest conversation, or leaves out what is said.
+
+    marks: the tokens that it may name.
+    """
+    shown = render(template.text, template.where, PROBE, asks=False, marks=marks)
+    if missing := [turn.role for turn in PROBE if turn.content not in shown]:
+        raise UserError(f"{template.where} leaves out what the {missing[0]} says: choose another template")
 
 
 def require_template(own: str | None, given: str | None, model: Path) -> Template:
@@ -186,7 +198,6 @@ class ChatFormat:
                 once turns follow it, or ends it with no special token.
         """
         self.tokenizer, self.template, self.where = tokenizer, template, where
-        self._template = _compiled(template, where)
         self._library = as_library(tokenizer)
         self._special = special_tokens(self._library)
         self._spelled = re.compile(
@@ -196,9 +207,7 @@ class ChatFormat:
         self._marks = {
             name: self._library.id_to_token(mark) for name, mark in marks.items() if mark is not None
         }
-        shown = self._render(PROBE, asks=False)
-        if missing := [turn.role for turn in PROBE if turn.content not in shown]:
-            raise UserError(f"{where} leaves out what the {missing[0]} says: choose another template")
+        require_usable(Template(template, (), where), self._marks)
         ids, learned = self.encode(Conversation(PROBE))
         if not learned.any() or ids[learned][-1] not in self._special.values():
             raise UserError(
@@ -237,14 +246,7 @@ class ChatFormat:
 
     def _render(self, turns: Sequence[Turn], asks: bool) -> str:
         """The text of these turns; asks: with what opens the assistant's answer."""
-        from jinja2 import TemplateError
-
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=asks, **self._marks)
-        except (TemplateError, TypeError, AttributeError) as error:
-            said = ", ".join(turn.role for turn in turns)
-            raise UserError(f"{self.where} fails at the turns {said}: {error}") from error
+        return render(self.template, self.where, turns, asks, self._marks)
 
     def _encode(self, text: str, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The ids of a rendered text, and where in it each begins and ends.
@@ -282,6 +284,22 @@ class ChatFormat:
             places += [(begin + found.start() - lead, begin + found.end() - lead) for found in spelled]
             begin += len(turn.content.strip())
         return places
+
+
+def render(template: str, where: str, turns: Sequence[Turn], asks: bool, marks: Mapping[str, str]) -> str:
+    """The text that a template makes of turns; asks: with what opens the assistant's answer.
+
+    Raises:
+        UserError: it is no template, or fails at them.
+    """
+    from jinja2 import TemplateError
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return _compiled(template, where).render(messages=messages, add_generation_prompt=asks, **marks)
+    except (TemplateError, TypeError, AttributeError) as error:
+        said = ", ".join(turn.role for turn in turns)
+        raise UserError(f"{where} fails at the turns {said}: {error}") from error
 
 
 @functools.lru_cache(8)

@@ -114,4 +114,18 @@ def _sentence(box: str) -> str:
 
 def command(module: str, *arguments: object) -> str:
     """A command to type, `python -m MODULE ARGUMENTS`, quoted for a shell."""
-    return shlex.join(["python", "-m", module, *map(str, arguments)])
+    return " ".join(["python", "-m", module, *(shell_quoted(str(argument)) for argument in arguments)])
+
+
+def shell_quoted(text: str) -> str:
+    """The text as one word of a bash command line, on one line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else _escape(c) for c in escaped) + "'"
+
+
+def _escape(character: str) -> str:
+    """A character as bash writes it in $'...'."""
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return known.get(character) or f"\\U{ord(character):08x}"

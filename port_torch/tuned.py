@@ -1,11 +1,10 @@
 """What the card and the end of a command say of a model that was tuned on rows, in either engine."""
 
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.checkpoint.manifest import NEW_RUN, Manifest
-from core.cli import command
+from core.cli import command, shell_quoted
 from core.data.tuning_rows import CHAT, INSTRUCTION_WITH_INPUT, instruction
 
 EXAMPLE = "Name three colours."
@@ -81,17 +80,3 @@ def command_to_try(folder: Path, manifest: Manifest) -> str:
         return command("port_torch.chat", folder)
     tuned = tuning(manifest)
     return f"{command('port_torch.generate', folder)} {tuned.arguments if tuned else '--prompt The'}"
-
-
-def shell_quoted(text: str) -> str:
-    """The text as one word of a bash command line, on one line."""
-    if text.isprintable():
-        return shlex.quote(text)
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + "".join(c if c.isprintable() else _escape(c) for c in escaped) + "'"
-
-
-def _escape(character: str) -> str:
-    """A character as bash writes it in $'...'."""
-    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return known.get(character) or f"\\U{ord(character):08x}"

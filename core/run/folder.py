@@ -14,6 +14,7 @@ from core.checkpoint.steps import find_step, list_steps
 from core.config import ModelConfig
 from core.data.mixture import data_paths, describe_phases, phases_of
 from core.errors import UserError
+from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically
 from core.run import settings
 from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
@@ -61,6 +62,9 @@ def require_folder(out: Path) -> None:
     """
     require_place(out)
     ours = any((out / name).exists() for name in ("config.json", LOCK))
+    kind = kind_of(out)
+    if kind in (Kind.WEIGHTS, Kind.ADAPTER):  # which have a config.json, too
+        raise UserError(f"--out {out} is {kind.value}, and not an MTLM run; choose an empty or new folder")
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out {out} is not empty and not an MTLM run; choose an empty or new folder")
 

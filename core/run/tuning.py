@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core import checks
+from core.chat import choose_template, require_usable
 from core.data.tuning_rows import CHAT, RowFile, read_rows
 from core.errors import UserError
 from core.lora import LoraConfig
@@ -69,7 +70,7 @@ def open_rows(config: Any) -> RowFile:
 
     Raises:
         UserError: --out is no place for it, or of the other engine; a row is malformed; --template has no
-            conversations to write.
+            conversations to write, or cannot write them.
     """
     require_folder(config.out)
     old = read_config(config.out)
@@ -81,4 +82,6 @@ def open_rows(config: Any) -> RowFile:
     file = read_rows(config.data, config.chat)
     if config.template is not None and file.form != CHAT:
         raise UserError("--template is for conversations: give rows of messages, or --chat with it")
+    if config.template is not None:
+        require_usable(choose_template(None, config.template))
     return file

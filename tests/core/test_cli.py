@@ -76,5 +76,7 @@ def test_a_printed_command_can_be_typed():
     line = cli.command("core.generate", Path("my runs/a"), "--prompt", "It's", "--max-new-tokens", 5)
     python, flag, module, *argv = shlex.split(line)
     assert (python, flag, module) == ("python", "-m", "core.generate")
+    lines = "### Instruction:\nGo.\n"
+    assert cli.command("m", lines) == "python -m m $'### Instruction:\\nGo.\\n'"  # on one line
     config = cli.parse(GenerateConfig, argv, prog="x")
     assert config.run == Path("my runs/a") and config.prompt == ["It's"] and config.max_new_tokens == 5

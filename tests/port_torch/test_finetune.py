@@ -25,6 +25,7 @@ from core.data.tuning_rows import Row, RowFile, instruction, read_rows
 from core.errors import UserError
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
+from core.run.tuning import open_rows
 from core.run.tuning_data import make_tuning_data
 from core.tokenizer import load_tokenizer
 from port_torch.card import model_card
@@ -434,6 +435,21 @@ def test_conversations(tuned: Tuned, monkeypatch, capsys):
     # The same command finds its run again, whose tokenizer is in its folder.
     assert finetune_here(monkeypatch, *tuned.arguments) == 0
     assert "has made its 24 updates" in capsys.readouterr().out
+
+
+def test_a_template_that_cannot_be_used_is_refused_with_the_rows(data: Path, tmp_path: Path):
+    """Which is before anything slow is imported."""
+    file = tmp_path / "own.jinja"
+    config = FinetuneConfig(init_from=tmp_path, data=data, out=tmp_path / "out", chat=True)
+    for text, message in (
+        ("{{ raise_exception('no') }}", "own.jinja fails at the turns user, assistant: no"),
+        ("{% for m in messages %}", "own.jinja is no Jinja template"),
+        ("{{ messages[0]['content'] }}", "own.jinja leaves out what the assistant says"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            open_rows(dataclasses.replace(config, template=str(file)))
+    assert open_rows(dataclasses.replace(config, template="plain")).form == "chat"  # which names eos_token
 
 
 def test_templates(folders, data, tmp_path: Path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ import torch
 
 import core.generate
 from core.batch_file import mark_of, read_prompts
+from core.cli import shell_quoted
 from core.errors import UserError
 from core.generation import Generator
 from core.model import Compute
@@ -23,7 +24,6 @@ from core.sampling import Sampling
 from port_torch.generate import main
 from port_torch.model import load
 from port_torch.sampling import choose, stream
-from port_torch.tuned import shell_quoted
 from tests.models import random_params
 from tests.p_values import chi_square
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export

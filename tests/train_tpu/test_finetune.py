@@ -331,6 +331,7 @@ def test_refusals(rows: Path, tmp_path: Path, monkeypatch):
         ((start, *new, "--lora-rank", "2"), "adapters do not train the embedding"),
         ((start, *new, "--lora-alpha", "2"), "give --lora-rank with it"),
         ((start, *new, "--template", "none"), "there is no template none"),
+        ((start, "--data", rows, "--out", FIXTURES / "mtlm1-export"), "for PyTorch, and not an MTLM run"),
         ((other, *old), f"not started from the weights that are given now: give {start} as it was"),
         ((start, *old, "--seed", "1"), "was started with --seed 0"),
         ((start, *old, "--validation", "0.5"), "was started with --validation 0.0, not 0.5"),
