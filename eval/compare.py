@@ -1,15 +1,16 @@
 """`python -m eval.compare A B ...`: results side by side, with the significance of each difference.
 
+`--a RUN RUN ... --b RUN RUN ...` compares two recipes by several training seeds of each (`eval.recipes`).
+
 Models that answered the same questions are compared question by question: the questions' own difficulty, most
 of the spread of a score, cancels. So a difference far below two standard errors of the scores may be clear,
 and one above may be luck. Each model is compared with the first.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -17,19 +18,40 @@ from jaxtyping import Float
 
 from core import cli
 from core.errors import UserError, run_command
-from core.folder_kinds import Kind, require_kind
 from core.folders import write_atomically
+from eval.questions import Seen, evaluated_folder, read_scores
 from eval.ratio import ratio_of_sums
-from eval.results import RESULTS, all_tasks, figures, protocol, read_results, shown, table
-from eval.settings import results_folder
+from eval.recipe_report import recipe_report
+from eval.results import (
+    Record,
+    all_tasks,
+    figures,
+    multiple_tests,
+    p_shown,
+    protocol,
+    read_results,
+    require_shared,
+    shown,
+    signed,
+    table,
+    unique_names,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """Compare evaluated models: two growths, an ablation with its base, a checkpoint with its export."""
+    """Compare evaluated models: two growths, an ablation with its base, a checkpoint with its export; or two
+    recipes, by several training seeds of each."""
 
-    models: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")] = ()
     """Two or more that eval.run has evaluated: runs, exported folders, or folders of results."""
+    a: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="RUN...")] = None
+    """Instead of models: runs of one recipe, alike but for --seed. At least two, better four."""
+    b: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="RUN...")] = None
+    """Runs of the other recipe."""
+    without_overlap: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="DATA...")] = None
+    """Leave out questions that share 13 words in a row with the training text: the prepared data of every
+    model, made with --overlap count --eval-items FILE."""
     out: Path | None = None
     """Also write the tables to this Markdown file."""
 
@@ -47,32 +69,6 @@ class Compared(NamedTuple):
     only_first: int | None
     """Questions that only the first gets right; None where answers are not right or wrong."""
     only_second: int | None
-
-
-def evaluated_folder(path: Path) -> Path:
-    """Where a model's results lie: the folder itself, or where eval.run puts those of a run or a folder."""
-    if (path / RESULTS).exists():
-        return path
-    if not path.exists():
-        raise UserError(f"{path} is not there: give runs, exported folders or folders of results")
-    require_kind(path, "evaluate", Kind.CHECKPOINT, Kind.WEIGHTS)
-    return results_folder(path)
-
-
-def read_questions(folder: Path, task: str) -> dict[str, dict[str, Any]]:
-    """The scored questions of a task by what identifies them; equal ones are told apart by their order."""
-    path = folder / "questions" / f"{task}.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate the model again") from None
-    questions: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        key, n = row["question"], 0
-        while f"{key}/{n}" in questions:
-            n += 1
-        questions[f"{key}/{n}"] = row
-    return questions
 
 
 def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"]) -> Compared:
@@ -99,53 +95,45 @@ def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N
 def compare_pages(
     first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"], n_bytes: Float[np.ndarray, " N"]
 ) -> Compared:
-    """Compares bits per byte of the same N documents, given their nats: the t-test of a ratio of sums.
+    """Compares bits per byte of the same N documents, given their bits: the t-test of a ratio of sums.
 
     The difference is sum(second - first) / sum(bytes); its error that of the linearised ratio over documents.
     """
     from scipy import stats  # slow
 
-    bits = (second - first) / math.log(2)
-    ratio, stderr = ratio_of_sums(bits, n_bytes)
-    p = float(2 * stats.t.sf(abs(ratio) / stderr, len(bits) - 1)) if stderr else float(ratio == 0)
+    ratio, stderr = ratio_of_sums(second - first, n_bytes)
+    p = float(2 * stats.t.sf(abs(ratio) / stderr, len(first) - 1)) if stderr else float(ratio == 0)
     return Compared(ratio, stderr, p, "paired t over pages", None, None)
 
 
-def compare_task(first: Path, second: Path, task: str, metrics: list[str]) -> dict[str, Compared]:
-    """Every metric of a task that can be compared question by question.
+def compare_task(
+    first: Path, second: Path, task: str, metrics: list[str], seen: Seen | None = None
+) -> tuple[dict[str, Compared], str]:
+    """Every metric of a task that can be compared question by question, and which questions were left out.
 
     Raises:
-        UserError: the two were not asked the same questions.
+        UserError: the two were not asked the same questions, or all are left out.
     """
-    a, b = read_questions(first, task), read_questions(second, task)
-    if a.keys() != b.keys():
-        raise UserError(
-            f"{first} and {second} were asked different questions in {task} ({len(a.keys() & b.keys())} of "
-            f"{len(a)} and {len(b)} are the same): evaluate both with the same --limit, --shots and data"
-        )
-    compared = {}
-    for metric in metrics:
-        if "bytes" in next(iter(a.values())):
-            if metric == "bits_per_byte":
-                columns = ([-row["logprob"] for row in a.values()], [-b[key]["logprob"] for key in a])
-                n_bytes = np.array([row["bytes"] for row in a.values()], float)
-                compared[metric] = compare_pages(*map(np.array, columns), n_bytes)
-            continue
-        pairs = [(row.get(metric), b[key].get(metric)) for key, row in a.items()]
-        if all(isinstance(value, int | float) for pair in pairs for value in pair):
-            left, right = np.array(pairs, float).T
-            compared[metric] = compare_values(left, right)
-    return compared
+    scores, left_out = read_scores([first, second], task, metrics, seen)
+    compared = {
+        metric: compare_values(*values) if weights is None else compare_pages(*values, weights)
+        for metric, (values, weights) in scores.items()
+    }
+    return compared, left_out
 
 
 def main() -> int:
     """The command."""
     config = cli.parse(CompareConfig, prog="python -m eval.compare")
-    if len(config.models) < 2:
-        raise UserError("give at least two models to compare")
-    folders = [evaluated_folder(path) for path in config.models]
+    check_models(config)
+    paths = [*config.models, *(config.a or ()), *(config.b or ())]
+    folders = [evaluated_folder(path) for path in paths]
     contents = [read_results(folder) for folder in folders]
-    text = report(folders, contents)
+    seen = None if config.without_overlap is None else Seen(config.without_overlap, contents)
+    if config.models:
+        text = report(folders, contents, seen)
+    else:
+        text = recipe_report(folders, contents, len(config.a), seen)
     print(text)
     if config.out:
         write_atomically(config.out, text + "\n")
@@ -153,13 +141,32 @@ def main() -> int:
     return 0
 
 
-def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
-    """The tables: all scores, then every model against the first."""
+def check_models(config: CompareConfig) -> None:
+    """A UserError unless there are models to compare, or two recipes with seeds that can be told apart."""
+    if config.a is None and config.b is None:
+        if len(config.models) < 2:
+            raise UserError("give at least two models to compare, or runs of two recipes with --a and --b")
+    elif config.models:
+        raise UserError(
+            f"{config.models[0]} belongs to no recipe: give models to compare with the first, or runs of two "
+            "recipes with --a and --b"
+        )
+    for side, runs in (("a", config.a), ("b", config.b)):
+        if not config.models and len(runs or ()) < 2:
+            raise UserError(
+                f"--{side} has {'one run' if runs else 'no run'}, which does not show how much the recipe "
+                "varies from seed to seed: give two or more, trained with different --seed, or name single "
+                "models without --a and --b to compare these"
+            )
+    if config.without_overlap == ():
+        raise UserError("--without-overlap needs the prepared data that the models were trained on")
+
+
+def report(folders: list[Path], contents: list[Record], seen: Seen | None = None) -> str:
+    """The tables: all scores, then every model against the first, without the questions that were `seen`."""
     names = unique_names([content["model"]["name"] for content in contents])
     tasks = [all_tasks(content) for content in contents]
-    shared = [task for task in tasks[0] if all(task in others for others in tasks)]
-    if not shared:
-        raise UserError(f"{names[0]} and the others have no task in common: evaluate them on the same tasks")
+    shared = require_shared(names, tasks)
     rows = [
         (task, metric, *(cell(others[task], metric) for others in tasks), protocol(tasks[0][task]))
         for task in shared
@@ -172,13 +179,13 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
             "Measured under different settings (dtype, shots, questions, truncation): "
             f"{', '.join(sorted(differing))}."
         )
-    n_tests, not_compared = 0, []
+    n_tests, not_compared, left_out = 0, [], {}
     for name, folder, others in list(zip(names, folders, tasks, strict=True))[1:]:
         rows = []
         for task in shared:
             metrics = [metric for metric, *_ in figures(others[task])]
             try:
-                compared = compare_task(folders[0], folder, task, metrics)
+                compared, left_out[task] = compare_task(folders[0], folder, task, metrics, seen)
             except UserError as error:  # of this task; the others may do
                 not_compared.append(str(error))
                 continue
@@ -194,20 +201,18 @@ def report(folders: list[Path], contents: list[dict[str, Any]]) -> str:
     if not n_tests and not_compared:
         raise UserError(not_compared[0])
     parts += [f"Not compared: {reason}." for reason in not_compared]
+    parts += [
+        f"Of the differences, not of the scores: {sentence}" for sentence in left_out.values() if sentence
+    ]
+    parts += seen.notes if seen else []
     parts.append(
-        "± is one standard error, of differences over the questions. The p values are not corrected for "
-        f"multiple testing; number of tests: {n_tests}, of which {0.05 * n_tests:.1f} are expected below "
-        "0.05 by chance. They cover the choice of questions, not the training seed."
+        f"± is one standard error, of differences over the questions. {multiple_tests(n_tests)} "
+        "They cover the choice of questions, not the training seed."
     )
     return "\n\n".join(parts)
 
 
-def unique_names(names: list[str]) -> list[str]:
-    """The names, numbered where they are the same."""
-    return [name if names.count(name) == 1 else f"{name} [{i}]" for i, name in enumerate(names, 1)]
-
-
-def cell(entry: dict[str, Any], metric: str) -> str:
+def cell(entry: Record, metric: str) -> str:
     """A metric's value with its error."""
     return next((shown(*figure) for figure in figures(entry) if figure[0] == metric), "")
 
@@ -215,9 +220,7 @@ def cell(entry: dict[str, Any], metric: str) -> str:
 def compared_cells(metric: str, found: Compared) -> tuple[str, ...]:
     """A comparison as cells of the table."""
     counts = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
-    sign = "+" if found.difference > 0 else ""
-    p = f"{found.p:.1e}" if found.p < 1e-3 else f"{found.p:.3f}"
-    return sign + shown(metric, found.difference, found.stderr), counts, p, found.test
+    return signed(metric, found.difference, found.stderr), counts, p_shown(found.p), found.test
 
 
 if __name__ == "__main__":

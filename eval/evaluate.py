@@ -15,6 +15,7 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.progress import Activity
 from eval.harness import HarnessModel
+from eval.questions import text_keys
 from eval.ratio import ratio_of_sums
 from eval.tasks import Tasks
 
@@ -89,7 +90,9 @@ def _metrics(values: Record) -> Record:
 def _question(row: Record, rolling: bool) -> Record:
     """A question as scored: what identifies it, log-probabilities and metrics."""
     arguments = [list(map(str, argument)) for argument in row["arguments"]]
-    question: Record = {"id": row["doc_id"], "question": _hash(arguments)}
+    question: Record = {
+        "id": row["doc_id"], "question": _hash(arguments), "text_keys": text_keys(row["doc"]),
+    }  # fmt: skip
     responses = row["filtered_resps"]
     if rolling:
         logprob, n_bytes = row["bits_per_byte"]

@@ -7,14 +7,13 @@ task, once for every task; one on each line.
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from core import cli
 from core.errors import UserError, run_command
 from core.folders import require_new, write_atomically
 from eval.local_data import SOURCES, local_source, read_local
+from eval.questions import texts
 
 
 @dataclasses.dataclass
@@ -27,15 +26,6 @@ class ItemsConfig:
     """The folder of the tasks' files, as that of eval.run."""
     out: Path | None = None
     """The file to write; it must not exist."""
-
-
-def texts(value: Any) -> Iterator[str]:
-    """All texts in a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from texts(inner)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from core.extras import install_command
 from core.gpu_memory import require_free_memory
 from core.hub_models import origin
 from core.model import abstract_params
+from core.run.settings import FREE_SETTINGS, resolved, today
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
 from eval.flax_backend import FlaxBackend
@@ -104,6 +105,21 @@ def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]
         "lineage": [entry["operation"] for entry in manifest.lineage],
         "config": manifest.config["model"],
         "tokenizer": manifest.tokenizer,
+        "training": _training(manifest),
+    }
+
+
+def _training(manifest: Manifest) -> dict[str, Any] | None:
+    """By what eval.compare tells recipes from seeds: seed, fingerprints of the data, and all other settings
+    that change losses; None for a model that was not trained here."""
+    if "run" not in manifest.config or manifest.data is None:
+        return None
+    run = resolved(today(manifest.config["run"]))
+    sources = manifest.data.get("mixture", {}).get("sources", {"": manifest.data["fingerprint"]})
+    return {
+        "seed": run.pop("seed"),
+        "data": sorted(sources.values()),
+        "settings": {name: value for name, value in run.items() if name not in FREE_SETTINGS},
     }
 
 

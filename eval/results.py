@@ -22,6 +22,7 @@ RESULTS = "results.json"
 # What is shown first of a task: harness's metric names.
 ACCURACIES = ("acc", "acc_norm")
 SHOWN = (*ACCURACIES, "exact_match", "perplexity", "word_perplexity", "bits_per_byte")
+LOGARITHMIC = ("bits_per_byte", "log perplexity")
 Record = dict[str, Any]
 
 
@@ -122,9 +123,40 @@ def figures(entry: Record) -> list[tuple[str, float, float | None]]:
 def shown(metric: str, value: float, stderr: float | None) -> str:
     """A figure with its error: accuracies in percent."""
     percent = metric.startswith(("acc", "exact_match"))
-    scale, digits = (100, 2) if percent else (1, 4 if metric == "bits_per_byte" else 2)
+    scale, digits = (100, 2) if percent else (1, 4 if metric in LOGARITHMIC else 2)
     error = "" if stderr is None else f" ± {scale * stderr:.{digits}f}"
     return f"{scale * value:.{digits}f}{error}"
+
+
+def signed(metric: str, difference: float, stderr: float | None) -> str:
+    """A difference with its error: as `shown`, with its sign."""
+    return ("+" if difference > 0 else "") + shown(metric, difference, stderr)
+
+
+def p_shown(p: float) -> str:
+    """A p value."""
+    return f"{p:.1e}" if p < 1e-3 else f"{p:.3f}"
+
+
+def multiple_tests(n: int) -> str:
+    """What is to be said of n p values."""
+    return (
+        f"The p values are not corrected for multiple testing; number of tests: {n}, of which "
+        f"{0.05 * n:.1f} are expected below 0.05 by chance."
+    )
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The names, numbered where they are the same."""
+    return [name if names.count(name) == 1 else f"{name} [{i}]" for i, name in enumerate(names, 1)]
+
+
+def require_shared(names: list[str], tasks: list[dict[str, Record]]) -> list[str]:
+    """The tasks that all models were evaluated on, given those of each; a UserError where there is none."""
+    shared = [task for task in tasks[0] if all(task in others for others in tasks)]
+    if not shared:
+        raise UserError(f"{names[0]} and the others have no task in common: evaluate them on the same tasks")
+    return shared
 
 
 def questions(entry: Record) -> str:

@@ -3,7 +3,8 @@
 It is a folder of ArrayRecord files, TFDS's description of them, the tokenizer's file, and dataset.json. That
 one is written last, so a folder that has it is complete. It holds the format's version, the tokenizer's
 record, the context, what the splits contain, what was dropped, where the text came from, the sha256 of every
-file, the fingerprint that checkpoints and runs refer to, and its own sha256.
+file, the fingerprint that checkpoints and runs refer to, and its own sha256. Data that was compared with
+held-out text has a record of that, too (`core.data.overlap`).
 
 Whoever opens it checks dataset.json against its own sha256, the small files against theirs, and the sizes of
 the shards. A shard's records have checksums of ArrayRecord's own, which are checked as they are read; all of
@@ -16,8 +17,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from core.checkpoint.manifest import digest, hash_files
 from core.cli import command
+from core.data.overlap import RECORD
 from core.data.windows import Windows
 from core.errors import UserError
 from core.folders import write_atomically
@@ -76,6 +80,11 @@ class Dataset:
     def heldout(self) -> list[str]:
         """Names of the held-out splits."""
         return [name for name in self.splits if name != TRAIN]
+
+    def overlap_record(self) -> np.ndarray | None:
+        """The held-out texts that were looked for in all of the training text (`core.data.overlap`); None
+        where it was prepared without --overlap."""
+        return np.load(self.path / RECORD) if RECORD in self.files else None
 
     def verify(self) -> None:
         """Reads every file and compares its sha256; a `UserError` names the first that differs."""
@@ -155,9 +164,11 @@ def open_dataset(path: Path | str) -> Dataset:
 def fingerprint_of(content: dict) -> str:
     """Hash of the tokenizer, the context and the files' hashes that a dataset.json holds.
 
-    The tokenizer is in it by its hash alone, whether its file is carried or not.
+    The tokenizer is in it by its hash alone, whether its file is carried or not; what the text was compared
+    with is not in it.
     """
-    hashes = {name: file["sha256"] for name, file in content["files"].items() if name != TOKENIZER_FILE}
+    others = (TOKENIZER_FILE, RECORD)
+    hashes = {name: file["sha256"] for name, file in content["files"].items() if name not in others}
     contents = [content["tokenizer"]["sha256"], content["context"], hashes]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 

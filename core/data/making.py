@@ -120,6 +120,7 @@ def _write(
         for split in shards:
             described[split] = tuple(a + b for a, b in zip(before[split], described[split], strict=True))
         versions.link_shards(parent, folder / DATA)
+    _write_overlap(folder / DATA, plan, parent)
     describe(folder / DATA, context, tokenizer.dtype, described)
 
 
@@ -134,6 +135,18 @@ def _gather_runs(folder: Path, plan: Plan) -> Path:
         )
     overlap.save(runs, path)
     return path
+
+
+def _write_overlap(data: Path, plan: Plan, parent: ds.Dataset | None) -> None:
+    """Writes which held-out texts share runs with the training text, of `parent` and this one.
+
+    Nothing where part of the training text was not compared.
+    """
+    before = None if parent is None else parent.overlap_record()
+    if plan.overlap is None or (parent is not None and before is None):
+        return
+    record = plan.overlap_record()
+    overlap.save(record if before is None else overlap.joint(before, record), data / overlap.RECORD)
 
 
 def _require_text(plan: Plan, context: int) -> None:

@@ -8,12 +8,16 @@ held-out text are held sorted, 8 bytes each, once for all processes; training te
 
 What this cannot see: a text of fewer than 13 words, one that is paraphrased or translated, and one that
 differs in a word out of every 13, as by another spelling. Two runs in 2^64 have the same hash.
+
+Prepared data records the held-out texts that were looked for, and which of them share a run with its training
+text, in `RECORD`: 9 bytes each, by which eval.compare knows the evaluation items to leave out.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +28,10 @@ N = 13
 MOST = 1 << 27
 """Runs that are held: 1 GiB."""
 WORD = re.compile(r"[^\W_]+")
+RECORD = "overlap.npy"
+"""The file of prepared data that holds `LOOKED_FOR` of every text."""
+LOOKED_FOR = np.dtype([("text", np.uint64), ("shared", np.bool_)])
+"""`text_key` of a held-out text, and whether it shares a run with the training text."""
 CACHED_WORDS = 1 << 20  # whose hashes are cached
 # Odd, so that no bit of a word's hash is lost; word i of a run counts FACTOR^i times.
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -49,9 +57,13 @@ def runs(text: str) -> np.ndarray:
 
 
 def _hash(word: str) -> int:
-    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    _hashes[word] = int.from_bytes(digest, "little")
+    _hashes[word] = _hash64(word)
     return _hashes[word]
+
+
+def _hash64(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def texts_of(sources: Iterable[Source]) -> Iterator[str]:
@@ -101,21 +113,54 @@ class Overlap:
         return found[self._held[np.minimum(places, len(self._held) - 1)] == found]
 
 
-def touched(texts: Iterable[str], found: np.ndarray) -> tuple[int, int, int]:
-    """(texts with a run that was found in training text, texts that are too short to be looked for, all)."""
-    overlap = Overlap(found)
-    n_touched = n_short = n = 0
+def text_key(text: str) -> int | None:
+    """64 bits of a hash of a text as it is; None for one that is too short to be looked for."""
+    return None if len(words(text)) < N else _hash64(text)
+
+
+class Found(NamedTuple):
+    """A set of held-out texts after they were looked for in training text."""
+
+    n: int
+    n_short: int
+    """Too short to be looked for."""
+    n_shared: int
+    """That share a run with training text."""
+    record: np.ndarray
+    """Of `LOOKED_FOR`, one of each text that is not too short."""
+
+
+def found_of(texts: Iterable[str], shared: np.ndarray) -> Found:
+    """What is known of held-out texts, given the sorted runs of them that are in training text."""
+    overlap, n, keys = Overlap(shared), 0, []
     for text in texts:
         n += 1
-        n_short += len(words(text)) < N
-        n_touched += len(overlap.find(text)) > 0
-    return n_touched, n_short, n
+        if (key := text_key(text)) is not None:
+            keys.append((key, len(overlap.find(text)) > 0))
+    record = np.array(keys, LOOKED_FOR)
+    return Found(n, n - len(record), int(record["shared"].sum()), record)
 
 
-def save(held: np.ndarray, path: Path) -> None:
-    """Writes runs for `load`."""
+def merged(records: Iterable[np.ndarray]) -> np.ndarray:
+    """Records of the same training text as one, sorted, each text once: shared if one of them says so."""
+    joined = np.concatenate([np.empty(0, LOOKED_FOR), *records])
+    texts, where = np.unique(joined["text"], return_inverse=True)
+    record = np.zeros(len(texts), LOOKED_FOR)
+    record["text"] = texts
+    np.logical_or.at(record["shared"], where, joined["shared"])
+    return record
+
+
+def joint(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Merged records of two training texts as that of both: the texts that were looked for in each."""
+    both = np.intersect1d(first["text"], second["text"])
+    return merged(record[np.isin(record["text"], both)] for record in (first, second))
+
+
+def save(array: np.ndarray, path: Path) -> None:
+    """Writes runs for `load`, or a record."""
     with path.open("wb") as file:
-        np.save(file, held)
+        np.save(file, array)
 
 
 def load(path: Path) -> Overlap:

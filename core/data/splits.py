@@ -1,5 +1,6 @@
 """Which document of which source goes into which split, and where reading ends."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Literal, TypedDict
@@ -8,6 +9,7 @@ import numpy as np
 
 from core import checks
 from core.data import dataset as ds
+from core.data import overlap as overlaps
 from core.data import packing
 from core.data.copies import Copies, Seen
 from core.data.formats import Form
@@ -114,9 +116,9 @@ class Plan:
         duplicates = ~kept
         never = np.isin(documents["hash"], self._never)
         kept &= ~never
-        overlaps = trains & kept & (documents["shared"] > 0)
+        overlapping = trains & kept & (documents["shared"] > 0)
         if self.overlap == "drop":
-            kept &= ~overlaps
+            kept &= ~overlapping
         n = len(documents)
         if self.train_tokens is not None:
             counted = documents["tokens"] * (trains & kept)
@@ -125,8 +127,8 @@ class Plan:
         self._count(part, piece, n)
         self._duplicates += int((duplicates & ~never)[:n].sum())
         self._n_never += int(never[:n].sum())
-        self._overlapping += int(overlaps[:n].sum())
-        counted = np.repeat(overlaps[:n], documents["shared"][:n])
+        self._overlapping += int(overlapping[:n].sum())
+        counted = np.repeat(overlapping[:n], documents["shared"][:n])
         self._shared.append(np.unique(piece.shared[: len(counted)][counted]))
         self._compare(documents["hash"][:n][kept[:n]], split)
         self._take_tokens(part, number, documents[:n], trains[:n], kept[:n])
@@ -207,6 +209,20 @@ class Plan:
     def shared_runs(self) -> np.ndarray:
         """The held-out runs of words that were found in training text, sorted."""
         return np.unique(np.concatenate([np.empty(0, np.uint64), *self._shared]))
+
+    @functools.cached_property
+    def found(self) -> dict[str, overlaps.Found]:
+        """What became of the texts of each set that was compared; asked when all is taken."""
+        shared = self.shared_runs()
+        return {
+            name: overlaps.found_of(overlaps.texts_of(group), shared) for name, group in self.compared.items()
+        }
+
+    def overlap_record(self) -> np.ndarray:
+        """`core.data.overlap.LOOKED_FOR` of all sets, of the documents that train."""
+        record = overlaps.merged(found.record for found in self.found.values())
+        record["shared"] &= self.overlap != "drop"  # those documents do not train
+        return record
 
     def done(self) -> float:
         """Roughly the fraction of the text that is taken: of the tokens asked for, or of all."""

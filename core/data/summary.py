@@ -51,14 +51,13 @@ def print_summary(dataset: ds.Dataset, plan: Plan) -> None:
 
 
 def _print_overlap(plan: Plan) -> None:
-    n, runs = plan.dropped["overlapping_documents"], plan.shared_runs()
+    n = plan.dropped["overlapping_documents"]
     left = "they are left out" if plan.overlap == "drop" else "they are kept (--overlap drop leaves them out)"
     print(f"overlap: {n:,} training documents share a run of {overlap.N} words with held-out text; {left}")
-    for name, group in plan.compared.items():
-        touched, short, total = overlap.touched(overlap.texts_of(group), runs)
+    for name, found in plan.found.items():
         print(
-            f"  {name}: {touched:,} of {total:,} texts share one; {short:,} have fewer than {overlap.N} "
-            "words, and cannot be looked for"
+            f"  {name}: {found.n_shared:,} of {found.n:,} texts share one; {found.n_short:,} have fewer than "
+            f"{overlap.N} words, and cannot be looked for"
         )
     if VALID in plan.documents:
         print(f"  the split {VALID}, held out by hash, is not looked for: --valid NAME=PATH sets are")

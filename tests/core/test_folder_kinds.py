@@ -11,8 +11,8 @@ import pytest
 from core.checkpoint.manifest import load_manifest, seal
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
-from eval.compare import evaluated_folder
 from eval.models import open_model
+from eval.questions import evaluated_folder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "7b5e0bc"
 KINDS = {

@@ -4,13 +4,15 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.errors import UserError
-from eval.compare import compare_pages, compare_task, compare_values, report, unique_names
-from eval.results import Results, read_results
+from eval.compare import compare_pages, compare_task, compare_values, report
+from eval.questions import text_keys
+from eval.results import Results, read_results, unique_names
 
 RNG = np.random.default_rng(5)
 
@@ -67,28 +69,42 @@ def test_shares_are_compared_in_pairs() -> None:
 
 def test_pages_are_compared_by_bits_a_byte() -> None:
     n_bytes = RNG.integers(500, 20_000, 60).astype(float)
-    first = n_bytes * RNG.normal(0.9, 0.1, 60)
-    second = first - n_bytes * RNG.normal(0.01, 0.01, 60)
+    first = n_bytes * RNG.normal(1.3, 0.14, 60)
+    second = first - n_bytes * RNG.normal(0.014, 0.014, 60)
     found = compare_pages(first, second, n_bytes)
-    assert found.difference == pytest.approx((second.sum() - first.sum()) / math.log(2) / n_bytes.sum())
+    assert found.difference == pytest.approx((second.sum() - first.sum()) / n_bytes.sum())
     picks = RNG.integers(0, 60, (4000, 60))
-    resampled = (second - first)[picks].sum(1) / math.log(2) / n_bytes[picks].sum(1)
+    resampled = (second - first)[picks].sum(1) / n_bytes[picks].sum(1)
     # The bootstrap's spread of 60 pages is known to about 9% (1/sqrt(2 * 60)), the linearisation adds less.
     assert found.stderr == pytest.approx(resampled.std(), rel=0.25)
     assert found.p < 1e-3
     assert compare_pages(first, first, n_bytes).p == 1.0
 
 
-def results(folder: Path, name: str, right: list[int], metric: str = "acc", salt: str = "") -> Path:
-    """Results of a made-up task whose questions are answered so."""
+def results(
+    folder: Path,
+    name: str,
+    right: list[float],
+    metric: str = "acc",
+    salt: str = "",
+    dtype: str = "float32",
+    texts: list[str] | None = None,
+    **model: Any,
+) -> Path:
+    """Results of a made-up task whose questions are answered so; texts: of each question; model: what else is
+    recorded of it."""
     questions = [{"question": f"q{salt}{i % 7}", "id": i, metric: float(r)} for i, r in enumerate(right)]
+    for row, text in zip(questions, texts or [], strict=False):
+        row["text_keys"] = text_keys({"question": text, "choices": ["yes", "no"]})
     entry = {
         "version": 1.0, "shots": 0, "questions": len(right), "of": len(right), "requests_sha256": "",
         "files_sha256": {}, "chance": 0.25, "higher_is_better": {metric: True},
         "metrics": {metric: {"value": sum(right) / len(right), "stderr": 0.01}},
     }  # fmt: skip
     made = Results(
-        folder / name, {"name": name, "sha256": name, "parameters": 1, "kind": "folder"}, {"dtype": "float32"}
+        folder / name,
+        {"name": name, "sha256": name, "parameters": 1, "kind": "folder"} | model,
+        {"dtype": dtype},
     )
     made.add(
         "task", {"seconds": 1.0, "truncated": 0, "tasks": {"task": entry}, "groups": {}}, {"task": questions}
@@ -100,7 +116,7 @@ def test_the_same_questions_are_paired_and_others_refused(tmp_path: Path) -> Non
     """Questions that are asked twice are told apart by their order."""
     a = results(tmp_path, "a", [1, 0, 1, 0, 1, 0, 1, 1, 1])
     b = results(tmp_path, "b", [1, 1, 1, 0, 1, 0, 1, 0, 1])
-    found = compare_task(a, b, "task", ["acc"])["acc"]
+    found = compare_task(a, b, "task", ["acc"])[0]["acc"]
     assert (found.only_first, found.only_second) == (1, 1)
     other = results(tmp_path, "c", [1, 0, 1], salt="x")
     with pytest.raises(UserError, match=r"asked different questions in task \(0 of 9 and 3"):
@@ -129,6 +145,14 @@ def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path: Path) -> None:
     (named,) = [line for line in text.splitlines() if line.startswith("Not compared: ")]
     assert "asked different questions in limited (3 of 3 and 4 are the same)" in named and "--limit" in named
     assert "number of tests: 1," in text
+
+
+def test_of_a_perplexity_the_logarithms_are_compared(tmp_path: Path) -> None:
+    """The harness keeps the log-probability of each answer, of which perplexity is exp(-mean)."""
+    a = results(tmp_path, "a", [-1.0, -2.0, -3.5], "perplexity")
+    b = results(tmp_path, "b", [-1.0, -1.0, -3.0], "perplexity")
+    found, _ = compare_task(a, b, "task", ["perplexity"])
+    assert found["log perplexity"].difference == pytest.approx(-0.5)
 
 
 def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from core.checkpoint.manifest import EXPORT_MANIFEST
+from core.data.overlap import text_key
 from core.errors import UserError
 from eval import run
 from eval.results import plot, read_results
@@ -72,6 +73,9 @@ def test_results(folder: Path, sets: Sets, capsys):
         assert len(rows) == task["questions"] == task["of"] == len(asked)
         assert [row["id"] for row in rows] == list(range(len(rows)))
         assert len({row["question"] for row in rows}) == len(rows)
+        if name == "wikitext":
+            long = [page.raw for page in sets.pages if len(re.findall(r"[^\W_]+", page.raw)) >= 13]
+            assert [key for row in rows for key in row["text_keys"]] == [f"{text_key(t):016x}" for t in long]
         assert len(task["requests_sha256"]) == 32 and task["shots"] == 0
     metrics = content["evaluations"]["arc_easy"]["tasks"]["arc_easy"]["metrics"]
     rows = [json.loads(line) for line in (out / "questions/arc_easy.jsonl").read_text().splitlines()]

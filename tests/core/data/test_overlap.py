@@ -80,6 +80,12 @@ def test_overlapping_documents_are_counted_or_left_out(tmp_path, monkeypatch, ca
     n_items = sum(bool(grams(item) & seen) for item in items)
     n_short = sum(not grams(item) for item in items)
     assert f"items.jsonl: {n_items} of 4 texts share one; {n_short} have fewer than 13 words" in said
+    record = open_dataset(out).overlap_record()
+    trained = seen if choice == "count" else set().union(*map(grams, clean))
+    looked_for = {overlap.text_key(text): text for text in held + items if grams(text)}
+    assert record["text"].tolist() == sorted(looked_for)
+    assert record["shared"].tolist() == [bool(grams(looked_for[key]) & trained) for key in sorted(looked_for)]
+    assert record["shared"].any() == (choice == "count")
     dropped = json.loads((out / "dataset.json").read_text())["dropped"]
     assert dropped["overlapping_documents"] == n
     assert dropped.get("overlapping_documents_left_out") == (n if choice == "drop" else None)
