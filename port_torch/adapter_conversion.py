@@ -24,10 +24,11 @@ from core.run.settings import unflatten
 from core.tokenizer import Tokenizer
 from port_torch.adapter_export import Trained, merged_exactly, write_adapter
 from port_torch.export import disk_errors, reader
+from port_torch.flax_parity import flax_logits
 from port_torch.folder import weights_hash
 from port_torch.model_folder import open_model
 from port_torch.names import exported_tensors
-from port_torch.parity import EPSILON, flax_logits, probe_tokens
+from port_torch.parity import EPSILON, probe_tokens
 from port_torch.tuned import tuned_in
 
 ADAPTERS = "adapters"  # what a checkpoint of a LoRA run has them under, besides `params`
@@ -59,7 +60,7 @@ def convert_adapters(
     tokens = probe_tokens(model, tokenizer.prefix)
     trained = Trained(
         model, lora, read_adapters(step_dir, manifest, model, lora),
-        Path(origin(folder) or folder), weights_hash(folder),
+        Path(origin(folder) or folder), weights_hash(folder, opened.folder.manifest),
         {name: opened.folder.read(name).float() for name in opened.leaves},
         tokens, flax_logits(model, params, tokens), "Flax",
     )  # fmt: skip

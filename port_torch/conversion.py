@@ -20,8 +20,9 @@ from core.tokenizer import load_tokenizer_of
 from port_torch.adapter_conversion import convert_adapters
 from port_torch.card import held_out_scores, model_card
 from port_torch.export import disk_errors, reader, write_rest, write_weights
+from port_torch.flax_parity import flax_logits, require_finite, rounded
 from port_torch.hub import push
-from port_torch.parity import compare, flax_logits, probe_tokens, require_finite, rounded
+from port_torch.parity import compare, probe_tokens
 from port_torch.tuned import command_to_try
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ called.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core.config import ModelConfig
 from core.leaves import LEAVES, Leaf, get_leaf
@@ -342,9 +343,21 @@ def leaf_of(parameter: str) -> Leaf:
     return _BY_PARAMETER[module, suffix]
 
 
+class _NoInit(TorchFunctionMode):
+    """Within it new modules are not initialised.
+
+    What PyTorch does that with on the device `meta` it imports together with torch.compile: 2 s.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
 def decoder_of(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
     """A decoder whose parameters are these tensors themselves, which are on one device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = Decoder(config)
     model.load_state_dict(weights, assign=True)
     if (multipliers := rope_multipliers(config)) is not None:

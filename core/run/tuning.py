@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from core import checks
-from core.chat import choose_template, require_usable
 from core.data.tuning_rows import CHAT, RowFile, read_rows
 from core.errors import UserError
 from core.lora import LoraConfig
@@ -83,5 +82,7 @@ def open_rows(config: Any) -> RowFile:
     if config.template is not None and file.form != CHAT:
         raise UserError("--template is for conversations: give rows of messages, or --chat with it")
     if config.template is not None:
+        from core.chat import choose_template, require_usable  # slow: the tokenizers' library
+
         require_usable(choose_template(None, config.template))
     return file

@@ -1,5 +1,6 @@
 """AdamW in few launches, with learning rate, clipping and skipping read from the device (csrc/adamw.cu)."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels_cuda.registry import declare, wide_type
+
+
+def _untraced(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of Optimizer without the wrapper that keeps torch.compile out of it: calling that imports
+    torch.compile, 2 s for which a run that compiles nothing would wait."""
+    return inspect.unwrap(method)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -38,7 +45,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: its settings make no AdamW.
         """
-        super().add_param_group(param_group)
+        _untraced(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
         if not (lr >= 0 and all(0 < beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
@@ -51,6 +58,10 @@ class AdamW(torch.optim.Optimizer):
         device = _device(group)
         group["lr"] = torch.tensor(float(lr), device=device)
         group["step"] = torch.zeros((), device=device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in any optimizer."""
+        _untraced(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of every group from the next step on."""

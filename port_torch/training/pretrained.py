@@ -39,5 +39,6 @@ def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pret
     manifest = export_manifest(folder)  # verified by `load`
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
     before = manifest.lineage if manifest else []
-    entry = {"operation": operation, "path": origin(folder) or str(folder), "sha256": weights_hash(folder)}
+    sha256 = weights_hash(folder, manifest)
+    entry = {"operation": operation, "path": origin(folder) or str(folder), "sha256": sha256}
     return Pretrained(decoder, found, folder_template(folder), [*before, entry])

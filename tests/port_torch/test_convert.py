@@ -18,6 +18,7 @@ from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.errors import UserError
 from port_torch import conversion, convert, export
 from port_torch import parity as probe
+from port_torch.flax_parity import flax_logits
 from port_torch.folder import open_folder
 from port_torch.hf_config import hf_config, model_config
 from port_torch.hub import push
@@ -222,11 +223,11 @@ def test_tolerance_tells_a_wrong_model_from_rounding(tmp_path: Path, monkeypatch
     params = random_params(config)
     run_here(monkeypatch, write_checkpoint(tmp_path / "source", config, params), tmp_path / "out")
     tokens = probe.probe_tokens(config, 256)
-    right = probe.flax_logits(config, params, tokens)
+    right = flax_logits(config, params, tokens)
     with torch.inference_mode():
         _, noise = probe.mirror_logits(tmp_path / "out", torch.from_numpy(tokens))
     for change in ({"rope_theta": 9900.0}, {"norm_eps": 1e-3}):
-        wrong = probe.flax_logits(dataclasses.replace(config, **change), params, tokens)
+        wrong = flax_logits(dataclasses.replace(config, **change), params, tokens)
         assert np.abs(wrong - right).max() > 20 * probe.tolerance(config, right, noise)
 
 

@@ -296,8 +296,18 @@ def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_on_rows_imports_neither_jax_nor_peft():
-    """Each takes seconds before the first update; what needs them imports them late."""
-    slow = {"jax", "peft", "transformers"}
-    code = f"import sys, port_torch.training.finetuning; print({slow} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+def test_the_first_update_waits_for_none_of_what_it_does_not_need(tmp_path: Path):
+    """Each takes seconds; what needs them, such as the proof of the result, imports them later."""
+    base = write_export(tmp_path / "base", SMALL["llama"], random_params(SMALL["llama"], std=0.1))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
+    code = """
+import sys, port_torch.finetune, port_torch.training.trainer as trainer
+slow = {"jax", "peft", "transformers", "torch._dynamo", "orbax.checkpoint", "matplotlib"}
+trainer.report_end = lambda *_: print(slow & set(sys.modules))
+port_torch.finetune.main()
+"""
+    command = [sys.executable, "-c", code, base, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    ended = subprocess.run(
+        [*command, "--steps", "1", "--batch", "1", "--lora-rank", "2"], capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines()[-1] == "set()", ended
