@@ -55,6 +55,8 @@ def tell(error: BaseException) -> int | None:
         return 1
     if isinstance(error, OSError) and (sentence := os_error(error)):
         print(f"error: {sentence}", file=sys.stderr)
+        if error.errno in FULL:
+            sys.unraisablehook = _drop_full
         return 2
     return None
 
@@ -104,3 +106,10 @@ def _interrupt_again(lost: Any) -> None:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(lost)
+
+
+def _drop_full(lost: Any) -> None:
+    """For `sys.unraisablehook` once a full disk has been told of: files that are dropped with unwritten text
+    meet it again. Python says so from 3.13 on."""
+    if not (isinstance(lost.exc_value, OSError) and lost.exc_value.errno in FULL):
+        _interrupt_again(lost)
