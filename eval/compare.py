@@ -26,6 +26,7 @@ from eval.results import (
     Record,
     all_tasks,
     figures,
+    measured_differently,
     multiple_tests,
     p_shown,
     protocol,
@@ -173,12 +174,7 @@ def report(folders: list[Path], contents: list[Record], seen: Seen | None = None
         for metric, *_ in figures(tasks[0][task])
     ]
     parts = [table(("task", "metric", *names, "protocol"), rows)]
-    differing = {task for task in shared if len({protocol(others[task]) for others in tasks}) > 1}
-    if differing:
-        parts.append(
-            "Measured under different settings (dtype, shots, questions, truncation): "
-            f"{', '.join(sorted(differing))}."
-        )
+    parts += measured_differently(shared, tasks)
     n_tests, not_compared, left_out = 0, [], {}
     for name, folder, others in list(zip(names, folders, tasks, strict=True))[1:]:
         rows = []
@@ -201,10 +197,8 @@ def report(folders: list[Path], contents: list[Record], seen: Seen | None = None
     if not n_tests and not_compared:
         raise UserError(not_compared[0])
     parts += [f"Not compared: {reason}." for reason in not_compared]
-    parts += [
-        f"Of the differences, not of the scores: {sentence}" for sentence in left_out.values() if sentence
-    ]
-    parts += seen.notes if seen else []
+    if seen is not None:
+        parts += [*left_out.values(), "The table of scores has all questions.", *seen.notes]
     parts.append(
         f"± is one standard error, of differences over the questions. {multiple_tests(n_tests)} "
         "They cover the choice of questions, not the training seed."

@@ -153,8 +153,8 @@ def read_scores(
     if seen is not None:
         left_out, n_short = seen.among(first, task)
         said = (
-            f"{task}: {len(left_out):,} of {len(first):,} questions are left out, which share {overlap.N} "
-            f"words in a row with {seen.paths}; {n_short:,} have no text of {overlap.N} words, and cannot be "
+            f"{task}: {len(left_out):,} of {len(first):,} questions share {overlap.N} words in a row with "
+            f"{seen.paths} and are left out; {n_short:,} have no text of {overlap.N} words, and cannot be "
             "looked for."
         )
         first = {name: row for name, row in first.items() if name not in left_out}

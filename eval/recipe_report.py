@@ -10,8 +10,10 @@ from eval.results import (
     Record,
     all_tasks,
     figures,
+    measured_differently,
     multiple_tests,
     p_shown,
+    protocol,
     require_shared,
     shown,
     signed,
@@ -38,7 +40,8 @@ def recipe_report(folders: list[Path], contents: list[Record], n_a: int, seen: S
     _require_independent(names, contents, n_a)
     tasks = [all_tasks(content) for content in contents]
     rows, left_out, not_compared = [], [], []
-    for task in require_shared(names, tasks):
+    shared = require_shared(names, tasks)
+    for task in shared:
         metrics = [metric for metric, *_ in figures(tasks[0][task])]
         try:
             _require_one_protocol(task, names, [entries[task] for entries in tasks])
@@ -53,13 +56,15 @@ def recipe_report(folders: list[Path], contents: list[Record], n_a: int, seen: S
             not_compared.append(str(error))
             continue
         left_out.append(sentence)
-        rows += [(task, metric, *_cells(metric, difference)) for metric, difference in found.items()]
+        how = protocol(tasks[0][task])
+        rows += [(task, metric, *_cells(metric, difference), how) for metric, difference in found.items()]
     if not rows:
         raise UserError(not_compared[0])
-    header = ("task", "metric", "A", "B", "B - A", "95% interval", "p", "df", "from seeds", "seeds needed")
+    columns = ("A", "B", "B - A", "95% interval", "p", "df", "from seeds", "seeds needed", "protocol")
     return "\n\n".join([
         *_recipes(names, contents, n_a),
-        table(header, rows),
+        table(("task", "metric", *columns), rows),
+        *measured_differently(shared, tasks),
         *(f"Not compared: {reason}." for reason in not_compared),
         *filter(None, left_out),
         *(seen.notes if seen else []),
@@ -122,11 +127,11 @@ def _require_one_protocol(task: str, names: Sequence[str], entries: Sequence[Rec
         | {name: entry["settings"].get(name) for name in ("dtype", "lm_eval")}
         for entry in entries
     ]
-    for name, protocol in zip(names, protocols, strict=True):
-        if protocol != protocols[0]:
-            key = next(key for key, value in protocol.items() if value != protocols[0][key])
+    for name, settings in zip(names, protocols, strict=True):
+        if settings != protocols[0]:
+            key = next(key for key, value in settings.items() if value != protocols[0][key])
             raise UserError(
-                f"{task} was evaluated with {key} {protocols[0][key]} for {names[0]} and {protocol[key]} for "
+                f"{task} was evaluated with {key} {protocols[0][key]} for {names[0]} and {settings[key]} for "
                 f"{name}: evaluate all runs alike"
             )
 

@@ -159,6 +159,15 @@ def require_shared(names: list[str], tasks: list[dict[str, Record]]) -> list[str
     return shared
 
 
+def measured_differently(shared: list[str], tasks: list[dict[str, Record]]) -> list[str]:
+    """A sentence that names the tasks of which the models' protocols differ; nothing where none does."""
+    differing = {task for task in shared if len({protocol(others[task]) for others in tasks}) > 1}
+    names = ", ".join(sorted(differing))
+    return [f"Measured under different settings (dtype, shots, questions, truncation): {names}."] * bool(
+        names
+    )
+
+
 def questions(entry: Record) -> str:
     """How many questions a figure stands on."""
     n, of = entry["questions"], entry["of"]

@@ -68,6 +68,7 @@ def test_the_table_of_two_recipes(tmp_path: Path, monkeypatch, capsys):
     assert (low + high) / 2 == pytest.approx(100 * (b.mean() - a.mean()), abs=0.011)  # of rounding
     assert (float(found[6]) < 0.05) == (low > 0)
     assert 1 <= float(found[7]) <= 3 and found[8].endswith("%") and int(found[9]) >= 2
+    assert found[10] == "v1.0, 0-shot, float32"
     assert "number of tests: 1," in text and "not the training seed" not in text
 
 
@@ -104,13 +105,13 @@ def test_questions_in_the_training_text_are_left_out(tmp_path: Path, data: Path,
     compare(monkeypatch, *arguments, "--without-overlap", data)
     text = capsys.readouterr().out
     assert cells(text)[2] == f"{100 * a.mean():.2f} ({100 * a.mean(1).std(ddof=1):.2f})"
-    assert f"task: 2 of 40 questions are left out, which share 13 words in a row with {data}; 1 have" in text
+    assert f"task: 2 of 40 questions share 13 words in a row with {data} and are left out; 1 have" in text
     assert "a0 was trained on data that is not in" in text
     compare(monkeypatch, arguments[1], arguments[5], "--without-overlap", data)
     text = capsys.readouterr().out
     right = right_of(arguments[1])[kept], right_of(arguments[5])[kept]
     assert f"| {int((right[0] > right[1]).sum())} / {int((right[0] < right[1]).sum())} |" in text
-    assert "Of the differences, not of the scores: task: 2 of 40 questions are left out" in text
+    assert "task: 2 of 40 questions share" in text and "The table of scores has all questions." in text
     known = recipes(tmp_path / "known", texts=texts, training=training(0, data=fingerprint))
     compare(monkeypatch, known[1], known[5], "--without-overlap", data)
     assert "was trained on data" not in capsys.readouterr().out

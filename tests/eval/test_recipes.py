@@ -99,6 +99,15 @@ def test_by_questions_alone_it_is_the_paired_t_test():
     assert (pages.difference, pages.stderr, pages.p) == pytest.approx((two.difference, two.stderr, two.p))
 
 
+def test_runs_with_one_score_by_luck_have_the_noise_of_their_answers():
+    """Equal scores, by other questions right: squares of 1/2 around the means, 8 of them with 3 degrees of
+    freedom, so M = 2/3; and no recipe is better at any question."""
+    runs = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+    noise = noise_of(runs, runs, np.ones(4))
+    assert noise.seeds == pytest.approx((2 / 3 / 4, 2 / 3 / 4))
+    assert noise.questions == 0
+
+
 def test_equal_answers_are_no_difference_whatever_the_rounding():
     same = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     found = compare_recipes(np.tile(same, (3, 1)), np.tile(same, (7, 1)))
