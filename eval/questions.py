@@ -49,6 +49,8 @@ def read_questions(folder: Path, task: str) -> dict[str, Record]:
     path = folder / "questions" / f"{task}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError("it is empty")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): evaluate the model again") from None
     questions: dict[str, Record] = {}
@@ -64,7 +66,7 @@ class Seen:
     """Evaluation items that stand in training text, by what prepared data records of it."""
 
     notes: list[str]
-    """Models that were trained on other data, as sentences."""
+    """Models that were trained on other data, or on data that is not known, as sentences."""
 
     def __init__(self, paths: Sequence[Path], contents: Sequence[Record]) -> None:
         """Opens prepared data; contents: results of the models that were trained on it.
@@ -73,19 +75,19 @@ class Seen:
             UserError: there is none, or nothing was looked for in it.
         """
         self.paths = " and ".join(map(str, paths))
-        trained_on = {
-            content["model"]["name"]: (content["model"].get("training") or {}).get("data", [])
-            for content in contents
-        }
-        wanted = {fingerprint for data in trained_on.values() for fingerprint in data}
-        opened = [open_version(path, wanted) for path in paths]
+        trained_on = [(content["model"].get("training") or {}).get("data", []) for content in contents]
+        opened = [open_version(path, set().union(*trained_on)) for path in paths]
         known = {dataset.fingerprint for dataset in opened}
-        self.notes = [
-            f"{name} was trained on data that is not in {self.paths} (fingerprint {min(other)[:12]}): "
-            "what stands in that is not left out."
-            for name, data in trained_on.items()
-            if (other := set(data) - known)
-        ]
+        self.notes = []
+        for content, data in zip(contents, trained_on, strict=True):
+            name = content["model"]["name"]
+            if not data:
+                self.notes.append(f"What {name} was trained on is not recorded in its results.")
+            elif other := set(data) - known:
+                self.notes.append(
+                    f"{name} was trained on data that is not in {self.paths} (fingerprint "
+                    f"{min(other)[:12]}): what stands in that is not left out."
+                )
         records = []
         for dataset in opened:
             records.append(dataset.overlap_record())

@@ -144,6 +144,7 @@ def _cells(metric: str, found: Difference) -> tuple[str, ...]:
     low, high = (signed(metric, end, None) for end in found.interval)
     share = "" if found.seed_share != found.seed_share else f"{found.seed_share:.0%}"  # nan: no variance
     needed = "none" if found.seeds_needed is None else f"{found.seeds_needed:,}"
+    needed = needed if found.difference else ""
     return (
         *means, signed(metric, found.difference, found.stderr), f"{low} to {high}", p_shown(found.p),
         f"{found.seed_df:.1f}", share, needed,

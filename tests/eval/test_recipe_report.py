@@ -115,6 +115,9 @@ def test_questions_in_the_training_text_are_left_out(tmp_path: Path, data: Path,
     known = recipes(tmp_path / "known", texts=texts, training=training(0, data=fingerprint))
     compare(monkeypatch, known[1], known[5], "--without-overlap", data)
     assert "was trained on data" not in capsys.readouterr().out
+    results(tmp_path / "other", "a0", right_of(known[1]).tolist(), texts=texts)
+    compare(monkeypatch, known[1], tmp_path / "other/a0", "--without-overlap", data)
+    assert "What a0 was trained on is not recorded in its results.\n" in capsys.readouterr().out
 
 
 def test_appended_text_counts_and_what_was_not_compared_is_refused(tmp_path: Path, data: Path, monkeypatch):
@@ -192,6 +195,17 @@ def test_wrong_runs_are_refused_in_one_sentence(tmp_path: Path, monkeypatch, cha
     results(tmp_path, "asked", right, training=training(8), salt="x")
     with pytest.raises(UserError, match=message):
         compare(monkeypatch, *(str(argument).format(here=tmp_path) for argument in change(arguments)))
+
+
+def test_equal_recipes_need_no_seeds_and_empty_results_are_named(tmp_path: Path, monkeypatch, capsys):
+    a0, a1, b0, b1 = (results(tmp_path, name, [1, 0, 1, 1]) for name in ("a0", "a1", "b0", "b1"))
+    compare(monkeypatch, "--a", a0, a1, "--b", b0, b1)
+    assert cells(capsys.readouterr().out)[4:10] == ["0.00 ± 0.00", "0.00 to 0.00", "1.000", "2.0", "", ""]
+    (a0 / "questions/task.jsonl").write_text("")
+    with pytest.raises(
+        UserError, match=r"task.jsonl cannot be read \(it is empty\): evaluate the model again"
+    ):
+        compare(monkeypatch, "--a", a0, a1, "--b", b0, b1)
 
 
 def test_one_question_is_not_enough(tmp_path: Path, monkeypatch):
