@@ -76,8 +76,12 @@ def check(config: ConvertConfig) -> None:
 
 def check_adapters(config: ConvertConfig, base: Path, step_dir: Path) -> None:
     """Refuses --adapter-for where there are no adapters, or no base that they could be for."""
-    if not any(path.startswith("adapters/") for path in load_manifest(step_dir).tree):
+    manifest = load_manifest(step_dir)
+    if not any(path.startswith("adapters/") for path in manifest.tree):
         raise UserError(f"{step_dir} holds no adapters: leave --adapter-for out, to convert the whole model")
+    if not is_hub_name(base) and not base.exists():
+        made = cli.command("port_torch.convert", manifest.config["run"]["init_from"], base)
+        raise UserError(f"{base} is not there: make it with `{made}`, of what the adapters were trained on")
     require_kind(base, "start", Kind.WEIGHTS)
     if (config.dtype, config.max_shard_size) != (ConvertConfig.dtype, ConvertConfig.max_shard_size):
         raise UserError("--dtype and --max-shard-size are not for adapters, which are one file of float32")

@@ -136,16 +136,16 @@ def next_commands(out: Path, config: RunConfig, steps: int, end: int) -> str:
     ])  # fmt: skip
 
 
-def commands_of_tuned(out: Path, form: str, shown: Row | Conversation, adapted: bool) -> str:
+def commands_of_tuned(out: Path, form: str, shown: Row | Conversation, adapted: Path | None = None) -> str:
     """What to type next of a model tuned on rows of a form.
 
-    shown: one of them. adapted: whether adapters were trained.
+    shown: one of them. adapted: what adapters were trained for, if any were.
     """
     prompt = {"text": "The", "instruction": instruction("Name three colours.")}.get(form)
     if prompt is None and form != CHAT:
         prompt = shown.prompt
     asked = ("--chat",) if form == CHAT else ("--prompt", prompt)
-    alone = (out, f"{out}-adapter", "--adapter-for", "BASE")
+    alone = (out, f"{out}-adapter", "--adapter-for", f"{adapted}-torch")
     return to_type([
         ("converse with it" if form == CHAT else "ask it", "core.generate", (out, *asked)),
         ("evaluate it", "eval.run", (out,)),

@@ -77,8 +77,8 @@ class Tuning(Setup):
 
     def commands(self) -> str:
         """See `Setup`."""
-        shown, adapted = self.data.divided.shown[0], self.step.lora is not None
-        return commands_of_tuned(self.out, self.data.form, shown, adapted)
+        adapted = None if self.step.lora is None else self.config.init_from
+        return commands_of_tuned(self.out, self.data.form, self.data.divided.shown[0], adapted)
 
 
 def prepare_tuning(config: FinetuneConfig, file: RowFile) -> Tuning:

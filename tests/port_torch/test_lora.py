@@ -174,7 +174,7 @@ def test_peft_computes_what_jax_trained(kind: str, tmp_path: Path, monkeypatch, 
         module_of(adapters, MAPS[name].module)["lora_b"] = 0.05 * jax.random.normal(
             jax.random.key(1), b.shape
         )
-    run = {"data": "rows.jsonl", **flatten(lora)}
+    run = {"data": "rows.jsonl", "init_from": "runs/base", **flatten(lora)}
     entry = {"operation": "finetune", "path": "runs/base/checkpoints/00000009", "form": "chat"}
     manifest = dataclasses.replace(manifest_of(config), lineage=[entry])
     manifest = dataclasses.replace(manifest, config=manifest.config | {"run": run})
@@ -220,6 +220,7 @@ def test_peft_computes_what_jax_trained(kind: str, tmp_path: Path, monkeypatch, 
     for source, options, message in (
         (write_checkpoint(tmp_path / "plain", config, params), (base,), "holds no adapters"),
         (start, (start,), "export it first"),
+        (start, (tmp_path / "none",), r"is not there: make it with .*\.convert runs/base .*none"),
         (start, (base, "--dtype", "float16"), "are not for adapters"),
         (start, (base, "--push-to-hub", "me/adapter"), "upload that first"),
     ):

@@ -167,6 +167,7 @@ def test_the_run_says_what_it_does_and_what_it_is(kind: str, tuned):
     assert ("LoRA adapters of rank 4, at q, k, v, o, up" in tuned.said) is adapted
     assert ("2 of the template, each begun as the mean" in tuned.said) is not adapted
     assert f"python -m core.generate {tuned.jax} --chat" in tuned.said
+    assert (f"--adapter-for {tuned.start}-torch" in tuned.said) is adapted
     arguments = (tuned.jax, "--chat", "--max-new-tokens", "3", "--temperature", "0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3 squared?\n")))
