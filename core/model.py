@@ -433,10 +433,15 @@ def abstract_params(config: ModelConfig) -> Params:
     return params
 
 
-@functools.cache
 def definition(config: ModelConfig) -> nnx.GraphDef:
-    """What the modules are apart from their parameters; building it allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))[0]
+    """What the modules are apart from their parameters."""
+    return _modules(config)[0]
+
+
+@functools.cache
+def _modules(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
+    """`definition`, and the parameters as shapes; building the modules allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0)))))
 
 
 def _run(
@@ -490,7 +495,7 @@ def require_fit(config: ModelConfig) -> None:
     Raises:
         UserError: shapes do not fit; it names the module and its axes.
     """
-    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    params = nnx.to_pure_dict(_modules(config)[1])
     require_shapes(config, params)
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
     jax.eval_shape(functools.partial(forward, config), params, tokens)

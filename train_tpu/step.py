@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -180,7 +181,7 @@ def fresh_state(config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
         return init_state(config, init_params(config.model, make_key(seed, Purpose.INIT)))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(make, out_shardings=shardings)(jnp.uint32(seed))
+    return jax.jit(make, out_shardings=shardings)(np.uint32(seed))
 
 
 def train_step(

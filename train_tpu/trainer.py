@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from core import processes
 from core.checkpoint.checkpointer import Checkpointer, restore
@@ -23,7 +24,7 @@ from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
 from core.run.training_run import run_loop
-from core.sharding import resolved_mesh, state_shardings
+from core.sharding import place, resolved_mesh, state_shardings
 from train_tpu.engine import JaxEngine
 from train_tpu.evaluate import Evaluator
 from train_tpu.lora import AdaptedState
@@ -180,7 +181,8 @@ def saved_state(setup: Setup, step_dir: Path) -> tuple[TrainState, list[str]]:
     guard."""
     old, state = load_manifest(step_dir), restore_state(setup, step_dir)
     # A run that the guard halted resumes after the batches that halted it.
-    state = state._replace(guard=state.guard._replace(streak=jax.numpy.zeros_like(state.guard.streak)))
+    streak = place(np.int32(0), state.guard.streak.sharding)
+    state = state._replace(guard=state.guard._replace(streak=streak))
     changed = changed_measure(old, setup.new_manifest())
     return (state._replace(guard=emptied(state.guard)) if changed else state), changed
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -94,8 +95,7 @@ def train_batches(
 
     Batches are read ahead in threads; closing the generator ends these.
     """
-    import grain
-
+    grain = _import_grain()
     mixture, left_out = _as_mixture(data), set(leave_out)
     windows = {name: open_windows(source, TRAIN) for name, source in mixture.sources.items()}
     offsets = np.arange(batch)[rows].tolist()
@@ -177,13 +177,29 @@ def _index_shuffle() -> Callable[..., int]:
         folder = Path(root, *SHUFFLE.split(".")[1:-1])
         spec = importlib.machinery.PathFinder.find_spec(SHUFFLE, [str(folder)])
         if spec is None:
-            import grain
-
-            return grain.experimental.index_shuffle
+            return _import_grain().experimental.index_shuffle
         module = importlib.util.module_from_spec(spec)
         sys.modules[SHUFFLE] = module  # a second copy of it would crash the process at its end
         spec.loader.exec_module(module)
     return sys.modules[SHUFFLE].index_shuffle
+
+
+@functools.cache
+def _import_grain() -> Any:
+    """Grain without what it imports only because it is installed, and which takes longer than Grain: Orbax,
+    and JAX where a run has not imported it."""
+    absent = [name for name in ("jax", "orbax.checkpoint") if name not in sys.modules]
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that JAX's profiler is not there
+    sys.modules.update(dict.fromkeys(absent))  # importing them is an ImportError, for which Grain is prepared
+    try:
+        import grain
+    finally:
+        for name in absent:
+            del sys.modules[name]
+        log.setLevel(level)
+    return grain
 
 
 @functools.lru_cache(maxsize=64)  # of a few sources, whose epochs end at different times

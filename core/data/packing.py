@@ -8,15 +8,21 @@ writer writes one shard after another, at a fifth of the speed.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from core.checkpoint.manifest import sync_path
 
@@ -159,6 +165,38 @@ def serialize(windows: np.ndarray) -> list[bytes]:
     return records
 
 
+def parse(record: bytes) -> Sequence[int]:
+    """The row that `serialize` made a record of; nothing, where the record has no tokens.
+
+    Raises:
+        DecodeError: it is no protocol buffer.
+    """
+    entries = _example().FromString(record).features.feature
+    return next((entry.value.int64_list.value for entry in entries if entry.key == "tokens"), ())
+
+
+@functools.cache
+def _example() -> type[Message]:
+    """tf.train.Example, as far as it holds integers. TFDS has the whole, but to import it takes 0.4 s."""
+    messages: dict[str, list[tuple[str, int, int | str, bool]]] = {  # name, number, type, whether repeated
+        "Example": [("features", 1, "Features", False)],
+        "Features": [("feature", 1, "Entry", True)],  # a map; as bytes, a list of its entries
+        "Entry": [("key", 1, Field.TYPE_STRING, False), ("value", 2, "Feature", False)],
+        "Feature": [("int64_list", 3, "Int64List", False)],
+        "Int64List": [("value", 1, Field.TYPE_INT64, True)],
+    }
+    file = FileDescriptorProto(name="example.proto", syntax="proto3")
+    for message, fields in messages.items():
+        described = file.message_type.add(name=message)
+        for name, number, kind, repeated in fields:
+            label = Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL
+            of = {"type": kind} if isinstance(kind, int) else {"type": Field.TYPE_MESSAGE, "type_name": kind}
+            described.field.add(name=name, number=number, label=label, **of)
+    pool = DescriptorPool()
+    pool.Add(file)
+    return GetMessageClass(pool.FindMessageTypeByName("Example"))
+
+
 def _field(number: int, content: bytes) -> bytes:
     """A field of a protocol buffer that has a length."""
     size, length = len(content), bytearray()
@@ -201,6 +239,38 @@ def describe(folder: Path, context: int, dtype: np.dtype, splits: dict[str, tupl
         )
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(folder)
+
+
+NOT_DESCRIBED = (ValueError, KeyError, TypeError, AttributeError)
+
+
+class Description(NamedTuple):
+    """What `describe` wrote."""
+
+    width: int
+    """Tokens in a record: context + 1."""
+    dtype: np.dtype
+    """Of the tokens."""
+    splits: dict[str, tuple[list[int], int]]
+    """As `describe` takes them."""
+
+
+def read_description(folder: Path) -> Description:
+    """TFDS's description of the shards in a folder, without importing TFDS, which would delay every start.
+
+    Raises:
+        OSError: it is not there.
+        NOT_DESCRIBED: it is not as `describe` writes it.
+    """
+    names = ("dataset_info.json", "features.json")
+    info, features = (json.loads((folder / name).read_bytes()) for name in names)
+    splits = {
+        split["name"]: ([int(n) for n in split.get("shardLengths", ())], int(split.get("numBytes", 0)))
+        for split in info["splits"]
+    }
+    tokens = features["featuresDict"]["features"]["tokens"]["tensor"]
+    (width,) = tokens["shape"]["dimensions"]
+    return Description(int(width), np.dtype(tokens["dtype"]), splits)
 
 
 def write_splits(folder: Path, context: int, splits: dict[str, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from core.data import dataset as ds
+from core.data.packing import read_description
 from core.data.pieces import hash64
 from core.tokenizer import Tokenizer
 
@@ -68,10 +69,8 @@ def link_shards(parent: ds.Dataset, folder: Path) -> None:
 
 def described(parent: ds.Dataset) -> dict[str, tuple[list[int], int]]:
     """What TFDS's description of prepared data says: windows of each shard and bytes of all, by split."""
-    import tensorflow_datasets as tfds
-
-    splits = tfds.builder_from_directory(str(parent.path)).info.splits
-    return {name: (list(splits[name].shard_lengths), splits[name].num_bytes) for name in parent.splits}
+    splits = read_description(parent.path).splits
+    return {name: splits[name] for name in parent.splits}
 
 
 def document_hashes(parent: ds.Dataset, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:

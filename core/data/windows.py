@@ -19,10 +19,11 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from core.checkpoint.manifest import hash_files
+from core.data.packing import NOT_DESCRIBED, parse, read_description, shard_name
 from core.errors import UserError, os_error
 
-# What ArrayRecord, protobuf and TFDS raise at a record that is damaged or of another shape.
-UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
+UNREADABLE = (RuntimeError, ValueError, DecodeError)
+"""What ArrayRecord and protobuf raise at a record that is damaged or of another shape."""
 
 
 class BadRecord(UserError):
@@ -114,27 +115,17 @@ class Windows:
 
     def __init__(self, path: Path, split: str, context: int, hashes: dict[str, str]) -> None:
         """hashes: sha256 of the folder's files by name."""
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        # TFDS's own decoding serves features of any shape, and takes more than twice as long.
-        self._parse = tf_example_pb2.Example.FromString
         self._split, self._context, self._hashes = split, context, hashes
         try:
-            info = tfds.builder_from_directory(str(path)).info
-            described = info.splits[split]
-            files = [
-                (path / name, n) for name, n in zip(described.filenames, described.shard_lengths, strict=True)
-            ]
-            feature = info.features["tokens"]
-            if feature.shape != (context + 1,):
-                raise ValueError(f"its features.json says {feature.shape}, not {context + 1} tokens")
-        except (*UNREADABLE, TypeError, AttributeError) as error:
+            width, self._dtype, splits = read_description(path)
+            lengths, _ = splits[split]
+            if width != context + 1:
+                raise ValueError(f"its features.json says {width}, not {context + 1} tokens")
+        except (*NOT_DESCRIBED, OSError) as error:
             raise UserError(
                 f"{path} is damaged: its split {split} cannot be opened ({error}); prepare the data again"
             ) from error
-        self._dtype = feature.np_dtype
-        self._shards = Shards(files)
+        self._shards = Shards([(path / shard_name(split, i), n) for i, n in enumerate(lengths)])
         self._damaged: set[int] = set()  # shards whose files are known to be damaged
 
     def __len__(self) -> int:
@@ -174,7 +165,7 @@ class Windows:
 
     def _decode(self, content: bytes) -> np.ndarray:
         # As int64, in which they are written: an id that is too large would wrap around in a narrower type.
-        row = np.array(self._parse(content).features.feature["tokens"].int64_list.value, np.int64)
+        row = np.array(parse(content), np.int64)
         if row.shape != (self._context + 1,):
             raise ValueError(f"it is not a window of {self._context + 1} tokens")
         return row

@@ -105,6 +105,7 @@ def restore_from_jax(step_dir: Path, manifest: Manifest, here: dict[str, Tensor]
 
     from core.checkpoint.checkpointer import read_leaves
 
+    jax.config.update("jax_platforms", "cpu")  # a GPU is PyTorch's
     leaves = {
         path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in manifest.tree.items()
     }

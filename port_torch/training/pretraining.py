@@ -3,15 +3,13 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
 import torch
 
+from core.checkpoint.steps import list_steps
 from core.config import ModelConfig
 from core.data.batches import data_record, require_records
 from core.data.sequences import heldout_sets
 from core.documents import document_mark
-from core.keys import Purpose, make_key
-from core.model import init_params
 from core.run.data import choose_run_tokenizer, data_rows, open_data
 from core.run.folder import run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 def run(config: "TrainConfig", out: "Path") -> int:
     """Trains; returns the exit code of `core.run.interrupt`."""
-    jax.config.update("jax_platforms", "cpu")  # JAX only draws the first parameters here
     if config.deterministic:
         require_deterministic_operations()
     with open_distributed(config.device) as ranks:
@@ -61,7 +58,8 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         template, lineage = None, []
         model = model_config(config, tokenizer.vocab_size)
         dataset = ranks.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
-        decoder = fresh_decoder(model, config.seed)
+        resumes = list_steps(out / "checkpoints")
+        decoder = blank_decoder(model) if resumes else drawn_on_the_cpu(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
     require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
@@ -96,8 +94,28 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     )  # fmt: skip
 
 
+def blank_decoder(model: ModelConfig) -> Decoder:
+    """The mirror with zeros, for parameters to be restored into."""
+    with torch.device("meta"):
+        weights = Decoder(model).state_dict()
+    return decoder_of(model, {name: torch.zeros(w.shape, dtype=w.dtype) for name, w in weights.items()})
+
+
+def drawn_on_the_cpu(model: ModelConfig, seed: int) -> Decoder:
+    """`fresh_decoder` in a process whose GPU is PyTorch's."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    return fresh_decoder(model, seed)
+
+
 def fresh_decoder(model: ModelConfig, seed: int) -> Decoder:
     """The mirror with the parameters that `train_tpu.run` starts from: drawn by JAX, the same to the bit."""
+    import jax  # slow, and only a new run needs it
+
+    from core.keys import Purpose, make_key
+    from core.model import init_params
+
     params = jax.jit(lambda seed: init_params(model, make_key(seed, Purpose.INIT)))(jax.numpy.uint32(seed))
     read = reader(params)
     leaves = exported_tensors(model).values()

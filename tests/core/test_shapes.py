@@ -24,7 +24,7 @@ MLP, ATTENTION = model.MLP.__init__, model.Attention.__init__
 @pytest.fixture(autouse=True)
 def no_kept_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model made before a mistake was planted would hide it."""
-    monkeypatch.setattr(model, "definition", model.definition.__wrapped__)
+    monkeypatch.setattr(model, "_modules", model._modules.__wrapped__)
 
 
 def transposed(self, config, std, rngs):

@@ -11,6 +11,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import core.file_tokenizer as file_module
 import core.mistral_tokenizer as module
@@ -80,6 +81,19 @@ def test_mistral_equals_sentencepiece_on_real_documents(mistral, reference, name
     assert len(texts) > 1
     for text in texts:
         assert mistral.encode(text).tolist() == reference.encode(text)
+
+
+def test_units_of_mistral_are_independent():
+    """The facts of its model that make encoding unit by unit exact."""
+    model = ModelProto.FromString(MODEL.read_bytes())
+    normalizer, space = model.normalizer_spec, module.SPACE
+    assert normalizer.name == "identity" and not normalizer.precompiled_charsmap
+    assert normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
+    assert not model.trainer_spec.treat_whitespace_as_suffix
+    kinds = {ModelProto.SentencePiece.Type.Name(piece.type) for piece in model.pieces}
+    assert kinds == {"NORMAL", "UNKNOWN", "CONTROL", "BYTE"}
+    pieces = [piece.piece for piece in model.pieces]
+    assert not any(space in piece.lstrip(space) or "\n" in piece for piece in pieces)
 
 
 def test_mistral_is_exact_when_its_cache_overflows(monkeypatch, reference):

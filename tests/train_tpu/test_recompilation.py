@@ -73,8 +73,12 @@ def shorter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_shape_that_changes_while_the_run_is_on_is_reported(shorter_rows, cache, text):
-    said, _ = run_here(*TINY, "--data", text, "--out", cache / "recompiled", compile_anew=True)
+def test_a_shape_that_changes_while_the_run_is_on_is_reported(shorter_rows, cache, text, caplog):
+    with jax.log_compiles():
+        said, _ = run_here(*TINY, "--data", text, "--out", cache / "recompiled", compile_anew=True)
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    # A small program that nothing needs would delay every start: each is compiled again.
+    assert set(compiled) <= {"make", "train_step", "_sums", "_prefill", "_decode"}
     (row,) = [row for row in read_log(cache / "recompiled", "event") if "train_step" in row.get("why", "")]
     assert row["why"].endswith(" s: ['batch'].tokens is uint16[1,4,25], before uint16[1,4,33]")
     assert f"step {row['step']}: {row['why']}" in said

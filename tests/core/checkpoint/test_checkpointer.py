@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +177,14 @@ def test_save_goes_on_in_the_background(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # The manifest
+
+
+def test_a_run_that_saves_nothing_does_not_wait_for_orbax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)  # importing it is an ImportError
+    with Checkpointer(tmp_path, Keep()) as checkpointer:
+        checkpointer.wait()
 
 
 def test_manifest_says_what_is_there(saved: Path) -> None:

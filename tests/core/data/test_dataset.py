@@ -322,7 +322,7 @@ def test_records_that_other_code_wrote_are_named(tmp_path, tokens):
     features = dataset.path / "features.json"
     described = features.read_text()
     features.write_text(described.replace(f'"{CONTEXT + 1}"', f'"{CONTEXT + 2}"'))
-    said = rf"its split train cannot be opened .*\({CONTEXT + 2},\), not {CONTEXT + 1} tokens"
+    said = rf"its split train cannot be opened .*says {CONTEXT + 2}, not {CONTEXT + 1} tokens"
     with pytest.raises(UserError, match=said):
         take(dataset, 1)
     features.write_text(described)
@@ -337,6 +337,11 @@ def test_records_that_other_code_wrote_are_named(tmp_path, tokens):
         file.write_bytes((other / file.name).read_bytes())
         with pytest.raises(UserError, match=rf"train record \d+ in .* {said}"):
             take(dataset, 1)
+
+
+def test_reading_does_not_wait_for_tfds(dataset, tokens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it is an ImportError
+    assert (open_windows(dataset, "train").read([7], VOCAB) == tokens[[7]]).all()
 
 
 def test_heldout_windows(tmp_path, tokens):

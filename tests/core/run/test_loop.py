@@ -417,7 +417,11 @@ def test_neither_jax_nor_torch_comes_with_what_all_runs_share():
         "for package in (core.run, core.data):\n"
         "    for module in pkgutil.iter_modules(package.__path__, f'{package.__name__}.'):\n"
         "        importlib.import_module(module.name)\n"
-        "print({'jax', 'torch'} & set(sys.modules))"
+        "from core.data.batches import heldout_windows, train_batches\n"
+        "from core.data.dataset import open_dataset\n"
+        "data = open_dataset('tests/fixtures/7b5e0bc/data')\n"
+        "next(train_batches(data, seed=0, batch=4, vocab_size=258)), heldout_windows(data, 'valid')\n"
+        "print({'jax', 'torch', 'orbax', 'tensorflow_datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
