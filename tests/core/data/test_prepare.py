@@ -648,9 +648,11 @@ def slow_run(tmp_path):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while len(list((tmp_path / "made").glob(".out.partial/*.npz"))) < 20:
+    made: list[Path] = []
+    while len(made) < 20 or len({piece.name.rpartition("-")[0] for piece in made}) < 2:  # of both sources
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
+        made = list((tmp_path / "made").glob(".out.partial/*.npz"))
     yield process
     process.kill()
     process.communicate()
