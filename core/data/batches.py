@@ -10,12 +10,9 @@ and there is no iterator state to save.
 import dataclasses
 import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +22,6 @@ from core.data.mixture import Mixture, alone
 from core.data.windows import Windows
 from core.errors import UserError
 
-SHUFFLE = "grain._src.python.experimental.index_shuffle.python.index_shuffle_module"
 Data = Dataset | Mixture
 Record = int | str
 """A train record as users name it: its number, and in a mixture SOURCE:NUMBER."""
@@ -163,25 +159,8 @@ def record_at(index: int, n_records: int, seed: int) -> int:
     however long the dataset. Its usual 4 rounds leave neighbours correlated; 16 do not.
     """
     epoch, place = divmod(index, n_records)
-    return _index_shuffle()(place, max_index=n_records - 1, seed=_epoch_seed(seed, epoch), rounds=16)
-
-
-@functools.cache
-def _index_shuffle() -> Callable[..., int]:
-    """grain.experimental.index_shuffle, without the rest of Grain if its compiled file is where we know it.
-
-    Grain imports JAX and Orbax: 3 s for which the first update of a run in PyTorch would wait.
-    """
-    if SHUFFLE not in sys.modules:
-        (root,) = importlib.util.find_spec("grain").submodule_search_locations
-        folder = Path(root, *SHUFFLE.split(".")[1:-1])
-        spec = importlib.machinery.PathFinder.find_spec(SHUFFLE, [str(folder)])
-        if spec is None:
-            return _import_grain().experimental.index_shuffle
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[SHUFFLE] = module  # a second copy of it would crash the process at its end
-        spec.loader.exec_module(module)
-    return sys.modules[SHUFFLE].index_shuffle
+    shuffle = _import_grain().experimental.index_shuffle
+    return shuffle(place, max_index=n_records - 1, seed=_epoch_seed(seed, epoch), rounds=16)
 
 
 @functools.cache

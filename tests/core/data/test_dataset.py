@@ -15,7 +15,7 @@ import pytest
 from bench import loader
 from core.data import packing
 from core.data import windows as module
-from core.data.batches import SHUFFLE, _index_shuffle, heldout_windows, record_at, train_batches
+from core.data.batches import heldout_windows, record_at, train_batches
 from core.data.dataset import Dataset, Split, open_dataset, open_windows, write_manifest
 from core.data.windows import BadRecord
 from core.errors import UserError
@@ -115,19 +115,6 @@ def test_order_is_the_one_of_earlier_versions():
     # Written down once: a run that is resumed after an upgrade must go on in the same order.
     assert [record_at(i, 1000, 0) for i in (0, 1, 2, 999, 1000, 123_456)] == [415, 185, 212, 170, 746, 563]
     assert [record_at(i, 1, 3) for i in range(3)] == [0, 0, 0]
-
-
-def test_the_shuffle_is_grains_wherever_its_file_is(monkeypatch):
-    """One function, whether it was loaded before Grain, with it, or could not be found alone."""
-    _index_shuffle.cache_clear()
-    alone = _index_shuffle()
-    import grain
-
-    assert alone is grain.experimental.index_shuffle
-    monkeypatch.delitem(sys.modules, SHUFFLE)
-    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda *_: None)
-    _index_shuffle.cache_clear()
-    assert _index_shuffle() is alone
 
 
 def test_neighbours_in_the_order_are_unrelated():
