@@ -120,6 +120,7 @@ def test_questions_in_the_training_text_are_left_out(tmp_path: Path, data: Path,
     assert "What a0 was trained on is not recorded in its results.\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_appended_text_counts_and_what_was_not_compared_is_refused(tmp_path: Path, data: Path, monkeypatch):
     more = write_jsonl(tmp_path / "more.jsonl", [LONG[20], *["yet other words"] * 40])
     items = write_jsonl(tmp_path / "new-items.jsonl", [*LONG[:30], "never asked before " * 13])
