@@ -355,10 +355,15 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+def without_weights(config: ModelConfig) -> Decoder:
+    """A decoder on the device `meta`: its parameters have names, shapes and types, and no memory."""
+    with torch.device("meta"), _NoInit():
+        return Decoder(config)
+
+
 def decoder_of(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
     """A decoder whose parameters are these tensors themselves, which are on one device."""
-    with torch.device("meta"), _NoInit():
-        model = Decoder(config)
+    model = without_weights(config)
     model.load_state_dict(weights, assign=True)
     if (multipliers := rope_multipliers(config)) is not None:
         model.rope_multipliers = multipliers.to(model.embed.weight.device)

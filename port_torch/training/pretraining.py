@@ -17,7 +17,7 @@ from core.run.settings import model_config
 from core.sampling import require_room
 from core.tokenizer import require_same, tokenizer_record
 from port_torch.export import reader
-from port_torch.model import Decoder, decoder_of, parameter_name
+from port_torch.model import Decoder, decoder_of, parameter_name, without_weights
 from port_torch.names import exported_tensors
 from port_torch.training.batches import empty_rows, pretraining_batches
 from port_torch.training.distributed import Distributed, open_distributed
@@ -96,8 +96,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
 
 def blank_decoder(model: ModelConfig) -> Decoder:
     """The mirror with zeros, for parameters to be restored into."""
-    with torch.device("meta"):
-        weights = Decoder(model).state_dict()
+    weights = without_weights(model).state_dict()
     return decoder_of(model, {name: torch.zeros(w.shape, dtype=w.dtype) for name, w in weights.items()})
 
 
