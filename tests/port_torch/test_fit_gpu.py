@@ -1,6 +1,7 @@
 """`TrainStep.fit` where a GPU's memory ends: what was tried is what an update needs."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -32,13 +33,14 @@ def make_train_step(config: ModelConfig) -> TrainStep:
     return TrainStep(Decoder(config).to("cuda"), MirrorOptimizerConfig(), ranks, seed=0, bf16=True)
 
 
-def peak(function) -> int:
-    """The most bytes that are allocated at once in a call."""
+def peak(function) -> tuple[int, int]:
+    """The most bytes at once in a call: allocated, and held by PyTorch for it."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -50,14 +52,15 @@ def test_an_update_needs_what_was_tried(parts: int):
         return empty_rows(n, config.context, packed=False)
 
     train_step.update(example(8), parts, 0, 1e-4)  # cuBLAS's own memory
-    tried = peak(lambda: train_step._rehearse(example(8), parts))
+    tried, _ = peak(lambda: train_step._rehearse(example(8), parts))
     train_step._forget()
-    used = peak(lambda: train_step.update(example(8), parts, 1, 1e-4))
+    used, _ = peak(lambda: train_step.update(example(8), parts, 1, 1e-4))
     # PyTorch splits no block for less than a mebibyte: which blocks are free decides on a few of them.
     assert used <= 1.01 * tried, f"tried {tried / 2**20:.0f} MiB, used {used / 2**20:.0f}"
 
 
 def test_the_batch_is_split_wherever_memory_ends():
+    """No further than it must be: fewer micro-batches hold more memory than there is, then."""
     config = dataclasses.replace(PRESETS["mtlm1-88m"], n_layers=4, vocab_size=258)
     train_step = make_train_step(config)
 
@@ -66,14 +69,20 @@ def test_the_batch_is_split_wherever_memory_ends():
 
     train_step._rehearse(example(16), 1)
     train_step._forget()
-    most = peak(lambda: train_step._rehearse(example(16), 1))
-    train_step._forget()
-    base, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    need = {}
+    for parts in (1, 2, 4, 8):
+        need[parts] = peak(functools.partial(train_step._rehearse, example(16), parts))
+        train_step._forget()
+    most, total = need[1][0], torch.cuda.get_device_properties(0).total_memory
+    base = torch.cuda.memory_allocated()
     found = set()
     for i in range(40):
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((base + (most - base) * (0.55 + 0.01 * i)) / total)
+        limit = base + int((most - base) * (0.55 + 0.01 * i))
+        torch.cuda.set_per_process_memory_fraction(limit / total)
         parts = train_step.fit(16, 1, example)
         found.add(parts)
+        assert all(held > limit for fewer, (_, held) in need.items() if fewer < parts)
+        assert 0.99 * need[parts][0] <= limit  # see above
         train_step.update(example(16), parts, i, 1e-4)
-    assert len(found) > 1 and found <= {1, 2, 4}
+    assert len(found) > 1

@@ -95,7 +95,7 @@ def test_tuning_on_rows_is_that_of_pytorch(tmp_path):
         assert module.startswith("port_torch") or "cudnn within documents" in " ".join(out.split())
         return np.array(losses(tmp_path / name))[:, 1]
 
-    expected = curve("torch", export, "--no-compile", module="port_torch.finetune")
+    expected = curve("torch", export, "--compile", "False", module="port_torch.finetune")
     assert expected[-1] < expected[0] - 0.02
     np.testing.assert_allclose(curve("all", start), expected, rtol=3e-3)
     adapted = curve("lora", start, "--lora-rank", "8", "--lora-dropout", "0.1")

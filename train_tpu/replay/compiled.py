@@ -149,13 +149,15 @@ def compare(recorded: Recorded, setup: Setup, replayed: Replayed) -> list[str]:
     lines.append(f"the log says: loss {logged.loss!r}, gradient norm {logged.grad_norm!r}")
     off = abs(now.loss - logged.loss) / max(abs(logged.loss), 1e-30)
     spread = SPREAD[setup.step.compute.dtype]
-    within = "within" if off <= spread else "beyond"
+    if replayed.others:  # from there on the parameters differ, too
+        first = replayed.others[0]
+        grown = f"{recorded.step - first} updates after the first that differs, {first}; in one update"
+    else:
+        grown = "within what" if off <= spread else "beyond what"
     if math.isfinite(off):
         lines.append(
-            f"the losses differ by {off:.1e} of the log's, {within} the {spread:g} that orders of sums make"
+            f"the losses differ by {off:.1e} of the log's, {grown} another order of sums makes: {spread:g}"
         )
-    if replayed.others:
-        lines.append(f"the first update that differs is {replayed.others[0]}")
     lines.append(why_not_equal(recorded, setup, replayed))
     return lines
 
