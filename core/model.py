@@ -23,9 +23,11 @@ from core.attention import RESIDUALS, Implementation, causal_attention, masked_a
 from core.config import ModelConfig
 from core.leaves import model_leaves
 from core.ops import (
+    IN_PRODUCTS,
     Kernels,
     Rotation,
     add_rms_norm,
+    gelu_mlp,
     norms_run_on,
     products_run_on,
     rms_norm,
@@ -61,7 +63,7 @@ class Compute:
     layers."""
     mesh: Mesh | None = None
     kernels: Kernels | None = None
-    """CUDA kernels for norms, rotation, SwiGLU, loss and AdamW; None: XLA's formulas."""
+    """CUDA kernels for norms, rotation, SwiGLU, GELU, loss and AdamW; None: XLA's formulas."""
 
 
 class KVCache(NamedTuple):
@@ -249,18 +251,24 @@ class MLP(nnx.Module):
         self.kind = config.mlp
 
     def __call__(self, x: Float[Array, "B S D"], compute: Compute) -> Float[Array, "B S D"]:
+        if self.runs_on_kernels(x, compute):
+            mlp = gelu_mlp if self.gate is None else swiglu_mlp
+            parts = (m for m in (self.gate, self.up, self.down) if m is not None)
+            weights = (w[...] for m in parts for w in (m.kernel, m.bias) if w is not None)
+            return scoped(self.kind, functools.partial(mlp, compute.kernels, compute.mesh), x, *weights)
         activation = ACTIVATIONS[self.kind]
         if self.gate is None:
             return scoped("down", self.down, activation(scoped("up", self.up, x)))
-        parts = (self.gate, self.up, self.down)
-        fits = all(m.bias is None and m.adapter is None for m in parts) and not splits_weights(compute.mesh)
-        fits &= compute.remat != "dots"  # which keeps XLA's products, not those of a kernel
-        if fits and products_run_on(compute.kernels, x, self.gate.kernel.shape[-1]):
-            mlp = functools.partial(swiglu_mlp, compute.kernels, compute.mesh)
-            return scoped("swiglu", mlp, x, *(m.kernel[...] for m in parts))
         # Two products: as one, its gradient is concatenated first, 6% of a 200M step on an H200.
         gate = activation(scoped("gate", self.gate, x))
         return scoped("down", self.down, gate * scoped("up", self.up, x))
+
+    def runs_on_kernels(self, x: Float[Array, "B S D"], compute: Compute) -> bool:
+        """Whether the activation is computed inside the products."""
+        fits = (self.kind, self.up.bias is not None) in IN_PRODUCTS and not splits_weights(compute.mesh)
+        fits &= all(m is None or m.adapter is None for m in (self.gate, self.up, self.down))
+        fits &= compute.remat != "dots"  # which keeps XLA's products, not those of a kernel
+        return fits and products_run_on(compute.kernels, x, self.up.kernel.shape[-1])
 
 
 class Block(nnx.Module):

@@ -25,6 +25,9 @@ Rotation = tuple[Array, Array]
 Heads = tuple[int, int, int]
 """H, G and G."""
 
+IN_PRODUCTS = {("swiglu", False): "SwiGLU", ("gelu", True): "GELU"}
+"""Activations that kernels compute inside products, by kind of MLP and whether it has biases: their names."""
+
 ROWS = P(BATCH_AXES)
 
 
@@ -48,11 +51,15 @@ class Kernels(NamedTuple):
     softmax_loss: Callable[..., tuple[Array, Array, Array]]
     """logits [N, V], targets [N], z_loss -> their gradient, in their memory; total and nll of each row."""
     product_types: tuple[str, ...]
-    """Of matrices that they multiply, with SwiGLU inside; none on a GPU that lacks what they need."""
+    """Of matrices that they multiply, with SwiGLU or GELU inside; none on a GPU that lacks what they need."""
     swiglu_product: Callable[..., tuple[Array, Array]]
     """x [N, D], weight [D, 2F] of gate and up -> their outputs [N, 2F]; silu(gate) * up, [N, F]."""
     swiglu_product_backward: Callable[..., tuple[Array, Array]]
     """Gradient [N, D] of the MLP, down [F, D], outputs of gate and up -> their gradient; silu(gate) * up."""
+    gelu_product: Callable[..., tuple[Array, Array]]
+    """x [N, D], weight [D, F] and bias [F] of up -> its output [N, F]; its GELU."""
+    gelu_product_backward: Callable[..., tuple[Array, Array]]
+    """Gradient [N, D] of the MLP, down [F, D], output of up -> its gradient; that of its bias, float32."""
     adamw: Callable[..., tuple[list[Array], list[Array], list[Array]]]
     """params, gradients, first and second moments (lists), lr, step, grad_scale, skip (scalars), betas, eps,
     weight_decay -> params and moments, in their memory."""
@@ -284,6 +291,57 @@ swiglu_mlp.defvjp(_swiglu_forward, _swiglu_backward)
 
 def _gate_and_up(x: Array, gate: Array, up: Array) -> Array:
     return jnp.concatenate([gate, up], axis=1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gelu_mlp(
+    kernels: Kernels,
+    mesh: Mesh | None,
+    x: Float[Array, "B S D"],
+    up: Float[Array, "D F"],
+    up_bias: Float[Array, " F"],
+    down: Float[Array, "F D"],
+    down_bias: Float[Array, " D"],
+) -> Float[Array, "B S D"]:
+    """gelu(x up + up_bias) down + down_bias in GELU's tanh form, its gradient on the kernels.
+
+    Every device holds whole weights. The kernels store what up gives for the backward pass, so without
+    gradients the formula runs.
+    """
+    up, up_bias, down, down_bias = (w.astype(x.dtype) for w in (up, up_bias, down, down_bias))
+    return jax.nn.gelu(x @ up + up_bias, approximate=True) @ down + down_bias
+
+
+def _gelu_forward(kernels, mesh, x, up, up_bias, down, down_bias):
+    def local(x, weight, bias):
+        results = kernels.gelu_product(_flat(x), weight, bias)
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in results)
+
+    weight, bias = up.astype(x.dtype), up_bias.astype(jnp.float32)
+    of_up, h = per_device(mesh, local, (ROWS, P(), P()), ROWS)(x, weight, bias)
+    y = _flat(h) @ down.astype(x.dtype) + down_bias.astype(x.dtype)
+    return y.reshape(x.shape), (x, up, up_bias, down, down_bias, of_up, h)
+
+
+def _gelu_backward(kernels, mesh, residuals, d):
+    x, up, up_bias, down, down_bias, of_up, h = residuals
+
+    def local(d, down, of_up):
+        d_up, d_bias = kernels.gelu_product_backward(_flat(d), down, _flat(of_up))
+        if is_parallel(mesh):
+            d_bias = jax.lax.psum(d_bias, BATCH_AXES)
+        return d_up.reshape(of_up.shape), d_bias
+
+    specs = (ROWS, P(), ROWS)
+    d_up, d_up_bias = per_device(mesh, local, specs, (ROWS, P()))(d, down.astype(x.dtype), of_up)
+    d, d_up = _flat(d), _flat(d_up)
+    d_x = d_up @ up.astype(x.dtype).T
+    gradients = (_flat(x).T @ d_up, d_up_bias, _flat(h).T @ d, d.sum(0, dtype=jnp.float32))
+    weights = (up, up_bias, down, down_bias)
+    return d_x.reshape(x.shape), *(g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True))
+
+
+gelu_mlp.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _flat(x: Array) -> Array:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels_cuda.ops.adamw import AdamW
+from kernels_cuda.ops.gelu import gelu_mlp
 from kernels_cuda.ops.linear_cross_entropy import linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate
@@ -178,21 +179,38 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     yield task, "torch.compile", bind(torch.compile(backward, dynamic=False), *gradients)
 
 
-def mlps(n: int, d: int, f: int) -> Made:
-    """An MLP with SwiGLU, forward and backward."""
-    x = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
-    weights = [torch.randn(shape, device="cuda", dtype=BF16) / d**0.5 for shape in ((f, d), (f, d), (d, f))]
-    inputs = (x, *(w.requires_grad_() for w in weights))
-    gradient = torch.randn_like(x)
-    task = Task(f"MLP {n}x{d}x{f}", operations=18 * n * d * f)
+def swiglu_mlps(n: int, d: int, f: int) -> Made:
+    """An MLP with SwiGLU."""
 
     def plain(x, gate, up, down):
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
+    yield from mlps(f"MLP {n}x{d}x{f}", swiglu_mlp, plain, n, d, ((f, d), (f, d), (d, f)))
+
+
+def gelu_mlps(n: int, d: int, f: int) -> Made:
+    """An MLP with GELU and biases."""
+
+    def plain(x, up, up_bias, down, down_bias):
+        return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
+
+    yield from mlps(f"MLP with GELU {n}x{d}x{f}", gelu_mlp, plain, n, d, ((f, d), (f,), (d, f), (d,)))
+
+
+def mlps(
+    name: str, ours: Callable, plain: Callable, n: int, d: int, shapes: tuple[tuple[int, ...], ...]
+) -> Made:
+    """An MLP forward and backward, of n rows and parameters of these shapes."""
+    x = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
+    weights = [torch.randn(shape, device="cuda", dtype=BF16) / d**0.5 for shape in shapes]
+    inputs = (x, *(w.requires_grad_() for w in weights))
+    gradient = torch.randn_like(x)
+    task = Task(name, operations=6 * n * sum(w.numel() for w in weights if w.dim() == 2))
+
     def both(way):
         return lambda: torch.autograd.grad(way(*inputs), inputs, gradient)
 
-    yield task, "mtlm", both(swiglu_mlp)
+    yield task, "mtlm", both(ours)
     yield task, "torch", both(plain)
     yield task, "torch.compile", both(torch.compile(plain, dynamic=False))
 
@@ -274,7 +292,8 @@ TASKS: dict[str, Callable[[], Made]] = {
     "norm alone 768": lambda: norm_alone(262144, 768),
     "norm alone 384": lambda: norm_alone(262144, 384),
     "rotary": lambda: rotations(131072, 12, 64),
-    "mlp": lambda: mlps(32768, 768, 2176),
+    "mlp": lambda: swiglu_mlps(32768, 768, 2176),
+    "mlp gelu": lambda: gelu_mlps(65536, 384, 1024),
     "softmax": lambda: softmax_pass(16384, 32000),
     "loss 768": lambda: losses(32768, 768, 32000),
     "loss 384": lambda: losses(32768, 384, 32000),

@@ -97,6 +97,12 @@ def on_hopper(x: Tensor) -> bool:
     return x.device.index in _hopper  # asked once, when they are: torch.compile cannot ask
 
 
+def products_run_on(x: Tensor, *parameters: Tensor, widths: tuple[int, ...]) -> bool:
+    """Whether the products with epilogues take these: bfloat16 on Hopper, widths in steps of 16 bytes."""
+    aligned = all(width % 8 == 0 for width in widths)
+    return on_hopper(x) and on_kernels(x, *parameters) and compute_type(x) == torch.bfloat16 and aligned
+
+
 def compute_type(x: Tensor) -> torch.dtype:
     """The type that a matrix product with x would have."""
     device = x.device.type

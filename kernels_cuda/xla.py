@@ -20,11 +20,11 @@ from kernels_cuda.files import Source, find_file
 
 TARGETS = (
     "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "softmax_loss",
-    "swiglu_product", "swiglu_product_backward", "adamw",
+    "swiglu_product", "swiglu_product_backward", "gelu_product", "gelu_product_backward", "adamw",
 )  # fmt: skip
 WIDTHS = (64, 128, 384, 512, 576, 768, 960, 1024)  # of rows that rms_norm.cu holds in registers
 PROCESSORS = 132  # of an H100 or H200
-HOPPER = "9.0"  # their architecture, the only one that swiglu.cu is for
+HOPPER = "9.0"  # their architecture, the only one that swiglu.cu and gelu.cu are for
 
 _registered: set[str] = set()  # files whose calls XLA knows
 
@@ -90,6 +90,8 @@ def make(processors: int, hopper: bool) -> Kernels:
         product_types=("bfloat16",) if hopper else (),
         swiglu_product=_swiglu_product,
         swiglu_product_backward=_swiglu_product_backward,
+        gelu_product=_gelu_product,
+        gelu_product_backward=_gelu_product_backward,
         adamw=_adamw,
     )
 
@@ -159,6 +161,19 @@ def _swiglu_product(x, weight):
 def _swiglu_product_backward(d, down, gate_up):
     results = (_like(gate_up), jax.ShapeDtypeStruct((d.shape[0], down.shape[0]), d.dtype))
     return _call("swiglu_product_backward", results, d, down, gate_up)
+
+
+def _gelu_product(x, weight, bias):
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+    return _call("gelu_product", (result, result), x, weight, bias)
+
+
+def _gelu_product_backward(d, down, up):
+    rows, width = up.shape
+    d_bias = jax.ShapeDtypeStruct((width,), jnp.float32)
+    # Sums over the rows of each of the eight warps that have tiles of 256 rows.
+    partials = jax.ShapeDtypeStruct((8 * -(-rows // 256), width), jnp.float32)
+    return _call("gelu_product_backward", (_like(up), d_bias, partials), d, down, up)[:2]
 
 
 def _adamw(params, gradients, first, second, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay):

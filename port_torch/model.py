@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from core.config import ModelConfig
 from core.leaves import LEAVES, Leaf, get_leaf
+from kernels_cuda.ops.gelu import gelu_mlp
 from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
 from kernels_cuda.ops.rotary import rotate, rotated_projections
@@ -165,14 +166,18 @@ class MLP(nn.Module):
         self.gate = nn.Linear(d, f, bias=bias) if config.mlp == "swiglu" else None
         self.up = nn.Linear(d, f, bias=bias)
         self.down = nn.Linear(f, d, bias=bias)
-        self.activation = ACTIVATIONS[config.mlp]
+        self.kind, self.activation = config.mlp, ACTIVATIONS[config.mlp]
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        parts = [part for part in (self.gate, self.up, self.down) if part is not None]
+        if all(type(part) is nn.Linear for part in parts):  # no LoRA
+            biased = self.up.bias is not None
+            if self.kind == "swiglu" and not biased:
+                return swiglu_mlp(x, *(part.weight for part in parts))
+            if self.kind == "gelu" and biased:
+                return gelu_mlp(x, *(t for part in parts for t in (part.weight, part.bias)))
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        parts = (self.gate, self.up, self.down)
-        if all(type(part) is nn.Linear and part.bias is None for part in parts):  # no LoRA
-            return swiglu_mlp(x, *(part.weight for part in parts))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

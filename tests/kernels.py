@@ -81,6 +81,24 @@ def swiglu_product_backward(d, down, gate_up):
     return d_gate_up.astype(gate_up.dtype), swiglu(gate_up)
 
 
+def gelu_product(x, weight, bias):
+    up = (x @ weight + bias).astype(x.dtype)
+    y = up.astype(jnp.float32)
+    return up, (y * sigmoid(y)).astype(x.dtype)
+
+
+def sigmoid(y):
+    """(1 + tanh u) / 2 of GELU's tanh form."""
+    return 1 / (1 + jnp.exp(-2 * jnp.sqrt(2 / jnp.pi) * (y + 0.044715 * y**3)))
+
+
+def gelu_product_backward(d, down, up):
+    y, d_h = up.astype(jnp.float32), (d @ down.T).astype(jnp.float32)
+    s, slope = sigmoid(y), 2 * jnp.sqrt(2 / jnp.pi) * (1 + 3 * 0.044715 * y**2)
+    d_up = d_h * (s + y * s * (1 - s) * slope)
+    return d_up.astype(up.dtype), d_up.sum(0)
+
+
 def adamw(params, gradients, first, second, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay):
     updated = []
     for p, g, m, v in zip(params, gradients, first, second, strict=True):
@@ -106,5 +124,7 @@ REFERENCE = Kernels(
     ("float32", "bfloat16"),
     swiglu_product,
     swiglu_product_backward,
+    gelu_product,
+    gelu_product_backward,
     adamw,
 )

@@ -15,7 +15,7 @@ from core.config import ModelConfig, compute_dtype
 from core.errors import UserError
 from core.loss import head_axes
 from core.model import Compute
-from core.ops import Kernels, norms_run_on
+from core.ops import IN_PRODUCTS, Kernels, norms_run_on
 from core.sharding import splits_weights
 from train_tpu.config import JaxSettings, KernelsOption
 from train_tpu.step import StepConfig
@@ -52,7 +52,7 @@ class KernelsChoice(NamedTuple):
     why: str
 
     def describe(self, model: ModelConfig, mesh: Mesh) -> str:
-        """One line: what computes norms, rotation, SwiGLU, loss and AdamW, and why."""
+        """One line: what computes norms, rotation, SwiGLU or GELU, loss and AdamW, and why."""
         if self.kernels is None:
             return f"xla: {self.why}"
         ours, xla = ["rotation" if model.positions == "rope" else "packing of q, k and v", "AdamW"], []
@@ -65,13 +65,13 @@ class KernelsChoice(NamedTuple):
             ours.append("loss")
         else:
             xla.append("loss, since tensor divides the vocabulary")
-        if model.mlp == "swiglu" and not model.biases:
+        if (name := IN_PRODUCTS.get((model.mlp, model.biases))) is not None:
             if splits_weights(mesh):
-                xla.append("SwiGLU, since the mesh divides weights")
+                xla.append(f"{name}, since the mesh divides weights")
             elif not self.kernels.product_types:
-                xla.append("SwiGLU, which needs architecture 9.0")
+                xla.append(f"{name}, which needs architecture 9.0")
             else:
-                ours.append("SwiGLU (in bfloat16, without LoRA)")
+                ours.append(f"{name} (in bfloat16, without LoRA)")
         return f"cuda: {', '.join(ours)}{''.join(f'; by XLA {part}' for part in xla)} ({self.why})"
 
 

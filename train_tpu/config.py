@@ -37,8 +37,8 @@ class JaxSettings(TrainingSettings):
     """Attention implementation. auto: cudnn on a GPU (with --deterministic triton) and splash on a TPU where
     they can be used, else xla."""
     kernels: KernelsOption = "auto"
-    """auto: our CUDA kernels for norms, rotation, SwiGLU, loss and AdamW on a GPU that they can run on, else
-    XLA's operations. cuda: only our kernels. xla: only XLA's operations."""
+    """auto: our CUDA kernels for norms, rotation, SwiGLU, GELU, loss and AdamW on a GPU that they can run on,
+    else XLA's operations. cuda: only our kernels. xla: only XLA's operations."""
     unroll: int | None = None
     """Unroll factor of the scan over layers. Default: all layers on CPU and GPU, 1 on TPU (it compiles
     faster)."""

@@ -24,6 +24,8 @@ cudaError_t rotary_unpack_into(cudaStream_t, View, std::optional<View>, std::opt
 cudaError_t softmax_loss_(cudaStream_t, Out, View, Out, Out, double, bool);
 cudaError_t swiglu_product_into(cudaStream_t, View, View, bool, Out, Out);
 cudaError_t swiglu_product_backward_into(cudaStream_t, View, View, bool, View, Out, Out);
+cudaError_t gelu_product_into(cudaStream_t, View, View, View, bool, Out, Out);
+cudaError_t gelu_product_backward_into(cudaStream_t, View, View, bool, View, Out, Out, Out);
 cudaError_t adamw_(cudaStream_t, const std::vector<Out>&, const std::vector<View>&, const std::vector<Out>&,
                    const std::vector<Out>&, const std::vector<Out>&, View, View, View, View, double, double, double,
                    double);
@@ -169,6 +171,19 @@ ffi::Error swiglu_product_backward(cudaStream_t stream, In d, In down, In gate_u
   });
 }
 
+ffi::Error gelu_product(cudaStream_t stream, In x, In weight, In bias, Result up, Result h) {
+  Arrays a;
+  return run([&] { return gelu_product_into(stream, a(x), a(weight), a(bias), true, a(up), a(h)); });
+}
+
+ffi::Error gelu_product_backward(cudaStream_t stream, In d, In down, In up, Result d_up, Result d_bias,
+                                 Result partials) {
+  Arrays a;
+  return run([&] {
+    return gelu_product_backward_into(stream, a(d), a(down), true, a(up), a(d_up), a(d_bias), a(partials));
+  });
+}
+
 // After the scalars n parameters, n gradients, n first and n second moments; the results are all but the gradients,
 // in the memory of what they replace.
 ffi::Error adamw(cudaStream_t stream, In lr, In step, In grad_scale, In skip, ffi::RemainingArgs rest,
@@ -217,6 +232,8 @@ OP(softmax_loss, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Re
                      .Attr<double>("z_loss"));
 OP(swiglu_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
 OP(swiglu_product_backward, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
+OP(gelu_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
+OP(gelu_product_backward, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>());
 OP(adamw, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().RemainingArgs().RemainingRets()
               .Attr<double>("beta1").Attr<double>("beta2").Attr<double>("eps").Attr<double>("weight_decay"));
 // clang-format on

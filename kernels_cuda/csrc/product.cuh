@@ -189,4 +189,12 @@ cudaError_t launch(cudaStream_t stream, const Maps<E>& maps, int64_t rows, int64
   return cudaLaunchKernelEx(&config, kernel, maps, sizes);
 }
 
+// BY_COLUMNS as a value.
+template <typename E>
+cudaError_t launch(cudaStream_t stream, const Maps<E>& maps, bool by_columns, int64_t rows, int64_t width,
+                   int64_t inner) {
+  return by_columns ? launch<E, true>(stream, maps, rows, width, inner)
+                    : launch<E, false>(stream, maps, rows, width, inner);
+}
+
 }  // namespace mtlm::hopper

@@ -14,7 +14,7 @@
 // block leaves one row of partials, and a second small kernel adds those in order. No atomics: the result
 // depends on the inputs and the number of multiprocessors alone, and a row's results on that row alone.
 // Other sizes and unaligned rows take plain loops.
-#include "common.cuh"
+#include "partials.cuh"
 
 namespace mtlm {
 namespace {
@@ -288,29 +288,6 @@ __global__ __launch_bounds__(THREADS) void backward_any(Backward a, Weight weigh
   for (int64_t c = threadIdx.x; c < d; c += THREADS) a.partials[blockIdx.x * d + c] = d_weight[c];
 }
 
-// Column sums of the partials: 32 columns a block, 8 threads a column, always in the same order.
-__global__ __launch_bounds__(THREADS) void add_partials(const float* partials, int64_t count, int64_t d, void* out,
-                                                        bool out_bf16) {
-  __shared__ float part[WARPS][32];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
-  const int group = threadIdx.x / 32;
-  float total = 0;
-  if (column < d) {
-#pragma unroll 4
-    for (int64_t p = group; p < count; p += WARPS) total += partials[p * d + column];
-  }
-  part[group][threadIdx.x % 32] = total;
-  __syncthreads();
-  if (group != 0 || column >= d) return;
-#pragma unroll
-  for (int g = 1; g < WARPS; ++g) total += part[g][threadIdx.x];
-  if (out_bf16) {
-    static_cast<bf16*>(out)[column] = from_float<bf16>(total);
-  } else {
-    static_cast<float*>(out)[column] = total;
-  }
-}
-
 // Whether every row begins at a multiple of 16 bytes.
 bool vectors(const Rows& rows, Type type) {
   const int64_t size = type == Type::bfloat16 ? 2 : 4;
@@ -448,9 +425,7 @@ cudaError_t rms_norm_backward_into(cudaStream_t stream, View d_normed, std::opti
   if (rows > 0) dispatch_norm(type, residual_type, whole, d, launch);
   if (error == cudaSuccess) error = cudaGetLastError();
   if (error != cudaSuccess || d == 0) return error;
-  add_partials<<<static_cast<unsigned>((d + 31) / 32), THREADS, 0, stream>>>(a.partials, blocks, d, a.d_weight,
-                                                                             w.is_bf16);
-  return cudaGetLastError();
+  return launch_add_partials<WARPS>(stream, a.partials, blocks, d, a.d_weight, w.is_bf16);
 }
 
 }  // namespace mtlm

@@ -6,7 +6,7 @@
 // On its own the formula reads two and writes one matrix of N x F; its gradient reads three and writes three. Here the
 // forward pass reads none, and the backward pass neither writes nor reads h's gradient. What cublasLt takes for the
 // same products is in docs/LOG.md.
-#include "product.cuh"
+#include "epilogue.cuh"
 
 namespace mtlm {
 namespace swiglu {  // not unnamed: for other architectures kernels are empty, and nothing here is used
@@ -17,10 +17,6 @@ using namespace hopper;
 struct Matrices {
   CUtensorMap gate, up, h, d_gate, d_up;
 };
-
-__device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-}
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
@@ -39,26 +35,6 @@ struct Forward {
 
   __device__ __forceinline__ void begin(const Matrices&, int, int) {}
 
-  template <typename Value>
-  __device__ __forceinline__ void store(const CUtensorMap* map, int x, int y, Value value) {
-    const uint32_t piece = pieces + written++ % PIECES * PIECE_BYTES;
-    if (lane == 0) wait_for_stores_to_read<PIECES - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      uint32_t m[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) m[i] = value(4 * q + i);
-      store_matrices(place(piece, q, lane), m);
-    }
-    publish_to_copy_engine();
-    __syncwarp();
-    if (lane == 0) {
-      store_box(map, piece, x, y);
-      commit_stores();
-    }
-  }
-
   __device__ __forceinline__ void finish(const Matrices& maps, int tile, int row, const float (&sums)[M_BLOCKS][64]) {
 #pragma unroll
     for (int block = 0; block < M_BLOCKS; ++block) {
@@ -69,9 +45,9 @@ struct Forward {
         up[i] = pack_bf16(sums[block][32 + 2 * i], sums[block][32 + 2 * i + 1]);
       }
       const int x = tile * N, y = row + block * 64;
-      store(&maps.gate, x, y, [&](int i) { return gate[i]; });
-      store(&maps.up, x, y, [&](int i) { return up[i]; });
-      store(&maps.h, x, y, [&](int i) { return formula(gate[i], up[i]); });
+      store(*this, &maps.gate, x, y, [&](int i) { return gate[i]; });
+      store(*this, &maps.up, x, y, [&](int i) { return up[i]; });
+      store(*this, &maps.h, x, y, [&](int i) { return formula(gate[i], up[i]); });
     }
   }
 };
@@ -156,23 +132,6 @@ struct Backward {
   }
 };
 
-void check_operand(const View& t, const char* name, const View& like, std::initializer_list<int64_t> sizes) {
-  check(t, name, like, sizes, Type::bfloat16);
-  REQUIRE(reinterpret_cast<uintptr_t>(t.data) % 16 == 0, name, " must begin at a multiple of 16 bytes");
-}
-
-void check_widths(int64_t inner, int64_t width) {
-  REQUIRE(inner > 0 && width > 0 && inner % 8 == 0 && width % 8 == 0, "widths must be multiples of 8, not ", inner,
-          " and ", width);
-}
-
-// PyTorch keeps a linear map as [outputs, inputs], JAX as [inputs, outputs].
-void check_matrix_of(const View& t, const char* name, const View& like, int64_t outputs, int64_t inputs,
-                     bool inputs_first) {
-  if (inputs_first) std::swap(outputs, inputs);
-  check_operand(t, name, like, {outputs, inputs});
-}
-
 // What both passes have, beside the weights.
 template <typename E>
 Maps<E> maps_of(const View& a, const View& gate_up, const View& h) {
@@ -181,7 +140,7 @@ Maps<E> maps_of(const View& a, const View& gate_up, const View& h) {
   maps.a = describe_matrix(a.data, rows, inner, inner, TILE);
   maps.results.gate = describe_matrix(gate_up.data, rows, width, 2 * width, PIECE_ROWS);
   maps.results.up = describe_matrix(gate_up.as<bf16>() + width, rows, width, 2 * width, PIECE_ROWS);
-  maps.results.h = describe_matrix(h.data, rows, width, width, PIECE_ROWS);
+  maps.results.h = describe_results(h);
   return maps;
 }
 
@@ -206,8 +165,7 @@ cudaError_t swiglu_product_into(cudaStream_t stream, View x, View weight, bool i
         inputs_first ? describe_matrix(weight.as<bf16>() + i * width, inner, width, 2 * width, K_BLOCK / PAIR)
                      : describe_matrix(weight.as<bf16>() + i * width * inner, width, inner, inner, TILE / PAIR);
   }
-  return inputs_first ? launch<Forward, true>(stream, maps, rows, width, inner)
-                      : launch<Forward, false>(stream, maps, rows, width, inner);
+  return launch(stream, maps, inputs_first, rows, width, inner);
 }
 
 // d [N, D], down [D, F] (inputs_first: [F, D]), gate_up [N, 2 F] -> d_gate_up [N, 2 F], h [N, F]
@@ -226,10 +184,8 @@ cudaError_t swiglu_product_backward_into(cudaStream_t stream, View d, View down,
   Maps<Backward> maps = maps_of<Backward>(d, gate_up, h);
   maps.results.d_gate = describe_matrix(d_gate_up.data, rows, width, 2 * width, PIECE_ROWS);
   maps.results.d_up = describe_matrix(d_gate_up.as<bf16>() + width, rows, width, 2 * width, PIECE_ROWS);
-  maps.weights[0] = inputs_first ? describe_matrix(down.data, width, inner, inner, TILE / PAIR)
-                                 : describe_matrix(down.data, inner, width, width, K_BLOCK / PAIR);
-  return inputs_first ? launch<Backward, false>(stream, maps, rows, width, inner)
-                      : launch<Backward, true>(stream, maps, rows, width, inner);
+  maps.weights[0] = describe_weights(down, width, inner, !inputs_first);
+  return launch(stream, maps, !inputs_first, rows, width, inner);
 }
 
 }  // namespace mtlm

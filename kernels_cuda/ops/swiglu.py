@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels_cuda.registry import compute_type, declare, declare_kernel, on_hopper, on_kernels, wide_type
+from kernels_cuda.registry import compute_type, declare, declare_kernel, products_run_on, wide_type
 
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -17,17 +17,11 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     The kernels want one product for gate and up, whose gradient comes as one, too. They store gate and up for
     the backward pass, so without gradients the plain formula runs.
     """
-    if not (torch.is_grad_enabled() and _fits(x, gate, up, down)):
+    if not (torch.is_grad_enabled() and products_run_on(x, gate, up, down, widths=gate.shape)):
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     dtype = compute_type(x)
     weight = torch.cat([gate.to(dtype), up.to(dtype)])
     return SwiGLU.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, down.to(dtype)).view(x.shape)
-
-
-def _fits(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether the kernels take these: bfloat16 products, widths in steps of 16 bytes."""
-    aligned = all(width % 8 == 0 for width in gate.shape)
-    return on_hopper(x) and on_kernels(x, gate, up, down) and compute_type(x) == torch.bfloat16 and aligned
 
 
 class SwiGLU(torch.autograd.Function):

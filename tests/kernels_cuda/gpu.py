@@ -2,12 +2,21 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from kernels_cuda.registry import HOPPER
 from tests.checks import require
 
 POISON = float("nan")
+
+
+def is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+
+
+ON_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs compute capability 9.0")]
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -93,6 +102,25 @@ def run_twice(function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     again = function()
     assert_equal_bits(first, again)
     return first
+
+
+def assert_equal_on_a_stream_and_in_a_graph(step: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """A step gives the same bits on another stream and replayed by a CUDA graph; returns them."""
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = step()
+    stream.synchronize()
+    assert_equal_bits(on_stream, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for t in captured:
+        t.fill_(POISON)
+    graph.replay()
+    assert_equal_bits(captured, expected)
+    return expected
 
 
 def poison_free_memory() -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_cuda.ops import linear_cross_entropy as loss
 from kernels_cuda.ops.adamw import AdamW, clip_scale
+from kernels_cuda.ops.gelu import GELU, gelu_mlp
 from kernels_cuda.ops.rms_norm import AddRMSNorm, RMSNorm
 from kernels_cuda.ops.rotary import RotatedProjections
 from kernels_cuda.ops.swiglu import SwiGLU, swiglu_mlp
@@ -70,6 +71,19 @@ def test_swiglu_is_torchs():
     ):
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(torch.autograd.grad(got, (x, gate, up, down), d), gradients)
+
+
+def test_gelu_is_torchs():
+    shapes = ((2, 5, 8), (16, 8), (16,), (8, 16), (8,))
+    x, up, up_bias, down, down_bias = leaves = [random(*shape, grad=True) for shape in shapes]
+    y = x @ up.T + up_bias
+    tanh = torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))
+    expected = (y / 2 * (1 + tanh)) @ down.T + down_bias
+    d = random(2, 5, 8)
+    gradients = torch.autograd.grad(expected, leaves, d)
+    for got in (gelu_mlp(*leaves), GELU.apply(x.reshape(10, 8), *leaves[1:]).view(2, 5, 8)):
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, leaves, d), gradients)
 
 
 def test_loss_is_torchs_with_ignored_targets_and_z_loss():
@@ -173,6 +187,8 @@ def test_ops_keep_pytorchs_contracts():
         "rotary_pack": (q, k, v, cos, sin, False),
         "swiglu_product": (x, random(6, 8).float()),
         "swiglu_product_backward": (x, random(8, 3).float(), random(3, 6).float()),
+        "gelu_product": (x, random(6, 8).float(), random(6).float()),
+        "gelu_product_backward": (x, random(8, 3).float(), random(3, 3).float()),
         "softmax_loss_": (random(3, 5).float(), targets, torch.zeros(3), torch.zeros(3), 0.1, True),
         "linear_cross_entropy": (x, random(5, 8).float(), targets, 0.1, True),
         "adamw_": ([x.clone()], [x], [x * 0], [x * 0], [x.bfloat16()], *scalars, 0.9, 0.95, 1e-8, 0.1),
@@ -183,7 +199,15 @@ def test_ops_keep_pytorchs_contracts():
 
 
 def a_layer(
-    x: Tensor, branch: Tensor, weight: Tensor, packed: Tensor, gate_up: Tensor, down: Tensor, table: Tensor
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    table: Tensor,
 ) -> Tensor:
     """Every autograd function, as a model chains them."""
     b, s, d = x.shape
@@ -193,6 +217,7 @@ def a_layer(
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
     normed, _ = AddRMSNorm.apply(x, y, weight, EPS)
     normed = SwiGLU.apply(normed.reshape(b * s, d), gate_up, down)
+    normed = GELU.apply(normed, up, up_bias, down, weight)
     targets = torch.arange(b * s) % table.shape[0]
     return loss.LinearCrossEntropy.apply(normed, table, targets, 1e-3)[0] / (b * s)
 
@@ -201,7 +226,7 @@ def a_layer(
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend: str):
-    shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (24, 16), (16, 12), (11, 16))
+    shapes = ((2, 5, 16), (2, 5, 16), (16,), (48, 16), (24, 16), (16, 12), (12, 16), (12,), (11, 16))
     leaves = [random(*shape).float().requires_grad_() for shape in shapes]
     expected = torch.autograd.grad(a_layer(*leaves), leaves)
     got = torch.autograd.grad(torch.compile(a_layer, backend=backend, fullgraph=True)(*leaves), leaves)

@@ -6,18 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels_cuda.ops.swiglu import SwiGLU, swiglu_mlp
-from kernels_cuda.registry import HOPPER, reference
-from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, error, run_twice, wide
+from kernels_cuda.registry import reference
+from tests.kernels_cuda.gpu import (
+    ON_HOPPER,
+    Guarded,
+    assert_as_good,
+    assert_equal_bits,
+    assert_equal_on_a_stream_and_in_a_graph,
+    error,
+    run_twice,
+    wide,
+)
 
 MTLM = torch.ops.mtlm
 BF16 = torch.bfloat16
 
 
-def is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs compute capability 9.0")]
+pytestmark = ON_HOPPER
 
 # Rows, d_model, hidden width. Tiles are 256 rows of two blocks by 64 or 128 columns, stages 64 of d_model.
 SHAPES = [
@@ -134,20 +139,7 @@ def test_in_a_graph_on_another_stream_and_compiled():
         gradients = torch.autograd.grad(out.float().square().sum(), (x, weight, down))
         return [out.detach(), *gradients]  # the graph of out would tie the leaves to the stream it ran on
 
-    expected = step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        on_stream = step()
-    stream.synchronize()
-    assert_equal_bits(on_stream, expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for t in captured:
-        t.fill_(torch.nan)
-    graph.replay()
-    assert_equal_bits(captured, expected)
+    expected = assert_equal_on_a_stream_and_in_a_graph(step)
     compiled = torch.compile(SwiGLU.apply, fullgraph=True)(x, weight, down)
     assert error(compiled, expected[0]) < 1e-6
 

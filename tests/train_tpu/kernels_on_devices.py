@@ -47,10 +47,10 @@ for name, heads, width in (("mtlm1-200m", 12, 768), ("mtlm2-40m", 6, 384)):
                 expected |= {"rotary_unpack", "rotary_pack"}
                 require(found["rotary_unpack"][0][0][0] == f"{own}x{CONTEXT}x{3 * width}xbf16", name, found)
                 require(len(found["rotary_unpack"][0][0]) == (3 if rotates else 1), name, found)
-                if rotates:  # whose MLP has SwiGLU
-                    expected |= {"swiglu_product", "swiglu_product_backward"}
-                    sizes = [f"{rows}x768xbf16", "768x4352xbf16"]
-                    require(found["swiglu_product"][0][0] == sizes, name, found)
+                product = "swiglu_product" if rotates else "gelu_product"
+                expected |= {product, f"{product}_backward"}
+                of_up = ["768x4352xbf16"] if rotates else ["384x1024xbf16", "1024xf32"]
+                require(found[product][0][0] == [f"{rows}x{width}xbf16", *of_up], name, found)
             elif rotates:
                 expected |= {"rotary"}
                 local = f"{own}x{CONTEXT}x{heads // tensor}x64xbf16"

@@ -165,6 +165,25 @@ def test_swiglu_in_products(kernels: Kernels, rows: int, d: int, f: int):
     assert_as_good(kernels, every, exact, x, weight, d_y, down, gate_up)
 
 
+@pytest.mark.parametrize("rows, d, f", [(33, 64, 72), (8192, 384, 1024)])
+def test_gelu_in_products(kernels: Kernels, rows: int, d: int, f: int):
+    if not kernels.product_types:
+        pytest.skip("needs compute capability 9.0")
+    x, d_y = (normal(seed, (rows, d), jnp.bfloat16) for seed in (0, 1))
+    weight, down = (normal(seed, shape, jnp.bfloat16, d**-0.5) for seed, shape in ((2, (d, f)), (3, (f, d))))
+    bias = normal(4, (f,))
+    up = (x @ weight + bias).astype(x.dtype)
+
+    def every(ops, x, weight, bias, d_y, down, up):
+        return *ops.gelu_product(x, weight, bias), *ops.gelu_product_backward(d_y, down, up)
+
+    exact = (
+        *reference.gelu_product(wide(x), wide(weight).T, wide(bias)),
+        *reference.gelu_product_backward(wide(d_y), wide(down).T, wide(up)),
+    )
+    assert_as_good(kernels, every, exact, x, weight, bias, d_y, down, up)
+
+
 def turned64(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
