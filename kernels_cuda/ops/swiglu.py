@@ -14,21 +14,26 @@ from kernels_cuda.registry import compute_type, declare, declare_kernel, product
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T of x [..., D]; gate and up [F, D], down [D, F].
 
-    The kernels want one product for gate and up, whose gradient comes as one, too. They store gate and up for
-    the backward pass, so without gradients the plain formula runs.
+    The kernels want one product for gate and up. They store gate and up for the backward pass, so without
+    gradients the plain formula runs.
     """
     if not (torch.is_grad_enabled() and products_run_on(x, gate, up, down, widths=gate.shape)):
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     dtype = compute_type(x)
-    weight = torch.cat([gate.to(dtype), up.to(dtype)])
-    return SwiGLU.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, down.to(dtype)).view(x.shape)
+    weights = (w.to(dtype) for w in (gate, up, down))
+    return SwiGLU.apply(x.reshape(-1, x.shape[-1]).to(dtype), *weights).view(x.shape)
 
 
 class SwiGLU(torch.autograd.Function):
-    """`swiglu_mlp` on the ops, whatever the device; x [N, D], weight [2 F, D]: gate's rows, then up's."""
+    """`swiglu_mlp` on the ops, whatever the device; x [N, D].
+
+    The gradients of gate and up come side by side, and cuBLAS reads each half in its place: those of their
+    weights are two products, which take less time than one (docs/LOG.md).
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weight = torch.cat([gate, up])
         gate_up, h = torch.ops.mtlm.swiglu_product(x.contiguous(), weight)
         ctx.save_for_backward(x, weight, down, gate_up)
         return h @ down.T
@@ -38,7 +43,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d: Tensor):
         x, weight, down, gate_up = ctx.saved_tensors
         d_gate_up, h = torch.ops.mtlm.swiglu_product_backward(d.contiguous(), down, gate_up)
-        return d_gate_up @ weight, d_gate_up.T @ x, d.T @ h
+        d_gate, d_up = d_gate_up.chunk(2, dim=1)
+        return d_gate_up @ weight, d_gate.T @ x, d_up.T @ x, d.T @ h
 
 
 def _product_fake(x, weight):
