@@ -151,13 +151,12 @@ def compare(recorded: Recorded, setup: Setup, replayed: Replayed) -> list[str]:
     spread = SPREAD[setup.step.compute.dtype]
     if replayed.others:  # from there on the parameters differ, too
         first = replayed.others[0]
-        grown = f"{recorded.step - first} updates after the first that differs, {first}; in one update"
+        how_far = f"{recorded.step - first} updates after the first that differs, {first}"
+        how_far += f"; orders of sums make {spread:g} in one"
     else:
-        grown = "within what" if off <= spread else "beyond what"
+        how_far = f"{'within' if off <= spread else 'beyond'} the {spread:g} that orders of sums make"
     if math.isfinite(off):
-        lines.append(
-            f"the losses differ by {off:.1e} of the log's, {grown} another order of sums makes: {spread:g}"
-        )
+        lines.append(f"the losses differ by {off:.1e} of the log's, {how_far}")
     lines.append(why_not_equal(recorded, setup, replayed))
     return lines
 
