@@ -134,15 +134,15 @@ def measure(
 
     first_loss = float(step(0))
     compile_seconds = time.perf_counter() - started
-    for i in range(2):
-        step(i).block_until_ready()
-    seconds = []
-    for i in range(config.steps):
-        start = time.perf_counter()
-        loss = step(i)
-        loss.block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
+    # As a run makes them: the next step is dispatched before this one has ended.
+    warm_up, ends, loss = 3, [], step(0)
+    for i in range(1, warm_up + config.steps):
+        this, loss = loss, step(i)
+        this.block_until_ready()
+        ends.append(time.perf_counter())
+    loss.block_until_ready()
+    ends.append(time.perf_counter())
+    median = statistics.median(end - begin for begin, end in itertools.pairwise(ends[warm_up - 1 :]))
     rate = batch * model.context / median
     stats = jax.devices()[0].memory_stats() or {}
     return {
