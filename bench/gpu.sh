@@ -34,16 +34,19 @@ step() { # NAME COMMAND...: its output goes into OUT/NAME.log
 
 step build python -m kernels_cuda.build
 step doctor python -m kernels_cuda.doctor
-# JAX takes its memory only as it needs it: the tests of PyTorch and the processes that tests start need some, too.
-step tests env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q -m gpu
+# JAX takes its memory only as it needs it: the tests of PyTorch and the processes that tests start need some, too. Their
+# processes see a GPU each, in turn; the tests of two GPUs need others.
+tests() { env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q --dist worksteal "$@"; }
+step tests tests -n 14 -m "gpu and not two_gpus"
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+((gpus < 2)) || CUDA_VISIBLE_DEVICES=0,1 step two-gpus tests -n 4 -m two_gpus
 step kernels python -m kernels_cuda.bench --json "$out/kernels.json" --plot "$out/kernels.png"
 step train python -m bench.train --json "$out/train.json" --plot "$out/train.png" --profile "$out/train-profile"
 step decode python -m bench.decode --preset mtlm1-200m --preset mtlm2-40m --preset smollm2-135m \
     --json "$out/decode.json" --plot "$out/decode.png" --profile "$out/decode-profile"
 step jax python -m bench.step --kernels auto xla
 step ladder python -m bench.ladder --json "$out/ladder.json" --plot "$out/ladder.png"
-! python -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 2)' >/dev/null ||
-    step devices python -m bench.devices --json "$out/devices.json"
+((gpus < 2)) || step devices python -m bench.devices --json "$out/devices.json"
 (($# == 1)) || step mirror python -m bench.train_mirror --data "$2" --rows "$3" --out "$out/mirror"
 
 ((${#failed[@]} == 0)) || {

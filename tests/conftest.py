@@ -1,7 +1,7 @@
 """How the tests run: on the CPU unless told otherwise, with the shapes in the signatures checked.
 
 `JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU; those of kernels_cuda and
-port_torch need PyTorch alone to see one.
+port_torch need PyTorch alone to see one. bench/gpu.sh runs them on all GPUs of a machine.
 """
 
 import gc
@@ -27,6 +27,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products: threads only wa
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
 HAS_WORKERS = not IS_WORKER and "-n auto" in " ".join(sys.argv)  # and runs no test itself
+
+if IS_WORKER and not ON_CPU:  # a GPU for each worker in turn, unless it is told which to see
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    if gpus > 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(worker % gpus))
 
 # What a test prepares or compiles is kept for all later ones of this session, in whichever process they run.
 # The kernels of a machine with a GPU stay where they are: building them takes minutes.
@@ -67,12 +73,14 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs a GPU says so where there is none."""
+    """A test that needs a GPU, or two, says so where there is none."""
     import torch
 
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
+        if item.get_closest_marker("two_gpus") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason=f"needs two GPUs, not {torch.cuda.device_count()}"))
         if {"kernels_cuda", "port_torch"} & set(item.path.parts):
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU; PyTorch sees none"))

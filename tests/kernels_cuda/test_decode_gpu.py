@@ -513,7 +513,7 @@ def test_on_another_stream():
         assert complete(decode.Generator(model).stream(prompts, GREEDY, 20)) == expected
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("kind", ["small llama", "small gpt"])
 def test_on_a_gpu_that_is_not_the_current_one(kind: str):
     model = gpu_decoder(kind)

@@ -148,7 +148,7 @@ def test_a_kernel_waits_for_its_stream():
     assert (normed == 1).all()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_on_a_device_that_is_not_the_current_one():
     x = torch.randn(64, 768, device="cuda:1", dtype=torch.bfloat16)
     weight = torch.ones(768, device="cuda:1", dtype=torch.bfloat16)

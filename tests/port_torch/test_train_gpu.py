@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from tests.port_torch.small_training import TINY, losses
 from tests.train_tpu.processes import make_text, run, without
@@ -10,7 +9,7 @@ from tests.train_tpu.processes import make_text, run, without
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_two_gpus_make_the_run_of_one(tmp_path):
     """Apart by no more than the rounding of bfloat16, which another order of sums on one GPU shows."""
     arguments = (*without(TINY, "--dropout"), "--batch", "8", "--data", make_text(tmp_path))

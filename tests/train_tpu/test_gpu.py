@@ -1,10 +1,10 @@
 """Whole runs on NVIDIA GPUs: `JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu`, so that
 the process of the tests leaves them their memory."""
 
+import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,10 +15,10 @@ from tests.port_torch.folders import write_checkpoint, write_export
 from tests.train_tpu.processes import TINY, finish, losses, make_text, run, start_two, without, write_rows
 
 pytestmark = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(jax.local_device_count() < 2, reason="needs two GPUs")
 
 GPU = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": ""}
-FIRST, SECOND = (GPU | {"CUDA_VISIBLE_DEVICES": number} for number in "01")
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+FIRST, SECOND = (GPU | {"CUDA_VISIBLE_DEVICES": number} for number in (VISIBLE[0], VISIBLE[-1]))
 WIDE = (*without(without(TINY, "--d-model"), "--n-heads"), "--d-model", "128", "--n-heads", "2")
 EXACT = ("--dtype", "float32", "--batch", "8")
 HIGHEST = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not in TensorFloat-32
@@ -141,7 +141,7 @@ def test_pytorch_continues_a_run_on_the_same_gpu(tmp_path, optimizer):
     assert (apart <= 10 * noise + 1e-6).all(), (apart, noise)
 
 
-@two_gpus
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
 def test_two_gpus_make_the_run_of_one(tmp_path, alone, mesh):
     arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--mesh", mesh)
@@ -150,7 +150,7 @@ def test_two_gpus_make_the_run_of_one(tmp_path, alone, mesh):
     assert_equals_one(tmp_path / "two", alone)
 
 
-@two_gpus
+@pytest.mark.two_gpus
 def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path, alone):
     arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--out", tmp_path / "two")
     for more in (("--stop-at", "7"), ()):
@@ -159,7 +159,7 @@ def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path, alone):
     assert_equals_one(tmp_path / "two", alone)
 
 
-@two_gpus
+@pytest.mark.two_gpus
 def test_cudnn_on_two_gpus(tmp_path):
     """Each GPU computes the attention of its own rows: the first loss is that of one GPU in bfloat16."""
     arguments = (*WIDE, "--batch", "8", "--data", make_text(tmp_path))
