@@ -16,13 +16,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from bench.bars import draw_rates
 from bench.stock import stock_model
 from core import checks, cli
 from core.config import ModelConfig, preset
+from core.console import Table
 from core.errors import UserError, run_command
 from core.sampling import Sampling
 from kernels_cuda import library
@@ -277,17 +276,20 @@ def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One row per way; "ours" is how many times as long as ours it takes."""
-    table = Table("model", "batch", "", "us per step", "spread", "tokens/s", "TB/s", "of copy", "ours")
+    table = Table(
+        ("model", "way"),
+        ("batch", "us per step", "spread", "tokens/s", "TB/s", "of copy", "ours"),
+    )
     for row in rows:
         of_ours = [
             r for r in rows if r["way"] == "ours" and (r["model"], r["batch"]) == (row["model"], row["batch"])
         ]
         table.add_row(
-            row["model"], str(row["batch"]), row["way"], f"{row['microseconds']:.0f}", f"{row['spread']:.0f}",
+            row["model"], row["way"], str(row["batch"]), f"{row['microseconds']:.0f}", f"{row['spread']:.0f}",
             f"{row['tokens/s']:,.0f}", f"{row['bytes/s'] / 1e12:.2f}", f"{row['of copy']:.0%}",
             f"{row['microseconds'] / of_ours[0]['microseconds']:.2f}x",
         )  # fmt: skip
-    Console(width=130).print(table)
+    table.print()
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:

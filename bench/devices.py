@@ -15,8 +15,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +25,7 @@ from bench.train import BATCH
 from bench.train_rows import WARM_UP, Make, Step, ours, peer, random_batches, timed
 from core import checks, cli
 from core.config import ModelConfig, preset
+from core.console import Table
 from core.data.sequences import Rows
 from core.errors import UserError, run_command
 from port_torch.model import Decoder
@@ -158,7 +157,8 @@ def in_processes(case: str, way: Way, gpus: int, argv: list[str]) -> Row:
 def print_table(rows: list[Row]) -> None:
     """One line per row; the last column is its rate over that of the same step on one GPU."""
     table = Table(
-        "model", "step", "GPUs", "ms", "tokens/s", "peak GiB of one", "loss, first, last", "of one GPU"
+        ("model", "step"),
+        ("GPUs", "ms", "tokens/s", "peak GiB of one", "loss, first, last", "of one GPU"),
     )
     one = {
         (row["case"], row["way"]): row["milliseconds"]
@@ -178,7 +178,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row['first_loss']:.3f} {row['loss']:.3f}",
             f"{base / row['milliseconds']:.2f}" if base else "",
         )  # fmt: skip
-    Console(width=140).print(table)
+    table.print()
     for row in rows:
         if "failed" in row:
             print(f"failed: {row['case']}, {TITLES[row['way']]} on {row['gpus']}: {row['failed']}")

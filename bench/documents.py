@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int
-from rich.console import Console
-from rich.table import Table
 
 from core import checks, cli
 from core.attention import choose
@@ -26,6 +24,7 @@ from core.checkpoint.checkpointer import restore_params
 from core.checkpoint.manifest import load_manifest
 from core.checkpoint.steps import find_step
 from core.config import ModelConfig, compute_dtype
+from core.console import Table
 from core.data.batches import full_batches, heldout_windows
 from core.data.dataset import Dataset, open_dataset
 from core.documents import document_mark, number_documents
@@ -117,8 +116,8 @@ def score(config: DocumentsConfig, dataset: Dataset, split: str, run: Path) -> I
             given = jnp.asarray(numbers) if alone else None
             sums += group_sums(model, compute, params, jnp.asarray(tokens, jnp.int32), places, given)
         losses = (f"{total / n:.4f}" if n else "-" for total, n in zip(sums, counts, strict=True))
-        yield str(run), "yes" if masked else "no", rate, "alone" if alone else "after others", *losses
-    yield "", "", "", "tokens", *(f"{n:,}" for n in counts)
+        yield str(run), "yes" if masked else "no", "alone" if alone else "after others", rate, *losses
+    yield "", "", "tokens", "", *(f"{n:,}" for n in counts)
 
 
 def main() -> int:
@@ -128,13 +127,15 @@ def main() -> int:
     split = config.split or next(iter(dataset.heldout), None)
     if split is None:
         raise UserError(f"{config.data} has no held-out set: prepare it with one")
-    table = Table(title=f"{split}, nats per token by the tokens of a document")
-    for name in ("run", "masked", "tokens/s", "documents", *GROUPS):
-        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    table = Table(
+        ("run", "masked", "documents"),
+        ("tokens/s", *GROUPS),
+        title=f"{split}, nats per token by the tokens of a document",
+    )
     for run in config.runs:
         for row in score(config, dataset, split, run):
             table.add_row(*row)
-    Console().print(table)
+    table.print()
     return 0
 
 

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from core import checks, cli
+from core.console import Table
 from core.errors import UserError, run_command
 from eval.run import DEFAULT_TASKS
 from eval.settings import task_names
@@ -130,7 +129,7 @@ def main() -> int:
         if row != "jax" or config.run
     }
     names = task_names(config.tasks)
-    table = Table("", *names, "load", "whole process, s", "x hf")
+    table = Table(("",), (*names, "load", "whole process, s", "x hf"))
     for (row, dtype), result in found.items():
         speed = found["hf", dtype]["wall"] / result["wall"]
         cells = [f"{result['seconds'][name]:.1f}" for name in names]
@@ -138,14 +137,13 @@ def main() -> int:
         table.add_row(
             f"{label}, {dtype}", *cells, f"{result['load']:.1f}", f"{result['wall']:.1f}", f"{speed:.2f}"
         )
-    console = Console(width=160)
-    console.print(table)
+    table.print()
     for (row, dtype), result in found.items():
         if row != "hf":
             against = agreement(result["scores"], found["hf", dtype]["scores"])
-            console.print(f"{row} {dtype} against hf {dtype}: {against}", highlight=False, soft_wrap=True)
+            print(f"{row} {dtype} against hf {dtype}: {against}")
     for (row, dtype), result in found.items():
-        console.print(row, dtype, json.dumps(result["metrics"]), highlight=False, soft_wrap=True)
+        print(row, dtype, json.dumps(result["metrics"]))
     if config.out:
         kept = {f"{row} {dtype}": {k: v for k, v in result.items() if k != "scores"}
                 for (row, dtype), result in found.items()}  # fmt: skip

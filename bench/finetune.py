@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Column, Table
 
 from bench import row_process
 from bench.row_process import Row, print_row, taken_row
 from core import checks, cli
 from core.config import preset
+from core.console import Table
 from core.data.tuning_rows import read_rows
 from core.errors import UserError, run_command
 from core.folders import require_place
@@ -80,8 +79,10 @@ def in_process(way: str, argv: list[str], folder: Path) -> Row:
 
 def print_table(rows: list[Row]) -> None:
     """One line per row; the last column is ours over the row's tokens/s."""
-    table = Table(Column("way", no_wrap=True), "ms", "tokens/s", "tokens per update", "peak GiB",
-                  "loss, first, last", "first update s", "ours is")  # fmt: skip
+    table = Table(
+        ("way",),
+        ("ms", "tokens/s", "tokens per update", "peak GiB", "loss, first, last", "first update s", "ours is"),
+    )
     ours = next((row.get("tokens_per_second") for row in rows if row["way"] == OURS), None)
     for row in rows:
         if "failed" in row:
@@ -97,7 +98,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row['first_update_seconds']:.1f}",
             f"{ours / row['tokens_per_second']:.2f}x" if ours else "",
         )
-    Console(width=140).print(table)
+    table.print()
     for row in rows:
         if "failed" in row:
             print(f"failed: {WAYS[row['way']]}: {row['failed']}")

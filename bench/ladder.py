@@ -13,12 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
 from bench.row_process import taken_row
 from core import cli
+from core.console import Table
 from core.errors import UserError, run_command
 
 
@@ -56,7 +54,7 @@ def rows_of(library: str, config: LadderConfig) -> list[dict[str, Any]]:
 def print_table(rows: list[dict[str, Any]], config: LadderConfig) -> None:
     """One line per operation and size: microseconds of a call, and how many times as long as JAX's jit."""
     columns = ways(config.device)
-    table = Table("operation", "elements", *(f"{WAYS[way]}, us" for way in columns), "eager over jit")
+    table = Table(("operation",), ("elements", *(f"{WAYS[way]}, us" for way in columns), "eager over jit"))
     found = {(row["piece"], row["size"], row["way"]): row["microseconds"] for row in rows}
     for piece in config.pieces:
         for size in config.sizes:
@@ -67,7 +65,7 @@ def print_table(rows: list[dict[str, Any]], config: LadderConfig) -> None:
                 *(f"{times[way]:.1f}" for way in columns),
                 f"{times['torch'] / times['jax']:.1f}",
             )
-    Console(width=140).print(table)
+    table.print()
 
 
 def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:

@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from core import checks, cli
+from core.console import Table
 from core.data.batches import Data, train_batches
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset, write_manifest
 from core.data.mixture import Mixture, Phase
@@ -81,14 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             dataset = random_dataset(Path(folder), config.windows, config.context)
         title = f"loader alone, context {dataset.context}, {len(os.sched_getaffinity(0))} cores"
-        table = Table("batch", "sources", "M tokens/s", "batches/s", "longest wait, ms", title=title)
+        table = Table((), ("batch", "sources", "M tokens/s", "batches/s", "longest wait, ms"), title=title)
         counts = (("a", 2800), ("b", 1000), ("c", 200))
         mixture = Mixture({name: dataset for name, _ in counts}, (Phase(0, counts),))
         for batch, data in itertools.product(config.batches, (dataset, mixture)):
             rate, wait = measure(data, batch, config.seconds)
             cells = (f"{rate / 1e6:.1f}", f"{rate / batch / dataset.context:.1f}", f"{wait:.0f}")
             table.add_row(f"{batch}", "3" if data is mixture else "1", *cells)
-        Console().print(table)
+        table.print()
     return 0
 
 

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from bench import plain_jax
 from bench.row_process import MARK, print_row, taken_row
 from core import checks, cli
 from core.config import ModelConfig, preset
+from core.console import Table
 from core.errors import run_command
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
@@ -172,7 +171,8 @@ def main() -> None:
         print_row(measure(config, name, model, batch, who))
         return
     table = Table(
-        "model", "step", "batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "loss", "ratio"
+        ("model", "step"),
+        ("batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "loss", "ratio"),
     )
     rows = (PLAIN, *map("/".join, itertools.product(config.kernels, config.products)))
     for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]:
@@ -188,7 +188,7 @@ def main() -> None:
                 f"{row['rate']:,.0f}", mfu, f"{row['peak']:.1f}", f"{row['compile']:.0f}",
                 f"{row['first_loss']:.4f} {row['loss']:.4f}", f"{row['rate'] / plain_rate:.2f}",
             )  # fmt: skip
-    Console(width=140).print(table)
+    table.print()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 
 from bench import row_process
 from bench.bars import draw_rates
@@ -21,6 +19,7 @@ from bench.row_process import Row, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
+from core.console import Table
 from core.errors import UserError, run_command
 from kernels_cuda.bench_tasks import Clock, ceilings
 from port_torch.hf_config import stock_type
@@ -126,8 +125,10 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[Row]) -> None:
     """One line per row; the last two columns are its tokens/s over a peer's."""
-    table = Table("model", Column("step", no_wrap=True), "ms", "tokens/s", "MFU", "peak GiB",
-                  "loss, first, last", "first step s", "of plain", "of Liger")  # fmt: skip
+    table = Table(
+        ("model", "step"),
+        ("ms", "tokens/s", "MFU", "peak GiB", "loss, first, last", "first step s", "of plain", "of Liger"),
+    )
     rates = {(row["case"], row["variant"]): row.get("tokens_per_second") for row in rows}
     for row in rows:
         case, title = row["case"], VARIANTS[row["variant"]].title
@@ -146,7 +147,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row['first_step_seconds']:.0f}",
             *(f"{row['tokens_per_second'] / base:.2f}" if base else "" for base in bases),
         )
-    Console(width=140).print(table)
+    table.print()
     for row in rows:
         if "failed" in row:
             print(f"failed: {row['case']}, {VARIANTS[row['variant']].title}: {row['failed']}")

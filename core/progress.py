@@ -189,12 +189,5 @@ def _open_display(console: Console | None) -> _Display | None:
     return _Display(console) if shown else None
 
 
-def make_console(quiet: bool = False) -> Console:
-    """Standard output, or nothing; lines are never cut to a width where it is not a terminal."""
-    if quiet:
-        return Console(quiet=True)
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
-
-
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))

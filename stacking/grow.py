@@ -15,9 +15,10 @@ import tyro
 
 from core import checks, cli
 from core.config import training_flags
+from core.console import make_console
 from core.errors import run_command
 from core.memory import peak_memory
-from core.progress import Activity, make_console
+from core.progress import Activity
 from core.tokenizer import TOKENIZER_FILE
 from stacking.growth import Growth, decide
 from stacking.plan import Operator
@@ -68,7 +69,7 @@ def main() -> int:
     config = cli.parse(GrowConfig, prog="python -m stacking.grow")
     growth = decide(config)
     say(growth.plan.picture())
-    console.print(growth.describe())
+    growth.describe().print(console)
     if config.dry_run:
         say(f"dry run: {growth.out} was not written")
         return 0

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, tokenizer_carriers
 from core.config import PRESETS, ModelConfig
+from core.console import Table
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
@@ -75,7 +74,7 @@ class Growth:
 
     def describe(self) -> Table:
         """The table of before and after."""
-        table = Table("", "before", "after", box=None, padding=(0, 2, 0, 0))
+        table = Table(("", "before", "after"), ruled=False)
 
         def row(what: str, values: Iterable[str]) -> None:
             table.add_row(what, *values)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from rich.table import Table
-from rich.text import Text
 
 from core.attention import Choice
 from core.cli import command
 from core.config import ModelConfig
+from core.console import Table
 from core.data.batches import Data
 from core.data.conversations import Conversation
 from core.data.tuning_rows import CHAT, Row, instruction
@@ -51,9 +50,9 @@ def describe(
         ("attention", f"{attention.name}{within}: {attention.why}"),
         ("kernels", kernels.describe(model, mesh)),
     ]  # fmt: skip
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(("", ""), ruled=False)
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
+        table.add_row(*row)
     return table
 
 
@@ -91,9 +90,9 @@ def describe_layout(state: TrainState, mesh: Mesh) -> Table:
 
     state: arrays, or shapes and types.
     """
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("parameter", "shape", "sharding", "bytes per device", "with optimizer state"):
-        table.add_column(name, justify="right" if "bytes" in name or "state" in name else "left")
+    table = Table(
+        ("parameter", "shape", "sharding"), ("bytes per device", "with optimizer state"), ruled=False
+    )
     moments = list(layouts(mesh, state.opt_state))
     totals = [0, 0]
     for leaf in layouts(mesh, state.params):
@@ -102,7 +101,7 @@ def describe_layout(state: TrainState, mesh: Mesh) -> Table:
         totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         axes = ", ".join(axis or "-" for axis in leaf.spec) or "replicated"
         table.add_row(leaf.path, " x ".join(map(str, leaf.shape)), axes, *(f"{size:,}" for size in sizes))
-    table.add_row("total", "", "", *(f"{total:,}" for total in totals), end_section=True)
+    table.add_row("total", "", "", *(f"{total:,}" for total in totals))
     return table
 
 

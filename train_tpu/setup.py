@@ -19,6 +19,7 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, compute_dtype, training_flags
+from core.console import make_console
 from core.data.batches import Data, data_record, require_records, train_batches
 from core.data.sequences import HeldOut, heldout_sets
 from core.documents import document_mark
@@ -26,7 +27,7 @@ from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
 from core.model import Params, require_fit
-from core.progress import Activity, make_console
+from core.progress import Activity
 from core.run.data import choose_run_tokenizer, open_data
 from core.run.folder import read_config, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
@@ -192,9 +193,8 @@ def prepare_run(config: RunConfig) -> Pretraining:
     mesh = make_mesh(shape)
     config, step, attention = settle(config, model, mesh, kernels, tokenizer)
     about = pretraining_rows(config, model, dataset, steps)
-    console.print(
-        describe(config, model, about, mesh, step.compute, attention, kernels, config.document_mask)
-    )
+    table = describe(config, model, about, mesh, step.compute, attention, kernels, config.document_mask)
+    table.print(console)
     say_notes(config, model, steps, shape, out, console)
 
     # What the run starts from is opened before its folder is made, so that a refusal leaves nothing behind.

@@ -46,7 +46,7 @@ def run(setup: Setup, report: bool = True) -> int:
     """Trains; returns the exit code, which core.run.interrupt explains. report: say what one does next."""
     config, console, mesh = setup.config, setup.console, setup.mesh
     if config.show_sharding:
-        console.print(describe_layout(abstract_state(setup.step, mesh), mesh))
+        describe_layout(abstract_state(setup.step, mesh), mesh).print(console)
         return EXIT_FINISHED
     say = functools.partial(console.print, markup=False, highlight=False)
     with contextlib.ExitStack() as stack:

@@ -17,8 +17,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-
+from core.console import make_console
 from core.data import dataset as ds
 from core.data import overlap, versions
 from core.data.packing import DATA, Shard, describe, written
@@ -47,7 +46,7 @@ def make(
         UserError: the text cannot be used, a split is empty, or the disk refuses.
     """
     n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    with Activity(f"preparing {out}", console=Console()), _work_folder(out) as folder:
+    with Activity(f"preparing {out}", console=make_console()), _work_folder(out) as folder:
         try:
             data = folder / DATA
             data.mkdir(exist_ok=True)

@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Unpack
 
-from rich.console import Console
-
 from core import checks
+from core.console import make_console
 from core.data import dataset as ds
 from core.data import versions
 from core.data.making import make, work_path
@@ -56,7 +55,7 @@ def prepare(
     if out.is_dir() and not (work_path(out) / DATA).exists():
         shutil.rmtree(work_path(out), ignore_errors=True)  # a run that was killed when all was done left it
     require_new(out)
-    with Activity("looking at the text", console=Console()):
+    with Activity("looking at the text", console=make_console()):
         plan = make_plan(sources, valid or {}, valid_fraction, **options)
     loaded = load_tokenizer(tokenizer)
     opened = make(out, plan, loaded, context, workers, None)
@@ -97,7 +96,7 @@ def append(
     loaded = load_tokenizer_of(parent.tokenizer_record, [parent.path], f"the data {out}")
     new = out / f"v{parent.version + 1}"
     require_new(new)
-    with Activity("looking at the text", console=Console()):
+    with Activity("looking at the text", console=make_console()):
         plan = make_plan(sources, {}, 0.0, **options)
         _read_back(parent, plan, loaded)
     opened = make(new, plan, loaded, parent.context, workers, parent)

@@ -1,8 +1,6 @@
 """What is said at the end of a preparation."""
 
-from rich.console import Console
-from rich.table import Table
-
+from core.console import Table
 from core.data import dataset as ds
 from core.data import overlap
 from core.data.splits import VALID, Plan
@@ -12,14 +10,15 @@ def print_summary(dataset: ds.Dataset, plan: Plan) -> None:
     """Prints what each split contains, and what was left out or found."""
     train_tokens = plan.train_tokens
     dropped = plan.dropped
-    table = Table(title=f"tokenizer {dataset.tokenizer_record['name']}, context {dataset.context}")
-    table.add_column("split")
-    for column in ("documents", "bytes", "tokens", "bytes/token", "windows"):
-        table.add_column(column, justify="right")
+    table = Table(
+        ("split",),
+        ("documents", "bytes", "tokens", "bytes/token", "windows"),
+        title=f"tokenizer {dataset.tokenizer_record['name']}, context {dataset.context}",
+    )
     for split in dataset.splits.values():
         counts = (f"{n:,}" for n in (split.documents, split.bytes, split.tokens))
         table.add_row(split.name, *counts, f"{split.bytes / split.tokens:.3f}", f"{split.windows:,}")
-    Console().print(table)
+    table.print()
     without = dropped.get("rows_without_text", 0)
     rows = f"{without:,} rows of which a field is missing or null, " if without else ""
     print(

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from torch.nn.attention import SDPBackend
 
 from core.config import ModelConfig, compute_dtype
+from core.console import Table
 from core.data.sequences import Batch, HeldOut, Rows
 from core.errors import UserError
 from core.lora import LoraConfig
@@ -129,9 +128,9 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
         ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}{how}"),
         ("attention", attention_name(model, ranks.device, bf16, job.example(1).documents is not None)),
     ]  # fmt: skip
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(("", ""), ruled=False)
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names of files and fields may hold brackets
+        table.add_row(*row)
     return table
 
 

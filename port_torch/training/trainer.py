@@ -10,9 +10,10 @@ from rich.console import Console
 
 from core.checkpoint.manifest import Manifest, code_version, load_manifest
 from core.checkpoint.steps import find_step, list_steps
+from core.console import make_console
 from core.errors import UserError
 from core.extras import install_command
-from core.progress import Activity, make_console
+from core.progress import Activity
 from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, lock_folder, write_config
 from core.run.guard import changed_measure
@@ -139,7 +140,7 @@ def announce(
     """Says what will run, where the state comes from (`how`), and whether a rank's `rows` rows make more
     micro-batches than were asked for."""
     config = job.config
-    console.print(describe(job, train_step.ranks, train_step.recorded))
+    describe(job, train_step.ranks, train_step.recorded).print(console)
     if note := check_room(config.optim, job.steps):
         console.print(f"note: {note}", markup=False, highlight=False)
     console.print(how, markup=False, highlight=False)

@@ -15,10 +15,10 @@ from typing import Any
 
 from core import cli
 from core.checkpoint.steps import step_path
+from core.console import make_console
 from core.data.batches import Data
 from core.errors import UserError, run_command
 from core.folders import require_place, write_atomically
-from core.progress import make_console
 from core.run.folder import LOCK, lock_folder
 from stacking.advise.arms import jobs, keep_checkpoint, require_compared
 from stacking.advise.config import AdviseConfig

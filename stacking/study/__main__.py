@@ -15,8 +15,8 @@ which the report is made; weights are removed.
 import signal
 
 from core import cli
+from core.console import make_console
 from core.errors import run_command
-from core.progress import make_console
 from stacking.study.config import StudyConfig
 
 

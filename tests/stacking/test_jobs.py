@@ -9,8 +9,8 @@ import time
 import pytest
 
 import stacking.jobs
+from core.console import make_console
 from core.errors import UserError
-from core.progress import make_console
 from stacking.jobs import Budget, Job, run_jobs, visible_gpus
 from tests.train_tpu.processes import ROOT
 
@@ -132,7 +132,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
     script = (
         "from pathlib import Path\n"
         "from stacking.jobs import Job, run_jobs\n"
-        "from core.progress import make_console\n"
+        "from core.console import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
         f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
     )

@@ -13,8 +13,8 @@ import pytest
 
 import core.run.data
 from core.checkpoint.steps import list_steps, step_path
+from core.console import make_console
 from core.errors import UserError
-from core.progress import make_console
 from core.run.folder import write_config
 from core.run.log import END, HALT, read_log
 from stacking.jobs import Job

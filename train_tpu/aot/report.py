@@ -5,17 +5,17 @@ exchanges, and no time or rate, which only a TPU could tell.
 """
 
 import dataclasses
+import functools
 import re
-import sys
 import time
 from collections import Counter
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from core.config import ModelConfig
+from core.console import Table, make_console
 from core.progress import Activity
 from core.sharding import check_mesh, make_mesh, parse_mesh
 from train_tpu.aot.hlo import Module
@@ -136,9 +136,10 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def print_report(report: dict[str, Any]) -> None:
     """The report for people."""
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = make_console()
+    say = functools.partial(console.print, markup=False, highlight=False)
     settings, parts = report["settings"], report["grad_accum_steps"]
-    console.print(
+    say(
         f"{report['preset']} ({report['parameters']:,} parameters) on {report['chips']} chips of "
         f"{report['topology']}, mesh {report['mesh']}: batch {report['batch']} = "
         f"{report['tokens_per_step']:,} tokens in {parts} micro-batch{'es' if parts > 1 else ''}; "
@@ -147,13 +148,14 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['compile_seconds']:.0f} s\n"
     )
     if not report["fits"]:
-        console.print(f"does not fit: {report['compiler_says']}; {report['advice']}", style="bold")
+        say(f"does not fit: {report['compiler_says']}; {report['advice']}", style="bold")
         return
     sizes = report["memory"]
     _show(
         console,
         "HBM per chip, GiB",
         [(words, f"{sizes[name] / GIB:.2f}") for name, words in _MEMORY_WORDS.items()],
+        Table(("",), ("",), ruled=False),
     )
     flops, loops = report["flops"], report["flops"]["loops"]
     counted = "the body of each of its loops counted once, " if loops else ""
@@ -164,6 +166,7 @@ def print_report(report: dict[str, Any]) -> None:
             ("the model's arithmetic (config.flops_per_token)", f"{flops['model'] / 1e12:.3f}"),
             (f"the compiler's count, {counted}custom kernels not at all", f"{flops['compiler'] / 1e12:.3f}"),
         ],
+        Table(("",), ("",), ruled=False),
     )
     alike = Counter(
         (c["kind"], c["group"], "+".join(c["dtypes"]), c["loops"], c["bytes"]) for c in report["collectives"]
@@ -176,18 +179,18 @@ def print_report(report: dict[str, Any]) -> None:
             for (kind, group, dtypes, loops, size), count in sorted(
                 alike.items(), key=lambda entry: (-entry[0][3], -entry[0][4] * entry[1])
             )
-        ] or [("none", "", "", "", "", "")],
-        "kind", "group", "types", "runs", "count", "bytes each",
-    )  # fmt: skip
+        ]
+        or [("none",)],
+        Table(("kind", "group", "types", "runs"), ("count", "bytes each"), ruled=False),
+    )
     kernels = Counter((kernel["name"], kernel["loops"]) for kernel in report["kernels"])
     _show(
         console,
         "custom kernels",
-        [(name, _times(loops), f"{count:,}") for (name, loops), count in kernels.items()]
-        or [("none", "", "")],
-        "name", "runs", "count",
-    )  # fmt: skip
-    console.print(
+        [(name, _times(loops), f"{count:,}") for (name, loops), count in kernels.items()] or [("none",)],
+        Table(("name", "runs"), ("count",), ruled=False),
+    )
+    say(
         f"state updated in place (donated): {report['donated_arrays']} of {report['state_arrays']} arrays\n"
         f"host transfers: {', '.join(report['host_transfers']) or 'none'}\n\n"
         "This is what the compiler made of the step, not a measurement: it gives no time and no tokens/s."
@@ -208,15 +211,10 @@ def _times(loops: int) -> str:
     return ("once per step", "in a loop")[loops] if loops < 2 else f"in {loops} nested loops"
 
 
-def _show(console: Console, title: str, rows: list[tuple[str, ...]], *headers: str) -> None:
-    console.print(title, style="bold")
-    table = Table(show_header=bool(headers), box=None, padding=(0, 2, 0, 0))
-    for n, header in enumerate(headers or ("", "")):
-        table.add_column(header, justify="right" if header in _NUMBERS or (n and not headers) else "left")
+def _show(console: Console, title: str, rows: list[tuple[str, ...]], table: Table) -> None:
+    """Fills the table with the rows and prints it below its title."""
+    console.print(title, style="bold", highlight=False)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    table.print(console)
     console.print()
-
-
-_NUMBERS = ("count", "bytes each")

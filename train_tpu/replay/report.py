@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from core.console import make_console
 from core.data.batches import Data
-from core.progress import make_console
 from core.run.watching import Sizes, growth
 from core.tokenizer import Tokenizer
 from train_tpu.replay.compiled import Replayed, compare, make_again, open_setup

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from core.checkpoint.manifest import MANIFEST, load_manifest
+from core.console import make_console
 from core.data.batches import Data, data_record
 from core.folders import new_folder, write_atomically
-from core.progress import make_console
 from core.run.curve import plot_branch
 from core.run.folder import run_record, write_config
 from core.run.interrupt import EXIT_FINISHED

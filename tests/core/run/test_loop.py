@@ -21,8 +21,9 @@ from rich.console import Console
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.steps import Keep, list_steps
 from core.config import ModelConfig
+from core.console import make_console
 from core.errors import UserError
-from core.progress import Activity, make_console
+from core.progress import Activity
 from core.run.cadence import Flags
 from core.run.engine import Device, Metrics
 from core.run.guard import EARLY, GuardConfig
