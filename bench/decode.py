@@ -6,7 +6,6 @@ values so far; the share of the copy's bandwidth says how near that is.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 import tyro
 
 from bench.bars import draw_rates
+from bench.figures import require_json, write_json
 from bench.stock import stock_model
 from core import checks, cli
 from core.config import ModelConfig, preset
@@ -315,14 +315,14 @@ def main() -> None:
     config = cli.parse(DecodeBenchConfig, prog="python -m bench.decode")
     if not torch.cuda.is_available():
         raise UserError("bench.decode needs an NVIDIA GPU, and PyTorch finds none here")
+    require_json(config.json)
     copy = copy_bandwidth()
     device = torch.cuda.get_device_name()
     facts = f"{device}, PyTorch {torch.__version__}, copy {copy / 1e12:.2f} TB/s"
     print(f"{facts}; prompts of {config.prompt} tokens and {config.new} new ones, bfloat16")
     rows = measure(config, copy)
     print_table(rows)
-    if config.json:
-        config.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1))
+    write_json(config.json, {"facts": facts, "rows": rows})
     if config.plot:
         plot(rows, config.plot, device)
 

@@ -6,7 +6,6 @@ DistributedDataParallel and in FSDP2 (`fully_shard` of each block). Every row ha
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.figures import require_json, write_json
 from bench.plain_torch import GPT
 from bench.row_process import Row, in_process, print_row, taken_row
 from bench.train import BATCH
@@ -199,6 +199,7 @@ def main() -> None:
         raise UserError(
             f"bench.devices compares one GPU with several, at most all of this machine, which has {there}"
         )
+    require_json(config.json)
     models = {case: preset(case) for case in config.cases}
     rows = []
     for case in config.cases:
@@ -213,13 +214,8 @@ def main() -> None:
                     tokens = config.sequences(case) * models[case].context
                     figures["tokens_per_second"] = tokens / figures["milliseconds"] * 1e3
                 rows.append({**facts, **figures})
-                if config.json:
-                    report = {
-                        "device": torch.cuda.get_device_name(),
-                        "torch": torch.__version__,
-                        "rows": rows,
-                    }
-                    config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                device = torch.cuda.get_device_name()
+                write_json(config.json, {"device": device, "torch": torch.__version__, "rows": rows})
     print_table(rows)
 
 

@@ -8,9 +8,8 @@ lie wholly in a window; what a window cuts is counted apart.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,11 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int
 
+from bench.figures import require_json, write_json
 from core import checks, cli
 from core.attention import choose
 from core.checkpoint.checkpointer import restore_params
-from core.checkpoint.manifest import load_manifest
+from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step
 from core.config import ModelConfig, compute_dtype
 from core.console import Table
@@ -36,6 +36,7 @@ from core.tokenizer import load_tokenizer_of, require_same
 
 UP_TO = (128, 512)  # tokens of a document: bounds of the groups, the last of which is without
 GROUPS = (*(f"up to {most}" for most in UP_TO), f"over {UP_TO[-1]}", "cut by a window", "all")
+AFTER_OTHERS, ALONE = "after others", "alone"  # how a document is scored
 WARM_UP = 20  # updates whose rates do not count
 
 
@@ -53,6 +54,8 @@ class DocumentsConfig:
     """Windows to score, spread over the set. Default: all."""
     rows: int = 16
     """Windows scored at once."""
+    json: Path | None = None
+    """Write all figures into this file, after every run."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -86,13 +89,38 @@ def group_sums(
     return jnp.stack([cross_entropy(hidden, table, t).nll for t in targets])
 
 
-def score(config: DocumentsConfig, dataset: Dataset, split: str, run: Path) -> Iterator[Sequence[str]]:
-    """The rows of the table for a run."""
+def read_windows(
+    dataset: Dataset, split: str, limit: int | None
+) -> tuple[Int[np.ndarray, "N S1"], Int[np.ndarray, "N S"], Bool[np.ndarray, "N G S"]]:
+    """Windows of the held-out set, at most `limit`; the documents of their places; each group's places."""
+    windows, mask = heldout_windows(dataset, split, limit)
+    tokenizer = load_tokenizer_of(dataset.tokenizer_record, [dataset.path], f"the data {dataset.path}")
+    documents = number_documents(windows[:, :-1], document_mark(tokenizer))
+    groups = group_of_places(documents)
+    scored = np.stack([*((groups == g) & mask for g in range(len(GROUPS) - 1)), mask], axis=1)
+    return windows, documents, scored
+
+
+def open_run(run: Path, dataset: Dataset) -> tuple[Path, Manifest]:
+    """The newest checkpoint of a run that has the tokenizer of the data."""
     step_dir = find_step(run)
     manifest = load_manifest(step_dir)
-    record = dataset.tokenizer_record
-    require_same(manifest.tokenizer, record, str(run), f"the data {dataset.path}")
-    mark = document_mark(load_tokenizer_of(record, [dataset.path], f"the data {dataset.path}"))
+    require_same(manifest.tokenizer, dataset.tokenizer_record, str(run), f"the data {dataset.path}")
+    return step_dir, manifest
+
+
+def score(
+    step_dir: Path,
+    manifest: Manifest,
+    windows: Int[np.ndarray, "N S1"],
+    documents: Int[np.ndarray, "N S"],
+    scored: Bool[np.ndarray, "N G S"],
+    rows: int,
+) -> dict[str, list[float | None]]:
+    """Nats per token of each group, where a document comes after others and where it is alone.
+
+    rows: windows that are scored at once. None where a group has no tokens.
+    """
     model = ModelConfig(**manifest.config["model"])
     params = restore_params(step_dir, abstract_params(model))
     platform = jax.default_backend()
@@ -101,41 +129,66 @@ def score(config: DocumentsConfig, dataset: Dataset, split: str, run: Path) -> I
         "auto", platform=platform, dtype=dtype, head_dim=model.head_size, context=model.context
     )
     compute = Compute(dtype, attention.name)
-
-    windows, mask = heldout_windows(dataset, split, config.windows)
-    documents = number_documents(windows[:, :-1], mark)
-    groups = group_of_places(documents)
-    scored = np.stack([*((groups == g) & mask for g in range(len(GROUPS) - 1)), mask], axis=1)
     counts = scored.sum(axis=(0, 2))
-    rates = [row["tokens_per_second"] for row in read_log(run, "train")][WARM_UP:]
-    rate = f"{statistics.median(rates):,.0f}" if rates else ""
-    masked = manifest.config["run"].get("document_mask", False)
-    for alone in (False, True):
+    losses = {}
+    for how in (AFTER_OTHERS, ALONE):
         sums = np.zeros(len(GROUPS))
-        for _, (tokens, numbers, places) in full_batches(config.rows, windows, documents, scored):
-            given = jnp.asarray(numbers) if alone else None
+        for _, (tokens, numbers, places) in full_batches(rows, windows, documents, scored):
+            given = jnp.asarray(numbers) if how == ALONE else None
             sums += group_sums(model, compute, params, jnp.asarray(tokens, jnp.int32), places, given)
-        losses = (f"{total / n:.4f}" if n else "-" for total, n in zip(sums, counts, strict=True))
-        yield str(run), "yes" if masked else "no", "alone" if alone else "after others", rate, *losses
-    yield "", "", "tokens", "", *(f"{n:,}" for n in counts)
+        losses[how] = [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
+    return losses
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Two lines per run, and how many tokens each group has."""
+    table = Table(
+        ("run", "masked", "documents"),
+        ("tokens/s", *GROUPS),
+        title=f"{report['split']}, nats per token by the tokens of a document",
+    )
+    for row in report["rows"]:
+        rate = row["tokens_per_second"]
+        losses = ("-" if loss is None else f"{loss:.4f}" for loss in row["nll"].values())
+        masked = "yes" if row["masked"] else "no"
+        table.add_row(row["run"], masked, row["documents"], "" if rate is None else f"{rate:,.0f}", *losses)
+    table.add_row("tokens", "", "", "", *(f"{n:,}" for n in report["tokens"].values()))
+    table.print()
 
 
 def main() -> int:
-    """Runs the command: one table of all runs."""
+    """Scores the runs one after the other and prints one table of all."""
     config = cli.parse(DocumentsConfig, prog="python -m bench.documents")
+    require_json(config.json)
     dataset = open_dataset(config.data)
     split = config.split or next(iter(dataset.heldout), None)
     if split is None:
         raise UserError(f"{config.data} has no held-out set: prepare it with one")
-    table = Table(
-        ("run", "masked", "documents"),
-        ("tokens/s", *GROUPS),
-        title=f"{split}, nats per token by the tokens of a document",
-    )
-    for run in config.runs:
-        for row in score(config, dataset, split, run):
-            table.add_row(*row)
-    table.print()
+    opened = [open_run(run, dataset) for run in config.runs]
+    windows, documents, scored = read_windows(dataset, split, config.windows)
+    tokens = scored.sum(axis=(0, 2)).tolist()
+    report: dict[str, Any] = {
+        "data": str(dataset.path),
+        "fingerprint": dataset.fingerprint,
+        "split": split,
+        "windows": len(windows),
+        "tokens": dict(zip(GROUPS, tokens, strict=True)),
+        "rows": [],
+    }
+    for number, (run, (step_dir, manifest)) in enumerate(zip(config.runs, opened, strict=True), 1):
+        print(f"[{number}/{len(opened)}] {run} ...", flush=True)
+        rates = [row["tokens_per_second"] for row in read_log(run, "train")][WARM_UP:]
+        facts = {
+            "run": str(run),
+            "step": manifest.step,
+            "masked": manifest.config.get("run", {}).get("document_mask", False),
+            "tokens_per_second": statistics.median(rates) if rates else None,
+        }
+        for how, losses in score(step_dir, manifest, windows, documents, scored, config.rows).items():
+            nll = dict(zip(GROUPS, losses, strict=True))
+            report["rows"].append({**facts, "documents": how, "nll": nll})
+        write_json(config.json, report)
+    print_table(report)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from bench.figures import require_json, write_json
 from core import checks, cli
 from core.console import Table
 from core.errors import UserError, run_command
@@ -122,6 +123,7 @@ def main() -> int:
         return 0
     if unknown := set(config.dtypes) - set(DTYPES):
         raise UserError(f"--dtypes names {unknown.pop()!r}: give float32, bfloat16 or both")
+    require_json(config.out)
     found = {
         (row, dtype): in_process(argv, row, dtype)
         for dtype in config.dtypes
@@ -144,10 +146,9 @@ def main() -> int:
             print(f"{row} {dtype} against hf {dtype}: {against}")
     for (row, dtype), result in found.items():
         print(row, dtype, json.dumps(result["metrics"]))
-    if config.out:
-        kept = {f"{row} {dtype}": {k: v for k, v in result.items() if k != "scores"}
-                for (row, dtype), result in found.items()}  # fmt: skip
-        config.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    kept = {f"{row} {dtype}": {k: v for k, v in result.items() if k != "scores"}
+            for (row, dtype), result in found.items()}  # fmt: skip
+    write_json(config.out, kept)
     return 0
 
 

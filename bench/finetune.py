@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bench import row_process
+from bench.figures import require_json, write_json
 from bench.row_process import Row, print_row, taken_row
 from core import checks, cli
 from core.config import preset
 from core.console import Table
 from core.data.tuning_rows import read_rows
 from core.errors import UserError, run_command
-from core.folders import require_place
 from core.tokenizer import load_tokenizer
 
 OURS = "ours"
@@ -119,8 +119,7 @@ def check(config: FinetuneBenchConfig) -> None:
     """Refuses what cannot be timed before anything slow."""
     model, trl = preset(config.preset), [way for way in config.ways if way != OURS]
     load_tokenizer(config.tokenizer)
-    if config.json:
-        require_place(config.json.absolute().parent)
+    require_json(config.json)
     if trl and find_spec("trl") is None:
         raise UserError("TRL is not installed: `pip install trl`, or give --ways ours")
     import torch  # slow
@@ -170,9 +169,7 @@ def main() -> None:
             report["rows"].append({"way": way, **figures})
             if "failed" not in figures:
                 print(f"    {figures['milliseconds']:.1f} ms, {figures['tokens_per_second']:,.0f} tokens/s")
-            if config.json:
-                config.json.parent.mkdir(parents=True, exist_ok=True)
-                config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_json(config.json, report)
     print_table(report["rows"])
 
 

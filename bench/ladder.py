@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.figures import require_json, write_json
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
 from bench.row_process import taken_row
 from core import cli
@@ -104,6 +105,7 @@ def main() -> None:
     if library:
         print("ROWS " + json.dumps(rows_of(library, config)))
         return
+    require_json(config.json)
     rows = []
     for name in ("torch", "jax"):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
@@ -116,8 +118,7 @@ def main() -> None:
             )
         rows += json.loads(done.stdout.rpartition("ROWS ")[2])
     print_table(rows, config)
-    if config.json:
-        config.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(config.json, rows)
     if config.plot:
         plot(rows, config.plot, config)
 

@@ -5,7 +5,6 @@ fresh compilations, and what Liger changes in transformers is changed for it alo
 """
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from bench import row_process
 from bench.bars import draw_rates
+from bench.figures import require_json, write_json
 from bench.row_process import Row, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
@@ -190,6 +190,7 @@ def main() -> None:
             "bench.train needs an NVIDIA GPU, and PyTorch finds none here: --device cpu --cases mtlm1-tiny "
             "tries the command out"
         )
+    require_json(config.json)
     models = {case: config.model(case) for case in config.cases}
     todo = [
         (case, variant)
@@ -219,8 +220,7 @@ def main() -> None:
             print(f"    {figures['milliseconds']:.1f} ms, {figures['tokens_per_second']:,.0f} tokens/s")
         at_full_size = cuda and config.batch is None and config.context is None
         report["goals"] = goals(rows) if at_full_size else []
-        if config.json:
-            config.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(config.json, report)
     print_table(rows)
     if "plain-bf16" in config.variants:
         print("narrow: the residual stream in bfloat16, as ours is; autocast alone leaves it in float32")

@@ -14,6 +14,7 @@ import tyro
 
 from core import checks, cli
 from core.errors import UserError, run_command
+from core.folders import require_place, write_atomically
 
 if TYPE_CHECKING:
     from kernels_cuda.bench_tasks import Row
@@ -83,6 +84,8 @@ def plot(rows: list["Row"], path: Path, device: str) -> None:
 def main() -> None:
     """The command."""
     config = cli.parse(BenchConfig, prog="python -m kernels_cuda.bench")
+    if config.json:
+        require_place(config.json.absolute().parent)
     import torch  # slow, as what is timed
     import torch._functorch.config
 
@@ -108,7 +111,8 @@ def main() -> None:
     print_table(rows)
     if config.json:
         facts = {"device": device, "torch": torch.__version__, "copy": copy, "product": product}
-        config.json.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1))
+        report = {**facts, "rows": [asdict(row) for row in rows]}
+        write_atomically(config.json, json.dumps(report, indent=1) + "\n")
     if config.plot:
         plot(rows, config.plot, device)
 
