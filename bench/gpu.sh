@@ -44,7 +44,7 @@ step kernels python -m kernels_cuda.bench --json "$out/kernels.json" --plot "$ou
 step train python -m bench.train --json "$out/train.json" --plot "$out/train.png" --profile "$out/train-profile"
 step decode python -m bench.decode --preset mtlm1-200m --preset mtlm2-40m --preset smollm2-135m \
     --json "$out/decode.json" --plot "$out/decode.png" --profile "$out/decode-profile"
-step jax python -m bench.step --kernels auto xla
+step jax python -m bench.step --kernels auto xla --json "$out/jax.json"
 step ladder python -m bench.ladder --json "$out/ladder.json" --plot "$out/ladder.png"
 ((gpus < 2)) || step devices python -m bench.devices --json "$out/devices.json"
 (($# == 1)) || step mirror python -m bench.train_mirror --data "$2" --rows "$3" --out "$out/mirror"

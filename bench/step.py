@@ -5,11 +5,11 @@ One process per row, because the peak of device memory never falls within one.
 
 import dataclasses
 import itertools
-import json
+import os
 import statistics
-import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -18,7 +18,8 @@ import numpy as np
 import tyro
 
 from bench import plain_jax
-from bench.row_process import MARK, print_row, taken_row
+from bench.figures import require_json, write_json
+from bench.row_process import Row, in_process, print_row, taken_row
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
@@ -60,6 +61,8 @@ class StepBenchConfig:
     context: int | None = None
     deterministic: bool = False
     """Only operations that give the same bits every time (our rows alone)."""
+    json: Path | None = None
+    """Write all figures into this file, after every row."""
 
     def __post_init__(self) -> None:
         names = ("batch", "steps", "loss_chunk", "unroll", "context")
@@ -170,25 +173,44 @@ def main() -> None:
         batch = BATCH.get(name, 32) if config.batch is None else config.batch
         print_row(measure(config, name, model, batch, who))
         return
+    require_json(config.json)
+    rows: list[Row] = []
+    ways = (PLAIN, *map("/".join, itertools.product(config.kernels, config.products)))
+    models = {name: preset(name) for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]}
+    for name, who in itertools.product(models, ways):
+        print(f"{name}, {title(who)} ...", file=sys.stderr, flush=True)
+        figures = in_process("bench.step", f"{name}/{who}", argv, dict(os.environ))
+        rows.append({"model": name, "step": who, **figures})
+        write_json(config.json, {"jax": jax.__version__, "rows": rows})
+    print_table(rows)
+
+
+def title(who: str) -> str:
+    """A row's name in the table."""
+    return who if who == PLAIN else f"ours: {who}"
+
+
+def print_table(rows: list[Row]) -> None:
+    """One line per row; the last column is its rate over plain JAX's."""
     table = Table(
         ("model", "step"),
         ("batch", "ms", "tokens/s", "MFU", "peak GiB", "first step s", "loss", "ratio"),
     )
-    rows = (PLAIN, *map("/".join, itertools.product(config.kernels, config.products)))
-    for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]:
-        plain_rate = None
-        for who in rows:
-            command = [sys.executable, "-m", "bench.step", "--row", f"{name}/{who}", *argv]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = json.loads(output.split(MARK, 1)[1])
-            plain_rate = row["rate"] if plain_rate is None else plain_rate
-            mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-            table.add_row(
-                name, who if who == PLAIN else f"ours: {who}", str(row["batch"]), f"{row['ms']:.1f}",
-                f"{row['rate']:,.0f}", mfu, f"{row['peak']:.1f}", f"{row['compile']:.0f}",
-                f"{row['first_loss']:.4f} {row['loss']:.4f}", f"{row['rate'] / plain_rate:.2f}",
-            )  # fmt: skip
+    plain = {row["model"]: row.get("rate") for row in rows if row["step"] == PLAIN}
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["model"], title(row["step"]), "", "failed")
+            continue
+        base = plain[row["model"]]
+        table.add_row(
+            row["model"], title(row["step"]), str(row["batch"]), f"{row['ms']:.1f}", f"{row['rate']:,.0f}",
+            "" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['peak']:.1f}", f"{row['compile']:.0f}",
+            f"{row['first_loss']:.4f} {row['loss']:.4f}", f"{row['rate'] / base:.2f}" if base else "",
+        )  # fmt: skip
     table.print()
+    for row in rows:
+        if "failed" in row:
+            print(f"failed: {row['model']}, {title(row['step'])}: {row['failed']}")
 
 
 if __name__ == "__main__":
