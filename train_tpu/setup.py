@@ -29,7 +29,7 @@ from core.gpu_memory import require_free_memory
 from core.model import Params, require_fit
 from core.progress import Activity
 from core.run.data import choose_run_tokenizer, open_data
-from core.run.folder import read_config, require_folder, run_record
+from core.run.folder import begun_record, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.schedule import check_room
 from core.run.settings import model_config
@@ -270,7 +270,7 @@ def refuse_alone(config: JaxSettings) -> None:
 def mesh_shape(config: JaxSettings, out: Path) -> MeshShape:
     """The mesh over the devices found; a UserError if --mesh does not fit them."""
     n_devices = jax.device_count()
-    saved = read_config(out)
+    saved = begun_record(out)
     if saved and config.mesh and saved["run"].get("mesh") == config.mesh:
         try:
             return parse_mesh(config.mesh, n_devices)

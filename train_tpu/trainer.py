@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from core.extras import install_command
 from core.generation import Generator
 from core.progress import Activity
 from core.run.curve import plot_curve
-from core.run.folder import check_run_folder, lock_folder, write_config
+from core.run.folder import check_run_folder, hold_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
@@ -53,7 +54,7 @@ def run(setup: Setup, report: bool = True) -> int:
         tasks = open_tasks(setup)
         if tasks:
             stack.enter_context(tasks)
-        enter_folder(setup, stack)
+        enter_folder(setup, stack, say)
         interrupt = stack.enter_context(Interrupt())
         with Activity("making the state to start from", console=console):
             state, manifest, how = starting_state(setup)
@@ -86,13 +87,13 @@ def run(setup: Setup, report: bool = True) -> int:
     return code
 
 
-def enter_folder(setup: Setup, stack: contextlib.ExitStack) -> None:
+def enter_folder(setup: Setup, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
     """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
     out = setup.out
     processes.require_equal(f"{out} {setup.record}", "settings or data")
     processes.require_equal(str(setup.step.compute.kernels is None), "kernels")
     if processes.is_first():
-        stack.enter_context(lock_folder(out))
+        stack.enter_context(hold_folder(out, say))
         here = functools.partial(resolved_mesh, n_devices=jax.device_count())
         check_run_folder(out, setup.record, setup.config.allow_change, setup.defaults, mesh=here)
     processes.require_shared(out.absolute())

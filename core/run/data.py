@@ -26,7 +26,7 @@ from core.data.mixture import (
 from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
 from core.errors import UserError
 from core.folders import CACHE
-from core.run.folder import newest_manifest, read_config
+from core.run.folder import begun_record, newest_manifest
 from core.run.presets import count_steps
 from core.run.settings import today
 from core.tokenizer import Tokenizer, require_same
@@ -62,7 +62,7 @@ def open_data(config: Any, tokenizer: str, context: int, out: Path) -> Data:
         UserError: a source cannot be opened or holds no window, or a phase does not fit the run.
     """
     asked = parse_mixture(config.data, config.weights, config.phases)
-    old = None if "data" in config.allow_change else read_config(out)
+    old = None if "data" in config.allow_change else begun_record(out)
     wanted = fingerprints_of(old["data"]) if old else set()
     if asked is None:
         return open_or_prepare(config.data, tokenizer, context, CACHE, wanted)
@@ -116,7 +116,7 @@ def open_sources(
 def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Path) -> tuple[Phase, ...]:
     """From which sequence on which mixture holds: what is recorded, if the same is asked for, else from where
     the run in `out` resumes, or from its beginning."""
-    old = read_config(out)
+    old = begun_record(out)
     if old and (recorded := as_recorded(old, asked)):
         return recorded
     start = start_of(config, out) if old else None

@@ -1,11 +1,13 @@
 """The folder of a run: one process at a time, one configuration for its whole life."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -17,6 +19,7 @@ from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically
 from core.run import settings
+from core.run.begun import has_begun, remove_start
 from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
 from core.run.schedule import require_continuous
 from core.run.settings import FREE_SETTINGS, MIXTURE
@@ -24,6 +27,7 @@ from core.tokenizer import BUILT_IN, find_tokenizer
 from core.tokenizer import require_same as require_same_tokenizer
 
 LOCK = ".lock"  # which the process that trains into the folder holds; its content names that process
+SOURCES = ("--preset", "--data", "--init-from", "--from")  # options that say what is trained, and on what
 NOTICING = 10.0  # seconds within which a new file is seen by all on a disk that they share
 Settings = TypeVar("Settings")
 
@@ -69,15 +73,50 @@ def require_folder(out: Path) -> None:
         raise UserError(f"--out {out} is not empty and not an MTLM run; choose an empty or new folder")
 
 
+@contextlib.contextmanager
+def hold_folder(out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Makes the run folder where there is none, and holds it for this process.
+
+    What a start left in it that ended before its first update is removed, and `say` told of it. Of one that
+    fails before its first update while this is entered, nothing stays but what was there before.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with lock_folder(out):
+        if not has_begun(out) and read_config(out):  # one that is not a run's is refused
+            remove_start(out)
+            say(f"the last start in {out} ended before its first update: this one replaces it")
+        before = {path.name for path in out.iterdir()}
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a disk that fails; the error is the one to tell
+                if not has_begun(out):
+                    remove_start(out, before)
+                    _remove_empty(out, made)
+            raise
+
+
+def _remove_empty(out: Path, made: Sequence[Path]) -> None:
+    """Removes the lock if nothing else is in the folder, and then the folders `made`, the innermost first."""
+    if [path.name for path in out.iterdir()] == [LOCK]:
+        (out / LOCK).unlink()
+        for path in made:
+            path.rmdir()
+
+
 def lock_folder(out: Path) -> TextIO:
-    """Holds the run folder for this process until the returned file is closed."""
+    """Holds the run folder, which is made, for this process until the returned file is closed."""
     require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = (out / LOCK).open("a")
+    path = out / LOCK
+    lock = path.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another process is training into {out}: stop it or give another --out") from None
+    if not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+        lock.close()
+        return lock_folder(out)  # a start that failed in this moment has removed the file
     lock.truncate(0)
     lock.write(secrets.token_hex(8))
     lock.flush()
@@ -112,6 +151,12 @@ def read_config(out: Path) -> dict[str, Any] | None:
             'field "sha256" if the edit is meant'
         )
     return record
+
+
+def begun_record(out: Path) -> dict[str, Any] | None:
+    """As `read_config`, and None where the run has not begun, too: what a new start has to keep to."""
+    record = read_config(out)
+    return record if record and has_begun(out) else None
 
 
 def check_run_folder(
@@ -193,9 +238,13 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     """Those of the run in `folder`, for a command line to go over.
 
     `default` where there is no run, and for what is said of one start alone. A run of the other engine is
-    continued by this one.
+    continued by this one. One that has not begun gives its settings to a command line without any of
+    `SOURCES`, such as --out alone, and to no other.
     """
     record = read_config(folder)
+    if record and not has_begun(folder):
+        typed = any(settings.given_value(argv, flag) is not None for flag in SOURCES)
+        record = None if typed or "preset" not in record["run"] else record
     if not record:
         return default
     if "preset" not in record["run"]:

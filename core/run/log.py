@@ -17,6 +17,7 @@ METRICS = "metrics.jsonl"
 END = "end"  # the event that a finished run logs last
 HALT = "halt"  # that of one which the guard ended
 SAMPLES = "samples.txt"
+EVENTS = "tensorboard"  # the folder of its events
 LAST_LINES = 1 << 18  # bytes of a log that hold its newest updates
 WATCHED = "watch.jsonl"  # what core/run/watching.py has of some updates
 WATCH = "watch"  # the kind of its lines
@@ -46,7 +47,7 @@ class RunLog:
         self.notice = "; ".join(notice for notice in notices if notice) or None
         """What is to be said of an earlier log that was damaged or is gone; None otherwise."""
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = Board(folder / "tensorboard", resume_step)
+        self._board = Board(folder / EVENTS, resume_step)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """One line; finite numbers also go to TensorBoard as kind/name (eval/split/name), others become

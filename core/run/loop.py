@@ -251,7 +251,8 @@ class Loop:
                 raise RuntimeError(f"the batch starts at {batch.first}, the cursor is at {self.cursor}")
             pending = None if left_out else self.engine.dispatch(batch, self.step, lr, guard)
         except UserError:  # a damaged record, or a compilation that is forbidden: what was learned is kept
-            if self.engine.alone:  # others do not know of it, and saving is the work of all
+            # Several do not all know of it, and saving is the work of all.
+            if self.engine.alone and self.step > self._first_step:
                 self._read_metrics(leave=0)
                 self._save()
             raise

@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.run.guard import GuardConfig
 from core.run.schedule import OptimizerConfig, flags, jump, learning_rate
 
+RECORD = "steering.json"  # in the run folder
 SETTINGS = {"lr": "lr", "guard.sigma": "sigma", "guard.halt_after": "halt_after"}
 """Commands that give a setting another value from a step on -> the setting's name in config.json."""
 LASTING = (*SETTINGS, "skip", "steps")

@@ -20,10 +20,9 @@ from core.run.folder import LOCK, newest_manifest, read_config, write_config
 from core.run.guard import GuardConfig
 from core.run.log import END, METRICS, next_step, read_from, read_log
 from core.run.schedule import recorded_schedule
-from core.run.steering import Record, Steered, apply, parse, settle, steered
+from core.run.steering import RECORD, Record, Steered, apply, parse, settle, steered
 
 QUEUE = "steer"
-RECORD = "steering.json"
 STEERED, REFUSED = "steered", "not steered"  # the events that answer a command
 
 

@@ -12,7 +12,7 @@ from core import checks
 from core.data.tuning_rows import CHAT, RowFile, read_rows
 from core.errors import UserError
 from core.lora import LoraConfig
-from core.run.folder import read_config, require_folder, tuned_by
+from core.run.folder import begun_record, require_folder, tuned_by
 from core.run.help import TRAINING_OPTIONS
 from core.run.other_engine import engine_of
 
@@ -72,7 +72,7 @@ def open_rows(config: Any) -> RowFile:
             conversations to write, or cannot write them.
     """
     require_folder(config.out)
-    old = read_config(config.out)
+    old = begun_record(config.out)
     if old and engine_of(old["run"]) != config.engine and "preset" not in old["run"]:
         raise UserError(
             f"the run in {config.out} is of {tuned_by(old)}: resume it with that command, or give another "

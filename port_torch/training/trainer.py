@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.extras import install_command
 from core.progress import Activity
 from core.run.curve import plot_curve
-from core.run.folder import check_run_folder, lock_folder, write_config
+from core.run.folder import check_run_folder, hold_folder, write_config
 from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import END, SAMPLES, read_log
@@ -42,7 +42,7 @@ def train(job: Job, ranks: Distributed) -> int:
         tasks = open_tasks(config, job.tokenizer, ranks)
         if tasks:
             stack.enter_context(tasks)
-        ranks.first_does(lambda: enter_folder(job, stack))
+        ranks.first_does(lambda: enter_folder(job, stack, console))
         ranks.require_shared(out)
         interrupt = stack.enter_context(Interrupt())
         train_step = make_train_step(job, ranks)
@@ -97,9 +97,10 @@ def train(job: Job, ranks: Distributed) -> int:
     return code
 
 
-def enter_folder(job: Job, stack: contextlib.ExitStack) -> None:
+def enter_folder(job: Job, stack: contextlib.ExitStack, console: Console) -> None:
     """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
-    stack.enter_context(lock_folder(job.out))
+    say = functools.partial(console.print, markup=False, highlight=False)
+    stack.enter_context(hold_folder(job.out, say))
     check_run_folder(job.out, job.record, job.config.allow_change, job.defaults)
 
 

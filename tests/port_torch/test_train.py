@@ -24,7 +24,7 @@ from core.documents import DocumentMark, document_mark
 from core.errors import UserError
 from core.model import Compute
 from core.run.cadence import Flags
-from core.run.interrupt import EXIT_HALTED, EXIT_SAVED
+from core.run.interrupt import EXIT_HALTED, EXIT_KEPT, EXIT_SAVED
 from core.run.log import read_log
 from core.run.schedule import OptimizerConfig, learning_rate
 from core.sharding import make_mesh
@@ -34,7 +34,7 @@ from port_torch import train as torch_train
 from port_torch.export import reader
 from port_torch.model import Decoder, load, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.training import checkpoint, pretraining
+from port_torch.training import checkpoint, pretraining, trainer
 from port_torch.training.batches import empty_rows, pretraining_batches
 from port_torch.training.distributed import Distributed
 from port_torch.training.evaluate import score
@@ -372,6 +372,32 @@ def test_from_a_folder_and_on_with_a_finished_run(
     assert train_here(monkeypatch, *arguments, "--steps", "3", "--allow-change", "steps") == 0
     assert load_manifest(folder / "model", EXPORT_MANIFEST).step == 3
     assert (folder / "model" / "model.safetensors").read_bytes() != before
+
+
+def test_a_start_that_ends_before_its_first_update_does_not_bind_the_next(
+    data32: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """An update that cannot be made, and a signal before it; the next one has other settings."""
+    folder = tmp_path / "run"
+    arguments = (*TINY, "--data", data32, "--out", folder)
+
+    def refuse():
+        raise UserError("the update does not fit")
+
+    with monkeypatch.context() as patch:
+        stop_before(patch, 0, refuse)
+        with pytest.raises(UserError, match="does not fit"):
+            train_here(patch, *arguments)
+    assert not folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "announce", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train_here(patch, *arguments) == EXIT_KEPT
+    assert (folder / "config.json").exists()
+    capsys.readouterr()
+    assert train_here(monkeypatch, *arguments, "--grad-accum-steps", "2", "--stop-at", "1") == 0
+    assert capsys.readouterr().out.count("ended before its first update: this one replaces it") == 1
+    with pytest.raises(UserError, match="--grad-accum-steps 2, not 1"):
+        train_here(monkeypatch, *arguments, "--grad-accum-steps", "1")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,7 @@ def test_refusals(rows: Path, tmp_path: Path, monkeypatch):
     del record["run"]["preset"]
     theirs.mkdir()
     (theirs / "config.json").write_text(json.dumps(record))
+    shutil.copy(FIXTURES / "torch" / "metrics.jsonl", theirs)
     for arguments, message in (
         ((start, "--data", wrong, "--out", out), "line 1 has the fields prompt"),
         ((start, "--data", tmp_path / "no", "--out", out), "cannot be read"),

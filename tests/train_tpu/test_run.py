@@ -3,8 +3,11 @@
 In this process; test_faults.py starts it as users do."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,12 +16,15 @@ import pytest
 from core.checkpoint.checkpointer import find_step, list_steps, load_manifest
 from core.errors import UserError
 from core.run.folder import check_run_folder, run_record, write_config
+from core.run.interrupt import EXIT_KEPT
 from core.run.log import read_log
 from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
 from tests.core.test_tokenizer import bpe_file
 from tests.train_tpu.processes import TINY, losses, make_text, refusal, refusal_here, run, run_here, without
+from train_tpu import step
 from train_tpu.config import RunConfig, defaults
+from train_tpu.engine import JaxEngine
 from train_tpu.run import parse
 
 UNSAMPLED = (*TINY, "--sample-every", "0")
@@ -186,6 +192,29 @@ def test_init_from_starts_with_the_parameters_alone(finished, cache, text):
     assert first == last  # the same parameters, data and code
     manifest = load_manifest(find_step(folder))
     assert manifest.lineage[0]["operation"] == "init_from" and manifest.lineage[0]["step"] == 12
+
+
+def test_a_start_that_ends_before_its_first_update_does_not_bind_the_next(text, tmp_path, monkeypatch):
+    """It does not fit into memory, or is stopped while it compiles; the next one has other settings."""
+    folder = tmp_path / "runs" / "base"
+    arguments = (*UNSAMPLED, "--data", text, "--out", folder)
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    for place, name in ((step, "compile_step"), (JaxEngine, "_run_step")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            assert "try --grad-accum-steps 2" in refusal_here(*arguments)
+        assert not list(tmp_path.iterdir())
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    run_here(*arguments, "--lr", "0.5", moment="compiled the step", then=interrupt, expect=EXIT_KEPT)
+    run_here(*arguments, "--lr", "0.5", moment="step 0: valid", then=interrupt, expect=EXIT_KEPT)
+    assert [row["step"] for row in read_log(folder, "eval")] == [0]
+    out, _ = run_here(*arguments, "--stop-at", "1")
+    assert out.count("ended before its first update: this one replaces it") == 1 and "starting a new" in out
+    assert [row["step"] for row in read_log(folder, "eval")] == [0, 1]
+    assert "--lr 0.01, not 0.5" in refusal_here(*arguments, "--lr", "0.5")
 
 
 def test_refusals(finished, cache, text, tmp_path):

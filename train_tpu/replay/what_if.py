@@ -15,7 +15,7 @@ from core.run.curve import plot_branch
 from core.run.folder import run_record, write_config
 from core.run.interrupt import EXIT_FINISHED
 from core.run.log import METRICS, read_log
-from core.run.steering_queue import RECORD
+from core.run.steering import RECORD
 from core.tokenizer import Tokenizer
 from train_tpu.replay.branch import Branch
 from train_tpu.replay.compiled import open_setup

@@ -15,6 +15,7 @@ from core.errors import UserError
 from core.run import data as run_data
 from core.run.data import choose_run_tokenizer, data_rows, find_phases, open_data
 from core.run.folder import check_run_folder, run_record, write_config
+from core.run.log import RunLog
 from core.run.settings import model_config
 from tests.core.data.test_mixture import make
 from tests.core.data.test_prepare import documents, write_jsonl
@@ -207,8 +208,10 @@ def test_a_run_keeps_the_version_that_it_began_on(tmp_path, monkeypatch, capsys,
     write_config(tmp_path / "run", run_record(config, model_config(config, 258), 10, TOKENIZER, record))
     append([write_jsonl(tmp_path / "new.jsonl", documents(40, seed=2))], out)
     capsys.readouterr()
+    newest = opened(tmp_path / "run")  # no update was made: the run has not begun
+    assert newest != first and "version 2 of 2" in capsys.readouterr().out
+    RunLog(tmp_path / "run", 0).write(0, "train", tokens=0, loss=1.0, nll=1.0)
     assert opened(tmp_path / "run") == first
     assert f"data {out}: version 1 of 2, {first[:12]}, with which this run began" in capsys.readouterr().out
-    newest = opened(tmp_path / "another")
-    assert newest != first and "version 2 of 2" in capsys.readouterr().out
+    assert opened(tmp_path / "another") == newest and "version 2 of 2" in capsys.readouterr().out
     assert opened(tmp_path / "run", allow_change=("data",)) == newest

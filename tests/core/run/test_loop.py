@@ -254,6 +254,10 @@ def test_a_damaged_record_ends_the_run_and_one_alone_saves_first(alone: bool, tm
         make_loop(tmp_path, engine, batches(broken_at=3)).run()
     assert [m.step for m in engine.saved] == ([3] if alone else [])
     assert len(read_log(tmp_path, "train")) == (3 if alone else 2)
+    engine = FakeEngine(alone=alone)
+    with pytest.raises(UserError, match="record 9 is damaged"):
+        make_loop(tmp_path / "first", engine, batches(broken_at=0)).run()
+    assert not engine.saved  # nothing was learned, and what is saved binds the next start
 
 
 def test_records_that_are_left_out_are_named(tmp_path: Path):
