@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path):
 
 
 def test_what_was_there_before_a_start_that_fails_stays(tmp_path: Path):
-    """An empty folder of the user, one that others were put into meanwhile, and links to other disks."""
+    """An empty folder of the user, what was put into a new one meanwhile, and files named as ours are."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError), hold_folder(tmp_path / "empty", pytest.fail):
         write_start(tmp_path / "empty")
@@ -89,23 +90,24 @@ def test_what_was_there_before_a_start_that_fails_stays(tmp_path: Path):
         raise UserError("out of memory")
     # The lock says that it is a run's folder, for the next start.
     assert names(tmp_path / "new") == {"notes.txt", LOCK}
-    (tmp_path / "new" / "checkpoints").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk").mkdir()
+    (tmp_path / "new" / "profile").mkdir()
     with pytest.raises(UserError), hold_folder(tmp_path / "new", pytest.fail):
         write_config(tmp_path / "new", record())
         raise UserError("out of memory")
-    assert names(tmp_path / "new") == {"notes.txt", LOCK, "checkpoints"} and (tmp_path / "disk").is_dir()
+    assert names(tmp_path / "new") == {"notes.txt", LOCK, "profile"}
 
 
 def test_a_start_that_was_killed_is_replaced_and_its_settings_bind_nobody(tmp_path: Path):
-    write_start(tmp_path, grad_accum_steps=1)
-    (tmp_path / "notes.txt").write_text("mine")
+    write_start(tmp_path / "run", grad_accum_steps=1)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
     said = []
-    with hold_folder(tmp_path, said.append):
-        assert names(tmp_path) == {LOCK, "notes.txt"}
-        check_run_folder(tmp_path, record(grad_accum_steps=4), (), RunConfig())
-    assert said == [f"the last start in {tmp_path} ended before its first update: this one replaces it"]
-    with hold_folder(tmp_path, pytest.fail):  # once
+    with hold_folder(tmp_path / "run", said.append):
+        assert names(tmp_path / "run") == {LOCK, "notes.txt", "checkpoints"} and (tmp_path / "disk").is_dir()
+        check_run_folder(tmp_path / "run", record(grad_accum_steps=4), (), RunConfig())
+    assert said == [f"the last start in {tmp_path}/run ended before its first update: this one replaces it"]
+    with hold_folder(tmp_path / "run", pytest.fail):  # once
         pass
 
 
