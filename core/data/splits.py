@@ -61,7 +61,6 @@ class Plan:
             for source in group
             for part in source.parts()
         ]
-        self._n_heldout_parts = len(self.parts)
         self._source_of: list[int] = [0] * len(self.parts)  # its number among the training sources, from 1
         for number, source in enumerate(train, 1):
             parts = source.parts()

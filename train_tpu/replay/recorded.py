@@ -34,8 +34,6 @@ class Recorded:
     folder: Path
     step: int
     """The update (0-based)."""
-    made: int
-    """Updates that the run has made so far."""
     record: dict[str, Any]
     """What config.json said when the update was made: `run`, `model`, `tokenizer`, `data`."""
     config: RunConfig
@@ -134,7 +132,7 @@ def open_recorded(folder: Path, step: int) -> Recorded:
     context = record["model"]["context"]
     _require_same_batches(folder, config.batch * context, start_manifest, lines.get(step), step)
     recorded = Recorded(
-        folder, step, made, record, config, start, start_manifest, source,
+        folder, step, record, config, start, start_manifest, source,
         {at: line for at, line in lines.items() if at >= first}, find_record(folder),
         _device_at(folder, step),
     )  # fmt: skip
