@@ -148,16 +148,15 @@ class ModelConfig:
         """Parameters of the embedding table, the position table and an untied head."""
         return sum(leaf.size(self) for leaf in model_leaves(self) if leaf.is_embedding)
 
-    def flops_per_token(self, sequence: int | None = None) -> int:
+    def flops_per_token(self) -> int:
         """Model FLOPs to train on one token: forward and backward, causal attention, no recomputation.
 
         6 for every weight of a matrix product (the head counted, the embedding look-up not), and
         attention's two products over the half of the scores that the causal mask leaves.
         """
-        s = self.context if sequence is None else sequence
         layers = sum(leaf.size(self) for leaf in model_leaves(self) if leaf.is_layer_kernel)
         matrices = layers + self.vocab_size * self.d_model
-        return 6 * matrices + 6 * self.n_layers * self.q_width * s
+        return 6 * matrices + 6 * self.n_layers * self.q_width * self.context
 
 
 MISTRAL_VOCAB = 32_000
