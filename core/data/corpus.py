@@ -2,7 +2,7 @@
 
 Harvested with `ast` from the sources of the standard library and of the project's dependencies, without
 importing any of them: several megabytes of technical English, enough for a first run without a network.
-It differs a little between versions of these packages; `fingerprint` says which corpus it was.
+It differs a little between versions of these packages; `identity` says which corpus it is.
 """
 
 import ast
@@ -37,13 +37,11 @@ LICENCE = re.compile(r"licen[cs]ed under|permission is hereby granted|without wa
 LONG_STRING = re.compile(rb'^[ \t]*[rRuU]?"""(?:(?!""").){200}', re.DOTALL | re.MULTILINE)
 
 
-def documents() -> Iterator[str]:
-    """The corpus, one docstring per document: cleaned, without repetitions, in a fixed order."""
-    return (text for text, _ in documents_with_position())
+def documents() -> Iterator[tuple[str, int]]:
+    """The corpus, one docstring per document: cleaned, without repetitions, in a fixed order.
 
-
-def documents_with_position() -> Iterator[tuple[str, int]]:
-    """The documents, each with the number of source files read until then (of `n_files()`)."""
+    Each with the number of source files read until then (of `n_files()`).
+    """
     seen = set()
     for position, path in enumerate(_files(), start=1):
         for prose in _harvest(path):
@@ -58,16 +56,8 @@ def n_files() -> int:
     return len(_files())
 
 
-def fingerprint() -> str:
-    """sha256 over the documents."""
-    digest = hashlib.sha256()
-    for text in documents():
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
-
-
 def identity() -> str:
-    """The versions that determine the documents; much quicker to have than `fingerprint`."""
+    """The versions that determine the documents; much quicker to have than a hash of them."""
     versions = [f"python {platform.python_version()}"]
     owners = importlib.metadata.packages_distributions()
     for package in PACKAGES:

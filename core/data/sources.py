@@ -124,7 +124,7 @@ class BuiltinSource(Source):
         return f"builtin {corpus.identity()}"
 
     def documents(self) -> Iterator[tuple[str, int]]:
-        yield from corpus.documents_with_position()
+        yield from corpus.documents()
 
 
 class TfdsSource(Source):

@@ -10,6 +10,10 @@ from core.data import corpus
 ALL_FILES = corpus._files
 
 
+def texts() -> list[str]:
+    return [text for text, _ in corpus.documents()]
+
+
 @pytest.fixture(scope="module")
 def harvested() -> list[str]:
     """A part of the corpus, of some files of NumPy and Optax: all of it takes half a minute."""
@@ -17,7 +21,7 @@ def harvested() -> list[str]:
         roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "optax")]
         files = tuple(p for root in roots for p in sorted(root.rglob("*.py"))[::4] if corpus._wanted(p, root))
         patch.setattr(corpus, "_files", lambda: files)
-        yield list(corpus.documents())
+        yield texts()
 
 
 def assert_is_prose(documents: list[str]) -> None:
@@ -47,17 +51,10 @@ def test_nothing_is_imported_for_its_docstrings():
 
 def test_order_is_fixed(harvested):
     corpus._harvest.cache_clear()
-    assert list(corpus.documents()) == harvested
-    positions = [position for _, position in corpus.documents_with_position()]
+    assert texts() == harvested
+    positions = [position for _, position in corpus.documents()]
     assert positions == sorted(positions)
     assert positions[-1] <= corpus.n_files()
-
-
-def test_fingerprint_depends_on_the_documents(harvested, monkeypatch):
-    fingerprint = corpus.fingerprint()
-    assert fingerprint == corpus.fingerprint()
-    monkeypatch.setattr(corpus, "documents", lambda: iter(harvested[1:]))
-    assert corpus.fingerprint() != fingerprint
 
 
 def test_clean():
@@ -87,6 +84,6 @@ def test_clean():
 @pytest.mark.slow
 def test_the_whole_corpus_is_several_megabytes(monkeypatch):
     monkeypatch.setattr(corpus, "_files", ALL_FILES)
-    documents = list(corpus.documents())
+    documents = texts()
     assert sum(map(len, documents)) > 3_000_000
     assert_is_prose(documents)

@@ -525,7 +525,7 @@ def test_open_or_prepare(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=r"context is 64, but .* was prepared for 32"):
         open_or_prepare(str(first.path), "bytes", 64, cache)
     monkeypatch.setattr(corpus, "_files", lambda: ())
-    monkeypatch.setattr(corpus, "documents_with_position", lambda: ((t, 1) for t in documents(1100)))
+    monkeypatch.setattr(corpus, "documents", lambda: ((t, 1) for t in documents(1100)))
     assert (
         sum(s.documents for s in open_or_prepare("builtin", "bytes", CONTEXT, cache).splits.values()) == 1100
     )
