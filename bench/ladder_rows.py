@@ -178,16 +178,6 @@ def jax_way(way: str, piece: Piece, size: int, device: str) -> tuple[Call, Any, 
     return function, jax.device_put(example(size)), jax.block_until_ready
 
 
-def results(piece: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What both libraries make of the example, to be compared."""
-    import jax
-    import torch
-
-    x = example(size)
-    ours = jax.jit(PIECES[piece].jax)(x)
-    return PIECES[piece].torch(torch.from_numpy(x)).numpy(), np.asarray(ours)
-
-
 def ways(device: str) -> tuple[str, ...]:
     """Those that run on a device."""
     return tuple(way for way in WAYS if way != "graph" or device == "cuda")
