@@ -94,10 +94,6 @@ class Distributed:
         dist.all_reduce(held, dist.ReduceOp.MAX)
         return int(held)
 
-    def wait(self) -> None:
-        """Returns when every rank has come here."""
-        self.largest(0)
-
     def share(self, value: str) -> str:
         """The first rank's value, on every rank."""
         if self.size == 1:
