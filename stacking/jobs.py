@@ -18,7 +18,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from core.cli import command
 from core.errors import UserError
 
 # Starts a module so that it gets a SIGTERM, and saves its state, when the process that started it has died,
@@ -89,7 +88,6 @@ def run_jobs(
     at_once: int,
     gpus: tuple[str, ...],
     console: Console,
-    dry_run: bool,
     budget: Budget | None = None,
 ) -> bool:
     """Runs all jobs that are not done, in their order; their output goes to `out`/logs.
@@ -108,10 +106,6 @@ def run_jobs(
     todo = {name: job for name, job in unique.items() if not job.done()}
     total = sum(job.cost for job in todo.values())
     console.print(f"{len(todo)} of {len(unique)} jobs to do, {total:.3g} FLOPs", highlight=False)
-    if dry_run:
-        for job in todo.values():
-            console.print(f"  {job.name}: {command(*job.command)}", markup=False, highlight=False)
-        return True
     deal = _Deal(
         todo, out, [gpu for _ in range(at_once) for gpu in gpus or (None,)], budget or Budget(), console
     )

@@ -63,7 +63,7 @@ def main() -> int:
         for question in questions:
             keep_checkpoint(question)
         todo = [job for question in questions for job in jobs(question, config)]
-        run_jobs(todo, out, 1, (), console, dry_run=False)
+        run_jobs(todo, out, 1, (), console)
         for question in questions:
             require_compared(question)
         answers = [

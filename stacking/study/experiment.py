@@ -71,7 +71,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
             results.begin()
         while True:
             runs = make_runs(out, leaves, results, clock, texts)
-            whole = run_jobs(runs.jobs(), out, at_once, gpus, console, False, budget)
+            whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
             leaves = open_runs(definition, results)
             if not config.keep_weights:
                 runs.remove_weights(leaves)

@@ -25,7 +25,7 @@ def make_job(folder, name: str, needs: tuple[str, ...] = (), fails: bool = False
 
 
 def run(jobs: list[Job], folder, at_once: int = 1, budget: Budget | None = None) -> bool:
-    return run_jobs(jobs, folder, at_once, (), make_console(), dry_run=False, budget=budget)
+    return run_jobs(jobs, folder, at_once, (), make_console(), budget)
 
 
 def test_jobs_run_when_what_they_need_is_done_and_only_once(tmp_path):
@@ -103,7 +103,7 @@ def test_jobs_are_dealt_to_the_gpus_in_turn(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     paths = [tmp_path / f"shown-{i}" for i in range(4)]
     jobs = [Job(path.name, ("shows", str(path)), path.exists, (), 1.0) for path in paths]
-    assert run_jobs(jobs, tmp_path, 2, ("0", "3"), make_console(), dry_run=False)
+    assert run_jobs(jobs, tmp_path, 2, ("0", "3"), make_console())
     shown = sorted(path.read_text() for path in paths)
     assert shown == ["0 false 0.45"] * 2 + ["3 false 0.45"] * 2
 
@@ -134,7 +134,7 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path):
         "from stacking.jobs import Job, run_jobs\n"
         "from core.console import make_console\n"
         "job = Job('locking', ('locking',), lambda: False, (), 1.0)\n"
-        f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console(), dry_run=False)\n"
+        f"run_jobs([job], Path({str(tmp_path)!r}), 1, (), make_console())\n"
     )
     paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | paths)
