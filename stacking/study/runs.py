@@ -42,6 +42,11 @@ class Run:
         """What it trains."""
         return self.settings.model
 
+    @property
+    def ancestry(self) -> "list[Run]":
+        """The run, the one that it comes from, and so on."""
+        return [self, *(self.source.ancestry if self.source else ())]
+
     def flops(self, steps: int) -> int:
         """Of all training up to a step, that of the runs it comes from included."""
         if self.source is None or steps <= self.at:
@@ -137,13 +142,13 @@ class Runs:
 
     def _wanted(self, run: Run) -> list[int]:
         """The steps of a trunk from which something continues that has not ended."""
-        found = set()
-        for leaf in self.leaves:
-            one = leaf if not self._ended(leaf) else None
-            while one is not None and one.source is not None:
-                if one.source.name == run.name:
-                    found.add(one.at)
-                one = one.source
+        found = {
+            one.at
+            for leaf in self.leaves
+            if not self._ended(leaf)
+            for one in leaf.ancestry
+            if one.source is not None and one.source.name == run.name
+        }
         return sorted(found)
 
     def _fork(self, run: Run) -> None:
@@ -151,25 +156,10 @@ class Runs:
 
     def remove_weights(self, leaves: list[Run]) -> None:
         """Removes the checkpoints that none of `leaves`, the runs that are wanted now, needs any more."""
-        needed: set[str] = set()
-        for leaf in leaves:
-            one: Run | None = leaf if not self._ended(leaf) else None
-            while one is not None:
-                needed.add(one.name)
-                one = one.source
-        for run in self.all():
-            if run.name not in needed:
-                shutil.rmtree(self.folder(run) / "checkpoints", ignore_errors=True)
-
-    def all(self) -> list[Run]:
-        """The leaves and every run that they come from."""
-        found: dict[str, Run] = {}
-        for leaf in self.leaves:
-            one: Run | None = leaf
-            while one is not None:
-                found.setdefault(one.name, one)
-                one = one.source
-        return list(found.values())
+        needed = {run.name for leaf in leaves if not self._ended(leaf) for run in leaf.ancestry}
+        trained = {run.name for leaf in self.leaves for run in leaf.ancestry}
+        for name in trained - needed:
+            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
 
 
 def require_names(runs: Collection[Run]) -> None:

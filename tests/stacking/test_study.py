@@ -71,7 +71,7 @@ class FakeTraining:
         return made
 
     def __call__(self, jobs: list[Job], out: Path, *_) -> bool:
-        by_name = {run.name: run for run in self._runs.all()}
+        by_name = {run.name: run for leaf in self._runs.leaves for run in leaf.ancestry}
         for job in {job.name: job for job in jobs}.values():
             if job.done():
                 continue
