@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from core.batch_file import generation_settings, write_texts
 from core.chat import Template, open_template
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
-from core.checkpoint.manifest import recorded_hash
-from core.checkpoint.steps import tokenizer_carriers
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import load_manifest, recorded_hash
+from core.checkpoint.steps import find_step, tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig, compute_dtype
 from core.conversation import Answers, Session, answer_file, converse

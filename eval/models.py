@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
-from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, recorded_hash
-from core.checkpoint.steps import tokenizer_carriers
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, recorded_hash
+from core.checkpoint.steps import find_step, tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError

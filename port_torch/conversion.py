@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from core.checkpoint.checkpointer import load_manifest, restore_params
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import load_manifest
 from core.checkpoint.steps import tokenizer_carriers
 from core.config import ModelConfig
 from core.folders import new_folder

@@ -15,17 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from core.checkpoint.checkpointer import (
-    Manifest,
-    differing_leaves,
-    flatten,
-    nest,
-    read_leaves,
-    save_tree,
-    stored,
-)
-from core.checkpoint.checkpointer import verify as verify_files
-from core.checkpoint.manifest import code_version, sync_path
+from core.checkpoint.checkpointer import flatten, nest, read_leaves, save_tree, stored
+from core.checkpoint.manifest import Manifest, code_version, differing_leaves, sync_path
+from core.checkpoint.manifest import verify as verify_files
 from core.checkpoint.steps import step_path
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig

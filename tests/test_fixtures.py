@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.config import ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import open_dataset, open_windows

@@ -28,7 +28,6 @@ import jax
 
 from core.checkpoint import torch_state
 from core.checkpoint.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     TORCH,
     Manifest,
@@ -41,11 +40,8 @@ from core.checkpoint.manifest import (
 from core.checkpoint.steps import (
     Keep,
     delete_dispensable,
-    find_step,
     list_steps,
-    newest_intact,
     remove_unfinished,
-    set_aside,
     step_path,
 )
 from core.errors import FULL, UserError
@@ -54,27 +50,6 @@ from core.progress import Activity
 from core.shapes import named_axes
 from core.sharding import place
 from core.tokenizer import Tokenizer
-
-__all__ = [
-    "FORMAT_VERSION",
-    "Checkpointer",
-    "Manifest",
-    "differing_leaves",
-    "find_step",
-    "flatten",
-    "list_steps",
-    "load_manifest",
-    "nest",
-    "newest_intact",
-    "read_leaves",
-    "restore",
-    "restore_params",
-    "save_params",
-    "save_tree",
-    "set_aside",
-    "stored",
-    "verify",
-]
 
 PyTree = Any
 STATE = "state"

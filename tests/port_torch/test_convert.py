@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from core.checkpoint.checkpointer import load_manifest, save_params
-from core.checkpoint.manifest import EXPORT_MANIFEST
+from core.checkpoint.checkpointer import save_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest
 from core.errors import UserError
 from port_torch import conversion, convert, export
 from port_torch import parity as probe

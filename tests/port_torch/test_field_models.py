@@ -18,7 +18,8 @@ from torch import nn
 
 import port_torch.convert
 import port_torch.import_checkpoint
-from core.checkpoint.checkpointer import load_manifest, restore_params
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import load_manifest
 from core.config import ModelConfig
 from core.generation import Generator
 from core.model import Compute, abstract_params

@@ -11,8 +11,8 @@ import torch
 import port_torch.generate
 import port_torch.import_checkpoint
 import port_torch.train
-from core.checkpoint.checkpointer import find_step
 from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest, seal
+from core.checkpoint.steps import find_step
 from core.errors import UserError
 from core.tokenizer import load_tokenizer
 from eval.models import open_model

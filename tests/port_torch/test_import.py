@@ -18,8 +18,9 @@ import transformers
 
 import port_torch.convert
 from core import cli
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
-from core.checkpoint.manifest import EXPORT_MANIFEST, seal
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest, seal
+from core.checkpoint.steps import find_step
 from core.config import ModelConfig, preset, training_flags
 from core.data.batches import heldout_windows
 from core.data.dataset import open_dataset

@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from core.checkpoint.checkpointer import find_step, load_manifest
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.errors import UserError
 from core.run.training_run import TrainingRun
 from port_torch.training.distributed import Distributed

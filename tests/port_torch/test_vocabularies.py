@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from core.checkpoint.checkpointer import find_step, load_manifest
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.config import ModelConfig
 from core.data.batches import heldout_windows
 from core.data.dataset import open_dataset

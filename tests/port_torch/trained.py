@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from core.checkpoint.checkpointer import find_step, load_manifest, restore_params
+from core.checkpoint.checkpointer import restore_params
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.config import ModelConfig
 from core.model import Params, abstract_params
 from tests.train_tpu.processes import TINY, run_here, without

@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from core.checkpoint.checkpointer import find_step, load_manifest, nest, restore
+from core.checkpoint.checkpointer import nest, restore
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.data.dataset import open_dataset, open_windows
 from core.errors import UserError
 from core.run.folder import read_config

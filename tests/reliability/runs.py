@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.checkpoint.checkpointer import find_step, list_steps, verify
+from core.checkpoint.manifest import verify
+from core.checkpoint.steps import find_step, list_steps
 from tests.train_tpu.processes import TINY, losses, run, start
 
 LONG = (*TINY, "--steps", "60", "--eval-every", "20", "--save-every", "7", "--window", "16", "--lr", "0.003")

@@ -15,9 +15,9 @@ import pytest
 
 import stacking.rewrite
 from core import cli
-from core.checkpoint.checkpointer import find_step, flatten, load_manifest, restore, save_params
-from core.checkpoint.manifest import seal
-from core.checkpoint.steps import step_path
+from core.checkpoint.checkpointer import flatten, restore, save_params
+from core.checkpoint.manifest import load_manifest, seal
+from core.checkpoint.steps import find_step, step_path
 from core.config import ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import open_dataset

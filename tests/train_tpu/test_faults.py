@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint.checkpointer import find_step, list_steps, verify
+from core.checkpoint.manifest import verify
+from core.checkpoint.steps import find_step, list_steps
 from core.data.dataset import open_dataset
 from core.run.folder import lock_folder
 from core.run.interrupt import EXIT_KEPT, EXIT_SAVED

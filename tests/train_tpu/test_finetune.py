@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint.checkpointer import find_step, load_manifest, read_leaves, restore_params
-from core.checkpoint.manifest import recorded_hash
+from core.checkpoint.checkpointer import read_leaves, restore_params
+from core.checkpoint.manifest import load_manifest, recorded_hash
+from core.checkpoint.steps import find_step
 from core.config import ModelConfig
 from core.data.examples import Example
 from core.data.row_packing import pack

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from core.checkpoint.checkpointer import find_step, load_manifest
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.config import PRESETS, ModelConfig
 from core.errors import UserError
 from core.model import abstract_params

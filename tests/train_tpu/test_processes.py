@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint.checkpointer import find_step, list_steps, load_manifest, verify
+from core.checkpoint.manifest import load_manifest, verify
+from core.checkpoint.steps import find_step, list_steps
 from core.errors import UserError
 from core.processes import SILENCE, join
 from core.run.folder import lock_folder

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import transformers
 
-from core.checkpoint.checkpointer import find_step
 from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step
 from core.data.dataset import open_dataset
 from tests.eval.small_sets import WORDS, write_sets
 

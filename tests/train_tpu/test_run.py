@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from core.checkpoint.checkpointer import find_step, list_steps, load_manifest
+from core.checkpoint.manifest import load_manifest
+from core.checkpoint.steps import find_step, list_steps
 from core.errors import UserError
 from core.run.folder import check_run_folder, run_record, write_config
 from core.run.interrupt import EXIT_KEPT

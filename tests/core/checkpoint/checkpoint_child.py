@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from core.checkpoint.checkpointer import Checkpointer, Manifest, find_step, restore
-from core.checkpoint.steps import Keep
+from core.checkpoint.checkpointer import Checkpointer, restore
+from core.checkpoint.manifest import Manifest
+from core.checkpoint.steps import Keep, find_step
 from core.errors import run_command
 from tests.checks import require
 

@@ -17,17 +17,9 @@ import numpy as np
 import pytest
 
 import core.checkpoint.checkpointer
-from core.checkpoint.checkpointer import (
-    Checkpointer,
-    Manifest,
-    find_step,
-    list_steps,
-    newest_intact,
-    restore,
-    save_params,
-    verify,
-)
-from core.checkpoint.steps import Keep
+from core.checkpoint.checkpointer import Checkpointer, restore, save_params
+from core.checkpoint.manifest import Manifest, verify
+from core.checkpoint.steps import Keep, find_step, list_steps, newest_intact
 from core.errors import UserError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")

@@ -16,20 +16,9 @@ import optax
 import pytest
 
 import core.checkpoint.checkpointer
-from core.checkpoint.checkpointer import (
-    Checkpointer,
-    Manifest,
-    find_step,
-    list_steps,
-    load_manifest,
-    newest_intact,
-    restore,
-    restore_params,
-    save_params,
-    set_aside,
-    verify,
-)
-from core.checkpoint.steps import Keep
+from core.checkpoint.checkpointer import Checkpointer, restore, restore_params, save_params
+from core.checkpoint.manifest import Manifest, load_manifest, verify
+from core.checkpoint.steps import Keep, find_step, list_steps, newest_intact, set_aside
 from core.errors import UserError
 
 ROOT = Path(__file__).parents[3]
