@@ -168,6 +168,10 @@ _MTLM2 = ModelConfig(
     vocab_size=MISTRAL_VOCAB, context=1024, d_model=384, n_layers=11, n_heads=6, d_mlp=1024,
     positions="learned", mlp="gelu", biases=True, tied=False,
 )  # fmt: skip
+_SMOLLM2 = ModelConfig(
+    vocab_size=49_152, context=2048, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_mlp=1536,
+    rope_theta=1e5, norm_eps=1e-5,
+)  # fmt: skip
 _replace = dataclasses.replace
 
 PRESETS: dict[str, ModelConfig] = {
@@ -175,28 +179,8 @@ PRESETS: dict[str, ModelConfig] = {
     "mtlm1-200m": _replace(_MTLM1, n_layers=24),
     "mtlm2-40m": _MTLM2,
     # The shapes of others, as they are published; each has a tokenizer of its own.
-    "smollm2-135m": ModelConfig(
-        vocab_size=49_152,
-        context=2048,
-        d_model=576,
-        n_layers=30,
-        n_heads=9,
-        n_kv_heads=3,
-        d_mlp=1536,
-        rope_theta=1e5,
-        norm_eps=1e-5,
-    ),
-    "smollm2-360m": ModelConfig(
-        vocab_size=49_152,
-        context=2048,
-        d_model=960,
-        n_layers=32,
-        n_heads=15,
-        n_kv_heads=5,
-        d_mlp=2560,
-        rope_theta=1e5,
-        norm_eps=1e-5,
-    ),
+    "smollm2-135m": _SMOLLM2,
+    "smollm2-360m": _replace(_SMOLLM2, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, d_mlp=2560),
     "qwen3-0.6b": ModelConfig(
         vocab_size=151_936,
         context=4096,
