@@ -27,8 +27,8 @@ critical value is the mean of both t quantiles, weighted by the two parts of the
 shorter intervals, which with two seeds cover as little as 91% (docs/LOG.md).
 """
 
+import bisect
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -114,15 +114,8 @@ class Noise(NamedTuple):
         """
         if not difference or self.power(difference, MOST_SEEDS) < POWER:
             return None
-        return _first(2, MOST_SEEDS, lambda n: self.power(difference, n) >= POWER)
-
-
-def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The first number from `low` to `high` that holds; all after it do, and `high` does."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+        numbers = range(2, MOST_SEEDS)
+        return numbers[0] + bisect.bisect_left(numbers, POWER, key=lambda n: self.power(difference, n))
 
 
 class Difference(NamedTuple):
