@@ -1,6 +1,7 @@
 """Sequences as a step of the mirror takes them, on its device in micro-batches; and those of pretraining."""
 
-from collections.abc import Collection, Iterator
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from core.data.batches import Batch as Windows
-from core.data.batches import Data, Record, train_batches
 from core.data.examples import IGNORE
 from core.data.sequences import Batch, Rows
 from core.documents import DocumentMark, number_documents
@@ -74,37 +74,14 @@ def empty_rows(n: int, length: int, packed: bool) -> Rows:
     return Rows(zeros, zeros, zeros if packed else None)
 
 
-def pretraining_batches(
-    dataset: Data,
-    *,
-    seed: int,
-    batch: int,
-    start: int,
-    rows: slice,
-    vocab_size: int,
-    on_bad: str,
-    leave_out: Collection[Record] = (),
-    mark: DocumentMark | None = None,
-) -> Iterator[Batch]:
-    """The batches of `core.data.batches.train_batches`, in its order, as a step here takes them.
+def pretraining_batches(windows: Iterator[Windows], mark: DocumentMark | None = None) -> Iterator[Batch]:
+    """Batches of windows, which `core.data.batches.train_batches` reads, as a step here takes them.
 
     mark: by which the documents of a window are told apart; None: a window is one.
     """
-    windows = train_batches(
-        dataset,
-        seed=seed,
-        batch=batch,
-        start=start,
-        rows=rows,
-        vocab_size=vocab_size,
-        on_bad=on_bad,
-        leave_out=leave_out,
-    )
-    try:
+    with contextlib.closing(windows):
         for given in windows:
             yield Batch(shifted(given, mark), given.first, given.records, given.bad)
-    finally:
-        windows.close()
 
 
 def shifted(windows: Windows, mark: DocumentMark | None) -> Rows:

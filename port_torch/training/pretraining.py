@@ -7,7 +7,7 @@ import torch
 
 from core.checkpoint.steps import list_steps
 from core.config import ModelConfig
-from core.data.batches import data_record, require_records
+from core.data.batches import data_record, require_records, train_batches
 from core.data.sequences import heldout_sets
 from core.documents import document_mark
 from core.run.data import choose_run_tokenizer, data_rows, open_data
@@ -80,9 +80,11 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         lineage=lineage,
         steps=steps,
         batches=lambda start: pretraining_batches(
-            dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
-            vocab_size=tokenizer.vocab_size, on_bad=config.on_bad_record,
-            leave_out=config.leave_out, mark=mark,
+            train_batches(
+                dataset, seed=config.seed, batch=config.batch, start=start, rows=rows,
+                vocab_size=tokenizer.vocab_size, on_bad=config.on_bad_record, leave_out=config.leave_out,
+            ),
+            mark,
         ),
         example=lambda n: empty_rows(n, model.context, packed=mark is not None),
         heldout=heldout_sets(dataset, mark),

@@ -105,9 +105,7 @@ def finished(data32, cache) -> Path:
 def batches_of(
     dataset: Dataset, rows: slice = slice(0, BATCH), mark: DocumentMark | None = None
 ) -> list[Rows]:
-    made = pretraining_batches(
-        dataset, seed=3, batch=BATCH, start=0, rows=rows, vocab_size=258, on_bad="fail", mark=mark
-    )
+    made = pretraining_batches(train_batches(dataset, seed=3, batch=BATCH, rows=rows, vocab_size=258), mark)
     taken = [next(made).rows for _ in range(STEPS)]
     made.close()
     return taken

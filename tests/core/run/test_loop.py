@@ -367,6 +367,7 @@ def jax_engine(data, settings, checkpoints: Path):
 
 
 def torch_engine(data, settings, checkpoints: Path):
+    from core.data.batches import train_batches
     from core.data.sequences import heldout_sets
     from port_torch.training.batches import pretraining_batches
     from port_torch.training.distributed import Distributed
@@ -379,10 +380,7 @@ def torch_engine(data, settings, checkpoints: Path):
     ranks = Distributed(0, 1, torch.device("cpu"))
     train_step = TrainStep(fresh_decoder(MODEL, 0), optim, ranks, seed=0, guard=settings.guard)
     engine = TorchEngine(train_step, 1, BATCH, heldout_sets(data), None, checkpoints, settings.keep)
-    reader = pretraining_batches(
-        data, seed=0, batch=BATCH, start=0, rows=slice(0, BATCH), vocab_size=258, on_bad="fail"
-    )
-    return engine, reader
+    return engine, pretraining_batches(train_batches(data, seed=0, batch=BATCH, vocab_size=258))
 
 
 @pytest.mark.slow
