@@ -5,6 +5,7 @@ which is renewed before every sample; the graphs that were captured for it stay 
 takes two bytes per parameter, where training takes sixteen.
 """
 
+import functools
 import sys
 
 import torch
@@ -24,13 +25,9 @@ class Sampler:
     def __init__(self, train_step: TrainStep, kernels: Backend):
         """kernels: "torch" for plain PyTorch whatever there is."""
         self._train_step, self._kernels = train_step, kernels
-        self._chosen = False
-        self._generator: Generator | None = None
 
     def sample(self, prompts: list[list[int]], sampling: Sampling, n: int, eos: int) -> list[list[int]]:
         """At most `n` new tokens for every prompt."""
-        if not self._chosen:
-            self._chosen, self._generator = True, self._choose()
         if self._generator is None:
             columns = list(stream(self._train_step.decoder.eval(), prompts, sampling, n, eos))
         else:
@@ -38,7 +35,8 @@ class Sampler:
             columns = list(self._generator.stream(prompts, sampling, n, eos))
         return [[id for id in row if id is not None] for row in zip(*columns, strict=True)]
 
-    def _choose(self) -> Generator | None:
+    @functools.cached_property
+    def _generator(self) -> Generator | None:
         """The kernels' generator, or None for plain PyTorch; says which on stderr, once a run."""
         decoder = self._train_step.decoder
         if self._kernels == "torch" or not self._train_step.bf16:
