@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -433,12 +434,9 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """The tree of `init_params` as shapes and types, by the table of leaves: nothing is traced."""
-    params: Params = {}
-    for leaf in model_leaves(config):
-        *modules, kind = leaf.path.split("/")
-        inner = functools.reduce(lambda tree, name: tree.setdefault(name, {}), modules, params)
-        inner[kind] = jax.ShapeDtypeStruct(leaf.shape(config), jnp.float32)
-    return params
+    leaves = model_leaves(config)
+    flat = {leaf.path: jax.ShapeDtypeStruct(leaf.shape(config), jnp.float32) for leaf in leaves}
+    return unflatten_dict(flat, sep="/")
 
 
 def definition(config: ModelConfig) -> nnx.GraphDef:

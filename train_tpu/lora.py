@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Integer
 
 from core.config import ModelConfig
@@ -39,18 +40,16 @@ def init_adapters(config: LoraConfig, model: ModelConfig, seed: int | Integer[Ar
     Raises:
         UserError: the model lacks a map that the settings name.
     """
-    tree: Params = {}
+    adapters: Params = {}
     key = make_key(seed, Purpose.LORA)
     for name in config.targets(model):
         leaf, number = MAPS[name], list(MAPS).index(name)
         n_layers, n_in, n_out = leaf.shape(model)
         shape, bound = (n_layers, n_in, config.rank), n_in**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound)
-        module = tree
-        for part in leaf.module.split("/"):
-            module = module.setdefault(part, {})
-        module |= {A: a, B: jnp.zeros((n_layers, config.rank, n_out))}
-    return tree
+        adapters[f"{leaf.module}/{A}"] = a
+        adapters[f"{leaf.module}/{B}"] = jnp.zeros((n_layers, config.rank, n_out))
+    return unflatten_dict(adapters, sep="/")
 
 
 def adapters_for(
