@@ -148,13 +148,11 @@ def make_optimizer(
         optax.scale(-1.0),
     )
     if skips_adam:
-        adam = optax.GradientTransformation(adam.init, lambda updates, state, _: (_zeros(updates), state))
+        adam = optax.GradientTransformation(
+            adam.init, lambda updates, state, _: (optax.tree.zeros_like(updates), state)
+        )
     labels = _by_path(lambda path: "muon" if get_leaf(path_names(path)).is_layer_kernel else "adam")
     return optax.partition({"muon": matrices, "adam": adam}, labels)
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _decays(path: tuple) -> bool:
