@@ -125,12 +125,8 @@ def _choices(path: Path, question_field: str) -> Iterator[Fields]:
         }
 
 
-def _arc(path: Path) -> Iterator[Fields]:
-    return _choices(path, "question")
-
-
-def _openbookqa(path: Path) -> Iterator[Fields]:
-    return _choices(path, "question_stem")
+_arc = functools.partial(_choices, question_field="question")
+_openbookqa = functools.partial(_choices, question_field="question_stem")
 
 
 def _truthfulqa(path: Path) -> Iterator[Fields]:
