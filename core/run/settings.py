@@ -86,9 +86,7 @@ class TrainingSettings:
     """Passes over the training data, instead of --steps."""
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over devices."""
-    grad_accum_steps: int | None = None
-    """Gradient accumulation: split each batch into this many micro-batches. Uses less memory; the update is
-    the same up to rounding."""
+    grad_accum_steps: int | None = None  # each engine has its own default and help
     optim: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
     z_loss: float = 0.0
@@ -180,10 +178,7 @@ class PretrainingSource:
     phases: tuple[str, ...] = ()
     """Other shares later in the run: 0.8 wiki=0.3 books=0.7 from four fifths of it on, 0.9 books=1 ... Once
     the run has begun, they stay where they are, whatever --steps says."""
-    tokenizer: str | None = None
-    """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
-    the prepared data's, or that of the model to start from; else bytes for the tiny presets and mistral for
-    the others."""
+    tokenizer: str | None = None  # each engine has its own help
     out: Path | None = None
     """The run folder. Default: runs/PRESET."""
     model: ModelOverrides = ModelOverrides()
