@@ -30,9 +30,8 @@ ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
 ARRIVAL = 300  # seconds within which all processes must have started
 SILENCE = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
 FAREWELL = 60  # seconds that the first to finish waits for the last
-HEARING = (
-    3.0  # seconds after a broken connection within which the cause is heard from the process that failed
-)
+# Seconds after a broken connection within which the cause is heard from the process that failed.
+HEARING = 3.0
 # In what is said of a process that is gone, by JAX, by gloo and by Orbax, each with an error type of its own.
 LOST = re.compile("gloo|nccl|peer|heartbeat|coordination|barrier|socket closed|connection", re.IGNORECASE)
 

@@ -33,9 +33,8 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
 
 
-GRACE = (
-    20.0  # seconds after the end of a budget in which a process may save; what compiles has nothing to save
-)
+# Seconds after the end of a budget in which a process may save; what compiles has nothing to save.
+GRACE = 20.0
 
 
 @dataclasses.dataclass(frozen=True)

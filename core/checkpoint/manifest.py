@@ -250,9 +250,8 @@ def verify(step_dir: Path, name: str = MANIFEST) -> None:
             if size != expected[file]["size"]:
                 refuse(file, f"has {size} bytes where {name} says {expected[file]['size']}")
         found = hash_files(step_dir, present, sync=False)
-    except (
-        OSError
-    ) as error:  # a link that leads nowhere or in a circle, a folder that may not be read, a disk
+    # A link that leads nowhere or in a circle, a folder that may not be read, a disk.
+    except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     for file in present:
         if found[file] != expected[file]:

@@ -76,9 +76,8 @@ class Seen:
     moment now and then. A hash of 64 bits is taken for its document."""
 
     def __init__(self) -> None:
-        self._sorted: list[
-            UInt64[np.ndarray, " n"]
-        ] = []  # different hashes, each array at most half the last
+        # Different hashes, each array at most half the last.
+        self._sorted: list[UInt64[np.ndarray, " n"]] = []
 
     def add(self, hashes: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Adds documents by their hashes, in order; which of them are new."""

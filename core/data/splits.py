@@ -79,9 +79,8 @@ class Plan:
         self._pieces: list[tuple[int, int]] = []  # that have tokens in them, by their numbers in the spans
         self.dropped = {"empty_documents": 0, "repaired_documents": 0, "train_tokens_at_end": 0}
         self._without_text = 0
-        self._behind = np.zeros(
-            2, np.int64
-        )  # empty documents and rows without text behind the last one taken
+        # Empty documents and rows without text behind the last one taken.
+        self._behind = np.zeros(2, np.int64)
         self._copies, self._heldout = Copies(), Copies()
         self._heldout_in_train = 0
         self._seen = Seen() if dedup else None
