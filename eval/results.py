@@ -8,11 +8,10 @@ OUT/results.md, results.png
 import json
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint.manifest import code_version
+from core.checkpoint.manifest import code_version, package_versions
 from core.errors import UserError
 from core.folders import write_atomically
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
@@ -94,13 +93,7 @@ def read_results(folder: Path) -> Record:
 
 def versions() -> Record:
     """Versions of everything that may change a number."""
-    found = dict(code_version())
-    for name in ("lm_eval", "datasets", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return code_version() | package_versions("lm_eval", "datasets", "torch", "transformers")
 
 
 def all_tasks(content: Record) -> dict[str, Record]:

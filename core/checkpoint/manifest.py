@@ -164,13 +164,19 @@ def digest(fields: Json) -> str:
 @functools.cache
 def code_version() -> Json:
     """Versions of this package and of what reads and writes checkpoints; None for what is not known."""
+    versions = package_versions("mtlm", "jax", "flax", "orbax-checkpoint")
+    return {**versions, "commit": _git_commit(Path(__file__).parents[2])}
+
+
+def package_versions(*names: str) -> Json:
+    """The versions of packages; None for one that is not installed, as this one is not in a mere checkout."""
     versions: Json = {}
-    for name in ("mtlm", "jax", "flax", "orbax-checkpoint"):
+    for name in names:
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        except metadata.PackageNotFoundError:
             versions[name] = None
-    return {**versions, "commit": _git_commit(Path(__file__).parents[2])}
+    return versions
 
 
 def _git_commit(root: Path) -> str | None:
