@@ -26,15 +26,7 @@ from core.conversation import Answers, Session, answer_file, converse
 from core.data.conversations import Turn
 from core.gpu_memory import require_free_memory
 from core.keys import Purpose, make_key
-from core.model import (
-    Compute,
-    KVCache,
-    Params,
-    abstract_params,
-    empty_cache,
-    forward_cached,
-    logits,
-)
+from core.model import Compute, KVCache, Params, abstract_params, empty_cache, forward_cached, logits
 from core.sampling import Sampling, pieces, require_room, show, until_ended
 from core.tokenizer import load_tokenizer_of
 

@@ -88,12 +88,7 @@ def _open_folder(path: Path, dtype: str, device: Device, given: str | None) -> M
         identity = _known(name, config, manifest) | {"sha256": recorded_hash(path, EXPORT_MANIFEST)}
     else:
         identity = {"name": name, "parameters": config.n_params, "sha256": weights_hash(path)}
-    return Model(
-        TorchBackend(models),
-        tokenizer,
-        identity | {"kind": "folder"},
-        results_folder(path),
-    )
+    return Model(TorchBackend(models), tokenizer, identity | {"kind": "folder"}, results_folder(path))
 
 
 def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]:

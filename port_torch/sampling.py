@@ -168,12 +168,7 @@ class Writer:
         show(texts, self.added([self.tokenizer.begin(text) for text in texts], first_row))
 
 
-def open_writer(
-    folder: Path,
-    sampling: Sampling,
-    max_new_tokens: int,
-    decoding: Decoding,
-) -> Writer:
+def open_writer(folder: Path, sampling: Sampling, max_new_tokens: int, decoding: Decoding) -> Writer:
     """The model of a folder, ready to write.
 
     Raises:

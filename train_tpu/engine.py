@@ -30,15 +30,7 @@ from train_tpu.evaluate import Evaluator
 from train_tpu.lora import AdaptedState, merged
 from train_tpu.profile import start_trace, stop_trace
 from train_tpu.recompilation import Compilation, Compilations, differences
-from train_tpu.step import (
-    Batch,
-    Controls,
-    StepConfig,
-    TrainState,
-    abstract_inputs,
-    abstract_model,
-    lower_for,
-)
+from train_tpu.step import Batch, Controls, StepConfig, TrainState, abstract_inputs, abstract_model, lower_for
 from train_tpu.step import Metrics as StepMetrics
 from train_tpu.watch import record_of
 

@@ -37,13 +37,7 @@ from core.checkpoint.manifest import (
     sync_path,
     verify,
 )
-from core.checkpoint.steps import (
-    Keep,
-    delete_dispensable,
-    list_steps,
-    remove_unfinished,
-    step_path,
-)
+from core.checkpoint.steps import Keep, delete_dispensable, list_steps, remove_unfinished, step_path
 from core.errors import FULL, UserError
 from core.processes import committing, is_first, meeting, tell_all, wait_for_all
 from core.progress import Activity
