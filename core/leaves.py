@@ -141,39 +141,24 @@ def _biased_qkv(config: "ModelConfig") -> bool:
     return config.biases or config.qkv_biases
 
 
-def _normed_qk(config: "ModelConfig") -> bool:
-    return config.qk_norm
-
-
-def _learned_positions(config: "ModelConfig") -> bool:
-    return config.positions == "learned"
-
-
-def _gated_mlp(config: "ModelConfig") -> bool:
-    return config.mlp == "swiglu"
-
-
-def _untied(config: "ModelConfig") -> bool:
-    return not config.tied
-
-
 _LAYER = "model.layers.{}."
 LEAVES: tuple[Leaf, ...] = (
     Leaf("embed", "table", ("vocab", "width"), "model.embed_tokens"),
-    Leaf("positions", "table", ("context", "width"), "model.embed_positions", _learned_positions),
+    Leaf("positions", "table", ("context", "width"), "model.embed_positions",
+         lambda c: c.positions == "learned"),
     _scale("layers/attn_norm", _LAYER + "input_layernorm"),
     *_linear("layers/attn/q", _LAYER + "self_attn.q_proj", "width", "heads", biased=_biased_qkv),
     *_linear("layers/attn/k", _LAYER + "self_attn.k_proj", "width", "kv_heads", biased=_biased_qkv),
     *_linear("layers/attn/v", _LAYER + "self_attn.v_proj", "width", "kv_heads", biased=_biased_qkv),
-    _scale("layers/attn/q_norm", _LAYER + "self_attn.q_norm", "head", _normed_qk),
-    _scale("layers/attn/k_norm", _LAYER + "self_attn.k_norm", "head", _normed_qk),
+    _scale("layers/attn/q_norm", _LAYER + "self_attn.q_norm", "head", lambda c: c.qk_norm),
+    _scale("layers/attn/k_norm", _LAYER + "self_attn.k_norm", "head", lambda c: c.qk_norm),
     *_linear("layers/attn/o", _LAYER + "self_attn.o_proj", "heads", "width", writes_residual=True),
     _scale("layers/mlp_norm", _LAYER + "post_attention_layernorm"),
-    *_linear("layers/mlp/gate", _LAYER + "mlp.gate_proj", "width", "mlp", _gated_mlp),
+    *_linear("layers/mlp/gate", _LAYER + "mlp.gate_proj", "width", "mlp", lambda c: c.mlp == "swiglu"),
     *_linear("layers/mlp/up", _LAYER + "mlp.up_proj", "width", "mlp"),
     *_linear("layers/mlp/down", _LAYER + "mlp.down_proj", "mlp", "width", writes_residual=True),
     _scale("norm", "model.norm"),
-    Leaf("head", "kernel", ("width", "vocab"), "lm_head", _untied),
+    Leaf("head", "kernel", ("width", "vocab"), "lm_head", lambda c: not c.tied),
 )  # fmt: skip
 _BY_NAME = {tuple(leaf.path.split("/")[-2:]): leaf for leaf in LEAVES}
 if len(_BY_NAME) != len(LEAVES):
