@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from core.errors import UserError, run_command
-from kernels_cuda.compiler import BUILT
+from kernels_cuda.compiler import TORCH
 from tests.reliability import flips, runs
 from tests.train_tpu.processes import TINY, make_text, run
 
@@ -66,10 +66,10 @@ def make_victims(folder: Path, text: Path, experiments: set[str]) -> None:
         shutil.copytree(victims / "run/checkpoints", victims / "checkpoint")
         run(cache, victims / "run", victims / "export", module="port_torch.convert")
     if "kernels" in wanted:
-        if not BUILT.exists():
+        if not TORCH.built.exists():
             raise UserError("the kernels are not built: run python -m kernels_cuda.build, or leave them out")
         (victims / "kernels").mkdir(parents=True)
-        for file in (BUILT, BUILT.with_suffix(".json")):
+        for file in (TORCH.built, TORCH.built.with_suffix(".json")):
             shutil.copy(file, victims / "kernels")
 
 
