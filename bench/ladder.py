@@ -71,20 +71,11 @@ def print_table(rows: list[dict[str, Any]], config: LadderConfig) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:
     """A panel per size: microseconds of a call, logarithmic, one group of bars per operation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = ways(config.device)
-    figure, axes = pyplot.subplots(
-        1,
-        len(config.sizes),
-        figsize=(4.5 * len(config.sizes), 4.5),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    figure = Figure(figsize=(4.5 * len(config.sizes), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(config.sizes), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], config.sizes, strict=True):
         for number, way in enumerate(columns):
             times = [row["microseconds"] for row in rows if row["size"] == size and row["way"] == way]

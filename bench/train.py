@@ -155,18 +155,14 @@ def print_table(rows: list[Row]) -> None:
 
 def plot(rows: list[Row], path: Path, device: str) -> None:
     """Bars: tokens/s of each way, one panel per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     measured = [row for row in rows if "failed" not in row]
     cases = list(dict.fromkeys(row["case"] for row in measured))
     if not cases:
         raise UserError(f"nothing was measured, so there is nothing to draw into {path}")
-    figure, axes = pyplot.subplots(
-        len(cases), 1, figsize=(9, 3 * len(cases)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9, 3 * len(cases)), layout="constrained")
+    axes = figure.subplots(len(cases), 1, squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         of_case = [row for row in measured if row["case"] == case]
         colors = ["C1" if row["variant"].startswith("ours") else "C0" for row in of_case]

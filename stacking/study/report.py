@@ -27,18 +27,15 @@ def write_report(results: Results) -> str:
 
 def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
     """The plot of a kind of study."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots()
     kind.plot(results, heldout, axes)
     axes.set_ylabel(f"{heldout}, nats per token")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def describe_sessions(results: Results) -> str:
