@@ -11,7 +11,7 @@ COLORS, BAD = "viridis", "#d62728"
 WIDTH, HEIGHT = 12.0, 9.0  # inches
 
 
-def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | None = None) -> Path:
+def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | None = None) -> None:
     """Draws a panel for every measure into `path`. grown_at: the update at which the model grew."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -46,7 +46,6 @@ def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | Non
         ax.set_xlabel("update")
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
-    return path
 
 
 def _panel(
