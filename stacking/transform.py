@@ -1,4 +1,4 @@
-"""Growing as a pure function of a leaf and its path, for parameters, moments and all of a training state.
+"""Growing as a pure transform of pytrees: parameters, optimizer moments, or a whole training state.
 
 Every leaf under `layers` has a leading axis [layers], so growing is indexing that axis, for parameters and
 moments by the same map. What a leaf is, is told from its path alone: `params/layers/attn/q/kernel` is a
@@ -15,30 +15,51 @@ What the copies start with:
     the guard    its window is emptied: losses and gradient norms have another level in another model
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from core.errors import UserError
-from core.leaves import get_leaf
+from core.leaves import get_leaf, path_names
 from stacking.plan import Plan
 
 MOMENTS = ("mu", "nu")
 
 
-def grow_leaf(
-    names: tuple[str, ...], leaf: Array, plan: Plan, *, reset_optimizer: bool, fresh: Array | None
-) -> Array:
-    """The leaf of the grown model. Pure; works under `jax.jit`.
+def grow(tree: Any, plan: Plan, *, reset_optimizer: bool = False, fresh: Any = None) -> Any:
+    """The tree of the grown model. Pure; works under `jax.jit`.
 
     Args:
-        names: the leaf's path.
+        tree: parameters, moments or a `TrainState`: any pytree with our paths.
         reset_optimizer: moments and counters as at the start of training (G_stack's way).
-        fresh: the newly drawn parameter that it belongs to, where the plan has fresh layers.
+        fresh: newly initialised parameters of the grown model, where the plan has fresh layers.
 
     Raises:
-        UserError: it has another number of layers than the plan.
+        UserError: a leaf has another number of layers than the plan.
     """
+    drawn = {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+
+    def one(path: tuple, leaf: Array) -> Array:
+        names = path_names(path)
+        return grow_leaf(
+            names, leaf, plan, reset_optimizer=reset_optimizer, fresh=drawn.get(parameter_of(names))
+        )
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def grow_leaf(
+    names: tuple[str, ...],
+    leaf: Array,
+    plan: Plan,
+    *,
+    reset_optimizer: bool = False,
+    fresh: Array | None = None,
+) -> Array:
+    """One leaf of `grow`: `names` is its path, `fresh` the newly drawn parameter that it belongs to."""
     if names[0] == "guard":
         return leaf if plan.is_noop or names[-1] == "skipped" else jnp.zeros_like(leaf)
     if "layers" not in names:

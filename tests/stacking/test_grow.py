@@ -32,8 +32,8 @@ from core.sharding import make_mesh
 from stacking import grow as command
 from stacking.growth import source_model, with_model
 from stacking.plan import make_plan
+from stacking.transform import grow
 from tests.stacking import oracle
-from tests.stacking.trees import grow
 from tests.train_tpu.processes import ROOT, TINY, losses, run_here
 from train_tpu.backend import choose_step
 from train_tpu.config import RunConfig, defaults

@@ -14,9 +14,9 @@ from core.loss import cross_entropy
 from core.model import Compute, abstract_params, forward, head_table, logits
 from core.run.schedule import OptimizerConfig
 from stacking.plan import custom_plan, make_plan
+from stacking.transform import grow
 from tests.models import GPT, LLAMA, flat, random_params, random_tokens
 from tests.stacking import oracle
-from tests.stacking.trees import grow
 from train_tpu.optimizer import make_optimizer
 from train_tpu.step import Batch, Controls, GuardConfig, StepConfig, TrainState, init_state, train_step
 
