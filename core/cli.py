@@ -74,11 +74,11 @@ def parse(
     if unknown == []:
         sys.stderr.write(box.getvalue())  # a warning, where there is one
         return config
-    known = [*HELP, *(name for option in options_of(kind) for name in option.names)]
+    known = [name for option in options_of(kind) for name in option.names]
     advice = f"{prog} {HELP[-1]} lists all options"
     for token in ours:
         name = token.partition("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in known:
+        if name.startswith("--") and name not in (*HELP, *known):
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {near[0]}?" if near else advice
             raise UserError(f"there is no option {token.partition('=')[0]}: {meant}")

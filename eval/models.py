@@ -122,7 +122,7 @@ def describe(model: Model, dtype: str) -> str:
     """One line for the user: what is evaluated, and with what."""
     known = model.identity
     step = f" at step {known['step']:,}" if "step" in known else ""
-    opening = "nothing" if model.tokenizer.bos is None else "<s>"
+    opening = "nothing" if model.tokenizer.bos is None else "bos"
     return (
         f"{known['name']}{step}, {known['parameters']:,} parameters: {model.backend.describe()}, {dtype}; "
         f"tokenizer {model.tokenizer.name}, {opening} before every text"

@@ -220,6 +220,8 @@ def main() -> int:
     stride = min(512, context // 2) if config.stride is None else config.stride
     if stride >= context:
         raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
+    path = (config.out or model.results) / "perplexity.json"
+    there = read_earlier(path)
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
     found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
@@ -228,9 +230,8 @@ def main() -> int:
     else:
         found["word"] = measure_wikitext_words(harness, config.data_dir)
     name = config.text.name if config.text else "WikiText-2 test, raw"
-    print(report(name, found, model.backend.context, stride))
-    path = (config.out or model.results) / "perplexity.json"
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    first = "bos" if model.tokenizer.bos is not None else "eos"
+    print(report(name, found, model.backend.context, stride, first))
     there[name] = {
         "model": model.identity,
         "settings": {"dtype": config.dtype, "stride": stride, "context": context},
@@ -243,12 +244,30 @@ def main() -> int:
     return 0
 
 
-def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int) -> str:
-    """The table that is printed."""
+def read_earlier(path: Path) -> dict[str, Any]:
+    """The perplexities that a file has already, by the names of their texts; none where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there, dict):
+            raise ValueError("it is not an object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and measure again") from None
+    return there
+
+
+def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int, first: str) -> str:
+    """The table that is printed. first: the token that opens a text, bos, or eos where there is none."""
     how = {
-        "token_disjoint": f"per token; adjacent windows of {context}; <s> first, not scored",
-        "token_stride": f"per token; Hugging Face's windows, stride {stride}; <s> first, not scored",
-        "word": "per word, as lm-evaluation-harness; <s> scored once per document",
+        "token_disjoint": f"per token; adjacent windows of {context}; {first} first, not scored",
+        "token_stride": f"per token; Hugging Face's windows, stride {stride}; {first} first, not scored",
+        "word": "per word, as lm-evaluation-harness"
+        + ("; bos scored once per document" if first == "bos" else ""),
     }
     rows = []
     for kind, values in found.items():
@@ -258,8 +277,8 @@ def report(name: str, found: dict[str, dict[str, float | int]], context: int, st
         ))  # fmt: skip
     lines = [f"{name} ({found['token_disjoint']['bytes']:,} bytes)"]
     lines.append(table(("name", "perplexity", "bits per byte", "units", "how"), rows))
-    without = found["word"]["perplexity_without_bos"]
-    lines.append(f"word without scoring <s>: {without:.3f}")
+    if first == "bos":
+        lines.append(f"word without scoring bos: {found['word']['perplexity_without_bos']:.3f}")
     return "\n".join(lines)
 
 

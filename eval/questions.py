@@ -38,8 +38,9 @@ def evaluated_folder(path: Path) -> Path:
     """Where a model's results lie: the folder itself, or where eval.run puts those of a run or a folder."""
     if (path / RESULTS).exists():
         return path
-    if not path.exists():
-        raise UserError(f"{path} is not there: give runs, exported folders or folders of results")
+    if not path.is_dir():
+        wrong = "is a file" if path.exists() else "is not there"
+        raise UserError(f"{path} {wrong}: give runs, exported folders or folders of results")
     require_kind(path, "evaluate", Kind.CHECKPOINT, Kind.WEIGHTS)
     return results_folder(path)
 

@@ -87,7 +87,7 @@ def read_results(folder: Path) -> Record:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and evaluate again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not of this version's format ({FORMAT}): evaluate again")
+        raise UserError(f"{path} is not of this version's format ({FORMAT}): remove it and evaluate again")
     return content
 
 
@@ -182,7 +182,8 @@ def markdown(content: Record) -> str:
     lines = [
         f"# {model['name']}",
         f"{model['parameters']:,} parameters{step}; {model['kind']} sha256 `{model['sha256'][:16]}`. "
-        "lm-evaluation-harness's own tasks; every text begins with `<s>`. ± is one standard error.",
+        "lm-evaluation-harness's own tasks; every text begins with the tokenizer's bos, if it has one. ± is "
+        "one standard error.",
         table(
             ("task", "metric", "value", "chance", "questions", "protocol"),
             [
@@ -203,7 +204,7 @@ def markdown(content: Record) -> str:
     for task, entry in rolling.items():
         lines.append(
             f"{task}: {entry['words']:,} words and {entry['bytes']:,} bytes of the original text. As the "
-            "harness does with a tokenizer that adds `<s>`, P(`<s>` | `<s>`) is scored once per document; "
+            "harness does with a tokenizer that adds bos, P(bos | bos) is scored once per document; "
             f"without it {entry['word_perplexity_without_bos']:.2f} per word, "
             f"{entry['bits_per_byte_without_bos']:.4f} bits per byte."
         )

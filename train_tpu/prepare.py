@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     config = cli.parse(PrepareConfig, argv, prog="python -m train_tpu.prepare")
     if config.verify is not None:
+        _require_alone(config)
         return verify(config.verify)
     target = config.append if config.out is None else config.out
     if target is None:
@@ -133,6 +134,22 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     print(f"\nnext: {next_command(target, config.tokenizer or TOKENIZER, context)}")
     return 0
+
+
+def _require_alone(config: PrepareConfig) -> None:
+    """Refuses whatever is given with --verify, which would not be read."""
+    plain = PrepareConfig()
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(config)
+        if field.name not in ("sources", "verify")
+        and getattr(config, field.name) != getattr(plain, field.name)
+    ]
+    if others := [*config.sources, *given]:
+        raise UserError(
+            f"--verify {config.verify} checks that folder and does nothing else: leave out "
+            f"{', '.join(others)}"
+        )
 
 
 def _held_out(config: PrepareConfig) -> dict[str, str]:

@@ -85,6 +85,11 @@ def append(
     if not is_prepared(str(out)):
         raise UserError(f"--append {out} is no prepared data: make it with --out, or name a folder that is")
     parent = ds.open_dataset(versions.version_paths(out)[-1])
+    if parent.version != len(versions.version_paths(out)):  # DIR/v2 itself: what reads DIR would not find v3
+        raise UserError(
+            f"{out} is version {parent.version} of prepared data: append to the folder that holds the "
+            "versions"
+        )
     if context not in (None, parent.context):
         raise UserError(
             f"{out} has windows of {parent.context} tokens, not {context}: append without --context, or "

@@ -28,6 +28,7 @@ from typing import Any
 
 from core import checks, cli
 from core.config import ModelConfig
+from core.data.text import read_text
 from core.errors import UserError
 from core.run.data import choose_run_tokenizer
 from core.run.presets import TRAINING_DEFAULTS
@@ -69,7 +70,7 @@ def read_definition(study: str, data: str | None) -> Definition:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.toml")))
         raise UserError(f"there is no study {study}: give a .toml file, or one of {known}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -106,6 +107,8 @@ def _require_known(where: Any, given: dict[str, Any], known: set[str]) -> None:
 class Settings:
     """The settings of a run that trains from its first step, opened."""
 
+    block: str
+    """The name of its [[runs]], for messages."""
     given: dict[str, Any]
     """What the study says, as train_tpu.run names it."""
     config: RunConfig
@@ -131,7 +134,7 @@ class Settings:
         if self.config.steps is not None:
             return self.config.steps
         if self.tokens is None:
-            raise UserError(f"runs {self.given.get('name', '')} need steps or tokens")
+            raise UserError(f"runs {self.block} need steps or tokens")
         return max(1, round(self.tokens / self.batch_tokens))
 
     @functools.cached_property
@@ -179,7 +182,7 @@ def open_settings(block: str, given: dict[str, Any]) -> Settings:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **apart), **seed)
     except UserError as error:
         raise UserError(f"runs {block}: {error}") from None
-    return Settings(given, config, model_config(config, vocabulary), tokenizer, tokens, speed)
+    return Settings(block, given, config, model_config(config, vocabulary), tokenizer, tokens, speed)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from rich.console import Console
 
+from core import cli
 from core.data.batches import data_record
 from core.data.dataset import TRAIN
 from core.errors import UserError
@@ -249,4 +250,4 @@ def list_runs(
         say(f"  {run.name}: {run.steps:,} steps, {known}")
     runs = Runs(out, leaves, lambda run: run.name in results.runs, lambda *_: None, clock.seconds)
     if jobs := runs.jobs():
-        say(f"first command: {' '.join(('python', '-m', *jobs[0].command))}")
+        say(f"first command: {cli.command(*jobs[0].command)}")

@@ -125,10 +125,39 @@ def test_the_command(made: Made, sets: Sets, text, tmp_path: Path, monkeypatch, 
     assert word["nats"] == pytest.approx(nats, rel=RELATIVE)
     assert word["perplexity"] == pytest.approx(math.exp(nats / n), rel=50 * RELATIVE)
     assert word["perplexity_without_bos"] == pytest.approx(math.exp((nats - bos) / n), rel=50 * RELATIVE)
+    assert "; bos first, not scored" in printed
     for name, values in entry["perplexities"].items():
         assert re.search(
             rf"\| {name} \| {values['perplexity']:.3f} \| {values['bits_per_byte']:.4f} \|", printed
         )
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a":', b"[]", b"null", b"\xff"])
+def test_a_damaged_file_is_refused_before_anything_is_scored(
+    made: Made, tmp_path: Path, monkeypatch, content: bytes
+):
+    text, there = tmp_path / "a.txt", tmp_path / "perplexity.json"
+    text.write_text("a")
+    there.write_bytes(content)
+    monkeypatch.setattr(perplexity, "measure", lambda *_: pytest.fail("scored first"))
+    arguments = ("--text", text, "--device", "cpu", "--out", tmp_path)
+    monkeypatch.setattr("sys.argv", ["perplexity", str(made.folder), *map(str, arguments)])
+    with pytest.raises(
+        UserError, match=r"perplexity\.json cannot be read \(.*\): remove it and measure again"
+    ):
+        perplexity.main()
+    assert there.read_bytes() == content
+
+
+def test_the_token_that_opens_a_text_is_named():
+    """`<s>` is bos in few of the field's tokenizers; where there is none, eos stands before a text, and words
+    have no score without bos."""
+    values = {"perplexity": 2.0, "bits_per_byte": 1.0, "bytes": 3, "tokens": 3}
+    words = {"perplexity": 2.0, "bits_per_byte": 1.0, "words": 1, "perplexity_without_bos": 1.5}
+    found = {"token_disjoint": values, "word": words}
+    with_bos, without = (perplexity.report("t", found, 8, 4, first) for first in ("bos", "eos"))
+    assert "; bos first, not scored" in with_bos and "word without scoring bos: 1.500" in with_bos
+    assert "; eos first, not scored" in without and "bos" not in without
 
 
 def test_refusals(made: Made, sets: Sets, tmp_path: Path, monkeypatch):

@@ -166,6 +166,7 @@ def test_the_record_is_sealed_and_records_are_merged(data: Path):
             "--b has one run, which does not show how much the recipe varies from seed to seed",
         ),
         (lambda a: [*a, "{here}/nonesuch"], "nonesuch is not there: give runs"),
+        (lambda a: [*a, "{here}/file"], "file is a file: give runs"),
         (lambda a: [*a, "{here}"], "holds no results.json: evaluate the model first"),
         (
             lambda a: [*a, a[1]],
@@ -193,6 +194,7 @@ def test_wrong_runs_are_refused_in_one_sentence(tmp_path: Path, monkeypatch, cha
     right = right_of(arguments[1]).tolist()
     results(tmp_path, "seed", right, training=training(1))
     results(tmp_path, "dtype", right, training=training(8), dtype="bfloat16")
+    (tmp_path / "file").touch()
     results(tmp_path, "asked", right, training=training(8), salt="x")
     with pytest.raises(UserError, match=message):
         compare(monkeypatch, *(str(argument).format(here=tmp_path) for argument in change(arguments)))

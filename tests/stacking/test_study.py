@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -359,6 +360,10 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
         path = study_file(tmp_path, kind, runs, text)
         return refusal_here(path, "--out", tmp_path / "out", *options, module=command.__name__)
 
+    (tmp_path / "utf16.toml").write_bytes('kind = "tuning"'.encode("utf-16"))
+    assert "utf16.toml is not UTF-8 text but UTF-16" in refusal_here(
+        tmp_path / "utf16.toml", module=command.__name__
+    )
     assert "there is no study tunning: give a .toml file, or one of growth" in refusal_here(
         "tunning", module=command.__name__
     )
@@ -372,7 +377,7 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "'sgd' is not one of" in refused("tuning", TUNING + 'optimizer = "sgd"\n')
     assert "runs a has a/lr-0.01/seed-0 twice" in refused("tuning", TUNING.replace("0.02", "0.01"))
     assert "has 2 [[runs]] of the name a" in refused("tuning", f"{TUNING}\n[[runs]]\n{TUNING}")
-    assert "need steps or tokens" in refused("tuning", 'name = "a"\n')
+    assert "runs a need steps or tokens" in refused("tuning", 'name = "a"\n')
     assert "give steps or tokens, not both" in refused("tuning", TUNING + "tokens = 100\n")
     assert "is not TOML" in refused("tuning", "name = \n")
     assert "a name without a slash" in refused("tuning", 'name = "a/b"\nsteps = 3\n')
@@ -405,6 +410,16 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "holds a study of tuning, not of growth" in refused("growth", GROWTH)
     (tmp_path / "out/results.json").write_text("{")
     assert "results.json is damaged" in refused("tuning", TUNING)
+
+
+def test_the_first_command_can_be_typed(text_of_a_study, tmp_path, monkeypatch, capsys):
+    """Names with blanks are quoted; a file from an editor that writes a BOM is read."""
+    path = study_file(tmp_path, "tuning", TUNING.replace('"a"', '"a b"'), text_of_a_study)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    monkeypatch.setattr("sys.argv", ["study", str(path), "--dry-run", "--out", str(tmp_path / "o")])
+    assert command.main() == 0
+    typed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert Path(typed[-1]).parts[:-1] == (*tmp_path.parts, "o", "a b", "lr-0.01")
 
 
 @pytest.mark.slow

@@ -413,6 +413,9 @@ def test_the_command_verifies_all_of_it(tmp_path, capsys):
         command.main(["--verify", str(out)])
     with pytest.raises(UserError, match="--out DIR"):
         command.main([str(tmp_path / "t.jsonl")])
+    for others, said in (([str(tmp_path)], str(tmp_path)), (["--dedup", "--out", "x"], "--out, --dedup")):
+        with pytest.raises(UserError, match=f"does nothing else: leave out {said}$"):
+            command.main(["--verify", str(out), *others])
 
 
 def test_what_an_older_version_made_opens_with_a_note(tmp_path, capsys):

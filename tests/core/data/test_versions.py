@@ -143,3 +143,16 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         command.main([new, *(argument.format(here=tmp_path, out=out, new=new) for argument in arguments)])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_version_by_itself_is_not_appended_to(tmp_path):
+    """Who reads DIR or DIR/v2 would never find a DIR/v2/v3."""
+    out, _, _ = make(tmp_path)
+    new = write_jsonl(tmp_path / "new.jsonl", documents(30, seed=2))
+    command.main([new, "--append", str(out)])
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        UserError, match="v2 is version 2 of prepared data: append to the folder that holds the versions"
+    ):
+        command.main([new, "--append", str(out / "v2")])
+    assert sorted(out.rglob("*")) == before
