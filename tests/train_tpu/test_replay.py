@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from core.data.batches import Batch, record_at
 from core.data.prepare import open_or_prepare, prepare
 from core.folders import CACHE
 from core.loss import IGNORE
+from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, losses, make_text, refusal_here, run, run_here
 from train_tpu.replay.layers import targets_of
@@ -237,6 +240,26 @@ def test_a_branch_with_nothing_changed_is_the_run(made, tmp_path):
     assert (entry["step"], entry["changes"]) == (6, {})
     assert Path(entry["path"]) == step_path(folder / "checkpoints", 6)
     assert (out / "branch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_branch_is_resumed_by_the_same_command(made, tmp_path):
+    """What is compared before says how far the branch came, and counts no update beyond that."""
+    folder, out = made[0], tmp_path / "branch"
+    arguments = (folder, "--step", "2", "--until", "10", "--out", out)
+    said, _ = run_here(
+        *arguments, module=REPLAY, expect=EXIT_SAVED, moment="the first update was made",
+        then=lambda: os.kill(os.getpid(), signal.SIGINT),
+    )  # fmt: skip
+    (reached,) = list_steps(out / "checkpoints")
+    assert 0 < reached < 10 and "run the same command to resume" in said
+    assert f"equal to the run to the bit up to update {reached - 1}, the last that it has made" in said
+    refused = sum(row["step"] < reached for row in read_log(folder, "skip"))
+    assert f"updates refused by the guard: {refused} in the run, {refused} in the branch" in said
+    assert f"{out} exists already" in refusal_here(*arguments, "--lr", "0.5x", module=REPLAY)
+    said, _ = run_here(*arguments, module=REPLAY)
+    assert f"resuming {out} at step {reached}" in said
+    assert said.endswith("branch.png\n") and "the branch is equal to the run to the bit\n" in said
+    assert losses(out) == losses(folder)[:11]
 
 
 @pytest.mark.slow

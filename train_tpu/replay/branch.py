@@ -4,6 +4,7 @@ Like recorded.py it writes nothing and needs no JAX.
 """
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from core.folders import require_new
 from core.run.settings import flatten
 from train_tpu.config import RunConfig
 from train_tpu.replay.recorded import Recorded
+
+MARK = "branch.json"
+"""In the folder of a branch, what it is: the same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,21 @@ class Branch:
         """The settings that differ from the run's, by name."""
         old, new = flatten(self.recorded.config), flatten(self.config)
         return {name: new[name] for name in ("lr", "leave_out") if old[name] != new[name]}
+
+    @property
+    def mark(self) -> str:
+        """What tells it from every other branch: the content of `MARK`."""
+        run = str(self.recorded.folder.resolve())
+        mark = {"run": run, "first": self.recorded.first, "until": self.until, "changes": self.changes}
+        return json.dumps(mark, indent=1) + "\n"
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was begun before, and is to be resumed."""
+        try:
+            return (self.out / MARK).read_text(encoding="utf-8") == self.mark
+        except (OSError, ValueError):
+            return False
 
     def describe(self) -> str:
         """The changes in words."""
@@ -62,12 +81,11 @@ def plan_branch(
     """The branch that is asked for.
 
     Raises:
-        UserError: a value is out of range, or something is at `out` already.
+        UserError: a value is out of range, or something other than this branch is at `out` already.
     """
     if not recorded.step <= until < recorded.steps:
         last = recorded.steps - 1
         raise UserError(f"--until {until} is out of range: give an update from {recorded.step} to {last}")
-    require_new(out)
     old = recorded.config
     optim = old.optim if lr is None else dataclasses.replace(old.optim, lr=peak(lr, old.optim.lr))
     once = {"prompts": (), "eval_tasks": "", "allow_change": (), "from_step": None, "fallback": False}
@@ -75,7 +93,10 @@ def plan_branch(
         old, **once, out=out, optim=optim, init_from=recorded.source, stop_at=until + 1,
         steps=recorded.steps, epochs=None, leave_out=(*old.leave_out, *without),
     )  # fmt: skip
-    return Branch(recorded, until, config, without, out)
+    branch = Branch(recorded, until, config, without, out)
+    if not branch.begun:
+        require_new(out)
+    return branch
 
 
 def peak(given: str, old: float) -> float:

@@ -17,7 +17,7 @@ from core.run.interrupt import EXIT_FINISHED
 from core.run.log import METRICS, read_log
 from core.run.steering import RECORD
 from core.tokenizer import Tokenizer
-from train_tpu.replay.branch import Branch
+from train_tpu.replay.branch import MARK, Branch
 from train_tpu.replay.compiled import open_setup
 from train_tpu.setup import Setup
 from train_tpu.trainer import run
@@ -39,7 +39,8 @@ def run_branch(branch: Branch, dataset: Data, tokenizer: Tokenizer) -> int:
     model, steps = setup.step.model, setup.steps
     record = run_record(config, model, steps, dataset.tokenizer_record, data_record(dataset))
     setup = dataclasses.replace(setup, config=config, out=branch.out, record=record)
-    make_folder(branch, setup)
+    if not branch.begun:
+        make_folder(branch, setup)
     of = f"a branch of {branch.recorded.folder} from update {recorded.first} on"
     say(f"{branch.out}: {of}, {branch.describe()}")
     code = run(setup, report=False)
@@ -71,6 +72,7 @@ def make_folder(branch: Branch, setup: Setup) -> None:
             if (recorded.folder / name).is_file():
                 shutil.copyfile(recorded.folder / name, folder / name)
         write_config(folder, setup.record)
+        write_atomically(folder / MARK, branch.mark)
 
 
 def table(branch: Branch) -> Iterator[str]:
@@ -91,12 +93,13 @@ def table(branch: Branch) -> Iterator[str]:
     means = [float(np.mean([values[step] for step in last])) for values in (before, after)]
     yield _row(f"mean {len(last)}", *means)
     skipped = (
-        sum(first <= row["step"] <= branch.until for row in read_log(folder, "skip"))
+        sum(first <= row["step"] <= both[-1] for row in read_log(folder, "skip"))
         for folder in (branch.recorded.folder, branch.out)
     )
     yield "updates refused by the guard: {} in the run, {} in the branch".format(*skipped)
     if all(before[step] == after[step] for step in both):
-        yield "the branch is equal to the run to the bit"
+        compared = "" if both[-1] == branch.until else f" up to update {both[-1]}, the last that it has made"
+        yield f"the branch is equal to the run to the bit{compared}"
 
 
 def _row(name: str, before: float, after: float) -> str:
