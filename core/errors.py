@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -53,12 +54,20 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed our output: nothing is left to say
         sys.stderr.close()
         return 1
-    if isinstance(error, OSError) and (sentence := os_error(error)):
+    refused = error if isinstance(error, OSError) else _of_rust(error)
+    if refused is not None and (sentence := os_error(refused)):
         print(f"error: {sentence}", file=sys.stderr)
-        if error.errno in FULL:
+        if refused.errno in FULL:
             sys.unraisablehook = _drop_full
         return 2
     return None
+
+
+def _of_rust(error: BaseException) -> OSError | None:
+    """What the operating system refused a library in Rust, safetensors' or tokenizers' say: they raise
+    exceptions of their own, whose text ends as Rust writes such an error. None for any other error."""
+    found = re.search(r"\(os error (\d+)\)$", str(error)) if isinstance(error, Exception) else None
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def os_error(error: OSError) -> str | None:

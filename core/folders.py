@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from core.checkpoint.manifest import sync_path
 from core.errors import UserError
@@ -86,6 +87,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_picture(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a PNG that is whole whenever it is there. figure: matplotlib's."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

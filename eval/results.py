@@ -13,7 +13,7 @@ from typing import Any
 
 from core.checkpoint.manifest import code_version, package_versions
 from core.errors import UserError
-from core.folders import write_atomically
+from core.folders import write_atomically, write_picture
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 
 FORMAT = 1
@@ -309,4 +309,4 @@ def plot(content: Record, path: Path) -> None:
         axis.set_title(title, fontsize=9, color=color)
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
+    write_picture(figure, path, dpi=130)

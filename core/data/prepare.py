@@ -90,6 +90,11 @@ def append(
             f"{out} is version {parent.version} of prepared data: append to the folder that holds the "
             "versions"
         )
+    if options.get("overlap") and not options.get("eval_items"):
+        raise UserError(
+            "--overlap of --append has nothing to compare the new text with: name texts with --eval-items "
+            "FILE, which may be those of held-out sets"
+        )
     if context not in (None, parent.context):
         raise UserError(
             f"{out} has windows of {parent.context} tokens, not {context}: append without --context, or "

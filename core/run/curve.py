@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from core.data.mixture import phases_of
+from core.folders import write_picture
 from core.run.folder import read_config
 from core.run.log import CARRIED, read_log
 
@@ -47,7 +48,7 @@ def plot_curve(folder: Path) -> Path:
     axes.legend(loc="upper right", edgecolor="none", framealpha=0.9)
     axes.set_title(f"{folder.name}{_summary(evals)}")
     path = folder / "loss_curve.png"
-    figure.savefig(path, dpi=130)
+    write_picture(figure, path, dpi=130)
     return path
 
 
@@ -76,7 +77,7 @@ def plot_branch(run: Path, branch: Path, first: int) -> Path:
     upper.legend(loc="upper right", edgecolor="none", framealpha=0.9)
     upper.set_title(f"{branch.name}: a branch of {run.name} from update {first} on")
     path = branch / "branch.png"
-    figure.savefig(path, dpi=130)
+    write_picture(figure, path, dpi=130)
     return path
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from core.folders import write_picture
 from core.run.watching import Watched
 
 COLORS, BAD = "viridis", "#d62728"
@@ -45,7 +46,7 @@ def plot_heat_maps(watched: Watched, title: str, path: Path, grown_at: int | Non
     for ax in axes[-1]:
         ax.set_xlabel("update")
     figure.suptitle(title)
-    figure.savefig(path, dpi=90)
+    write_picture(figure, path, dpi=90)
 
 
 def _panel(

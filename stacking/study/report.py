@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
-from core.folders import write_atomically
+from core.folders import write_atomically, write_picture
 from stacking.study import growth_report, saturation, tuning
 from stacking.study.results import Results
 
@@ -35,7 +35,7 @@ def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
     axes.set_ylabel(f"{heldout}, nats per token")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    write_picture(figure, path, dpi=130)
 
 
 def describe_sessions(results: Results) -> str:

@@ -2,13 +2,17 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
 
-from core.errors import os_error
+from core.errors import os_error, tell
 from tests.several_devices import ROOT
 
 LOST_CTRL_C = """
@@ -103,6 +107,24 @@ def test_what_the_system_refuses_is_one_sentence_with_the_path(number: int):
 )
 def test_a_limit_of_the_machine_needs_no_path(number: int, advice: str):
     assert advice in os_error(OSError(number, os.strerror(number)))
+
+
+def test_what_the_system_refuses_a_library_in_rust(tmp_path: Path, capsys):
+    """tokenizers and safetensors raise no OSError. A limit for files stands for a disk that is full."""
+    none, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, most))
+    try:
+        with pytest.raises(Exception, match="too large") as of_tokenizers:
+            tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "a"))
+        with pytest.raises(Exception, match="too large") as of_safetensors:
+            safetensors.numpy.save_file({"a": np.zeros(9)}, tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (none, most))
+    for error in (of_tokenizers.value, of_safetensors.value):
+        assert not isinstance(error, OSError) and tell(error) == 2
+        said = capsys.readouterr().err
+        assert said == "error: the disk is full: free some space and run the command again\n"
+    assert tell(ValueError("of ours (os error 28) in the middle")) is None
 
 
 def test_an_os_error_that_says_nothing_to_a_user_keeps_its_traceback():

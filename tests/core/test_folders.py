@@ -1,13 +1,15 @@
 """Where something can be written, found out before anything slow."""
 
+import errno
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from core.errors import UserError
-from core.folders import require_new, require_place
+from core.folders import require_new, require_place, write_picture
 
 
 @pytest.fixture
@@ -45,3 +47,20 @@ def test_a_dangling_link_is_there(tmp_path: Path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UserError, match="exists already"):
         require_new(tmp_path / "link")
+
+
+def test_a_picture_is_whole_or_the_old_one(tmp_path: Path):
+    """The disk may be full halfway."""
+
+    class Half:
+        def savefig(self, path: Path, **_) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space"):
+        write_picture(Half(), picture, dpi=9)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"old"}
+    write_picture(Figure(figsize=(1, 1)), picture, dpi=9)
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]

@@ -113,7 +113,7 @@ def plotted(content: dict, path: Path) -> dict[str, list[str]]:
                 if axis.get_title():
                     panels[axis.get_title()] = [label.get_text() for label in axis.get_yticklabels()]
 
-        patch.setattr("matplotlib.figure.Figure.savefig", read)
+        patch.setattr("eval.results.write_picture", read)
         plot(content, path)
     return panels
 

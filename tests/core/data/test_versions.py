@@ -133,6 +133,7 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
         (["--append", "{out}", "--valid-fraction", "0"], "held-out sets of .* stay what they are"),
         (["--append", "{out}", "--out", "{here}/x"], "not both"),
         (["--append", "{out}", "--field", "body"], "no text in the field 'body'"),
+        (["--append", "{out}", "--overlap", "drop"], "compare the new text with: name texts with --eval-it"),
         (["--append", "{out}", "--workers", "0"], "--workers is 0"),
     ],
 )
