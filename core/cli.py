@@ -79,8 +79,9 @@ def parse(
     for token in ours:
         name = token.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in (*HELP, *known):
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}?" if near else advice
+            # Without the dashes, by which short names that have nothing else in common would be near.
+            near = difflib.get_close_matches(name[2:], [one[2:] for one in known], n=1)
+            meant = f"did you mean --{near[0]}?" if near else advice
             raise UserError(f"there is no option {token.partition('=')[0]}: {meant}")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: {advice}")

@@ -27,7 +27,7 @@ import tyro
 from core import checks, cli
 from core.data.text import read_text
 from core.errors import UserError, run_command
-from core.folders import write_atomically
+from core.folders import require_place, write_atomically
 from core.hub_models import local
 from core.progress import Activity
 from core.tokenizer import Tokenizer
@@ -221,6 +221,7 @@ def main() -> int:
     if stride >= context:
         raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
     path = (config.out or model.results) / "perplexity.json"
+    require_place(path.parent)
     there = read_earlier(path)
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)

@@ -13,7 +13,7 @@ from typing import Any
 
 from core.checkpoint.manifest import code_version, package_versions
 from core.errors import UserError
-from core.folders import write_atomically, write_picture
+from core.folders import require_place, write_atomically, write_picture
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 
 FORMAT = 1
@@ -32,8 +32,9 @@ class Results:
         """Opens what is there of the same model.
 
         Raises:
-            UserError: the folder holds the results of another model, or a damaged file.
+            UserError: the folder holds the results of another model, or a damaged file, or cannot be written.
         """
+        require_place(folder)
         self.folder = folder
         self.content: Record = {"format": FORMAT, "model": identity, "evaluations": {}}
         self.settings = settings

@@ -50,6 +50,7 @@ HELP = "python -m a.command --help-all lists all options"
         (["x", "--out", "y", "--batchsize", "3"], "there is no option --batchsize: did you mean --batch?"),
         (["x", "--out=y", "--step=3"], "there is no option --step: did you mean --steps?"),
         (["x", "--out", "y", "--helo"], f"there is no option --helo: {HELP}"),
+        (["x", "--out", "y", "--at", "3"], f"there is no option --at: {HELP}"),
         (["x", "--outt", "y"], "there is no option --outt: did you mean --out?"),
         (["x", "--out", "y", "--elsewhere"], f"there is no option --elsewhere: {HELP}"),
         (["x", "--out", "y", "more"], f"unexpected argument 'more': {HELP}"),

@@ -132,21 +132,23 @@ def test_the_command(made: Made, sets: Sets, text, tmp_path: Path, monkeypatch, 
         )
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a":', b"[]", b"null", b"\xff"])
-def test_a_damaged_file_is_refused_before_anything_is_scored(
-    made: Made, tmp_path: Path, monkeypatch, content: bytes
+@pytest.mark.parametrize("content", [b"", b'{"a":', b"[]", b"null", b"\xff", None])
+def test_what_could_not_be_kept_is_refused_before_anything_is_scored(
+    made: Made, tmp_path: Path, monkeypatch, content: bytes | None
 ):
+    """A damaged file of earlier figures, and a place in which no file can be."""
     text, there = tmp_path / "a.txt", tmp_path / "perplexity.json"
     text.write_text("a")
-    there.write_bytes(content)
+    there.write_bytes(content or b"")
     monkeypatch.setattr(perplexity, "measure", lambda *_: pytest.fail("scored first"))
-    arguments = ("--text", text, "--device", "cpu", "--out", tmp_path)
+    out, said = tmp_path, r"perplexity\.json cannot be read \(.*\): remove it and measure again"
+    if content is None:
+        out, said = there, "is a file: name another folder"
+    arguments = ("--text", text, "--device", "cpu", "--out", out)
     monkeypatch.setattr("sys.argv", ["perplexity", str(made.folder), *map(str, arguments)])
-    with pytest.raises(
-        UserError, match=r"perplexity\.json cannot be read \(.*\): remove it and measure again"
-    ):
+    with pytest.raises(UserError, match=said):
         perplexity.main()
-    assert there.read_bytes() == content
+    assert there.read_bytes() == (content or b"")
 
 
 def test_the_token_that_opens_a_text_is_named():

@@ -236,6 +236,7 @@ def test_refusals(folder: Path, small: Made, sets: Sets, tmp_path: Path):
         ((small.run, "--tasks", "arc_easy", *data, "--card"), "is a checkpoint; convert it first"),
         ((small.run, "--tasks", "arc_easy", *data, "--device", "cpu"), "set JAX_PLATFORMS"),
         ((folder, "--tasks", "piqa", *data), "the data of piqa is not there"),
+        ((folder, "--tasks", "arc_easy", *data, "--out", folder / "README.md"), "is a file: name another"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             command(*arguments)
