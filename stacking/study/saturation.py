@@ -120,13 +120,19 @@ def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
         f"tokens. Extrapolated to {FAR} new tokens per parameter ({far / 1e9:.3g}B): "
         f"{_said(float(law.loss(np.array([far]), np.array([far]))[0]), law.error(far, far))}."
     )
+    errors = (
+        "Errors: one standard error."
+        if law.errors
+        else "There are only as many runs as the law has parameters: it passes through all of them, so its "
+        "error is not known, and what it extrapolates may be far off."
+    )
     if not np.isfinite(law.passes):
-        return f"{text} No run repeats its text."
+        return f"{text} No run repeats its text. {errors}"
     factor = "" if passes is None else f", give or take a factor of {np.exp(passes):.3g}"
     half = 1 + law.passes * np.log(1 / WORTH)
     return (
         f"{text} All repetitions together are worth at most {law.passes:.3g} more passes{factor}: after pass "
-        f"{half:.2g} a token is worth less than {WORTH:g} of a new one. Errors: one standard error."
+        f"{half:.2g} a token is worth less than {WORTH:g} of a new one. {errors}"
     )
 
 

@@ -20,7 +20,7 @@ from core.run.folder import write_config
 from core.run.log import END, HALT, read_log
 from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, fits, report
+from stacking.study import experiment, fits, report, saturation
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
@@ -191,7 +191,13 @@ def test_saturation_trains_the_shortest_first_and_fits_the_law(text_of_a_study, 
     assert entry["distinct_tokens"] == 96 * 32 and entry["tokens"] == lengths[-1] * 128
     # What was trained, and no more: the trunk is shared.
     assert entry["flops"] == lengths[-1] * 128 * entry["model"]["flops_per_token"]
-    assert "loss = 2.5 ± " in (tmp_path / "out/results.md").read_text()
+    page = (tmp_path / "out/results.md").read_text()
+    assert "loss = 2.5 ± " in page and "one standard error" in page and "only as many runs" not in page
+    # Through as many points as it has parameters a law passes anyhow.
+    entries = saturation.sizes(results)[28_896][:4]
+    said = saturation._describe(28_896, saturation.fit(entries, "valid"), entries)
+    assert "There are only as many runs as the law has parameters" in said
+    assert "±" not in said and "one standard error" not in said
 
 
 def test_the_law_is_found_again():
