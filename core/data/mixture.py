@@ -311,7 +311,11 @@ def _counts(option: str, words: Sequence[str], sources: dict[str, str]) -> Count
     for word in words:
         name, _, value = word.partition("=")
         if name not in sources:
-            raise UserError(f"{option} {word}: --data has no source {name!r}, but {', '.join(sources)}")
+            # A resumed run has its own where none are given, even with another --data.
+            raise UserError(
+                f"{option} {word}: --data has no source {name!r}, but {', '.join(sources)}; give {option} "
+                "for these (a resumed run has its own, until others are given)"
+            )
         if name in weights:
             raise UserError(f"{option} gives {name} twice: give each source one weight")
         weights[name] = _number(f"{option} {name}", value)

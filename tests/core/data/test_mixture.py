@@ -292,7 +292,7 @@ DATA, WEIGHTS = ("wiki=x", "books=y"), ("wiki=0.7", "books=0.3")
         (DATA, WEIGHTS, ("books=1",), "--phases begins with books=1: give first which part"),
         (DATA, WEIGHTS, ("0.8",), "--phases 0.8 needs weights, as in books=1 wiki=1"),
         (DATA, WEIGHTS, ("half", "books=1"), "--phases: 'half' is not a number"),
-        (DATA, WEIGHTS, ("0.8", "news=1"), "--phases 0.8 news=1: --data has no source 'news'"),
+        (DATA, WEIGHTS, ("0.8", "news=1"), "'news', but books, wiki; give --phases 0.8 for"),
         (("wiki=x", "wiki=y"), WEIGHTS, (), "--data names two sources 'wiki'"),
         (("wiki=x", "y"), WEIGHTS, (), "--data y: of several sources each needs a name, as in wiki=y"),
         ((), (), (), "--data needs a value"),
