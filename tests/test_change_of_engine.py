@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import port_torch.training.trainer
+import train_tpu.trainer
 from core.checkpoint.checkpointer import Checkpointer, flatten, restore
-from core.checkpoint.manifest import CHANGE, load_manifest
+from core.checkpoint.manifest import CHANGE, Manifest, load_manifest
 from core.checkpoint.steps import Keep, find_step, list_steps
 from core.checkpoint.torch_state import STATE
 from core.leaves import path_names
@@ -29,11 +30,13 @@ from port_torch.names import exported_tensors
 from port_torch.train import TrainConfig
 from port_torch.training import checkpoint
 from port_torch.training.settings import MirrorOptimizerConfig
+from port_torch.training.step import TrainStep
 from tests.models import GROUPED
 from tests.port_torch.folders import SMALL, manifest_of
 from tests.port_torch.small_training import Killed, kill, make_train_step, stop_before
 from tests.train_tpu.processes import losses, refusal_here, run_here
 from train_tpu.config import RunConfig
+from train_tpu.setup import Setup
 from train_tpu.step import GuardConfig, StepConfig, TrainState, abstract_state
 
 FIXTURES = Path(__file__).parent / "fixtures" / "7b5e0bc"
@@ -223,25 +226,56 @@ def distance(run: Path, other: Path) -> np.ndarray:
     return np.sqrt(np.mean((ours / theirs - 1) ** 2, axis=0))
 
 
+def move_parameters(patch: pytest.MonkeyPatch, seed: int) -> None:
+    """Either engine resumes with every parameter moved up or down to the next number."""
+    rng = np.random.default_rng(seed)
+
+    def neighbour(p: np.ndarray) -> np.ndarray:
+        return np.nextafter(p, np.where(rng.random(p.shape) < 0.5, -np.inf, np.inf).astype(p.dtype))
+
+    def of_jax(setup: Setup, step_dir: Path) -> TrainState:
+        state = restore_of_jax(setup, step_dir)
+        moved = jax.tree.map(lambda p: jax.device_put(neighbour(np.asarray(p)), p.sharding), state.params)
+        return state._replace(params=moved)
+
+    def of_torch(step_dir: Path, train_step: TrainStep) -> Manifest:
+        manifest = restore_of_torch(step_dir, train_step)
+        with torch.no_grad():
+            for p in train_step.parameters.values():
+                p.copy_(torch.from_numpy(neighbour(p.numpy())))
+        return manifest
+
+    restore_of_jax, restore_of_torch = train_tpu.trainer.restore_state, checkpoint.restore
+    patch.setattr(train_tpu.trainer, "restore_state", of_jax)
+    patch.setattr(checkpoint, "restore", of_torch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("engine", COMMANDS)
 @pytest.mark.parametrize("preset", ["mtlm1-tiny", "mtlm2-tiny"])
-def test_fifty_updates_after_the_change(preset: str, engine: str, optimizer: str, whole, no_result):
-    """No further from the unchanged run than the same engine is with its sums in another order.
+def test_fifty_updates_after_the_change(preset, engine, optimizer, whole, no_result, monkeypatch):
+    """No further from the unchanged run than rounding takes either engine.
 
-    The other order is that of two micro-batches: it changes the sums over rows alone, the other engine those
-    within every product, too. Training amplifies what is left of their rounding, by a factor that is drawn
-    anew for every order. Measured over presets, engines and optimizers: losses of the changed run 0.9 to
-    2.0 times, gradient norms 0.7 to 4.1 times as far away; cuts in 2 and 4 are a factor of 3 apart.
+    What sums give in another order, they give exactly of numbers a few units in the last place away. So the
+    measure is how far either engine goes from its own run when every parameter is moved to a neighbouring
+    number at the change, the furthest of four. Training amplifies this by a factor that is drawn anew each
+    time: where the residual of a token nearly cancels, the four are a factor of 10 apart. Measured over
+    presets, engines and optimizers: losses 0.9 to 2.9 times, gradient norms 0.6 to 4.5 times as far away.
+    Micro-batches are no measure: on some processors they leave the forward pass as it is to the bit.
     """
     unchanged = whole(preset, engine, optimizer)
     changed = continued(unchanged, OTHER[engine])
-    cut = continued(unchanged, engine, "--grad-accum-steps", "2", "--allow-change", "grad_accum_steps")
     assert lineage_of(changed) == [(engine, OTHER[engine], 10)]
-    order = distance(cut, unchanged)
-    assert (distance(changed, unchanged) <= 10 * order).all()
-    assert (order < 1e-5).all()  # or it would say nothing
+    moved = []
+    for seed in range(2):
+        with monkeypatch.context() as patch:
+            move_parameters(patch, seed)
+            for name, run in ((engine, unchanged), (OTHER[engine], changed)):
+                moved.append(distance(continued(unchanged, name, "--keep-last", str(seed + 3)), run))
+    moved = np.max(moved, axis=0)
+    assert (distance(changed, unchanged) <= 10 * moved).all()
+    assert (moved < 1e-4).all()  # or it would say nothing
 
 
 @pytest.mark.slow
