@@ -17,12 +17,12 @@ import torch
 import tyro
 
 from bench.bars import draw_rates
-from bench.figures import require_json, write_json
 from bench.stock import stock_model
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from core.sampling import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.figures import require_json, write_json
 from bench.plain_torch import GPT
 from bench.row_process import Row, in_process, print_row, taken_row
 from bench.train import BATCH
@@ -28,6 +27,7 @@ from core.config import ModelConfig, preset
 from core.console import Table
 from core.data.sequences import Rows
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from port_torch.model import Decoder
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretraining import fresh_decoder

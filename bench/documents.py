@@ -17,7 +17,6 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int
 
-from bench.figures import require_json, write_json
 from core import checks, cli
 from core.attention import choose
 from core.checkpoint.checkpointer import restore_params
@@ -29,6 +28,7 @@ from core.data.batches import full_batches, heldout_windows
 from core.data.dataset import Dataset, open_dataset
 from core.documents import document_mark, number_documents
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table
 from core.run.log import read_log

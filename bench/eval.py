@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from bench.figures import require_json, write_json
 from core import checks, cli
 from core.console import Table
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from eval.run import DEFAULT_TASKS
 from eval.settings import task_names
 from eval.tasks import open_tasks

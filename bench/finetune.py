@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bench import row_process
-from bench.figures import require_json, write_json
 from bench.row_process import Row, print_row, taken_row
 from core import checks, cli
 from core.config import preset
 from core.console import Table
 from core.data.tuning_rows import read_rows
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from core.tokenizer import load_tokenizer
 
 OURS = "ours"

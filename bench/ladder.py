@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.figures import require_json, write_json
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
 from bench.row_process import taken_row
 from core import cli
 from core.console import Table
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

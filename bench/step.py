@@ -18,12 +18,12 @@ import numpy as np
 import tyro
 
 from bench import plain_jax
-from bench.figures import require_json, write_json
 from bench.row_process import Row, in_process, print_row, taken_row
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import run_command
+from core.figures import require_json, write_json
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
 from core.sharding import MeshShape, batch_sharding, make_mesh, require_deterministic_operations

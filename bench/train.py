@@ -14,13 +14,13 @@ import torch
 
 from bench import row_process
 from bench.bars import draw_rates
-from bench.figures import require_json, write_json
 from bench.row_process import Row, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import UserError, run_command
+from core.figures import require_json, write_json
 from kernels_cuda.bench_tasks import Clock, ceilings
 from port_torch.hf_config import stock_type
 

@@ -5,7 +5,6 @@ says what share of its ceiling it reaches: bytes that the task must move, or ope
 over the time.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,7 @@ import tyro
 
 from core import checks, cli
 from core.errors import UserError, run_command
-from core.folders import require_place, write_atomically
+from core.figures import require_json, write_json
 
 if TYPE_CHECKING:
     from kernels_cuda.bench_tasks import Row
@@ -84,8 +83,7 @@ def plot(rows: list["Row"], path: Path, device: str) -> None:
 def main() -> None:
     """The command."""
     config = cli.parse(BenchConfig, prog="python -m kernels_cuda.bench")
-    if config.json:
-        require_place(config.json.absolute().parent)
+    require_json(config.json)
     import torch  # slow, as what is timed
     import torch._functorch.config
 
@@ -109,10 +107,8 @@ def main() -> None:
             rows.append(measure(clock, task, implementation, function, copy, product))
         torch._dynamo.reset()
     print_table(rows)
-    if config.json:
-        facts = {"device": device, "torch": torch.__version__, "copy": copy, "product": product}
-        report = {**facts, "rows": [asdict(row) for row in rows]}
-        write_atomically(config.json, json.dumps(report, indent=1) + "\n")
+    facts = {"device": device, "torch": torch.__version__, "copy": copy, "product": product}
+    write_json(config.json, {**facts, "rows": [asdict(row) for row in rows]})
     if config.plot:
         plot(rows, config.plot, device)
 

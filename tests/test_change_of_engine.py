@@ -272,6 +272,7 @@ def test_fifty_updates_after_the_change(preset, engine, optimizer, whole, no_res
         with monkeypatch.context() as patch:
             move_parameters(patch, seed)
             for name, run in ((engine, unchanged), (OTHER[engine], changed)):
+                # --keep-last changes no update, and gives each run a folder of its own.
                 moved.append(distance(continued(unchanged, name, "--keep-last", str(seed + 3)), run))
     moved = np.max(moved, axis=0)
     assert (distance(changed, unchanged) <= 10 * moved).all()

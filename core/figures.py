@@ -1,4 +1,4 @@
-"""The figures of a benchmark as a JSON file."""
+"""The figures of a benchmark as a JSON file; here, since the kernels' benchmark imports no other one."""
 
 import json
 from pathlib import Path
