@@ -63,8 +63,9 @@ class PrepareConfig:
     """Leave out training documents that are exact copies of earlier ones, or of documents of --valid. Takes 8
     bytes of memory for every document, 16 at times."""
     overlap: Literal["count", "drop"] | None = None
-    """Look for training documents that share a run of 13 words with a set of --valid or with --eval-items:
-    count them, or drop them from training. Words are compared in lower case and without punctuation."""
+    """Look for training documents that share a run of 13 words with a set of --valid, with what the data of
+    --append holds out, or with --eval-items: count them, or drop them from training. Words are compared in
+    lower case and without punctuation."""
     eval_items: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
     """Texts that --overlap looks for as well (repeatable): a file with a field `text`, such as
     `python -m eval.items` writes of evaluation tasks."""

@@ -5,6 +5,7 @@ one is written last, so a folder that has it is complete. It holds the format's 
 record, the context, what the splits contain, what was dropped, where the text came from, the sha256 of every
 file, the fingerprint that checkpoints and runs refer to, and its own sha256. Data that was compared with
 held-out text has a record of that, too (`core.data.overlap`).
+Where the ends of documents are held out, it has the hashes of these documents.
 
 Whoever opens it checks dataset.json against its own sha256, the small files against theirs, and the sizes of
 the shards. A shard's records have checksums of ArrayRecord's own, which are checked as they are read; all of
@@ -30,7 +31,7 @@ from core.tokenizer import TOKENIZER_FILE
 FORMAT = 1
 FIELDS = frozenset((
     "format", "tokenizer", "context", "splits", "dropped", "sources", "train_tokens", "files", "fingerprint",
-    "sha256", "version", "parent",
+    "sha256", "version", "parent", "ends_held_out",
 ))  # fmt: skip
 MANIFEST = "dataset.json"
 TRAIN = "train"
@@ -75,6 +76,10 @@ class Dataset:
     """The `seal` of the version before."""
     dropped: dict = dataclasses.field(default_factory=dict)
     """What was left out or found when it was prepared, counted."""
+    ends_held_out: tuple[int, ...] | None = None
+    """64 bits of the SHA-256 of every whole document whose end is held out: no split has such a document, so
+    it cannot be read back. None where no split has the name that such ends get, or an older program made
+    it."""
 
     @property
     def heldout(self) -> list[str]:
@@ -154,6 +159,7 @@ def open_dataset(path: Path | str) -> Dataset:
             version=content.get("version", 1),
             parent=content.get("parent"),
             dropped=content["dropped"],
+            ends_held_out=_from_hex(content.get("ends_held_out")),
         )
         dataset.check_small_files()
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -182,12 +188,14 @@ def write_manifest(
     sources: list[str],
     train_tokens: int | None = None,
     parent: Dataset | None = None,
+    ends_held_out: tuple[int, ...] | None = None,
 ) -> Dataset:
     """Hashes the files in the folder `path` and writes its dataset.json, which completes it; all of it is on
     the disk on return.
 
     train_tokens: with which the reading of the sources was to end, if it was.
     parent: the version that this one continues, if it does.
+    ends_held_out: as `Dataset` has it.
     """
     hashed = hash_files(path, sorted(file.name for file in path.iterdir()), sync=True)
     files = {name: {"sha256": entry["sha256"], "bytes": entry["size"]} for name, entry in hashed.items()}
@@ -206,10 +214,16 @@ def write_manifest(
     }
     if parent is not None:
         manifest |= {"version": parent.version + 1, "parent": parent.seal}
+    if ends_held_out is not None:
+        manifest["ends_held_out"] = [f"{number:016x}" for number in ends_held_out]
     manifest["fingerprint"] = fingerprint_of(manifest)
     manifest["sha256"] = digest(manifest)
     write_atomically(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return open_dataset(path)
+
+
+def _from_hex(numbers: list[str] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(int(number, 16) for number in numbers)
 
 
 def open_windows(dataset: Dataset, split: str) -> Windows:

@@ -53,14 +53,16 @@ def make(
             tokenizer.carry(data)
             _write(folder, plan, tokenizer, context, n_workers, parent)
             splits, dropped, sources = plan.counts(context), plan.dropped, plan.sources_read()
+            ends = plan.ends_held_out()
             if parent is not None:
                 splits = [_sum(parent.splits[ds.TRAIN], splits[0]), *list(parent.splits.values())[1:]]
                 names = dict.fromkeys([*parent.dropped, *dropped])
                 dropped = {name: parent.dropped.get(name, 0) + dropped.get(name, 0) for name in names}
                 sources = [*parent.sources, *sources]
+                ends = parent.ends_held_out
             record = tokenizer_record(tokenizer)
             limit = plan.train_tokens
-            ds.write_manifest(data, context, record, splits, dropped, sources, limit, parent)
+            ds.write_manifest(data, context, record, splits, dropped, sources, limit, parent, ends)
         except OSError as error:
             raise UserError(
                 f"{out} could not be written ({error}): make room or choose another --out"
@@ -152,6 +154,7 @@ def _require_text(plan: Plan, context: int) -> None:
     """A UserError if a split has no window."""
     left_out = [
         (plan.dropped.get("rows_without_text", 0), "rows have no text in the field"),
+        (plan.dropped.get("heldout_documents_left_out", 0), "documents are copies of held-out ones"),
         (plan.dropped.get("duplicate_documents", 0), "documents are copies, which --dedup leaves out"),
         (plan.dropped.get("overlapping_documents_left_out", 0), "documents overlap with held-out text"),
     ]

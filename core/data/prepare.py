@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Unpack
 
+import numpy as np
+
 from core import checks
 from core.console import make_console
 from core.data import dataset as ds
@@ -18,7 +20,7 @@ from core.data import versions
 from core.data.making import make, work_path
 from core.data.packing import DATA
 from core.data.sources import open_sources
-from core.data.splits import VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, TextOptions, make_plan
+from core.data.splits import VALID, VALID_FRACTION, VALID_FRACTION_OF_FEW, Plan, TextOptions, make_plan
 from core.data.summary import print_summary
 from core.errors import UserError
 from core.file_tokenizer import keeps_text
@@ -90,10 +92,10 @@ def append(
             f"{out} is version {parent.version} of prepared data: append to the folder that holds the "
             "versions"
         )
-    if options.get("overlap") and not options.get("eval_items"):
+    if options.get("overlap") and not (parent.heldout or options.get("eval_items")):
         raise UserError(
-            "--overlap of --append has nothing to compare the new text with: name texts with --eval-items "
-            "FILE, which may be those of held-out sets"
+            f"--overlap has nothing to compare the new text with, as {out} holds nothing out: name texts "
+            "with --eval-items FILE"
         )
     if context not in (None, parent.context):
         raise UserError(
@@ -107,8 +109,9 @@ def append(
     new = out / f"v{parent.version + 1}"
     require_new(new)
     with Activity("looking at the text", console=make_console()):
-        plan = make_plan(sources, {}, 0.0, **options)
-        _read_back(parent, plan, loaded)
+        held = {split: [versions.HeldOut(parent, split, loaded)] for split in parent.heldout}
+        plan = make_plan(sources, {}, 0.0, held=held, **options)
+        _know_documents(parent, plan, loaded)
     opened = make(new, plan, loaded, parent.context, workers, parent)
     print_summary(opened, plan)
     print(
@@ -118,11 +121,20 @@ def append(
     return new
 
 
-def _read_back(parent: ds.Dataset, plan: Plan, tokenizer: Tokenizer) -> None:
+def _know_documents(parent: ds.Dataset, plan: Plan, tokenizer: Tokenizer) -> None:
     """Tells `plan` which documents `parent` has already, as far as that matters."""
+    if parent.ends_held_out is not None:
+        plan.leave_out(np.array(parent.ends_held_out, np.uint64))
+    elif VALID in parent.splits:
+        print(
+            f"note: an older program prepared {parent.path} and did not record whether it holds out the ends "
+            "of documents: copies of such documents are not found, and would train; --overlap drop leaves "
+            "out what shares 13 words with an end"
+        )
     if not keeps_text(tokenizer):
         print(
-            "note: the tokenizer does not keep all of a text, so copies of the documents there are not found"
+            "note: the tokenizer does not keep all of a text, so copies of documents that are there as a "
+            "whole are not found"
         )
         return
     for split in parent.splits:

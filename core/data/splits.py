@@ -90,6 +90,7 @@ class Plan:
         self._overlapping = 0
         self._shared: list[np.ndarray] = []
         self._sources_taken = 0
+        self._cut: list[np.ndarray] = []
 
     def leave_out(self, hashes: np.ndarray) -> None:
         """Documents that are not to train, by their hashes: those that older versions hold out."""
@@ -163,6 +164,7 @@ class Plan:
         if split == ds.TRAIN and self.fraction > 0:
             if self.few:
                 groups.append((VALID, starts, "end_", kept))
+                self._cut.append(documents["hash"][kept & (documents["end_tokens"] > 0)])
             else:
                 groups.append((VALID, middles, "", kept & ~trains))
         for name, first, kind, mask in groups:
@@ -203,6 +205,13 @@ class Plan:
             self.dropped["overlapping_documents"] = self._overlapping
         if self.overlap == "drop":
             self.dropped["overlapping_documents_left_out"] = self._overlapping
+
+    def ends_held_out(self) -> tuple[int, ...] | None:
+        """The hashes of the whole documents whose ends are held out; None where there is no split `VALID`,
+        which alone may hold ends."""
+        if VALID not in self.documents:
+            return None
+        return tuple(np.unique(np.concatenate([np.empty(0, np.uint64), *self._cut])).tolist())
 
     def shared_runs(self) -> np.ndarray:
         """The held-out runs of words that were found in training text, sorted."""
@@ -324,8 +333,11 @@ def make_plan(
     dedup: bool = False,
     overlap: Overlapping | None = None,
     eval_items: list[str] | None = None,
+    held: dict[str, list[Source]] | None = None,
 ) -> Plan:
     """The plan for sources as `PrepareConfig` names them, and what it says of the rest.
+
+    held: text that is held out already, by the name of its set: `overlap` looks for it, too.
 
     Raises:
         UserError: a source cannot be opened, held-out parts make no sense, or nothing is left to train on.
@@ -343,7 +355,7 @@ def make_plan(
         raise UserError(
             "--eval-items is what --overlap looks for: give --overlap count or --overlap drop, too"
         )
-    if overlap is not None and not (valid or eval_items):
+    if overlap is not None and not (valid or held or eval_items):
         raise UserError(
             "--overlap has nothing to compare the training text with: name held-out sets with --valid "
             "NAME=PATH, or texts with --eval-items FILE"
@@ -352,11 +364,11 @@ def make_plan(
         name: open_sources([path], field, format, heldout=True, template=template)
         for name, path in valid.items()
     }
-    held = {source.identity(): name for name, group in heldout.items() for source in group}
+    name_of = {source.identity(): name for name, group in heldout.items() for source in group}
     train = []
     for source in open_sources(sources, field, format, template=template):
-        if source.identity() in held:
-            print(f"{source.name} is held out as {held[source.identity()]}, so it does not train")
+        if source.identity() in name_of:
+            print(f"{source.name} is held out as {name_of[source.identity()]}, so it does not train")
         else:
             train.append(source)
     if not train:
@@ -364,7 +376,7 @@ def make_plan(
     compared = {}
     if overlap is not None:
         items = open_sources(eval_items or [], heldout=True)
-        compared = heldout | {source.name: [source] for source in items}
+        compared = heldout | (held or {}) | {source.name: [source] for source in items}
     if valid:
         return Plan(train, heldout, 0.0, False, train_tokens, dedup, overlap, compared)
     few = fraction != 0 and _fewer_than(FEW_DOCUMENTS, train)

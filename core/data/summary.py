@@ -32,7 +32,8 @@ def print_summary(dataset: ds.Dataset, plan: Plan) -> None:
             + (f"read no further than {found:,}" if found >= train_tokens else f"all the text has {found:,}")
         )
     if n := dropped.get("heldout_documents_left_out"):
-        print(f"left out: {n:,} documents that are exact copies of held-out ones")
+        ends = ", or of ones whose end is held out" if dataset.ends_held_out else ""
+        print(f"left out: {n:,} documents that are exact copies of held-out ones{ends}")
     if (n := dropped.get("duplicate_documents")) is not None:
         print(f"left out: {n:,} documents that are exact copies of earlier ones (--dedup)")
     if plan.overlap is not None:

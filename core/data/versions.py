@@ -3,12 +3,14 @@
 A version is prepared data like any other, sealed and complete by itself. Its dataset.json has its number and
 the sha256 of its parent's. It has its parent's shards as hard links, which take no room, and the new text in
 shards behind them. No file of an older version changes. Held-out sets stay what they were, so that losses
-compare; copies of their documents in the new text do not train.
+compare; copies of their documents in the new text do not train, nor do copies of documents whose ends they
+are.
 
 Whoever opens DIR gets the newest version, and a run that began on an older one gets that one: runs record the
 fingerprint of their data.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +22,7 @@ import numpy as np
 from core.data import dataset as ds
 from core.data.packing import read_description
 from core.data.pieces import hash64
+from core.data.source import Source
 from core.tokenizer import Tokenizer
 
 READ = 256  # windows that are read back at once
@@ -74,22 +77,58 @@ def described(parent: ds.Dataset) -> dict[str, tuple[list[int], int]]:
 
 
 def document_hashes(parent: ds.Dataset, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """`hash64` of the documents of a split, read back out of its tokens, some at a time.
+    """`hash64` of the documents of a split, read back out of its tokens (`_read_back`), some at a time."""
+    for texts in _read_back(parent, split, tokenizer):
+        yield np.array([hash64(text.encode()) for text in texts], np.uint64)
 
-    A document of which the split lacks the end, as train may at its own, is none of them.
+
+class HeldOut(Source):
+    """A held-out split of prepared data as the source that it was, read back out of its tokens."""
+
+    def __init__(self, parent: ds.Dataset, split: str, tokenizer: Tokenizer) -> None:
+        self._parent, self._split, self._tokenizer = parent, split, tokenizer
+        self.name, self.size = f"{parent.path}/{split}", parent.splits[split].documents
+
+    def identity(self) -> str:
+        return f"{self._parent.fingerprint} {self._split}"
+
+    def documents(self) -> Iterator[tuple[str, int]]:
+        read_back = _read_back(self._parent, self._split, self._tokenizer)
+        yield from zip(itertools.chain.from_iterable(read_back), itertools.count(1), strict=False)
+
+
+def _read_back(parent: ds.Dataset, split: str, tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """The documents of a split, some at a time, as its tokens have them.
+
+    A document of which the split lacks the end, as train may at the end of every version, is none of them.
     """
     windows = ds.open_windows(parent, split)
-    left = parent.splits[split].tokens - 1
-    rest: list[int] = []
-    for start in range(0, len(windows), READ):
-        rows = windows.read(list(range(start, min(start + READ, len(windows)))), tokenizer.vocab_size)
-        ids = rows[:, 1:].ravel()[:left]
-        left -= len(ids)
-        stream = [*rest, *([] if start else rows[0, :1].tolist()), *ids.tolist()]
-        hashes, begin = [], 0
-        for end, token in enumerate(stream):
-            if token == tokenizer.eos:
-                hashes.append(hash64(tokenizer.decode(stream[begin:end]).encode()))
-                begin = end + 1
-        rest = stream[begin:]
-        yield np.array(hashes, np.uint64)
+    for first, end, tokens in _streams(parent, split):
+        left, rest = tokens - 1, []
+        for start in range(first, end, READ):
+            rows = windows.read(list(range(start, min(start + READ, end))), tokenizer.vocab_size)
+            ids = rows[:, 1:].ravel()[:left]
+            left -= len(ids)
+            stream = [*rest, *(rows[0, :1].tolist() if start == first else []), *ids.tolist()]
+            texts, begin = [], 0
+            for at, token in enumerate(stream):
+                if token == tokenizer.eos:
+                    texts.append(tokenizer.decode(stream[begin:at]))
+                    begin = at + 1
+            rest = stream[begin:]
+            yield texts
+
+
+def _streams(parent: ds.Dataset, split: str) -> list[tuple[int, int, int]]:
+    """(first window, the one after the last, tokens) of each stream of a split.
+
+    Every version's training text begins one of its own: the tokens that fill no window of the version before
+    are not there.
+    """
+    if split != ds.TRAIN:
+        return [(0, parent.splits[split].windows, parent.splits[split].tokens)]
+    root = parent.path if parent.version == 1 else parent.path.parent
+    older = [ds.open_dataset(path) for path in version_paths(root)[: parent.version - 1]]
+    ends = [version.splits[split].windows for version in (*older, parent)]
+    pairs = itertools.pairwise([0, *ends])
+    return [(first, end, (end - first) * parent.context + 1) for first, end in pairs]

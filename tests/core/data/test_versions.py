@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.checkpoint.manifest import digest
 from core.data import packing, versions
 from core.data.batches import train_batches
 from core.data.dataset import open_dataset, open_windows
@@ -96,6 +97,82 @@ def test_copies_of_what_is_there_are_left_out(tmp_path, capsys):
     assert left.splits["train"].documents == 60 + 30
 
 
+@pytest.mark.parametrize("dedup", [[], ["--dedup"]])
+def test_no_document_trains_whose_end_is_held_out(tmp_path, capsys, dedup):
+    """Neither the held-out split nor train has such a document as a whole; every version knows it."""
+    texts, new, more = documents(60), documents(30, seed=2), documents(20, seed=3)
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", texts)], tmp_path / "out", "bytes", CONTEXT)
+    first = open_dataset(out)
+    assert first.splits["valid"].documents == first.splits["train"].documents == 60  # ends, and the rest
+    capsys.readouterr()
+    for version, fresh in enumerate((new, more), 2):
+        mixed = [text for pair in itertools.zip_longest(texts, fresh) for text in pair if text is not None]
+        command.main([write_jsonl(tmp_path / "a.jsonl", mixed), "--append", str(out), *dedup])
+        said = capsys.readouterr().out
+        assert "left out: 60 documents that are exact copies of held-out ones, or of ones whose end" in said
+        before, after = out if version == 2 else out / "v2", out / f"v{version}"
+        old, added = windows_of(before, "train"), windows_of(after, "train")
+        stream = expected_stream(fresh)
+        assert (added[: len(old)] == old).all()
+        assert stream_of(added[len(old) :]) == stream[: (len(stream) - 1) // CONTEXT * CONTEXT + 1]
+        assert open_dataset(after).ends_held_out == first.ends_held_out
+    with pytest.raises(UserError, match="60 documents are copies of held-out ones"):
+        command.main([write_jsonl(tmp_path / "t2.jsonl", texts), "--append", str(out)])
+
+
+def test_a_file_whose_end_is_held_out_does_not_train_again(tmp_path):
+    """Of a single document, train lacks the last tokens, too, so that it is in no split as it was."""
+    text = " ".join(documents(60))
+    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text(text)
+    out = prepare([str(tmp_path / "t.txt")], tmp_path / "out", "bytes", CONTEXT)
+    new = write_jsonl(tmp_path / "new.jsonl", documents(30, seed=2))
+    command.main([str(tmp_path / "copy.txt"), new, "--append", str(out)])
+    added = open_dataset(out / "v2")
+    assert added.dropped["heldout_documents_left_out"] == 1
+    assert added.splits["train"].documents == 1 + 30
+
+
+def test_data_of_an_older_program_does_not_say_whose_ends_it_holds_out(tmp_path, capsys):
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(60))], tmp_path / "out", "bytes", CONTEXT)
+    manifest = json.loads((out / "dataset.json").read_bytes())
+    del manifest["ends_held_out"], manifest["sha256"]
+    (out / "dataset.json").write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
+    command.main([write_jsonl(tmp_path / "new.jsonl", documents(30, seed=2)), "--append", str(out)])
+    assert "did not record whether it holds out the ends of documents" in capsys.readouterr().out
+    assert open_dataset(out / "v2").ends_held_out is None
+
+
+def test_overlap_looks_for_what_the_versions_before_hold_out(tmp_path, capsys):
+    """A file that has grown holds the end that was held out, in its middle."""
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}" for a in ("ab", "cd", "ef", "gh") for b in range(500)]
+    text = " ".join(rng.choice(words, 4000))
+    (tmp_path / "t.txt").write_text(text)
+    out = prepare([str(tmp_path / "t.txt")], tmp_path / "out", "bytes", CONTEXT)
+    held = 4000 // 20
+    (tmp_path / "t.txt").write_text(f"{text} {' '.join(rng.choice(words, 300))}")
+    new = write_jsonl(tmp_path / "new.jsonl", [" ".join(rng.choice(words, 100)) for _ in range(20)])
+    capsys.readouterr()
+    command.main([str(tmp_path / "t.txt"), new, "--append", str(out), "--overlap", "drop"])
+    said = capsys.readouterr().out
+    assert "overlap: 1 training documents share a run of 13 words with held-out text; they are left" in said
+    assert "valid: 1 of 1 texts share one" in said
+    assert open_dataset(out / "v2").splits["train"].documents == 1 + 20
+    assert open_dataset(out).splits["valid"].bytes > 4 * held  # so there was something to share
+
+
+def test_the_documents_at_the_border_of_versions_are_read_back(tmp_path):
+    """The text of a version ends where its windows do, and that of the next one begins anew."""
+    out, _, _ = make(tmp_path)
+    new, more = documents(30, seed=2), documents(10, seed=3)
+    command.main([write_jsonl(tmp_path / "new.jsonl", new), "--append", str(out)])
+    command.main([write_jsonl(tmp_path / "again.jsonl", [*new[:20], *more]), "--append", str(out), "--dedup"])
+    third = open_dataset(out / "v3")
+    assert third.dropped["duplicate_documents"] == 20
+    assert third.splits["train"].documents == 60 + 30 + 10
+
+
 @pytest.mark.parametrize("name", ["bytes", "mistral"])
 def test_documents_are_read_back(tmp_path, monkeypatch, name):
     monkeypatch.setattr(versions, "READ", 3)
@@ -133,7 +210,6 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
         (["--append", "{out}", "--valid-fraction", "0"], "held-out sets of .* stay what they are"),
         (["--append", "{out}", "--out", "{here}/x"], "not both"),
         (["--append", "{out}", "--field", "body"], "no text in the field 'body'"),
-        (["--append", "{out}", "--overlap", "drop"], "compare the new text with: name texts with --eval-it"),
         (["--append", "{out}", "--workers", "0"], "--workers is 0"),
     ],
 )
@@ -144,6 +220,15 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         command.main([new, *(argument.format(here=tmp_path, out=out, new=new) for argument in arguments)])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overlap_needs_held_out_text(tmp_path):
+    source, new = (write_jsonl(tmp_path / f"{n}.jsonl", documents(30, seed=n)) for n in (1, 2))
+    out = prepare([source], tmp_path / "out", "bytes", CONTEXT, valid_fraction=0.0)
+    with pytest.raises(
+        UserError, match=r"nothing to compare .*out holds nothing out: name texts with --eval"
+    ):
+        command.main([new, "--append", str(out), "--overlap", "drop"])
 
 
 def test_a_version_by_itself_is_not_appended_to(tmp_path):
