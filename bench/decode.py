@@ -22,7 +22,8 @@ from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import UserError, run_command
-from core.figures import require_json, write_json
+from core.figures import require_json, require_picture, write_json
+from core.folders import require_place, write_picture
 from core.sampling import Sampling
 from kernels_cuda import library
 from port_torch.decode import Generator
@@ -307,15 +308,18 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
         ways, rates = ([row[name] for row in of_panel] for name in ("way", "tokens/s"))
         draw_rates(axis, ways, rates, f"{panel[0]}, batch {panel[1]}: tokens/s, {device}")
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)
 
 
 def main() -> None:
     """The command."""
     config = cli.parse(DecodeBenchConfig, prog="python -m bench.decode")
+    require_json(config.json)
+    require_picture(config.plot)
+    if config.profile is not None:
+        require_place(config.profile)
     if not torch.cuda.is_available():
         raise UserError("bench.decode needs an NVIDIA GPU, and PyTorch finds none here")
-    require_json(config.json)
     copy = copy_bandwidth()
     device = torch.cuda.get_device_name()
     facts = f"{device}, PyTorch {torch.__version__}, copy {copy / 1e12:.2f} TB/s"

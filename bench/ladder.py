@@ -18,7 +18,8 @@ from bench.row_process import taken_row
 from core import cli
 from core.console import Table
 from core.errors import UserError, run_command
-from core.figures import require_json, write_json
+from core.figures import require_json, require_picture, write_json
+from core.folders import write_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:
         axis.set_title(f"{size:,} elements", fontsize="medium")
     axes[0][0].set_ylabel("microseconds per call")
     axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ def main() -> None:
         print("ROWS " + json.dumps(rows_of(library, config)))
         return
     require_json(config.json)
+    require_picture(config.plot)
     rows = []
     for name in ("torch", "jax"):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)

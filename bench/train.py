@@ -20,7 +20,8 @@ from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import UserError, run_command
-from core.figures import require_json, write_json
+from core.figures import require_json, require_picture, write_json
+from core.folders import require_place, write_picture
 from kernels_cuda.bench_tasks import Clock, ceilings
 from port_torch.hf_config import stock_type
 
@@ -170,7 +171,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         rates = [row["tokens_per_second"] for row in of_case]
         shape = f"{of_case[0]['batch']} x {of_case[0]['context']}"
         draw_rates(axis, titles, rates, f"{case}, {shape}: tokens/s, {device}", colors)
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)
 
 
 def main() -> None:
@@ -180,13 +181,16 @@ def main() -> None:
     if row:
         print_row(run_row(config, row))
         return
+    require_json(config.json)
+    require_picture(config.plot)
+    if config.profile is not None:
+        require_place(config.profile)
     cuda = config.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError(
             "bench.train needs an NVIDIA GPU, and PyTorch finds none here: --device cpu --cases mtlm1-tiny "
             "tries the command out"
         )
-    require_json(config.json)
     models = {case: config.model(case) for case in config.cases}
     todo = [
         (case, variant)

@@ -90,9 +90,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_picture(figure: Any, path: Path, dpi: int) -> None:
-    """Writes a PNG that is whole whenever it is there. figure: matplotlib's."""
+    """Writes a picture, of the format that its suffix names, that is whole whenever it is there.
+
+    figure: matplotlib's.
+    """
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=dpi, format="png")
+        figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix("."))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

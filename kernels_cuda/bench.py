@@ -13,7 +13,8 @@ import tyro
 
 from core import checks, cli
 from core.errors import UserError, run_command
-from core.figures import require_json, write_json
+from core.figures import require_json, require_picture, write_json
+from core.folders import write_picture
 
 if TYPE_CHECKING:
     from kernels_cuda.bench_tasks import Row
@@ -77,13 +78,14 @@ def plot(rows: list["Row"], path: Path, device: str) -> None:
     axes.set_xlabel("% of the copy bandwidth or the matrix limit")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     figure.legend(handles, colors, loc="outside upper center", ncols=5, fontsize="small", title=device)
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)
 
 
 def main() -> None:
     """The command."""
     config = cli.parse(BenchConfig, prog="python -m kernels_cuda.bench")
     require_json(config.json)
+    require_picture(config.plot)
     import torch  # slow, as what is timed
     import torch._functorch.config
 
