@@ -5,6 +5,7 @@ which config.json and the manifests record: whatever --steps or --batch a later 
 mixture that is changed at a resume is a new phase, which begins at the next sequence.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,19 @@ def mixture_rows(config: Any, mixture: Mixture, steps: int) -> list[tuple[str, s
         if (at := mixture.used_up(name, config.seed, end)) is not None:
             epochs += f", used up at sequence {at:,} and then read again"
         rows.append((f"  {name}", f"{paths[name]}: {_size(source.splits[TRAIN])}; {epochs}"))
-    return [*rows, ("mixture", describe_phases(mixture.phases, end))]
+    return [*rows, ("mixture", describe_phases(mixture.phases, end)), *_same_text(mixture)]
+
+
+def _same_text(mixture: Mixture) -> list[tuple[str, str]]:
+    """Sources that were made of the same files, of which one holds text out: nobody compares their texts."""
+    rows = []
+    for (one, first), (other, second) in itertools.combinations(mixture.sources.items(), 2):
+        both = [name for name in first.sources if name in second.sources]
+        if both and (first.heldout or second.heldout):
+            files = both[0] if len(both) == 1 else f"{both[0]} and {len(both) - 1:,} more"
+            said = f"{one} and {other} were both made of {files}: what one holds out may train in the other"
+            rows.append(("same text", f"{said}, and its held-out loss then looks too low"))
+    return rows
 
 
 def _size(split: Split) -> str:

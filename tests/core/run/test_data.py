@@ -163,6 +163,25 @@ def test_epochs_are_said_beforehand():
     assert rows["mixture"] == "books 30%, wiki 70%; from sequence 12,800 of 16,000 on books 100%"
 
 
+def test_sources_of_the_same_text_are_said_if_one_holds_some_out():
+    def row(wiki: list[str], books: list[str], *heldout: str) -> str | None:
+        made = {
+            name: dataclasses.replace(data, sources=files)
+            for name, data, files in (("books", source("b"), books), ("wiki", source("w"), wiki))
+        }
+        splits = dict.fromkeys(("train", *heldout), made["wiki"].splits["train"])
+        made["wiki"] = dataclasses.replace(made["wiki"], splits=splits)
+        return dict(data_rows(settings(), Mixture(made, FIRST), 1000)).get("same text")
+
+    said = row(["a.txt", "b.txt"], ["c.txt", "b.txt"], "valid")
+    assert said.startswith(
+        "books and wiki were both made of b.txt: what one holds out may train in the other"
+    )
+    assert "made of b.txt and 1 more: what" in row(["c.txt", "b.txt"], ["b.txt", "c.txt"], "valid")
+    assert row(["a.txt"], ["b.txt"], "valid") is None
+    assert row(["a.txt"], ["a.txt"]) is None  # nothing is held out
+
+
 def test_sources_that_do_not_go_together_are_refused(tmp_path, monkeypatch):
     wiki, books = (make(tmp_path / name, 0, 40) for name in ("wiki", "books"))
     config = settings(data=(f"wiki={wiki.path}", f"books={books.path}"))
