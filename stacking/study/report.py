@@ -1,5 +1,6 @@
 """The report of a study, made of its results alone: a table in Markdown and a picture."""
 
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -7,6 +8,8 @@ from core.folders import write_atomically, write_picture
 from stacking.study import growth_report, saturation, tuning
 from stacking.study.results import Results
 
+WIDTH = 10
+"""Of a plot, in inches."""
 REPORTS: dict[str, ModuleType] = {"tuning": tuning, "saturation": saturation, "growth": growth_report}
 
 
@@ -29,12 +32,16 @@ def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
     """The plot of a kind of study."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
     kind.plot(results, heldout, axes)
     axes.set_ylabel(f"{heldout}, nats per token")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right center", frameon=False)
+    _, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels), default=0)
+    columns = max(1, int(WIDTH / (0.9 + 0.08 * longest)))  # inches: a line's sample, and its letters
+    figure.set_size_inches(WIDTH, 6 + 0.21 * math.ceil(len(labels) / columns))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     write_picture(figure, path, dpi=130)
 
 

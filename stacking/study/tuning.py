@@ -21,6 +21,13 @@ COLORS = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999",
 )  # fmt: skip
 
+ROUND = (
+    (100,), (100, 200, 500), (100, 150, 200, 300, 400, 500, 600, 800),
+    (*range(100, 200, 20), *range(200, 1000, 50)), range(100, 1000, 10), range(100, 1000, 5),
+    range(100, 1000),
+)  # fmt: skip
+"""Hundredths of a power of ten at which an axis of rates may have its ticks."""
+
 
 def runs(definition: Definition, _: Results) -> list[Run]:
     """Every run of the grids."""
@@ -83,7 +90,7 @@ def table(results: Results, heldout: str) -> str:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for group in ended:
         rates = by_rate(group, heldout)
-        cells = [label(group, names), f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.1f}M"]
+        cells = [label(group, names), f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.4g}M"]
         cells.append(" ".join(f"{rate:g}" for rate in rates))
         means = {rate: statistics.fmean(losses) for rate, losses in rates.items() if losses}
         if means:
@@ -163,7 +170,7 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
     names = varied([entry for group in ended for entry in group])
     for i, group in enumerate(ended):
         rates = {rate: losses for rate, losses in by_rate(group, heldout).items() if losses}
-        words = f"{label(group, names)}, {tokens_of(group[0]) / 1e6:.0f}M tokens"
+        words = f"{label(group, names)}, {tokens_of(group[0]) / 1e6:.3g}M tokens"
         style = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i // len(COLORS) % 5]}
         axes.plot(list(rates), [statistics.fmean(losses) for losses in rates.values()], label=words, **style)
         dots = [(rate, loss) for rate, losses in rates.items() for loss in losses]
@@ -171,8 +178,22 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
         fit = optimum(group, heldout)
         if fit is not None and fit.is_inside(rates):
             axes.plot(fit.rate, fit.loss, "*", color=style["color"], markersize=13, markeredgecolor="white")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}")
+    axes.set_xscale("log")
+    ticks = round_rates(*axes.get_xlim())
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.minorticks_off()
     axes.set(
         xlabel="peak learning rate", title="Loss over peak rate; stars: fitted minima inside their grids"
     )
+
+
+def round_rates(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, in the coarsest of `ROUND` that gives three of them, if any does."""
+    found: list[float] = []
+    for steps in ROUND:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        numbers = [float(f"{step}e{decade - 2}") for decade in decades for step in steps]
+        found = [number for number in numbers if low <= number <= high]
+        if len(found) >= 3:
+            break
+    return found

@@ -1,5 +1,6 @@
 """Studies: what a file may say, in which order its runs are trained, and what is made of their results."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from core.run.folder import write_config
 from core.run.log import END, HALT, read_log
 from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, fits, report, saturation
+from stacking.study import experiment, fits, report, saturation, tuning
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
@@ -244,6 +246,38 @@ def test_the_best_rate_is_that_of_a_parabola():
     assert rms == pytest.approx(
         spread, rel=0.25
     )  # the spread of 300 is known to 4%, with one spare point each
+
+
+@pytest.mark.parametrize(
+    "rates", [[2e-3, 2.8e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3], [0.01, 0.02], [0.01, 0.011], [1e-5, 1e-3, 0.1]]
+)
+def test_the_axis_of_rates_has_round_numbers_and_the_legend_takes_no_width(tmp_path, monkeypatch, rates):
+    """Twenty lines with long names, which is what the study in stacking/studies has."""
+    entries = [
+        {
+            "settings": {"preset": "mtlm2-40m", "d_model": 64 * n, "weight_decay": 0.1}, "steps": 100,
+            "fingerprint": "", "lr": rate, "seed": 0, "batch": 4, "model": {"context": 8}, "halted": False,
+            "losses": {"valid": 3 + n + abs(math.log2(rate / 0.01))},
+        }
+        for n in range(20) for rate in rates
+    ]  # fmt: skip
+    figures = []
+    monkeypatch.setattr(report, "write_picture", lambda figure, *_, **__: figures.append(figure))
+    report.draw(tuning, SimpleNamespace(entries=entries), "valid", tmp_path / "a.png")
+    (figure,) = figures
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert 3 <= len(labels) <= 12 and not len(axes.get_xticks(minor=True))
+    for label, tick in zip(labels, axes.get_xticks(), strict=True):
+        assert float(label.get_text()) == tick and len(f"{tick:e}".rstrip("0").split("e")[0].rstrip("0")) <= 4
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert axes.get_position().width > 0.8
+    legend, inches = figure.legends[0].get_window_extent(), figure.dpi * figure.get_size_inches()
+    assert len(figure.legends[0].get_texts()) == 20
+    assert legend.x0 >= 0 and legend.y0 >= 0 and legend.x1 <= inches[0]
+    assert legend.y1 <= axes.get_tightbbox().y0 and axes.get_window_extent().height > 4 * figure.dpi
 
 
 def test_powers_are_fitted_where_they_are_determined():
