@@ -19,8 +19,8 @@ class StudyConfig:
     """Folder of the runs. Default: studies/NAME."""
     results: Path | None = None
     """File of the results; runs that it holds are not trained again. Default: OUT/results.json."""
-    data: str | None = None
-    """Text or prepared folder of all runs, instead of the study's."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE | NAME=SOURCE...")] = ()
+    """Text or prepared folder of all runs, or the sources of a mixture, instead of the study's."""
     minutes: float | None = None
     """Time to spend. A run that cannot end in it is not started; what still runs at its end is saved."""
     flops: float | None = None

@@ -13,6 +13,13 @@
     lr = [4e-3, 8e-3, 16e-3]       # a list is an axis: one run for each value
     seed = [0, 1]
 
+A list within a list is one value. So a mixture is
+
+    data = [["wiki=data/wiki", "books=data/books"]]
+    weights = [["wiki=0.7", "books=0.3"], ["wiki=0.5", "books=0.5"]]   # here an axis of two mixtures
+
+and in a study of tuning it may have `phases`, too.
+
 What a kind needs besides settings is in tuning.py, saturation.py and growth.py. Runs are trained in the order
 in which they stand here; the first axis of a block changes slowest.
 """
@@ -21,13 +28,16 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from core import checks, cli
 from core.config import ModelConfig
+from core.data.mixture import parse_data
 from core.data.text import read_text
 from core.errors import UserError
 from core.run.data import choose_run_tokenizer
@@ -60,8 +70,8 @@ class Definition:
     """The file."""
 
 
-def read_definition(study: str, data: str | None) -> Definition:
-    """The study in a file, or the one of ours with that name; data: instead of its own.
+def read_definition(study: str, data: Sequence[str]) -> Definition:
+    """The study in a file, or the one of ours with that name; data: instead of its own, if there is any.
 
     Raises:
         UserError: there is no such study, or it says what cannot be.
@@ -84,15 +94,42 @@ def read_definition(study: str, data: str | None) -> Definition:
         raise UserError(
             f"{path} asks for no runs: give it tables [[runs]], and [settings] for what they share"
         )
-    common = common | ({} if data is None else {"data": data})
+    if data:
+        common = common | {"data": [list(data)] if len(data) > 1 else data[0]}
     names = [block.get("name") for block in runs]
     for name in names:
         if not isinstance(name, str) or not name or "/" in name:
             raise UserError(f"{path}: every [[runs]] needs a name without a slash, not {name!r}")
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} [[runs]] of the name {name}: give each its own")
-    blocks = tuple(common | block for block in runs)
+    blocks = tuple(_with_values(common | block) for block in runs)
     return Definition(path.stem, content["kind"], content.get("heldout"), blocks, text)
+
+
+def _with_values(block: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a block, in which only axes are lists: a list that is one value is a tuple.
+
+    Raises:
+        UserError: a mixture is given as an axis.
+    """
+    made = {}
+    for name, value in block.items():
+        if isinstance(value, list):
+            _require_no_mixture(block["name"], name, value)
+            values = [tuple(one) if isinstance(one, list) else one for one in value]
+            value = values[0] if len(values) == 1 and isinstance(values[0], tuple) else values
+        made[name] = value
+    return made
+
+
+def _require_no_mixture(block: str, name: str, values: list[Any]) -> None:
+    texts = [value for value in values if isinstance(value, str)]
+    named = name == "data" and len(texts) > 1 and all(isinstance(parse_data(one), dict) for one in texts)
+    if texts and (named or name in ("weights", "phases")):
+        raise UserError(
+            f"runs {block}: {name} is a list, so each of its values would be a run of its own; a mixture is "
+            f"one value, a list within a list: {name} = {json.dumps([values])}"
+        )
 
 
 def _require_known(where: Any, given: dict[str, Any], known: set[str]) -> None:
@@ -155,7 +192,7 @@ def flags(settings: dict[str, Any]) -> tuple[str, ...]:
         if isinstance(value, bool):
             typed.append(flag if value else f"--no-{flag[2:]}")
         else:
-            typed += [flag, *map(str, value if isinstance(value, list | tuple) else (value,))]
+            typed += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return tuple(typed)
 
 
@@ -196,8 +233,7 @@ def _open(arguments: tuple[str, ...]) -> tuple[RunConfig, str, int]:
 
 @functools.lru_cache(maxsize=16)
 def _tokenizer(given: str | None, data: str | tuple[str, ...], default: str) -> tuple[str, int]:
-    config = RunConfig(data=data, tokenizer=given)
-    tokenizer = choose_run_tokenizer(config, default)
+    tokenizer = choose_run_tokenizer(SimpleNamespace(data=data, tokenizer=given), default)
     return tokenizer.name, tokenizer.vocab_size
 
 
@@ -220,4 +256,4 @@ def combinations(block: dict[str, Any], apart: set[str]) -> Iterator[tuple[str, 
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value).replace("/", "_")
+    return ("+".join(map(str, value)) if isinstance(value, tuple) else str(value)).replace("/", "_")

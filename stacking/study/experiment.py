@@ -11,8 +11,10 @@ from types import ModuleType
 from rich.console import Console
 
 from core import cli
-from core.data.batches import data_record
+from core.checkpoint.manifest import digest
+from core.data.batches import Data, data_record
 from core.data.dataset import TRAIN
+from core.data.mixture import Mixture
 from core.errors import UserError
 from core.folders import require_place
 from core.run.data import open_data
@@ -26,6 +28,7 @@ from stacking.study.report import write_report
 from stacking.study.results import (
     Results,
     Text,
+    data_text,
     open_results,
     read_results,
     require_same_runs,
@@ -168,7 +171,8 @@ def _kind(run: Run) -> str:
 def text_key(settings: Settings) -> str:
     """Runs with the same have the same text."""
     config = settings.config
-    return repr((config.data, config.weights, settings.tokenizer, settings.model.context))
+    phases = (config.phases, settings.steps) if config.phases else None  # where they begin depends on both
+    return repr((config.data, config.weights, phases, settings.tokenizer, settings.model.context))
 
 
 def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, Text]:
@@ -183,17 +187,23 @@ def open_texts(leaves: list[Run], heldout: str | None, out: Path) -> dict[str, T
         if key not in found:
             settings = run.settings
             context = settings.model.context
-            dataset = open_data(settings.config, settings.tokenizer, context, out / run.name)
+            config = dataclasses.replace(settings.config, steps=run.steps)
+            dataset = open_data(config, settings.tokenizer, context, out / run.name)
             names = dataset.heldout
             if not names or (heldout is not None and heldout not in names):
                 raise UserError(
-                    f"{settings.config.data} holds out {', '.join(names) or 'nothing'}, and the study "
+                    f"{data_text(config.data)} holds out {', '.join(names) or 'nothing'}, and the study "
                     f"compares losses on {heldout or 'held-out text'}: prepare the text with --valid, or "
                     "name another set as heldout in the study"
                 )
             tokens = dataset.splits[TRAIN].windows * context
-            found[key] = Text(tokens, data_record(dataset)["fingerprint"])
+            found[key] = Text(tokens, _fingerprint(dataset))
     return found
+
+
+def _fingerprint(data: Data) -> str:
+    """Of the text alone: how it is mixed, and from when on, is among the settings of a run."""
+    return digest(data.record()["sources"]) if isinstance(data, Mixture) else data_record(data)["fingerprint"]
 
 
 def describe(

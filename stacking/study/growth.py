@@ -206,6 +206,10 @@ def open_target(definition: Definition) -> Target:
     for lr, seed in ((lr, seed) for lr in lrs for seed in seeds):
         checks.positive(lr=lr)
         checks.seeds(seed=seed)
+    if settings.config.phases:
+        raise UserError(
+            f"runs {name}: phases are parts of one length, and arms are decayed at several: leave phases out"
+        )
     if lrs[0] is None:
         lrs = (settings.config.optim.lr,)
     factor, early = options.get("factor", 2.0), options.get("early", 0.8)

@@ -105,6 +105,11 @@ class Text:
     fingerprint: str
 
 
+def data_text(data: str | tuple[str, ...]) -> str:
+    """What --data names, in one string."""
+    return data if isinstance(data, str) else " ".join(data)
+
+
 def require_same_text(results: Results, runs: list[Run], texts: dict[str, Text]) -> None:
     """Refuses results of runs that were trained on another text. texts: by the names of the runs."""
     for run in runs:
@@ -112,7 +117,7 @@ def require_same_text(results: Results, runs: list[Run], texts: dict[str, Text])
         if entry is not None and entry["fingerprint"] != texts[run.name].fingerprint:
             raise UserError(
                 f"{results.path} has {run.name} trained on {entry['data']}, which is another text than "
-                f"{run.settings.config.data}: give that text with --data, or another --results"
+                f"{data_text(run.settings.config.data)}: give that text with --data, or another --results"
             )
 
 
@@ -149,7 +154,7 @@ def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any
         "lr": run.settings.config.optim.lr,
         "seed": run.settings.config.seed,
         "batch": run.settings.config.batch,
-        "data": str(run.settings.config.data),
+        "data": data_text(run.settings.config.data),
         **dataclasses.asdict(text),
         "skipped": len(read_log(folder, "skip")),
         "tokens_per_second": speed(own),

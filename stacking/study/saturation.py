@@ -40,6 +40,11 @@ def _branches(block: str, name: str, given: dict[str, Any], lengths: list[float]
     if "steps" in given or "tokens" in given:
         raise UserError(f"runs {block}: {LENGTHS} says how long they are: leave steps and tokens out")
     settings = open_settings(block, given)
+    if settings.config.weights:
+        raise UserError(
+            f"runs {block}: the law counts the passes over a text, and each source of a mixture has a number "
+            "of its own: prepare them together, as one text"
+        )
     optim = settings.config.optim
     if optim.schedule != "wsd" or not optim.decay:
         raise UserError(f"runs {block}: decays branch off a trunk, so schedule must be wsd, with a decay")

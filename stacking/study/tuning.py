@@ -62,7 +62,11 @@ def label(group: list[dict[str, Any]], names: list[str]) -> str:
     """What tells a group from the others; names: the settings in which they differ."""
     given = {name: value for name, value in group[0]["settings"].items() if name in names}
     words = [str(given.pop("preset"))] if "preset" in given else []
-    return ", ".join([*words, *(f"{name} {value}" for name, value in given.items())]) or "all"
+    words += [
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in given.items()
+    ]
+    return ", ".join(words) or "all"
 
 
 def by_rate(group: list[dict[str, Any]], heldout: str) -> dict[float, list[float]]:

@@ -140,7 +140,7 @@ def test_tuning_finds_the_minimum_and_continues_in_its_results(text_of_a_study, 
     moved.write_bytes(text_of_a_study.read_bytes())
     (tmp_path / "out/results.json").rename(results)
     second = FakeTraining(monkeypatch, parabola)
-    elsewhere = StudyConfig(str(study), out=tmp_path / "other", results=results, data=str(moved))
+    elsewhere = StudyConfig(str(study), out=tmp_path / "other", results=results, data=(str(moved),))
     run_study(elsewhere, make_console())
     assert len(second.made) == 5 and not set(first.made) & set(second.made)
     table = results.with_suffix(".md").read_text()
@@ -377,7 +377,7 @@ def test_curves_are_thinned_to_means():
 
 
 def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path):
-    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), None)
+    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), ())
     one = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))[0]
     clock = Clock(None)
     assert clock.seconds(one, 1e9) is None
@@ -390,6 +390,50 @@ def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path):
     clock.measure(one, 25.0, tmp_path)
     # Ten updates of 128 tokens at 64 tokens/s take 20 s, so the start took 5; twice as many take 45.
     assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(45)
+
+
+def test_a_mixture_is_one_value(text_of_a_study, tmp_path, monkeypatch, capsys):
+    """Two mixtures are an axis; results know their text wherever it lies, and no other."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    books = tmp_path / "books.txt"
+    books.write_text("".join(f"{n} pages. " for n in range(3000)))
+    mixed = f"""data = [["wiki={text_of_a_study}", "books={books}"]]
+weights = [["wiki=1", "books=3"], ["wiki=3", "books=1"]]
+phases = [["0.5", "books=1"]]
+"""
+    study = study_file(tmp_path, "tuning", f'name = "a"\ntokens = 2e3\n{mixed}', text_of_a_study)
+    arguments = ["study", str(study), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--dry-run"])
+    command.main()
+    said = capsys.readouterr().out
+    names = ["a/weights-wiki=1+books=3", "a/weights-wiki=3+books=1"]
+    assert all(f"  {name}: 16 steps" in said for name in names)
+    typed = shlex.split(said.splitlines()[-1])
+    for flag, values in (
+        ("--data", [f"wiki={text_of_a_study}", f"books={books}"]),
+        ("--weights", ["wiki=1", "books=3"]),
+        ("--phases", ["0.5", "books=1"]),
+    ):
+        at = typed.index(flag) + 1
+        assert typed[at : at + len(values)] == values
+
+    training = FakeTraining(monkeypatch, parabola)
+    monkeypatch.setattr("sys.argv", arguments)
+    command.main()
+    assert training.made == [f"{name}@16" for name in names]
+    results = read_results(tmp_path / "out/results.json")
+    assert list(results.runs) == names
+    assert results.runs[names[0]]["settings"]["weights"] == ["wiki=1", "books=3"]
+    moved = books.rename(tmp_path / "moved.txt")
+    monkeypatch.setattr("sys.argv", [*arguments, "--data", f"wiki={text_of_a_study}", f"books={moved}"])
+    study.write_text(study.read_text().replace(mixed.splitlines()[0], ""))
+    command.main()
+    assert "0 of 2 runs to do" in capsys.readouterr().out and len(training.made) == 2
+    books.write_text("another text " * 3000)
+    other = f"books={books}"
+    assert f"another text than wiki={text_of_a_study} {other}: give that text" in refusal_here(
+        study, "--out", tmp_path / "out", "--data", f"wiki={text_of_a_study}", other, module=command.__name__
+    )
 
 
 def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
@@ -429,6 +473,17 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "another decay than scratch" in refused("growth", GROWTH.replace("rewarm:3", "restart"))
     assert "only lr and seed may be lists, not batch" in refused("growth", GROWTH + "batch = [4, 8]\n")
     assert "'stak' is no way of growing: stack" in refused("growth", GROWTH.replace('"stack"', '"stak"'))
+    flat = refused("tuning", f'{TUNING}weights = ["w=1", "b=2"]\n')
+    assert "weights is a list" in flat and 'list within a list: weights = [["w=1", "b=2"]]' in flat
+    assert "data is a list" in refused("tuning", f'{TUNING}data = ["w={text}", "b={text}"]\n')
+    mixed = f'data = [["w={text}", "b={text}"]]\n'
+    assert "data names 2 sources: give their shares, as in --weights b=1 w=1" in refused(
+        "tuning", TUNING + mixed
+    )
+    mixed += 'weights = [["w=1", "b=1"]]\n'
+    assert "runs a: the law counts the passes over a text" in refused("saturation", SATURATION + mixed)
+    phases = f'{mixed}phases = [["0.5", "b=1"]]\n'
+    assert "arms are decayed at several: leave phases out" in refused("growth", GROWTH + phases)
     study_file(tmp_path, "books", TUNING, text)
     books = (tmp_path / "books.toml").read_text().replace('"books"', '"tuning"\nheldout = "books"')
     (tmp_path / "books.toml").write_text(books)
