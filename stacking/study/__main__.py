@@ -13,10 +13,11 @@ which the report is made; weights are removed.
 """
 
 import signal
+import sys
 
 from core import cli
 from core.console import make_console
-from core.errors import run_command
+from core.errors import EXIT_INTERRUPTED, run_command
 from stacking.study.config import StudyConfig
 
 
@@ -26,7 +27,12 @@ def main() -> int:
     config = cli.parse(StudyConfig, prog="python -m stacking.study", description=__doc__)
     from stacking.study.experiment import run_study  # slow: JAX
 
-    run_study(config, make_console())
+    try:
+        run_study(config, make_console())
+    except KeyboardInterrupt:
+        said = "interrupted: what has ended is in the results, and the same command resumes the rest"
+        print(said, file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from core import checks
+from core.data.mixture import parse_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class StudyConfig:
     """Folder of the runs. Default: studies/NAME."""
     results: Path | None = None
     """File of the results; runs that it holds are not trained again. Default: OUT/results.json."""
-    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE | NAME=SOURCE...")] = ()
+    data: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="SOURCE | NAME=SOURCE...")] = None
     """Text or prepared folder of all runs, or the sources of a mixture, instead of the study's."""
     minutes: float | None = None
     """Time to spend. A run that cannot end in it is not started; what still runs at its end is saved."""
@@ -37,6 +38,8 @@ class StudyConfig:
     """Train nothing: make the table and the plot of the results."""
 
     def __post_init__(self) -> None:
+        if self.data is not None:
+            parse_data(self.data)
         checks.positive(**checks.fields(self, "minutes", "flops"))
         checks.counts(jobs=self.jobs)
         for gpu in self.gpus:

@@ -70,8 +70,8 @@ class Definition:
     """The file."""
 
 
-def read_definition(study: str, data: Sequence[str]) -> Definition:
-    """The study in a file, or the one of ours with that name; data: instead of its own, if there is any.
+def read_definition(study: str, data: Sequence[str] | None) -> Definition:
+    """The study in a file, or the one of ours with that name; data: instead of its own.
 
     Raises:
         UserError: there is no such study, or it says what cannot be.
@@ -94,11 +94,11 @@ def read_definition(study: str, data: Sequence[str]) -> Definition:
         raise UserError(
             f"{path} asks for no runs: give it tables [[runs]], and [settings] for what they share"
         )
-    if data:
+    if data is not None:
         common = common | {"data": [list(data)] if len(data) > 1 else data[0]}
     names = [block.get("name") for block in runs]
     for name in names:
-        if not isinstance(name, str) or not name or "/" in name:
+        if not isinstance(name, str) or not name.strip(".") or "/" in name:  # of a folder
             raise UserError(f"{path}: every [[runs]] needs a name without a slash, not {name!r}")
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} [[runs]] of the name {name}: give each its own")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from core.folders import write_atomically, write_picture
 from stacking.study import growth_report, saturation, tuning
-from stacking.study.results import Results
+from stacking.study.results import PICTURE, TABLE, Results
 
 WIDTH = 10
 """Of a plot, in inches."""
@@ -22,7 +22,7 @@ def write_report(results: Results) -> str:
     heldout = record["heldout"] or next(iter(ended[0]["losses"]))
     kind = REPORTS[record["kind"]]
     table = f"{kind.table(results, heldout)}\n\n{len(ended)} runs; {describe_sessions(results)}"
-    tables, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    tables, picture = path.with_suffix(TABLE), path.with_suffix(PICTURE)
     write_atomically(tables, f"{table}\n")
     draw(kind, results, heldout, picture)
     return f"{table}\n\ntable: {tables}; plot: {picture}; all figures: {path}"
@@ -41,7 +41,8 @@ def draw(kind: ModuleType, results: Results, heldout: str, path: Path) -> None:
     longest = max(map(len, labels), default=0)
     columns = max(1, int(WIDTH / (0.9 + 0.08 * longest)))  # inches: a line's sample, and its letters
     figure.set_size_inches(WIDTH, 6 + 0.21 * math.ceil(len(labels) / columns))
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    if labels:
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     write_picture(figure, path, dpi=130)
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from core.checkpoint.manifest import code_version
 from core.errors import UserError
+from core.figures import require_json
 from core.folders import write_atomically
 from core.run.log import CARRIED, read_log
 from stacking.study.definition import Definition
 from stacking.study.runs import Run
 
+TABLE, PICTURE = ".md", ".png"
+"""With which the report's files end; they have the name of the results otherwise."""
 POINTS = 40  # of a run's training loss that are kept
 
 
@@ -83,8 +86,12 @@ def open_results(path: Path, definition: Definition) -> Results:
         "study": definition.name, "kind": definition.kind, "heldout": definition.heldout,
         "file": definition.text,
     }  # fmt: skip
-    if path.is_dir():
-        raise UserError(f"--results {path} is a folder: name a file")
+    require_json(path)
+    if path.suffix in (TABLE, PICTURE):
+        raise UserError(
+            f"--results {path}: the report of results is written next to them, with {TABLE} and {PICTURE}; "
+            "name a .json file"
+        )
     if not path.is_file():
         return Results(path, {**head, "sessions": [], "runs": {}})
     results = read_results(path)

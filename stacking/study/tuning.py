@@ -169,8 +169,11 @@ def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def plot(results: Results, heldout: str, axes: Any) -> None:
-    """Loss over peak rate, a line per group of at least two rates through the means of its seeds."""
-    ended = [group for group in groups(results) if sum(map(bool, by_rate(group, heldout).values())) > 1]
+    """Loss over peak rate, a line per group of at least two rates through the means of its seeds; a point per
+    group until there is such a one."""
+    counts = [(group, sum(map(bool, by_rate(group, heldout).values()))) for group in groups(results)]
+    most = min(2, max((n for _, n in counts), default=1))
+    ended = [group for group, n in counts if n >= max(most, 1)]
     names = varied([entry for group in ended for entry in group])
     for i, group in enumerate(ended):
         rates = {rate: losses for rate, losses in by_rate(group, heldout).items() if losses}

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import core.run.data
 from core.checkpoint.steps import list_steps, step_path
@@ -280,6 +281,32 @@ def test_the_axis_of_rates_has_round_numbers_and_the_legend_takes_no_width(tmp_p
     assert legend.y1 <= axes.get_tightbbox().y0 and axes.get_window_extent().height > 4 * figure.dpi
 
 
+def test_a_study_that_has_only_begun_has_a_picture(tmp_path, recwarn):
+    """Of one rate there is a point, where no line can be drawn; of halted runs there is nothing."""
+    entry = {
+        "settings": {}, "steps": 100, "fingerprint": "", "lr": 0.01, "seed": 0, "batch": 4,
+        "model": {"context": 8}, "halted": False, "losses": {"valid": 3.0},
+    }  # fmt: skip
+    for name, entries, n_lines in (("one", [entry], 2), ("none", [entry | {"halted": True}], 0)):
+        axes = Figure().subplots()
+        tuning.plot(SimpleNamespace(entries=entries), "valid", axes)
+        assert len(axes.lines) == n_lines  # the mean, and the seeds
+        report.draw(tuning, SimpleNamespace(entries=entries), "valid", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not recwarn.list
+
+
+def test_an_interrupted_study_says_how_it_continues(text_of_a_study, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_jobs", interrupt)
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    monkeypatch.setattr("sys.argv", ["study", str(study), "--out", str(tmp_path / "out")])
+    assert command.main() == 130
+    assert "the same command resumes the rest" in capsys.readouterr().err
+
+
 def test_powers_are_fitted_where_they_are_determined():
     points = [
         ({"width": w, "tokens": t}, 0.1 * w**-0.5 * t**-0.25)
@@ -377,7 +404,7 @@ def test_curves_are_thinned_to_means():
 
 
 def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path):
-    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), ())
+    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), None)
     one = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))[0]
     clock = Clock(None)
     assert clock.seconds(one, 1e9) is None
@@ -491,6 +518,14 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
         tmp_path / "books.toml", "--out", tmp_path / "out", module=command.__name__
     )
     assert "is a folder: name a file" in refused("tuning", TUNING, "--results", tmp_path)
+    table = refused("tuning", TUNING, "--results", tmp_path / "mine.md")
+    assert "the report of results is written next to them, with .md and .png; name a .json file" in table
+    (tmp_path / "file").touch()
+    assert "file is a file: name another folder" in refused(
+        "tuning", TUNING, "--results", tmp_path / "file/mine.json"
+    )
+    assert "--data needs a value" in refused("tuning", TUNING, "--data")
+    assert "a name without a slash, not '..'" in refused("tuning", TUNING.replace('"a"', '".."'))
     assert "--minutes is 0.0; it must be positive" in refused("tuning", TUNING, "--minutes", "0")
     assert "--gpus 7: the GPUs here are" in refused("tuning", TUNING, "--gpus", "7")
     assert "holds no results yet" in refused("tuning", TUNING, "--report")
