@@ -23,7 +23,7 @@ from core.leaves import LEAVES, Leaf, get_leaf
 from kernels_cuda.ops.gelu import gelu_mlp
 from kernels_cuda.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
-from kernels_cuda.ops.rotary import rotate, rotated_projections
+from kernels_cuda.ops.rotary import rotated_heads, rotated_projections
 from kernels_cuda.ops.swiglu import swiglu_mlp
 from kernels_cuda.registry import compute_type
 from port_torch.model_folder import open_model
@@ -122,7 +122,7 @@ class Attention(nn.Module):
             q, k, v = packed.view(*x.shape[:2], -1, self.head_size).split(self.heads, dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
-        return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
+        return (q, k, v) if rotation is None else rotated_heads(q, k, v, *rotation)
 
 
 def attend_by_lengths(

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 # Wide enough for the kernels' fast paths.
 WIDE = {"vocab_size": 1000, "context": 256, "d_model": 384, "n_heads": 6, "d_mlp": 1024}
 CONFIGS = {"llama": dataclasses.replace(LLAMA, **WIDE), "gpt": dataclasses.replace(GPT, **WIDE)}
+CONFIGS["normed queries"] = dataclasses.replace(CONFIGS["llama"], n_kv_heads=2, qk_norm=True)
 
 
 def model_and_tokens(kind: str, dtype: torch.dtype) -> tuple[Decoder, torch.Tensor]:

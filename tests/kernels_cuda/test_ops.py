@@ -13,7 +13,7 @@ from kernels_cuda.ops import linear_cross_entropy as loss
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from kernels_cuda.ops.gelu import GELU, gelu_mlp
 from kernels_cuda.ops.rms_norm import AddRMSNorm, RMSNorm
-from kernels_cuda.ops.rotary import RotatedProjections
+from kernels_cuda.ops.rotary import RotatedHeads, RotatedProjections, rotated_heads
 from kernels_cuda.ops.swiglu import SwiGLU, swiglu_mlp
 from kernels_cuda.registry import reference
 
@@ -58,6 +58,9 @@ def test_rotation_is_multiplication_by_a_complex_number():
     torch.testing.assert_close(back, torch.cat([q, k, v], 2))
     fewer = MTLM.rotary_pack(q, k[:, :, :1], v[:, :, :1], cos, sin, False)
     torch.testing.assert_close(fewer, torch.cat([turned(q, turn), turned(k[:, :, :1], turn), v[:, :, :1]], 2))
+    for way in (rotated_heads, RotatedHeads.apply):
+        apart = way(q, k[:, :, :1], v[:, :, :1], cos, sin)
+        torch.testing.assert_close(torch.cat(apart, 2), fewer)
 
 
 def test_swiglu_is_torchs():
@@ -168,6 +171,8 @@ def test_gradients_are_those_of_differences():
     packed, bias = random(20, 8, grad=True), random(20, grad=True)  # the first heads: an odd number
     assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (2, 1, 1)), (x, packed[:16], bias[:16]))
     assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (3, 1, 1)), (x, packed, bias))
+    heads = [random(2, 3, n, 4, grad=True) for n in (3, 1, 1)]
+    assert check(lambda *a: RotatedHeads.apply(*a, cos, sin), heads)
     hidden, table = random(5, 4, grad=True), random(7, 4, grad=True)
     targets = torch.tensor([0, 6, -1, 3, 3])
     assert check(lambda *a: loss.LinearCrossEntropy.apply(*a, targets, 0.1)[0], (hidden, table))
@@ -214,7 +219,8 @@ def a_layer(
     b, s, d = x.shape
     cos, sin = (t.float() for t in angles(s, d // 4))
     normed, x = AddRMSNorm.apply(x, branch, weight, EPS)
-    q, k, v = (t.transpose(1, 2) for t in RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2)))
+    heads = RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2))
+    q, k, v = (t.transpose(1, 2) for t in RotatedHeads.apply(*heads, cos, sin))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
     normed, _ = AddRMSNorm.apply(x, y, weight, EPS)
     normed = SwiGLU.apply(normed.reshape(b * s, d), gate, up, down)
