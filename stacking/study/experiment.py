@@ -78,7 +78,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
             whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
             leaves = open_runs(definition, results)
             if not config.keep_weights:
-                runs.remove_weights(leaves)
+                runs.remove_weights([*leaves, *coming(definition, results)])
             if not whole:
                 say("the budget is spent: the same command trains the rest")
             if not whole or all(run.name in results.runs for run in leaves):
@@ -97,6 +97,11 @@ def open_runs(definition: Definition, results: Results) -> list[Run]:
     require_names(leaves)
     require_same_runs(results, leaves)
     return leaves
+
+
+def coming(definition: Definition, results: Results) -> list[Run]:
+    """What will be wanted later, as far as that is known."""
+    return growth.later(definition, results) if definition.kind == "growth" else []
 
 
 def make_runs(out: Path, leaves: list[Run], results: Results, clock: "Clock", texts: dict[str, Text]) -> Runs:
@@ -224,10 +229,10 @@ def describe(
         f"{definition.name} ({definition.kind}): {len(todo)} of {len(leaves)} runs to do, {flops:.3g} FLOPs"
         f"{minutes}; on {where}, {at_once} at a time{' on each' if len(gpus) > 1 else ''}"
     ]
-    if definition.kind == "growth" and (later := growth.later(definition, results)):
+    if later := coming(definition, results):
         flops, seconds = cost(later, clock)
         minutes = "" if seconds is None else f", about {seconds / 60 / at_once:.0f} minutes of one GPU"
-        lines.append(f"then {len(later)} runs at the rates that these find best: {flops:.3g} FLOPs{minutes}")
+        lines.append(f"then {len(later)} runs, which depend on what these find: {flops:.3g} FLOPs{minutes}")
     limits = [f"{config.minutes:g} minutes"] if config.minutes is not None else []
     limits += [f"{config.flops:.3g} FLOPs"] if config.flops is not None else []
     if limits:

@@ -10,6 +10,9 @@ One block [[runs]] is the target, the deeper model, with its length; and with
     seed = [0, 1]
     lr = [1e-3, 2e-3, 4e-3]        # every arm is tuned over these, on the first seed
 
+The first op at the first fraction is the main way of growing: it, scratch and the small model are tuned and
+compared first, so that a study that is stopped after half of its time has answered its question.
+
 The arms: `scratch`, the target from its first step; `small`, the small model for longer; `OP at STEP`. Fair
 means: all arms of a seed see the same sequences in the same order. Every arm is a trunk at a constant
 learning rate, and what is compared are decays forked off it, since an undecayed loss says little about the
@@ -56,6 +59,12 @@ class Target:
         """(operator, step of growth) of every arm; 0 for those that do not grow."""
         return [(SCRATCH, 0), (SMALL, 0), *((op, at) for at in self.grow_at for op in self.ops)]
 
+    @property
+    def turns(self) -> list[list[tuple[str, int]]]:
+        """The arms in the order of what they say: the main way of growing and its rivals, then the others."""
+        rivals = 2
+        return [turn for turn in (self.arms[: rivals + 1], self.arms[rivals + 1 :]) if turn]
+
     def flops(self, arm: str, at: int, steps: int) -> int:
         """Of an arm trained for `steps`."""
         if arm == SMALL:
@@ -88,45 +97,67 @@ class Target:
 
 
 def runs(definition: Definition, results: Results) -> list[Run]:
-    """The decayed runs: those that tune, until every arm's rate is known; then all of them."""
-    target = open_target(definition)
-    first, steps = target.seeds[0], target.settings.steps
-    tuning = [
-        _decayed(target, arm, at, first, lr, (steps,))
-        for lr in (target.lrs if len(target.lrs) > 1 else ())
-        for arm, at in target.arms
-    ]
-    tuning = [run for made in tuning for run in made]
-    if any(run.name not in results.runs for run in tuning):
-        return tuning
-    return _all(target, tuning, best_rates(results, tuning, definition.heldout) if tuning else {})
+    """The decayed runs: of each part of the study once those before it have ended."""
+    return _unique(_reached(definition, results))
 
 
 def later(definition: Definition, results: Results) -> list[Run]:
-    """What will come after the tuning, as if the first rate were every arm's best: what it costs is known."""
-    known = {run.name for run in runs(definition, results)}
-    return [run for run in _all(open_target(definition), [], {}) if run.name not in known]
+    """What will come after them, as if the first rate were every arm's best: what it costs is known."""
+    reached, target = _reached(definition, results), open_target(definition)
+    parts = [part for arms in target.turns for part in (_tuning(target, arms), _final(target, arms, {}))]
+    known = {run.name for run in _unique(reached)}
+    return [run for run in _unique(parts[len(reached) :]) if run.name not in known]
 
 
-def _all(target: Target, tuning: list[Run], best: dict[tuple[str, int], float]) -> list[Run]:
-    """The decayed runs of every arm and seed, each at its best rate, after those that tuned it."""
+def _reached(definition: Definition, results: Results) -> list[list[Run]]:
+    """The parts of the study that have ended, and the next: for every turn the runs that tune, and then those
+    at the best rates."""
+    parts: list[list[Run]] = []
+
+    def has_ended() -> bool:
+        return all(run.name in results.runs for run in parts[-1])
+
+    target = open_target(definition)
+    for arms in target.turns:
+        tuning = _tuning(target, arms)
+        parts.append(tuning)
+        if not has_ended():
+            break
+        parts.append(_final(target, arms, best_rates(results, tuning, definition.heldout)))
+        if not has_ended():
+            break
+    return parts
+
+
+def _unique(parts: list[list[Run]]) -> list[Run]:
+    return list({run.name: run for part in parts for run in part}.values())
+
+
+def _tuning(target: Target, arms: list[tuple[str, int]]) -> list[Run]:
+    """Arms at equal tokens, on the first seed, at every rate; none if there is only one."""
+    lrs, steps = target.lrs if len(target.lrs) > 1 else (), target.settings.steps
+    return [
+        run for lr in lrs for arm in arms for run in _decayed(target, *arm, target.seeds[0], lr, (steps,))
+    ]
+
+
+def _final(target: Target, arms: list[tuple[str, int]], best: dict[tuple[str, int], float]) -> list[Run]:
+    """The decayed runs of these arms, of every seed, each arm at its best rate."""
     steps = target.settings.steps
-    # At equal tokens and the small model first, then at equal FLOPs: a stop leaves what says most.
-    lengths = {arm: target.lengths(*arm) for arm in target.arms}
 
     def rank(run: Run) -> int:
+        """At equal tokens and the small model first, then at equal FLOPs: a stop leaves what says most."""
         if run.steps == steps or run.labels["arm"] == SMALL:
             return 0
         return 1 if run.steps > steps else 2
 
     leaves = [
-        (rank(run), target.seeds.index(seed), run)
+        run
         for seed in target.seeds
-        for arm, at in target.arms
-        for run in _decayed(target, arm, at, seed, best.get((arm, at), target.lrs[0]), lengths[arm, at])
+        for arm in arms
+        for run in _decayed(target, *arm, seed, best.get(arm, target.lrs[0]), target.lengths(*arm))
     ]
-    ordered = [run for _, _, run in sorted(leaves, key=lambda leaf: leaf[:2])]
-    return list({run.name: run for run in [*tuning, *ordered]}.values())
+    return sorted(leaves, key=lambda run: (rank(run), target.seeds.index(run.labels["seed"])))
 
 
 def best_rates(results: Results, tuning: list[Run], heldout: str | None) -> dict[tuple[str, int], float]:

@@ -342,6 +342,10 @@ def test_growth_tunes_every_arm_and_then_decays_it_where_the_others_are(
         ("scratch", 1, 0.01), ("small", 1, 0.02), ("stack", 1, 0.02), ("random", 1, 0.01),
     }  # fmt: skip
     assert [entry["steps"] for entry in decayed["stack", 0, 0.01]] == [40]
+    # The main way of growing and its rivals have ended before the control begins.
+    ended = [entry["labels"] for name, entry in results.runs.items() if "/decayed-" in name]
+    order = [labels["arm"] == "random" for labels in ended]
+    assert order == sorted(order) and 0 < sum(order) < len(order)
     # FLOPs: those of the small model count, and rivals are decayed where the grown arm is, to half an update.
     per_step = {
         name: decayed[name, 1, lr][0]["model"]["flops_per_token"] * 128
