@@ -27,10 +27,7 @@ class Inputs(NamedTuple):
     def micro_batches(self) -> Iterator["Inputs"]:
         """Tokens, targets, documents and starts of one after the other."""
         for number in range(len(self.tokens)):
-            micro = Inputs(*(None if tensor is None else tensor[number] for tensor in self))
-            if micro.starts is not None:
-                torch._dynamo.maybe_mark_dynamic(micro.starts, 0)  # compiled once for every length
-            yield micro
+            yield Inputs(*(None if tensor is None else tensor[number] for tensor in self))
 
 
 def place(rows: Rows, device: torch.device, parts: int = 1, by_lengths: bool = False) -> Inputs:
@@ -56,7 +53,7 @@ def place(rows: Rows, device: torch.device, parts: int = 1, by_lengths: bool = F
 def document_starts(documents: np.ndarray, parts: int = 1) -> np.ndarray:
     """Where the documents of each micro-batch begin, counted through its rows, and where the last one ends.
 
-    [parts, M + 1], int32. M is a power of two, so that there are few shapes to compile; where there are fewer
+    [parts, M + 1], int32. M is a power of two, so that there are few shapes to record; where there are fewer
     documents, empty ones follow.
     """
     begins = np.ones(documents.shape, bool)

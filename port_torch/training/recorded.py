@@ -10,7 +10,7 @@ from torch import Tensor
 from port_torch.decode import capture_stream
 
 WARM_UP = 2
-"""Calls before the one that is recorded: they compile, and load what cannot be loaded during a recording."""
+"""Calls before the one that is recorded: they load, and may compile, what cannot be during a recording."""
 
 Inputs = tuple[Tensor | None, ...]
 Shapes = tuple[torch.Size | None, ...]
@@ -36,8 +36,10 @@ class Recorded:
     """`function(*inputs)` on one GPU, replayed from its third call with inputs of the same shapes on.
 
     The function waits for nothing, calls no other device (but by NCCL), and finds all it needs but its inputs
-    at the same addresses in every call. Random numbers continue those of the default generator, as in a plain
-    call. The recordings, one for each shapes of inputs, keep the memory that the largest needs.
+    at the same addresses in every call. Nothing that it makes outlives a call but what it gives: neither
+    gradients and casts of weights, whose memory is the graph's, nor a graph of autograd, whose accumulators
+    belong to the stream of the call that made them. Random numbers continue those of the default generator,
+    as in a plain call. The recordings, one for each shapes of inputs, keep the memory that the largest needs.
     """
 
     def __init__(self, function: Callable[..., Tensor]):

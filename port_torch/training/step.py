@@ -1,7 +1,7 @@
 """One update: the loss of every micro-batch, gradients, clipping, optimizer. Nothing waits for the device.
 
-Where it is compiled for a GPU it is recorded as a CUDA graph: launching its thousand kernels one by one takes
-the host longer than the GPU needs to run them (docs/LOG.md).
+On a GPU it is recorded as a CUDA graph, compiled or not: launching its thousand kernels one by one takes the
+host longer than the GPU needs to run them (docs/LOG.md).
 
 Every micro-batch's loss is divided by the targets of the whole global batch, so that micro-batches and ranks
 sum up to the mean of that batch. The ranks' gradients are added once, in float32, as one array. An update
@@ -38,7 +38,7 @@ flags are set. The norms of the gradients of all parameters follow."""
 
 
 class Losses(nn.Module):
-    """Tokens and targets to the two sums of the loss: what is compiled."""
+    """Tokens and targets to the two sums of the loss."""
 
     def __init__(self, decoder: Decoder, z_loss: float):
         super().__init__()
@@ -49,6 +49,20 @@ class Losses(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         hidden = self.decoder(tokens, documents=documents, starts=starts)
         return self.decoder.loss(hidden, targets, self.z_loss)
+
+
+def compile_losses(losses: Losses) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same under torch.compile, compiled once for all numbers of documents."""
+    compiled = torch.compile(losses, dynamic=False)
+
+    def call(
+        tokens: Tensor, targets: Tensor, documents: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if starts is not None:
+            torch._dynamo.maybe_mark_dynamic(starts, 0)
+        return compiled(tokens, targets, documents, starts)
+
+    return call
 
 
 class Guard:
@@ -116,18 +130,18 @@ class TrainStep:
         compiled: bool = False,
         guard: GuardConfig | None = None,
     ):
-        """decoder: on the device; what of it needs no gradient stays as it is. guard: default limits."""
+        """decoder: on the device; what of it needs no gradient stays as it is. compiled: by torch.compile.
+        guard: default limits."""
         self.decoder, self.ranks, self._clip, self.bf16, self._seed = decoder, ranks, optim.clip, bf16, seed
         self.parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.optimizer = make_optimizer(self.parameters, optim, ranks, dtype, compiled)
         self.guard = Guard(guard or GuardConfig(), ranks.device)
-        self.losses: nn.Module = Losses(decoder, z_loss)
-        if compiled:
-            self.losses = torch.compile(self.losses, dynamic=False)
+        losses = Losses(decoder, z_loss)
+        self.losses = compile_losses(losses) if compiled else losses
         ranks.copy_from_first(list(self.parameters.values()))
         self._flags = torch.zeros(len(Flags._fields), device=ranks.device)
-        self.recorded = compiled and ranks.device.type == "cuda"
+        self.recorded = ranks.device.type == "cuda"
         """Whether updates run as one CUDA graph; `fit` may find no memory for it."""
         self._recording = Recorded(self._update)
         ranks.before_end.append(self._recording.forget)

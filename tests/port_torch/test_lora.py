@@ -293,11 +293,16 @@ def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_update_waits_for_none_of_what_it_does_not_need(tmp_path: Path):
-    """Each takes seconds; what needs them, such as the proof of the result, imports them later."""
+    """Each takes seconds; what needs them, such as the proof of the result, imports them later. Documents are
+    placed as for a GPU, too."""
     base = write_export(tmp_path / "base", SMALL["llama"], random_params(SMALL["llama"], std=0.1))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
     code = """
-import sys, port_torch.finetune, port_torch.training.trainer as trainer
+import sys, numpy, torch, port_torch.finetune, port_torch.training.trainer as trainer
+from core.data.sequences import Rows
+from port_torch.training.batches import place
+ids = numpy.zeros((1, 8), numpy.int32)
+list(place(Rows(ids, ids, ids), torch.device("cpu"), by_lengths=True).micro_batches())
 slow = {"jax", "peft", "transformers", "torch._dynamo", "orbax.checkpoint", "matplotlib"}
 trainer.report_end = lambda *_: print(slow & set(sys.modules))
 port_torch.finetune.main()

@@ -11,6 +11,7 @@ from core.data.sequences import Rows
 from kernels_cuda import library, registry
 from port_torch.model import Decoder, attends_by_lengths
 from port_torch.training.batches import Inputs, place
+from port_torch.training.step import Losses, compile_losses
 from tests.kernels_cuda.gpu import assert_as_good
 from tests.models import GPT, GROUPED, LLAMA
 
@@ -39,11 +40,9 @@ def decoder_of(model: ModelConfig) -> Decoder:
     return decoder
 
 
-def gradients(decoder: Decoder, inputs: Inputs, call=None) -> list[torch.Tensor]:
+def gradients(decoder: Decoder, inputs: Inputs, losses=None) -> list[torch.Tensor]:
     """The loss, and the gradient of every parameter in one."""
-    tokens, targets, documents, starts = inputs
-    hidden = (decoder if call is None else call)(tokens, documents=documents, starts=starts)
-    loss = decoder.loss(hidden, targets).total
+    loss, _ = (losses or Losses(decoder, 0.0))(*inputs)
     grads = torch.autograd.grad(loss, list(decoder.parameters()))
     return [loss.detach(), torch.cat([grad.flatten() for grad in grads])]
 
@@ -70,7 +69,7 @@ def test_any_number_of_documents_is_compiled_once():
     decoder = decoder_of(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(decoder, dynamic=False)
+    compiled = compile_losses(Losses(decoder, 0.0))
     with torch.autocast("cuda", torch.bfloat16):
         for n_documents in (1, 2, 5, 40, 200):
             inputs = next(place(packed_rows(model, n_documents), GPU, 1, True).micro_batches())

@@ -57,8 +57,9 @@ def test_a_sample_is_of_the_weights_there_are(kind: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_samples_on_the_kernels_change_no_update(lora: bool, capfd: pytest.CaptureFixture[str]):
+def test_samples_on_the_kernels_change_no_update(lora: bool, compiled: bool, capfd):
     """With recorded updates and dropout of adapters, whose masks are functions of the step."""
     gpu = torch.device("cuda", 0)
     library.load("cuda")
@@ -71,9 +72,8 @@ def test_samples_on_the_kernels_change_no_update(lora: bool, capfd: pytest.Captu
         decoder = fresh_decoder(model, 0)
         if lora:
             add_adapters(decoder, LoraConfig(lora_rank=4, lora_dropout=0.2), 0)
-        step = TrainStep(
-            decoder.to(gpu), MirrorOptimizerConfig(), Distributed(0, 1, gpu), seed=0, bf16=True, compiled=True
-        )
+        optim, ranks = MirrorOptimizerConfig(), Distributed(0, 1, gpu)
+        step = TrainStep(decoder.to(gpu), optim, ranks, seed=0, bf16=True, compiled=compiled)
         step.recorded = recorded
         sampler, told = Sampler(step, kernels="auto"), []
         for number, rows in enumerate(batches):
