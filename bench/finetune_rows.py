@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bench.finetune import FinetuneBenchConfig
 
 WARM_UP = 10
-"""Updates before the clock starts: the first compile, and record each shape as a CUDA graph."""
+"""Updates before the clock starts: the first of each shape are compiled, where TRL is, or recorded (ours)."""
 LR = 1e-4
 MODEL, ROWS = "model", "rows.jsonl"
 
@@ -128,7 +128,7 @@ def make_model(config: "FinetuneBenchConfig", folder: Path) -> Row:
 
 
 def measure_ours(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
-    """The updates of `port_torch.finetune` with its own settings, without its evaluations."""
+    """The updates of `port_torch.finetune` with its defaults, without its evaluations."""
     n = WARM_UP + config.steps
     command = FinetuneConfig(
         init_from=folder / MODEL, data=folder / ROWS, out=folder / way, steps=n, batch=config.batch,
