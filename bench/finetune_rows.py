@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bench.finetune import FinetuneBenchConfig
 
 WARM_UP = 10
-"""Updates before the clock starts: the first of each shape are compiled, where TRL is, or recorded (ours)."""
+"""Updates before the clock starts: the first of each shape are compiled, and ours recorded."""
 LR = 1e-4
 MODEL, ROWS = "model", "rows.jsonl"
 

@@ -47,4 +47,5 @@ class TrainerConfig(TrainingSettings):
     """auto: our CUDA kernels where they can run, else plain PyTorch. cuda: only our kernels. torch: plain
     PyTorch."""
     compile: bool | None = None
-    """Use torch.compile: up to a minute at the start, for faster steps. Default: on a GPU."""
+    """Use torch.compile: 15 to 50 s before the first update, for updates that take 2 to 5% less time on an
+    H200 with our kernels. Default: on a GPU."""
