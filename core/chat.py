@@ -292,12 +292,11 @@ def render(template: str, where: str, turns: Sequence[Turn], asks: bool, marks: 
     Raises:
         UserError: it is no template, or fails at them.
     """
-    from jinja2 import TemplateError
-
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    made = _compiled(template, where)
     try:
-        return _compiled(template, where).render(messages=messages, add_generation_prompt=asks, **marks)
-    except (TemplateError, TypeError, AttributeError) as error:
+        return made.render(messages=messages, add_generation_prompt=asks, **marks)
+    except Exception as error:  # a template is a program, and may raise anything
         said = ", ".join(turn.role for turn in turns)
         raise UserError(f"{where} fails at the turns {said}: {error}") from error
 

@@ -444,6 +444,7 @@ def test_a_template_that_cannot_be_used_is_refused_with_the_rows(data: Path, tmp
     for text, message in (
         ("{{ raise_exception('no') }}", "own.jinja fails at the turns user, assistant: no"),
         ("{% for m in messages %}", "own.jinja is no Jinja template"),
+        ("{{ range(1000000) | length }}", "own.jinja fails at the turns user, assistant: Range too big"),
         ("{{ messages[0]['content'] }}", "own.jinja leaves out what the assistant says"),
     ):
         file.write_text(text)
