@@ -141,6 +141,8 @@ def read_config(out: Path) -> dict[str, Any] | None:
         record["run"], record["tokenizer"], record["data"]["fingerprint"]  # what the others read of it
         seal = record.pop("sha256", None)  # older versions wrote none
     except (ValueError, TypeError, KeyError) as error:
+        if (kind := kind_of(out)) in (Kind.WEIGHTS, Kind.ADAPTER):  # which have a config.json of their own
+            raise UserError(f"{out} is {kind.value}, and not an MTLM run: give that of a run") from None
         raise UserError(
             f"{path} is damaged ({error!r}): write it again from `config` in a manifest.json in "
             f"{out / 'checkpoints'}"
@@ -248,7 +250,7 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     if not record:
         return default
     if "preset" not in record["run"]:
-        raise UserError(f"the run in {folder} is of {tuned_by(record)}: resume it with that command")
+        raise UserError(f"the run in {folder} is of {command_of(record)}: resume it with that command")
     once = {name: getattr(default, name) for name in settings.ONCE}
     run = settings_for(default.engine, record)
     saved = dataclasses.replace(settings.unflatten(run, type(default)), **once)
@@ -259,9 +261,12 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved
 
 
-def tuned_by(record: dict[str, Any]) -> str:
-    """The command of a run on rows, by its record."""
-    return {JAX: "train_tpu.finetune", TORCH: "port_torch.finetune"}[engine_of(record["run"])]
+def command_of(record: dict[str, Any]) -> str:
+    """The command of a run, by its record."""
+    package = {JAX: "train_tpu", TORCH: "port_torch"}[engine_of(record["run"])]
+    if "preset" not in record["run"]:
+        return f"{package}.finetune"
+    return f"{package}.{'run' if package == 'train_tpu' else 'train'}"
 
 
 def require_shared(

@@ -12,7 +12,7 @@ from core import checks
 from core.data.tuning_rows import CHAT, RowFile, read_rows
 from core.errors import UserError
 from core.lora import LoraConfig
-from core.run.folder import begun_record, require_folder, tuned_by
+from core.run.folder import begun_record, command_of, require_folder
 from core.run.help import TRAINING_OPTIONS
 from core.run.other_engine import engine_of
 
@@ -68,14 +68,14 @@ def open_rows(config: Any) -> RowFile:
     """The rows of --data, for a run that can be written to --out.
 
     Raises:
-        UserError: --out is no place for it, or of the other engine; a row is malformed; --template has no
-            conversations to write, or cannot write them.
+        UserError: --out is no place for it, or has a run that pretrains or is of the other engine; a row is
+            malformed; --template has no conversations to write, or cannot write them.
     """
     require_folder(config.out)
     old = begun_record(config.out)
-    if old and engine_of(old["run"]) != config.engine and "preset" not in old["run"]:
+    if old and ("preset" in old["run"] or engine_of(old["run"]) != config.engine):
         raise UserError(
-            f"the run in {config.out} is of {tuned_by(old)}: resume it with that command, or give another "
+            f"the run in {config.out} is of {command_of(old)}: resume it with that command, or give another "
             "--out"
         )
     file = read_rows(config.data, config.chat)

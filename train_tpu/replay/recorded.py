@@ -15,7 +15,7 @@ from core.data.mixture import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.run.data import open_recorded_data
-from core.run.folder import data_name, newest_manifest, recorded_data, require_run, tuned_by
+from core.run.folder import command_of, data_name, newest_manifest, recorded_data, require_run
 from core.run.guard import GuardConfig
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import KEPT, engine_of, settings_for
@@ -112,7 +112,8 @@ def open_recorded(folder: Path, step: int) -> Recorded:
         require_kind(folder, "replay", Kind.CHECKPOINT)
     newest = require_run(folder)
     if "preset" not in newest["run"]:
-        raise UserError(f"the run in {folder} is of {tuned_by(newest)}: only runs that pretrain are replayed")
+        made_by = command_of(newest)
+        raise UserError(f"the run in {folder} is of {made_by}: only runs that pretrain are replayed")
     lines = {row["step"]: row for row in read_log(folder, "train") if CARRIED not in row}
     made = max([step + 1 for step in lines] + list_steps(checkpoints), default=0)
     manifest = newest_manifest(folder)

@@ -175,6 +175,9 @@ def test_neither_a_mesh_nor_a_command_nor_a_mixture_binds_before_the_first_updat
         tuning.open_rows(tuned)
     with pytest.raises(UserError, match=r"is of port_torch.finetune: resume it"):
         settings_of_run(tuned.out, RunConfig(), [])
+    write_config(tuned.out, theirs | {"run": settings | {"preset": "mtlm1-tiny"}})
+    with pytest.raises(UserError, match=r"is of port_torch.train: resume it"):
+        tuning.open_rows(tuned)
 
     assert mixed.start(tmp_path / "mixed") == mixed.FIRST
     longer = mixed.start(tmp_path / "mixed", steps=5000, allow_change=("steps", "mixture"))

@@ -17,7 +17,7 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, step_path
 from core.config import ModelConfig
 from core.errors import UserError
-from core.run.folder import check_run_folder, require_folder, run_record, write_config
+from core.run.folder import check_run_folder, read_config, require_folder, run_record, write_config
 from core.run.settings import ModelOverrides, model_config, unflatten
 from core.run.training_run import TrainingRun
 from core.sharding import make_mesh, resolved_mesh
@@ -229,3 +229,8 @@ def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
     )
     with pytest.raises(UserError, match=r"^processes \[1\] have different checkpoint in .* from process 0: "):
         trainer.starting_state(setup)
+
+
+def test_a_models_folder_is_not_a_damaged_run():
+    with pytest.raises(UserError, match=r"is a folder of weights for PyTorch, and not an MTLM run"):
+        read_config(ROOT / "tests" / "fixtures" / "7b5e0bc" / "mtlm1-export")
