@@ -32,13 +32,28 @@ def kind_of(path: Path) -> Kind:
         return Kind.DATA
     if (path / ADAPTER_CONFIG).exists():
         return Kind.ADAPTER
-    for folder in (path / "checkpoints", path):
-        steps = list_steps(folder)
-        step_dir = step_path(folder, steps[-1]) if steps else folder
-        if steps or (step_dir / MANIFEST).exists():
-            return Kind.ADAPTERS if _holds_adapters(step_dir) else Kind.CHECKPOINT
+    if step_dir := _step_dir(path):
+        return Kind.ADAPTERS if _holds_adapters(step_dir) else Kind.CHECKPOINT
     is_model = (path / EXPORT_MANIFEST).exists() or any(path.glob("*.safetensors"))
     return Kind.WEIGHTS if is_model else Kind.OTHER
+
+
+def _step_dir(path: Path) -> Path | None:
+    """The checkpoint that a path means: itself, or the newest in it; None where there is none."""
+    for folder in (path / "checkpoints", path):
+        if steps := list_steps(folder):
+            return step_path(folder, steps[-1])
+        if (folder / MANIFEST).exists():
+            return folder
+    return None
+
+
+def _is_of(model: Path, step_dir: Path | None) -> bool:
+    """Whether a run's model was made of that checkpoint: a run that was continued has an older one."""
+    try:
+        return load_manifest(model, EXPORT_MANIFEST).step == load_manifest(step_dir).step
+    except UserError:  # whoever opens it says so
+        return True
 
 
 def _holds_adapters(step_dir: Path) -> bool:
@@ -91,13 +106,17 @@ def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
         parents = (path, *path.absolute().parents)
         run = next((parent for parent in parents if (parent / "checkpoints").is_dir()), path)
         model = run / RESULT
-        if model.is_dir():
+        there = model.is_dir()
+        if there and _is_of(model, _step_dir(path)):
             path, kind = model, Kind.WEIGHTS
             what += f", whose model is {path}"
             if kind in kinds:
                 raise UserError(f"{what}: give that folder")
         elif kind is Kind.ADAPTERS:
-            raise UserError(f"{what} without its model yet: run its command to the end, which writes {model}")
+            lack = f"whose model {model} is of another step" if there else "without its model yet"
+            raise UserError(f"{what} {lack}: run its command to the end, which writes {model}")
+        elif there:
+            what += f", whose model {model} is of another step"
     if kind is Kind.ADAPTER:
         raise UserError(f"{what}: {MERGE.format(path=shlex.quote(str(path)))}")
     raise UserError(f"{what}: {ADVICE[purpose, kind].format(path=shlex.quote(str(path)))}")

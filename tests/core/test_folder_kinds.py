@@ -106,6 +106,17 @@ def test_a_finished_run_of_port_torch_is_told_where_its_model_is(finished: Path)
     assert refusal("port_torch.train", "--from", finished).endswith(told)
 
 
+def test_a_model_of_another_step_is_not_the_runs(finished: Path):
+    """JAX has continued the run, or it is being continued; or an older checkpoint was given."""
+    steps = finished / "checkpoints"
+    shutil.copytree(steps / "00000012", steps / "00000018")
+    newer = load_manifest(steps / "00000018")
+    seal(steps / "00000018", dataclasses.replace(newer, step=18))
+    told = f"whose model {finished}/model is of another step: use `python -m core.generate '{finished}'`"
+    assert refusal("port_torch.generate", finished).endswith(told)
+    assert "whose model is" in refusal("port_torch.generate", steps / "00000012")
+
+
 def test_adapters_alone_are_no_model(finished: Path):
     step = finished / "checkpoints" / "00000012"
     manifest = load_manifest(step)
