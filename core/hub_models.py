@@ -38,7 +38,8 @@ OTHERS = (
 )  # fmt: skip
 SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 PART = r"\w(?:[\w.-]*\w)?"
-NAME = re.compile(rf"{PREFIX}(?P<repository>{PART}/{PART})(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII)
+REPOSITORY = f"{PART}/{PART}"
+NAME = re.compile(rf"{PREFIX}(?P<repository>{REPOSITORY})(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
 SHARED_HASH = re.compile("[0-9a-f]{64}")
 MAIN = "main"

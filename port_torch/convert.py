@@ -17,7 +17,7 @@ from core.errors import UserError, run_command
 from core.extras import require_peft
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
-from core.hub_models import is_hub_name
+from core.hub_models import REPOSITORY, is_hub_name
 
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -66,6 +66,8 @@ def check(config: ConvertConfig) -> None:
     require_new(config.out)
     if config.dry_run and not config.push_to_hub:
         raise UserError("--dry-run says what would be uploaded: give --push-to-hub user/name with it")
+    if config.push_to_hub and not re.fullmatch(REPOSITORY, config.push_to_hub, re.ASCII):
+        raise UserError(f"--push-to-hub {config.push_to_hub!r} is no name on the Hub: give user/name")
     if config.private and not config.push_to_hub:
         raise UserError("--private is about the upload: give --push-to-hub user/name with it")
     if not SIZE.fullmatch(config.max_shard_size):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from core.errors import UserError
 
@@ -36,8 +35,10 @@ def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
                 "was not uploaded; make that repository private in its settings, or name another"
             )
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from MTLM")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except UserError:
+        raise
+    except Exception as error:  # the Hub's, or of httpx, whose name and errors vary with the client's version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"{folder} is complete, but was not uploaded ({reason}): "
             f"fix that (`hf auth login`?), then `{by_hand}`"

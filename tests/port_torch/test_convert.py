@@ -188,6 +188,7 @@ def test_refusals(tmp_path: Path, monkeypatch):
         ((source, there), "there exists already"),
         ((source, out, "--dry-run"), "give --push-to-hub"),
         ((source, out, "--private"), "give --push-to-hub"),
+        ((source, out, "--push-to-hub", "me"), "'me' is no name on the Hub: give user/name"),
         ((source, out, "--max-shard-size", "big"), "not a size"),
         ((source, out, "--tokenizer", "mistral"), "tokenizers differ"),
         ((nan, out), "layers/attn/q/kernel holds 1 values that are NaN"),
@@ -249,7 +250,7 @@ def test_killed_on_the_way_nothing_has_the_name(tmp_path: Path, monkeypatch):
 def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     config = SMALL["llama"]
     source = write_checkpoint(tmp_path / "source", config, random_params(config))
-    uploads = []
+    uploads, failures = [], [OSError("no route to host")]
 
     class Api:
         def create_repo(self, name, private, exist_ok):
@@ -260,7 +261,7 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
 
         def upload_folder(self, **given):
             uploads.append(given["folder_path"])
-            raise OSError("no route to host")
+            raise failures[-1]
 
     monkeypatch.setattr("port_torch.hub.HfApi", Api)
     run_here(monkeypatch, source, tmp_path / "out", "--push-to-hub", "me/model", "--dry-run")
@@ -270,6 +271,10 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"is complete, but was not uploaded \(no route to host\)"):
         run_here(monkeypatch, source, tmp_path / "two", "--push-to-hub", "me/model")
     assert uploads == [("me/model", None, True), tmp_path / "two"] and names_in(tmp_path / "two") >= NAMES
+    failures.append(type("ConnectError", (Exception,), {})())  # as httpx has it, which is no OSError
+    with pytest.raises(UserError, match=r"was not uploaded \(ConnectError\)"):
+        push(tmp_path / "two", "me/model", private=False, dry_run=False)
+    failures.pop()
     # With --private: a repository made now, one that is there and private, one that is there and public.
     uploads.clear()
     with pytest.raises(UserError, match="no route to host"):
