@@ -124,6 +124,8 @@ def _turns(fields: Mapping[str, Any], used: tuple[str, ...], where: str) -> tupl
     if "system" in used:
         if not isinstance(fields["system"], str):
             raise UserError(f"{where}: system must be a string, got {json.dumps(fields['system'])[:40]}")
+        if turns and turns[0].role == "system":
+            raise UserError(f"{where} has a turn of the system and the field 'system': give one of them")
         turns.insert(0, Turn("system", fields["system"]))
     _require_order(turns, where)
     return turns, unused

@@ -148,7 +148,8 @@ def _used_fields(fields: dict[str, Any], where: str, chat: bool) -> tuple[str, .
                 f"one of them out of every row, for example with `jq -c 'del(.{rivals[0]})'`"
             )
     if not questions or (questions != ["text"] and not responses):
-        raise UserError(f"{where} has the fields {', '.join(sorted(fields)) or 'none'}: {FORMS}")
+        held = [name if filled(fields[name]) else f"{name} (empty)" for name in sorted(fields)]
+        raise UserError(f"{where} has the fields {', '.join(held) or 'none'}: {FORMS}")
     form = questions[0]
     if chat and form == "text":
         raise UserError(

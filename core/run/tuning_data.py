@@ -124,6 +124,9 @@ def make_tuning_data(
         ("learned", f"{train.n_targets:,} of {held.sum():,} tokens"),
     ]  # fmt: skip
     prompts = sample_prompts(config, file.form, divided.shown, tokenizer, chat, model.context)
+    if not prompts:
+        why = f"no row's prompt is at most {model.context // 2} tokens long, half of the context"
+        table.append(("samples", f"none: {why} (--prompts gives others)"))
     template = own_template if chat is None else chat.template
     of_all = fingerprint(config, file, tokenizer, chat, model.context)
     told = {"rows": config.data.name, "form": file.form, "trained": trained}
@@ -181,10 +184,8 @@ def divide(
     drawn = {record_at(i, n, config.seed) for i in range(n_valid)}
     packed, n_bytes, shown = {}, 0, []
     for held in (False, True):
-        examples = []
-        for number, row in enumerate(file.rows):
-            if (number in drawn) is not held:
-                continue
+        examples, rows = [], [row for i, row in enumerate(file.rows) if (i in drawn) is held]
+        for row in rows:
             if isinstance(row, Conversation):
                 fitted = example_of_conversation(row, chat, context)
                 of_row = [] if fitted.example is None else [fitted.example]
@@ -195,11 +196,15 @@ def divide(
             examples += of_row
             if of_row and held is bool(drawn):
                 shown.append(row)
-        if not examples and (drawn or not held):
+        if not rows and not held:
             raise UserError(
-                f"none of the {n} rows of {config.data} that fit the context of {context} tokens is left to "
-                f"{'score' if held else 'train on'}: give more rows, shorter ones, or another "
-                "--validation"
+                f"--validation {config.validation:g} holds out all of the {n} rows of {config.data}: give a "
+                "smaller share, or more rows"
+            )
+        if rows and not examples:
+            raise UserError(
+                f"no row of {config.data} to {'score' if held else 'train on'} fits the context of {context} "
+                "tokens: give more rows, shorter ones, or another --validation"
             )
         packed[held] = pack(examples, context)
         n_bytes = sum(example.n_bytes for example in examples)

@@ -352,6 +352,19 @@ def test_rows_fewer_than_a_batch_are_said(data: Path, tmp_path: Path):
         assert not told or f"takes 16 sequences of {n}" in table["few rows"]
 
 
+def test_prompts_too_long_to_be_samples_and_a_share_of_all_rows_are_said(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a" * 60, "response": "b"}) + "\n")
+    config = FinetuneConfig(init_from=tmp_path, data=rows, out=tmp_path / "out")
+    made = make_tuning_data(config, read_rows(rows), BYTES, None, SMALL["llama"])  # of a context of 96
+    assert not made.prompts and "at most 48 tokens" in dict(made.table)["samples"]
+    rows.write_text(rows.read_text() * 6)
+    with pytest.raises(UserError, match=r"--validation 0.99 holds out all of the 6 rows"):
+        make_tuning_data(
+            dataclasses.replace(config, validation=0.99), read_rows(rows), BYTES, None, SMALL["llama"]
+        )
+
+
 def test_the_models_own_template_stays_where_rows_have_no_turns(data: Path, tmp_path: Path):
     config = FinetuneConfig(init_from=tmp_path, data=data, out=tmp_path / "out")
     made = make_tuning_data(config, read_rows(data), BYTES, "the model's own", SMALL["llama"])
@@ -508,7 +521,11 @@ def test_rows_that_would_be_falsified_are_refused(fields: dict, message: str, tm
             "row of 'prompt', and those before are of 'text'",
         ),
         ([""], "is empty"),
-        (['{"prompt": "' + "a" * 200 + '", "response": "b"}'] * 2, "that fit the context of 96"),
+        (
+            ['{"prompt": "' + "a" * 200 + '", "response": "b"}'] * 2,
+            "no row of .* to train on fits ",
+        ),
+        (['{"messages": []}'], r"line 1 has the fields messages \(empty\): give"),
     ],
 )
 def test_rows_that_are_refused(lines, message, folders, tmp_path: Path, monkeypatch):

@@ -76,7 +76,7 @@ def test_prompts_and_instructions_as_conversations(tmp_path: Path):
         ({"messages": [ASKED, ASKED, ANSWERED]}, "out of order: its turn 2 is of 'user', where 'assistant'"),
         ({"messages": [ANSWERED]}, "its turn 1 is of 'assistant', where 'user' comes next"),
         ({"messages": [ASKED, ANSWERED, SYSTEM]}, "turn 3 is of 'system'"),
-        ({"messages": [SYSTEM, ASKED, ANSWERED], "system": "s"}, "2 is of 'system'"),
+        ({"messages": [SYSTEM, ASKED, ANSWERED], "system": "s"}, "turn of the system and the field 'system'"),
         ({"messages": [ASKED, ANSWERED | {"content": " "}]}, "turn 2 of messages has nothing to learn"),
         ({"messages": [ASKED, {"role": "tool", "content": "b"}]}, 'turn 2 of messages is of "tool", and'),
         ({"messages": [ASKED, {"role": "assistant", "content": "b", "tool_calls": [1]}]}, "calls a tool"),
