@@ -117,7 +117,8 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
     tokens = job.steps * config.batch * model.context
     muon = config.optim.optimizer == "muon"
-    optimizer = "Muon for the layers' matrices, AdamW for the rest" if muon else "AdamW for all parameters"
+    optimizer = "AdamW for the adapters" if job.lora else "AdamW for all parameters"
+    optimizer = "Muon for the layers' matrices, AdamW for the rest" if muon else optimizer
     rows = [
         ("model", model.summary),
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
