@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from bench.bars import draw_rates
+from bench.gpu import require_gpu
 from bench.stock import stock_model
 from core import checks, cli
 from core.config import ModelConfig, preset
@@ -318,8 +319,7 @@ def main() -> None:
     require_picture(config.plot)
     if config.profile is not None:
         require_place(config.profile)
-    if not torch.cuda.is_available():
-        raise UserError("bench.decode needs an NVIDIA GPU, and PyTorch finds none here")
+    require_gpu("bench.decode")
     copy = copy_bandwidth()
     device = torch.cuda.get_device_name()
     facts = f"{device}, PyTorch {torch.__version__}, copy {copy / 1e12:.2f} TB/s"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bench import row_process
+from bench.gpu import require_gpu
 from bench.row_process import Row, print_row, taken_row
 from core import checks, cli
 from core.config import preset
@@ -122,13 +123,8 @@ def check(config: FinetuneBenchConfig) -> None:
     require_json(config.json)
     if trl and find_spec("trl") is None:
         raise UserError("TRL is not installed: `pip install trl`, or give --ways ours")
-    import torch  # slow
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "bench.finetune needs an NVIDIA GPU, and PyTorch finds none here: --device cpu "
-            "--preset mtlm1-tiny --tokenizer bytes tries the command out"
-        )
+    if config.device == "cuda":
+        require_gpu("bench.finetune", "--device cpu --preset mtlm1-tiny --tokenizer bytes")
     from port_torch.hf_config import stock_type
 
     if trl and stock_type(model) is None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.gpu import require_gpu
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
 from bench.row_process import taken_row
 from core import cli
@@ -99,6 +100,8 @@ def main() -> None:
         return
     require_json(config.json)
     require_picture(config.plot)
+    if config.device == "cuda":
+        require_gpu("bench.ladder", "--device cpu")
     rows = []
     for name in ("torch", "jax"):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from bench.row_process import Row, in_process, print_row, taken_row
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
-from core.errors import run_command
+from core.errors import UserError, run_command
 from core.figures import require_json, write_json
 from core.run.metrics import model_flops_utilization
 from core.run.schedule import OptimizerConfig
@@ -33,6 +33,7 @@ from train_tpu.config import KernelsOption, RunConfig
 from train_tpu.step import Batch, Controls, compile_step, fresh_state
 
 PLAIN = "plain JAX"
+PLATFORM = "platform"
 Products = Literal["preset", "triton", "cublas", "cublaslt"]
 PRODUCTS: dict[Products, dict[str, bool]] = {
     "triton": {"xla_gpu_enable_cublaslt": False, "xla_gpu_enable_triton_gemm": True},
@@ -165,6 +166,9 @@ def main() -> None:
     """Runs every row in a process and prints the table."""
     row, argv = taken_row(sys.argv[1:])
     config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
+    if row == PLATFORM:
+        print_row({PLATFORM: jax.default_backend()})  # asked apart: JAX holds a GPU's memory from then on
+        return
     if row:
         name, _, who = row.partition("/")
         model = preset(name)
@@ -174,12 +178,18 @@ def main() -> None:
         print_row(measure(config, name, model, batch, who))
         return
     require_json(config.json)
+    environment = dict(os.environ)
+    if not config.preset and in_process("bench.step", PLATFORM, argv, environment).get(PLATFORM) == "cpu":
+        raise UserError(
+            "bench.step's presets are for a GPU or a TPU, and JAX finds none here: --preset mtlm1-tiny "
+            "--batch 4 tries the command out"
+        )
     rows: list[Row] = []
     ways = (PLAIN, *map("/".join, itertools.product(config.kernels, config.products)))
     models = {name: preset(name) for name in config.preset or ["mtlm2-40m", "mtlm1-200m"]}
     for name, who in itertools.product(models, ways):
         print(f"{name}, {title(who)} ...", file=sys.stderr, flush=True)
-        figures = in_process("bench.step", f"{name}/{who}", argv, dict(os.environ))
+        figures = in_process("bench.step", f"{name}/{who}", argv, environment)
         rows.append({"model": name, "step": who, **figures})
         write_json(config.json, {"jax": jax.__version__, "rows": rows})
     print_table(rows)

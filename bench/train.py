@@ -14,6 +14,7 @@ import torch
 
 from bench import row_process
 from bench.bars import draw_rates
+from bench.gpu import require_gpu
 from bench.row_process import Row, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
@@ -186,11 +187,8 @@ def main() -> None:
     if config.profile is not None:
         require_place(config.profile)
     cuda = config.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise UserError(
-            "bench.train needs an NVIDIA GPU, and PyTorch finds none here: --device cpu --cases mtlm1-tiny "
-            "tries the command out"
-        )
+    if cuda:
+        require_gpu("bench.train", "--device cpu --cases mtlm1-tiny")
     models = {case: config.model(case) for case in config.cases}
     todo = [
         (case, variant)

@@ -6,6 +6,7 @@ plain step, of the watching step when it does not watch, and when it does.
 
 import dataclasses
 import statistics
+import sys
 import time
 
 import jax
@@ -63,7 +64,9 @@ def main() -> None:
     # A CPU is often shared: the time that this process had of it says more than a clock on the wall.
     now = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for stretch in range(config.stretches + 1):  # the first warms up
+    for stretch in range(config.stretches + 1):
+        what = f"stretch {stretch} of {config.stretches}" if stretch else "warming up"
+        print(f"{what} ...", file=sys.stderr, flush=True)
         for kind, flag in KINDS.items():
             watch = None if flag is None else np.bool_(flag)
             controls = Controls(np.float32(1e-4), np.float32(0), np.int32(10), np.uint32(0), watch)

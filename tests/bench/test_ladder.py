@@ -34,3 +34,10 @@ def test_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
 
 def test_a_size_that_makes_no_rows_is_refused():
     assert "multiples of 256, not 300" in refusal_here("--sizes", "300", module="bench.ladder")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "needs an NVIDIA GPU, and PyTorch finds none here: --device cpu" in refusal_here(
+        module="bench.ladder"
+    )

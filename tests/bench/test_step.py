@@ -6,6 +6,7 @@ import pytest
 
 from bench.step import PLAIN, StepBenchConfig, measure
 from tests.models import GROUPED
+from tests.train_tpu.processes import refusal_here
 
 
 @pytest.mark.slow
@@ -16,3 +17,9 @@ def test_a_row_trains(who: str):
     row = measure(StepBenchConfig(steps=3), "mtlm1-tiny", GROUPED, 2, who)
     assert row["batch"] == 2 and row["first_loss"] == pytest.approx(math.log(GROUPED.vocab_size), abs=0.3)
     assert row["loss"] < row["first_loss"] and row["ms"] > 0
+
+
+def test_presets_for_a_gpu_are_not_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """The 40M's batch takes 84 GiB there."""
+    monkeypatch.setattr("bench.step.in_process", lambda *_: {"platform": "cpu"})
+    assert "--preset mtlm1-tiny --batch 4 tries" in refusal_here(module="bench.step")
