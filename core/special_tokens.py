@@ -100,6 +100,8 @@ def _read(file: Path, name: str) -> dict[str, Any]:
     """The object in the JSON file `name` next to a tokenizer's; empty where there is none."""
     try:
         content = json.loads((file.parent / name).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -107,4 +109,4 @@ def _read(file: Path, name: str) -> dict[str, Any]:
             f"{file.parent / name}, which may name the tokens that open and close a document, cannot be read "
             f"({error}): copy it again from where it came, or name them, {file},bos=TOKEN,eos=TOKEN"
         ) from None
-    return content if isinstance(content, dict) else {}
+    return content

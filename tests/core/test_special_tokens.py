@@ -132,6 +132,7 @@ def test_files_of_transformers_next_to_it(file):
     assert load_tokenizer(file).bos == 0  # which looks at the file alone
     for name, content, message in (
         ("tokenizer_config.json", "{", r"tokenizer_config\.json, which may name the tokens.*cannot be read"),
+        ("tokenizer_config.json", "[]", r"cannot be read \(it is not a JSON object\)"),
         ("tokenizer_config.json", '{"eos_token": 3}', "names 3 as its eos_token"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "has no token <end> for its eos"),
     ):
