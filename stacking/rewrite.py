@@ -30,7 +30,7 @@ from core.loss import cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.progress import Activity
 from core.run.data import open_recorded_data
-from core.run.folder import data_name, recorded_data, write_config
+from core.run.folder import data_name, recorded_run, write_config
 from core.run.log import carry_log
 from core.run.settings import flatten as flatten_settings
 from core.sharding import make_mesh
@@ -175,13 +175,7 @@ def verify(target: Path, grown: dict[str, Array]) -> None:
 
 def finish_run_folder(folder: Path, step_dir: Path, grown: Manifest) -> None:
     """What makes a checkpoint a run: config.json, and the history of the run that was grown."""
-    record = {
-        "run": grown.config["run"],
-        "model": grown.config["model"],
-        "tokenizer": grown.tokenizer,
-        "data": recorded_data(grown),
-    }
-    write_config(folder, record)
+    write_config(folder, recorded_run(grown))
     carry_log(run_folder(step_dir), folder, grown.step)
     for path in (folder / "checkpoints", folder):
         sync_path(path)

@@ -58,6 +58,17 @@ def recorded_data(manifest: Manifest) -> dict[str, Any]:
     return {"path": data_name(manifest.config["run"]["data"]), **data}
 
 
+def recorded_run(manifest: Manifest) -> dict[str, Any]:
+    """What config.json says of the run that a checkpoint is of, as far as its manifest has it."""
+    template = {} if manifest.chat_template is None else {"chat_template": manifest.chat_template}
+    return {
+        "run": manifest.config["run"],
+        "model": manifest.config["model"],
+        "tokenizer": manifest.tokenizer,
+        "data": recorded_data(manifest),
+    } | template
+
+
 def require_folder(out: Path) -> None:
     """Refuses an --out that no run can be written to; before anything slow, and nothing is made.
 
@@ -65,7 +76,7 @@ def require_folder(out: Path) -> None:
         UserError: it cannot be written, or is not empty and not a run's.
     """
     require_place(out)
-    ours = any((out / name).exists() for name in ("config.json", LOCK))
+    ours = any((out / name).exists() for name in ("config.json", LOCK)) or read_config(out)
     kind = kind_of(out)
     if kind in (Kind.WEIGHTS, Kind.ADAPTER):  # which have a config.json, too
         raise UserError(f"--out {out} is {kind.value}, and not an MTLM run; choose an empty or new folder")
@@ -85,6 +96,10 @@ def hold_folder(out: Path, say: Callable[[str], None]) -> Iterator[None]:
         if not has_begun(out) and read_config(out):  # one that is not a run's is refused
             remove_start(out)
             say(f"the last start in {out} ended before its first update: this one replaces it")
+        elif not (out / "config.json").is_file() and read_config(out):
+            say(
+                f"{out / 'config.json'} is missing: the settings are those that the newest checkpoint records"
+            )
         before = {path.name for path in out.iterdir()}
         try:
             yield
@@ -132,10 +147,12 @@ def require_run(folder: Path, advice: str = "give one") -> dict[str, Any]:
 
 
 def read_config(out: Path) -> dict[str, Any] | None:
-    """The record in a run folder's config.json; None where there is none."""
+    """The record in a run folder's config.json, or what its newest checkpoint has of it where that file is
+    missing; None where there is neither."""
     path = out / "config.json"
     if not path.is_file():
-        return None
+        manifest = newest_manifest(out)
+        return recorded_run(manifest) if manifest and manifest.kind == "train" else None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["run"], record["tokenizer"], record["data"]["fingerprint"]  # what the others read of it
@@ -144,8 +161,8 @@ def read_config(out: Path) -> dict[str, Any] | None:
         if (kind := kind_of(out)) in (Kind.WEIGHTS, Kind.ADAPTER):  # which have a config.json of their own
             raise UserError(f"{out} is {kind.value}, and not an MTLM run: give that of a run") from None
         raise UserError(
-            f"{path} is damaged ({error!r}): write it again from `config` in a manifest.json in "
-            f"{out / 'checkpoints'}"
+            f"{path} is damaged ({error!r}): restore it, or delete it, so that the settings are those that "
+            f"the newest checkpoint in {out / 'checkpoints'} records"
         ) from None
     if seal is not None and seal != digest(record):
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 from core.checkpoint.manifest import JAX, TORCH
 from core.checkpoint.steps import step_path
 from core.errors import UserError
-from core.run.folder import read_config, recorded_data
+from core.run.folder import read_config, recorded_run
 from core.run.other_engine import ENGINE_SETTINGS, KEPT
 from core.run.settings import today
 from stacking.advise.config import AdviseConfig
@@ -26,12 +26,7 @@ QUIET = {
 def keep_checkpoint(question: Question) -> None:
     """A fork of the run at the checkpoint, which is there even when the run deletes its own."""
     manifest = question.manifest
-    record = {
-        "run": today(manifest.config["run"]),
-        "model": manifest.config["model"],
-        "tokenizer": manifest.tokenizer,
-        "data": recorded_data(manifest),
-    }
+    record = recorded_run(manifest) | {"run": today(manifest.config["run"])}
     fork(question.source, question.step, question.folder / TRUNK, {}, record)
 
 

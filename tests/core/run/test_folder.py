@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,15 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, step_path
 from core.config import ModelConfig
 from core.errors import UserError
-from core.run.folder import check_run_folder, read_config, require_folder, run_record, write_config
+from core.run.folder import (
+    check_run_folder,
+    hold_folder,
+    read_config,
+    require_folder,
+    run_record,
+    settings_of_run,
+    write_config,
+)
 from core.run.settings import ModelOverrides, model_config, unflatten
 from core.run.training_run import TrainingRun
 from core.sharding import make_mesh, resolved_mesh
@@ -229,6 +238,18 @@ def test_processes_that_would_resume_from_other_states_are_refused(monkeypatch):
     )
     with pytest.raises(UserError, match=r"^processes \[1\] have different checkpoint in .* from process 0: "):
         trainer.starting_state(setup)
+
+
+def test_a_run_that_lost_its_config_json_keeps_its_settings(tmp_path: Path):
+    """Else it would be resumed under the defaults, and nothing be compared with what it was started with."""
+    torch = shutil.copytree(ROOT / "tests" / "fixtures" / "7b5e0bc" / "torch", tmp_path / "torch")
+    said, before = [], read_config(torch)
+    (torch / "config.json").unlink()
+    assert read_config(torch) == before
+    with hold_folder(torch, said.append):
+        assert "config.json is missing: the settings are those that the newest checkpoint" in said[0]
+    default = RunConfig()
+    assert settings_of_run(torch, default, []).batch == before["run"]["batch"] != default.batch
 
 
 def test_a_models_folder_is_not_a_damaged_run():
