@@ -1,6 +1,7 @@
 """The one error for users' mistakes, and how every command ends."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -26,8 +27,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs `main` as a process: exit code 0 or what it returns; 2 and one sentence for a `UserError`.
 
     What the operating system refuses is a user's matter wherever it is met (`os_error`); Ctrl-C ends with
-    130 and no traceback.
+    130 and no traceback. A character that the terminal's encoding lacks is printed as its escape, as on
+    stderr: a sample's must not end a training run.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _interrupt_again
     if signal.getsignal(signal.SIGINT) is _leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)

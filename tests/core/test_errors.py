@@ -86,6 +86,13 @@ def test_one_process_of_several_ends_as_one_alone_but_at_once(error: str, code: 
     assert (done.returncode, done.stdout, done.stderr) == (code, "said\n", said)
 
 
+def test_what_the_terminals_encoding_lacks_is_escaped():
+    code = "from core.errors import run_command; run_command(lambda: print('\\xe9 \\u4e2d'))"
+    environ = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\xe9 \\u4e2d\n", b"")
+
+
 def test_ours_keep_their_traceback():
     command = [sys.executable, "-c", ONE_OF_SEVERAL, "AssertionError('ours')"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
