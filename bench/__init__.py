@@ -2,5 +2,6 @@
 
 from core.extras import require_extra
 
-require_extra("torch", ("bench.decode", "bench.train", "bench.train_mirror"))
+TORCH = ("decode", "devices", "eval", "finetune", "ladder", "train", "train_mirror")
+require_extra("torch", [f"bench.{name}" for name in TORCH])
 require_extra("eval", ("bench.eval",))

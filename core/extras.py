@@ -9,8 +9,11 @@ from pathlib import Path
 
 from core.errors import UserError, tell
 
+BASE = ""
+"""What every command needs: pyproject.toml's dependencies."""
 # Of pyproject.toml: the modules to be found, and what they are called.
 EXTRAS = {
+    BASE: {"jax": "JAX", "flax": "Flax", "rich": "rich", "tyro": "tyro"},
     "torch": {"torch": "PyTorch", "safetensors": "safetensors", "transformers": "transformers"},
     "eval": {"lm_eval": "lm-eval"},
 }
@@ -33,7 +36,10 @@ def require_extra(extra: str, commands: Collection[str] | None = None) -> None:
     if not all(map(importlib.util.find_spec, modules)):
         *names, last = modules.values()
         needed = f"{', '.join(names)} and {last}" if names else last
-        sys.exit(tell(UserError(f"this command needs {needed}: {install_command(extra)}")))
+        how = install_command(extra)
+        if extra == BASE:
+            how = f"activate the environment that has them (source .venv/bin/activate), or {how}"
+        sys.exit(tell(UserError(f"this command needs {needed}: {how}")))
 
 
 def require_package(name: str, why: str) -> None:
@@ -60,7 +66,12 @@ def install_command(extra: str, root: Path = Path(__file__).parents[1]) -> str:
     if (root / "pyproject.toml").exists():
         project = "." if root == Path.cwd() else str(root)
         constraints = "constraints.txt" if project == "." else str(root / "constraints.txt")
-        return f"pip install -c {shlex.quote(constraints)} -e {shlex.quote(f'{project}[{extra}]')}"
+        wanted = f"{project}[{extra}]" if extra else project
+        return f"pip install -c {shlex.quote(constraints)} -e {shlex.quote(wanted)}"
     needed = [text.partition(";") for text in metadata.requires("mtlm") or ()]
-    ours = [package.strip() for package, _, marker in needed if f'extra == "{extra}"' in marker]
+    ours = [
+        package.strip()
+        for package, _, marker in needed
+        if (f'extra == "{extra}"' in marker if extra else "extra ==" not in marker)
+    ]
     return shlex.join(["pip", "install", *ours])

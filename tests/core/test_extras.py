@@ -32,6 +32,7 @@ def start(tmp_path: Path, missing: str, *arguments: str) -> subprocess.Completed
         ("port_torch.convert", "torch", "PyTorch, safetensors and transformers: "),
         ("kernels_cuda.bench", "torch", "PyTorch, safetensors and transformers: "),
         ("bench.train", "transformers", "PyTorch, safetensors and transformers: "),
+        ("bench.ladder", "torch", "PyTorch, safetensors and transformers: "),
         ("bench.eval", "lm_eval", "lm-eval: "),
         ("eval.run", "lm_eval", "lm-eval: "),
     ],
@@ -41,6 +42,13 @@ def test_one_sentence_says_what_to_install(tmp_path: Path, command: str, missing
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: this command needs {needs}pip install")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train_tpu.run", "core.generate", "kernels_cuda.doctor"])
+def test_an_environment_that_is_not_activated_is_said(tmp_path: Path, command: str):
+    done = start(tmp_path, "tyro", "-m", command)
+    assert done.returncode == 2 and done.stderr.endswith("or pip install -c constraints.txt -e .\n")
+    assert done.stderr.startswith("error: this command needs JAX, Flax, rich and tyro: activate the environ")
 
 
 def test_what_needs_no_extra_is_left_alone(tmp_path: Path):
