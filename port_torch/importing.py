@@ -18,6 +18,7 @@ from core.tokenizer import TOKENIZER_FILE, Tokenizer, open_tokenizer, tokenizer_
 from port_torch.folder_tokenizer import folder_tokenizer, require_vocabulary
 from port_torch.formats import exported, llama, mtlm1_torch, mtlm2_orbax
 from port_torch.formats.imported import Imported
+from port_torch.hf_config import stock_type
 
 if TYPE_CHECKING:
     from port_torch.import_checkpoint import ImportConfig
@@ -42,7 +43,8 @@ def import_weights(config: "ImportConfig") -> None:
     manifest = make_manifest(imported, tokenizer_record(tokenizer), source.NAME, config.source)
     out = save_params(config.out, imported.params, manifest, tokenizer)
     model = imported.config
-    print(f"imported {origin(config.source) or config.source} ({source.NAME}): {model.n_params:,} parameters")
+    kind = stock_type(model) if source is llama else source.NAME
+    print(f"imported {origin(config.source) or config.source} ({kind}): {model.n_params:,} parameters")
     if imported.assumed:
         print(f"assumed as in the original, since the file does not say: {imported.assumed}")
     if tokenizer.vocab_size < model.vocab_size:

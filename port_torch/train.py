@@ -45,8 +45,8 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     """
 
     init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of a
-    preset with random parameters."""
+    """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of
+    random parameters. Of --preset only the defaults of batch, learning rate and warmup are used then."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
     the prepared data's or the folder's; else bytes for the tiny presets and mistral for the others."""

@@ -99,7 +99,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
 
 @named
 def test_imported_it_computes_the_same_and_exported_it_is_the_stock_class_again(
-    name: str, tmp_path: Path, monkeypatch
+    name: str, tmp_path: Path, monkeypatch, capsys
 ):
     theirs = make(name, tmp_path / "theirs")
     tokens = tokens_of(2, 100)
@@ -111,6 +111,7 @@ def test_imported_it_computes_the_same_and_exported_it_is_the_stock_class_again(
     folders = [str(tmp_path / name) for name in ("theirs", "in", "out")]
     monkeypatch.setattr(sys, "argv", ["import_checkpoint", *folders[:2], "--tokenizer", "bytes"])
     assert not port_torch.import_checkpoint.main()
+    assert f"theirs ({theirs.config.model_type}): " in capsys.readouterr().out
     model = ModelConfig(**load_manifest(tmp_path / "in").config["model"])
     params = restore_params(tmp_path / "in", abstract_params(model))
     assert close(flax_logits(model, params, tokens), expected)
