@@ -8,16 +8,28 @@ import torch
 
 from core.chat import folder_template
 from core.checkpoint.manifest import Manifest
+from core.errors import UserError
 from core.folders import new_folder
 from core.hub_models import origin
 from core.tokenizer import tokenizer_record
-from port_torch.adapter import Adapter, doubt, find_base, open_adapter, transformers_model, with_adapter
+from port_torch.adapter import (
+    WEIGHTS,
+    Adapter,
+    doubt,
+    find_base,
+    open_adapter,
+    transformers_model,
+    with_adapter,
+)
 from port_torch.card import model_card
 from port_torch.export import disk_errors, write_rest, write_weights
-from port_torch.folder import weights_hash
+from port_torch.folder import inside, read_header, weights_hash
 from port_torch.folder_tokenizer import FILE, folder_tokenizer
 from port_torch.model_folder import ModelFolder, open_model
 from port_torch.parity import compare, probe_tokens
+
+SHARED = {"embed_tokens", "lm_head"}
+"""Modules of transformers' classes that have one matrix where the head is tied."""
 
 
 def merge(path: Path, out: Path, base: Path | None, tokenizer: str | None) -> None:
@@ -38,7 +50,7 @@ def merge(path: Path, out: Path, base: Path | None, tokenizer: str | None) -> No
         manifest = opened.folder.manifest
     found = folder_tokenizer(holder, manifest, tokenizer, model.vocab_size)
     weights = {name: opened.folder.read(name).float() for name in opened.leaves}
-    tuned = with_adapter(transformers_model(model, weights), path)
+    tuned, saved = with_adapter(transformers_model(model, weights), path), read_header(inside(path, WEIGHTS))
     tokens = probe_tokens(model, found.prefix)
     with torch.inference_mode():
         expected = tuned(torch.from_numpy(tokens), use_cache=False).logits.numpy()
@@ -53,7 +65,15 @@ def merge(path: Path, out: Path, base: Path | None, tokenizer: str | None) -> No
         )  # fmt: skip
         card = model_card(out.name, model, exported, [], found)
         write_rest(partial, model, found, exported, "float32", card)
-        compare(partial, model, tokens, expected, "peft")
+        try:
+            compare(partial, model, tokens, expected, "peft")
+        except UserError as error:
+            if model.tied and (changed := SHARED & {part for name in saved for part in name.split(".")}):
+                raise UserError(
+                    f"{path} changes {' and '.join(sorted(changed))}, and in {origin(folder) or folder} "
+                    "embedding and head are one matrix, which cannot be both: train adapters without it"
+                ) from error
+            raise
     print(f"wrote and checked {out}: {path} merged into {origin(folder) or folder}")
 
 

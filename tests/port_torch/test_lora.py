@@ -257,6 +257,20 @@ def test_an_adapter_of_peft_alone_is_merged_and_its_doubt_said(
     assert torch.allclose(merged_here.logits(merged_here(ids)), expected, atol=1e-4)
 
 
+def test_an_adapter_that_unties_the_head_is_not_merged(tmp_path: Path, monkeypatch):
+    config = dataclasses.replace(SMALL["llama"], tied=True)
+    base = write_export(tmp_path / "base", config, random_params(config, std=0.1))
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(theirs_of(base, config), settings)
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"changes lm_head, and in .*base embedding and head are one matrix"):
+        call(monkeypatch, port_torch.merge, tmp_path / "theirs", tmp_path / "out", "--base", base)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
     def refused(adapter: Path, message: str, *options: str | Path) -> None:
         with pytest.raises(UserError, match=message):
