@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -263,3 +264,13 @@ def test_a_file_of_questions(tmp_path: Path, capfd):
     with pytest.raises(UserError, match=r"row 2 of .*rows.jsonl: the question, with what the system says,"):
         answer_file(session, files, *files.questions(), settings)
     assert sorted(file.name for file in tmp_path.glob("*")) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_typed_bytes_that_are_no_text_end_nothing(tmp_path: Path, monkeypatch, capfd):
+    """Python gives them as lone surrogates, which no tokenizer encodes."""
+    told = Told(tmp_path, "a")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("core.conversation.typed_lines", lambda: iter(["\udcff", "/system \udcff", "one"]))
+    converse(told.session, "a model")
+    out, err = capfd.readouterr()
+    assert out == "a\n" and err.count("what was typed is not UTF-8") == 2
