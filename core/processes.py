@@ -9,12 +9,16 @@ import atexit
 import contextlib
 import hashlib
 import itertools
+import os
 import re
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +32,8 @@ from core.watch import PATIENCE, WAY_OUT, Watch
 
 ENVIRONMENT = "auto"  # as a coordinator: what a TPU pod, Slurm or MPI says
 ARRIVAL = 300  # seconds within which all processes must have started
+AFTERWARDS = 60  # seconds more before JAX, where they have not, aborts the process with a stack of C++
+PORTS = range(1, 1 << 16)
 SILENCE = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
 FAREWELL = 60  # seconds that the first to finish waits for the last
 # Seconds after a broken connection within which the cause is heard from the process that failed.
@@ -44,7 +50,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """Makes this process one of several, before JAX finds its devices; nothing, without a coordinator.
 
     Raises:
-        UserError: the three do not belong together, or the others did not come.
+        UserError: the three do not belong together, or no connection can be made. Where the others do not
+            come, the process ends as it would for one.
     """
     global _watch
     rest = (num_processes, process_id)
@@ -52,36 +59,111 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         if rest != (None, None):
             raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
         return
+    address = {}
     if coordinator == ENVIRONMENT:
         if rest != (None, None):
             raise UserError(
                 "--coordinator auto takes the number of processes from the environment: give no other"
             )
-    elif None in rest or ":" not in coordinator or not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--coordinator {coordinator} needs the form HOST:PORT, --num-processes N, and a --process-id "
-            "from 0 to N - 1"
-        )
-    address = {} if coordinator == ENVIRONMENT else {"coordinator_address": coordinator}
+    else:
+        port = _port_of(coordinator)
+        if port is None or None in rest or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--coordinator {coordinator} needs the form HOST:PORT, --num-processes N, and a "
+                "--process-id from 0 to N - 1"
+            )
+        if process_id == 0:
+            _require_free_port(port, coordinator)
+        address = {"coordinator_address": coordinator}
     try:
         with Activity("waiting for the other processes"):
-            jax.distributed.initialize(
-                **address,
-                num_processes=num_processes,
-                process_id=process_id,
-                initialization_timeout=ARRIVAL,
-                heartbeat_timeout_seconds=PATIENCE,  # core/watch.py notices sooner and ends more gently
-                shutdown_timeout_seconds=FAREWELL,
-            )
+            _connect(address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of --coordinator {coordinator} could not connect to each other: "
             f"{str(error).splitlines()[0]}"
         ) from None
+    except TimeoutError:
+        _give_up(
+            UserError(
+                f"not all processes of --coordinator {coordinator} came within {ARRIVAL} s: start all of "
+                "them with the same --coordinator and --num-processes, each with a --process-id of its own, "
+                "where they can reach that address"
+            )
+        )
+    except KeyboardInterrupt as error:
+        _give_up(error)
     state = distributed.global_state
     if state.num_processes > 1:
         _watch = Watch(state.client, state.process_id, state.num_processes, SILENCE)
         atexit.register(_watch.leave)  # before JAX's own farewell, which was registered earlier
+    said = int(tell_all(str(state.num_processes)))
+    if said != state.num_processes:  # JAX does not mind; the watch would wait for one that there is not
+        raise UserError(
+            f"--num-processes is {state.num_processes} here and {said} in process 0: give all the same"
+        )
+
+
+def _port_of(coordinator: str) -> int | None:
+    """The port in HOST:PORT, [IPv6]:PORT among them; None if it is not of that form."""
+    host, _, port = coordinator.rpartition(":")
+    bare = ":" in host and not (host.startswith("[") and host.endswith("]"))  # an IPv6 without its port
+    if not host or bare or not (port.isascii() and port.isdigit()) or int(port) not in PORTS:
+        return None
+    return int(port)
+
+
+def _require_free_port(port: int, coordinator: str) -> None:
+    """Refuses a port on which a program listens: another run's first process would share it with this one,
+    and each of the others would join either."""
+    with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # connections that are closing do not count
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port} of --coordinator {coordinator} ({error.strerror}): "
+                "give all processes another port, or end the run that has it"
+            ) from None
+
+
+def _connect(address: dict[str, str], num_processes: int | None, process_id: int | None) -> None:
+    """Connects to the other processes.
+
+    JAX waits for them in C++, hears no Ctrl-C meanwhile and would abort in the end. So it waits in a thread.
+
+    Raises:
+        TimeoutError: they did not come; the thread still waits for them.
+    """
+    done: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                **address,
+                num_processes=num_processes,
+                process_id=process_id,
+                initialization_timeout=ARRIVAL + AFTERWARDS,
+                heartbeat_timeout_seconds=PATIENCE,  # core/watch.py notices sooner and ends more gently
+                shutdown_timeout_seconds=FAREWELL,
+            )
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(name="connect", target=connect, daemon=True).start()
+    done.result(timeout=ARRIVAL)
+
+
+def _give_up(error: BaseException) -> NoReturn:
+    """Ends this process, whose `_connect` still waits: Python's own end would wait with it."""
+    code = tell(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _client() -> Any:

@@ -10,6 +10,7 @@ from core.errors import run_command
 from train_tpu.run import main
 
 processes.FAREWELL, processes.SILENCE = 5, float(os.environ.get("SILENCE", processes.SILENCE))
+processes.ARRIVAL = int(os.environ.get("ARRIVAL", processes.ARRIVAL))
 seal = core.checkpoint.checkpointer.seal
 
 

@@ -2,6 +2,8 @@
 
 import re
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from core.errors import UserError
 from core.processes import SILENCE, join
 from core.run.folder import lock_folder
 from core.run.log import read_log
-from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start_two
+from tests.train_tpu.processes import TINY, finish, losses, refusal, run, start, start_two
 
 pytestmark = pytest.mark.slow
 # The words of its only line, without the numbers.
@@ -156,11 +158,64 @@ def test_a_mistake_of_the_first_ends_both(cache, text):
         (("localhost", 2, 0), "the form HOST:PORT"),
         (("localhost:1", 2, None), "a --process-id from 0 to N - 1"),
         (("localhost:1", 2, 2), "a --process-id from 0 to N - 1"),
+        (("localhost:99999", 2, 0), "the form HOST:PORT"),
+        (("localhost:0", 2, 0), "the form HOST:PORT"),
+        (("localhost:http", 2, 0), "the form HOST:PORT"),
+        (("localhost:", 2, 0), "the form HOST:PORT"),
+        ((":1234", 2, 0), "the form HOST:PORT"),
+        (("::1", 2, 0), "the form HOST:PORT"),
     ],
 )
 def test_what_does_not_belong_together(given, says):
     with pytest.raises(UserError, match=says):
         join(*given)
+
+
+def test_a_port_that_another_run_listens_on_is_refused():
+    """gRPC, whose listeners share a port, would let two runs have one, and connect processes to either."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"cannot listen on port [0-9]+ of --coordinator"):
+            join(f"localhost:{taken.getsockname()[1]}", 2, 0)
+
+
+def alone(cache: Path, text: Path, process: int, **environ: str) -> subprocess.Popen:
+    """One process of two, whose other never comes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    several = ("--coordinator", address, "--num-processes", "2", "--process-id", str(process))
+    command = (*COMMON, "--data", text, "--out", cache / "alone-of-two", *several)
+    return start(cache, *command, environ={"SEAL_SECONDS": "0"} | environ, module=SLOW)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_whose_others_do_not_come_says_so(cache, text, process):
+    """JAX by itself aborts it with a stack of C++."""
+    ((code, _, err),) = finish([alone(cache, text, process, ARRIVAL="3")])
+    (line,) = [line for line in err.splitlines() if not line.startswith("waiting for the other processes")]
+    assert code == 2 and re.match("error: not all processes of --coordinator .* came within 3 s: ", line), err
+    assert not (cache / "alone-of-two").exists()
+
+
+def test_ctrl_c_ends_the_wait_for_others(cache, text):
+    process = alone(cache, text, 0)
+    assert "waiting for the other processes" in process.stderr.readline()
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ((code, _, err),) = finish([process])
+    assert (code, err) == (130, "interrupted\n") and time.monotonic() - begun < 10
+
+
+def test_another_number_of_processes_is_refused(cache, text):
+    """JAX takes that of the first, and the second would end for want of a third."""
+    folder = cache / "two-or-three"
+    command = (*COMMON, "--data", text, "--out", folder)
+    first, second = finish(start_two(cache, *command, second=("--num-processes", "3")))
+    assert second[0] == 2 and "--num-processes is 3 here and 2 in process 0" in sentence(second[2])
+    assert first[0] == 2 and "process 1 of this run has ended: --num-processes is 3" in sentence(first[2])
+    assert not folder.exists()
 
 
 def test_no_environment_says_who_the_others_are(cache, text):
