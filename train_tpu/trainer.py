@@ -25,7 +25,7 @@ from core.run.guard import changed_measure
 from core.run.interrupt import EXIT_FINISHED, Interrupt
 from core.run.log import SAMPLES
 from core.run.training_run import run_loop
-from core.sharding import place, resolved_mesh, state_shardings
+from core.sharding import MeshShape, place, resolved_mesh, state_shardings
 from train_tpu.engine import JaxEngine
 from train_tpu.evaluate import Evaluator
 from train_tpu.lora import AdaptedState
@@ -81,6 +81,7 @@ def run(setup: Setup, report: bool = True) -> int:
                 console=console,
                 first=processes.is_first(),
                 how=how,
+                mesh=str(MeshShape(**mesh.shape)),
             )
     if report and code == EXIT_FINISHED and processes.is_first():
         report_end(setup)

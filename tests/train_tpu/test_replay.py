@@ -8,20 +8,24 @@ import shlex
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from core.checkpoint.manifest import load_manifest, seal
+from core.checkpoint.manifest import JAX, load_manifest, seal
 from core.checkpoint.steps import list_steps, step_path
 from core.data.batches import Batch, record_at
 from core.data.prepare import open_or_prepare, prepare
 from core.folders import CACHE
 from core.loss import IGNORE
+from core.run.engine import Device
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
 from tests.train_tpu.processes import TINY, losses, make_text, refusal_here, run, run_here
+from train_tpu.replay.compiled import why_not_equal
 from train_tpu.replay.layers import targets_of
+from train_tpu.replay.recorded import Recorded, Start
 
 REPLAY = "train_tpu.replay.__main__"
 RUN = (*TINY, "--sample-every", "0")
@@ -312,6 +316,41 @@ def test_eight_devices_repeat_themselves_and_one_is_within_the_spread(cache, tex
     out, _ = run(cache, folder, "--step", "11", module="train_tpu.replay", devices=1)
     assert EQUAL in out or "within the 2e-05" in out
     assert EQUAL in out or "8 x cpu made the update, and here are 1 x cpu" in out
+
+
+@pytest.mark.slow
+def test_an_update_is_made_again_on_the_mesh_that_made_it(cache, text):
+    """Not on that of the run's last start, with the same number of devices."""
+    folder = cache / "replayed-on-meshes"
+    command = (*RUN, "--save-every", "4", "--keep-last", "9", "--data", text, "--out", folder)
+    run(cache, *command, "--mesh", "data=4", "--stop-at", "6", devices=4)
+    run(cache, *command, "--mesh", "tensor=2", "--allow-change", "mesh", "--stop-at", "7", devices=2)
+    run(cache, *command, "--mesh", "fsdp=2,tensor=2", "--allow-change", "mesh", devices=4)
+    assert [row["mesh"] for row in read_log(folder, "event") if "mesh" in row] == [
+        "data=4",
+        "tensor=2",
+        "fsdp=2,tensor=2",
+    ]
+    for step, devices in ((5, 4), (6, 2), (7, 4), (11, 4)):
+        out, _ = run(cache, folder, "--step", str(step), module="train_tpu.replay", devices=devices)
+        assert EQUAL in out, out
+    # Of updates 4 to 6 the last was made on two devices, and the others may differ by their rounding.
+    out, _ = run(cache, folder, "--step", "6", module="train_tpu.replay", devices=2)
+    differs = "not equal on the way there: update" in out
+    assert differs == ("4 x cpu made update" in out and "here are 2 x cpu" in out)
+
+
+def test_the_reason_for_a_difference_is_that_of_the_first_update_to_differ():
+    """An update of another mesh, or of another number of devices, on the way to one that was not."""
+    starts = [Start(0, "cpu", 8, "data=8"), Start(4, "cpu", 4, "data=4"), Start(6, "cpu", 4, "tensor=4")]
+    recorded = SimpleNamespace(engine=JAX, step=7, start_of=lambda step: Recorded.start_of(run, step))
+    run = SimpleNamespace(starts=starts)
+    setup = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 4}), config=None)
+    here = SimpleNamespace(device=Device("cpu", 4))
+    said = {step: why_not_equal(recorded, setup, here, step) for step in (3, 5, 7)}
+    assert said[3] == "8 x cpu made update 3, and here are 4 x cpu, which sum in another order"
+    assert said[5] == "--mesh data=4 made update 5, and here is tensor=4, which sums in another order"
+    assert said[7].startswith("equality was to be expected")
 
 
 def test_a_damaged_record_predicts_nothing():

@@ -62,8 +62,8 @@ class Replayed:
 
 
 def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console: Console) -> Pretraining:
-    """The run as these devices train it: with its own mesh where that fits them, else with all of them on
-    `data`, or with one where they cannot share its batch."""
+    """The run as these devices train it: with the mesh that made the update where that fits them, else with
+    all of them on `data`, or with one where they cannot share its batch."""
     config, folder = recorded.config, recorded.folder
     if config.deterministic:
         require_deterministic_operations()
@@ -72,7 +72,7 @@ def open_setup(recorded: Recorded, dataset: Data, tokenizer: Tokenizer, console:
     with Activity("finding the devices"):
         devices = jax.devices()
     try:
-        mesh = make_mesh(parse_mesh(config.mesh, len(devices)))
+        mesh = make_mesh(parse_mesh(recorded.mesh, len(devices)))
     except UserError:
         mesh = make_mesh(MeshShape(data=len(devices)))
     parts = 1 if config.grad_accum_steps is None else config.grad_accum_steps
@@ -144,34 +144,39 @@ def compare(recorded: Recorded, setup: Setup, replayed: Replayed) -> list[str]:
         lines.append(f"equal to the log to the bit{also}")
         if replayed.others:
             first, more = replayed.others[0], len(replayed.others) - 1
-            lines.append(f"not equal on the way there: update {first} and {more} more")
+            more = f" and {more} more" if more else ""
+            lines.append(f"not equal on the way there: update {first}{more}")
+            lines.append(why_not_equal(recorded, setup, replayed, first))
         return lines
     lines.append(f"the log says: loss {logged.loss!r}, gradient norm {logged.grad_norm!r}")
     off = abs(now.loss - logged.loss) / max(abs(logged.loss), 1e-30)
     spread = SPREAD[setup.step.compute.dtype]
     if replayed.others:  # from there on the parameters differ, too
         first = replayed.others[0]
-        how_far = f"{recorded.step - first} updates after the first that differs, {first}"
+        after = recorded.step - first
+        how_far = f"{after} update{'s' * (after > 1)} after the first that differs, {first}"
         how_far += f"; orders of sums make {spread:g} in one"
     else:
         how_far = f"{'within' if off <= spread else 'beyond'} the {spread:g} that orders of sums make"
     if math.isfinite(off):
         lines.append(f"the losses differ by {off:.1e} of the log's, {how_far}")
-    lines.append(why_not_equal(recorded, setup, replayed))
+    first = replayed.others[0] if replayed.others else recorded.step
+    lines.append(why_not_equal(recorded, setup, replayed, first))
     return lines
 
 
-def why_not_equal(recorded: Recorded, setup: Setup, replayed: Replayed) -> str:
-    """The reason for which loss and norm are not the log's to the bit."""
-    here = replayed.device
+def why_not_equal(recorded: Recorded, setup: Setup, replayed: Replayed, step: int) -> str:
+    """The reason for which loss and norm of an update, the first to differ, are not the log's to the bit."""
+    here, start, mesh = replayed.device, recorded.start_of(step), str(MeshShape(**setup.mesh.shape))
+    made = "the update" if step == recorded.step else f"update {step}"
     if recorded.engine != JAX:
         masks = ", and its dropout draws other masks" if setup.step.model.dropout > 0 else ""
-        return f"{recorded.engine} made the update, and JAX sums in another order{masks}"
-    if recorded.device and recorded.device != tuple(here):
-        kind, n = recorded.device
-        return (
-            f"{n} x {kind} made the update, and here are {here.n} x {here.kind}, which sum in another order"
-        )
+        return f"{recorded.engine} made {made}, and JAX sums in another order{masks}"
+    if start and (start.kind, start.n) != tuple(here):
+        there = f"{start.n} x {start.kind} made {made}"
+        return f"{there}, and here are {here.n} x {here.kind}, which sum in another order"
+    if start and start.mesh and start.mesh != mesh:
+        return f"--mesh {start.mesh} made {made}, and here is {mesh}, which sums in another order"
     if not (jax.default_backend() == "cpu" or setup.config.deterministic):
         return f"a {here.kind} repeats itself to the bit only with --deterministic, and the run was without"
     return (

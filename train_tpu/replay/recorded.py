@@ -5,7 +5,7 @@ Nothing here is written, and nothing needs JAX: what cannot be replayed is refus
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.checkpoint.manifest import CHANGE, JAX, Manifest, load_manifest
 from core.checkpoint.steps import list_steps, step_path
@@ -25,6 +25,17 @@ from core.run.steering import Record, Steered, steered
 from core.run.steering_queue import find_record
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from train_tpu.config import RunConfig
+
+
+class Start(NamedTuple):
+    """A start of the run, as its log has it: what made the updates from there on."""
+
+    step: int
+    kind: str
+    """Of its devices."""
+    n: int
+    mesh: str | None
+    """None: PyTorch, or an older log."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Recorded:
     """Lines of the log by update, from the first one to make again on."""
     steering: list[Record]
     """What was changed while it trained."""
-    device: tuple[str, int] | None
-    """Kind and number of devices that made the update; None: the log does not say."""
+    starts: list[Start]
+    """Of the run, in order."""
 
     @property
     def first(self) -> int:
@@ -59,6 +70,16 @@ class Recorded:
     def cursor(self) -> int:
         """Index of its batch's first sequence."""
         return self.start_manifest.sequences if self.start_manifest else 0
+
+    def start_of(self, step: int) -> Start | None:
+        """The start of the run that made an update; None: the log does not say."""
+        return next((start for start in reversed(self.starts) if start.step <= step), None)
+
+    @property
+    def mesh(self) -> str | None:
+        """The mesh that made the update, which may be another than the run's newest."""
+        start = self.start_of(self.step)
+        return start.mesh if start and start.mesh else self.config.mesh
 
     @property
     def model(self) -> ModelConfig:
@@ -135,7 +156,7 @@ def open_recorded(folder: Path, step: int) -> Recorded:
     recorded = Recorded(
         folder, step, record, config, start, start_manifest, source,
         {at: line for at, line in lines.items() if at >= first}, find_record(folder),
-        _device_at(folder, step),
+        _starts(folder),
     )  # fmt: skip
     if recorded.settings(step).leaves_out(step):
         raise UserError(f"update {step} of the run in {folder} was left out, as asked: give another --step")
@@ -185,9 +206,9 @@ def _require_same_batches(
         )
 
 
-def _device_at(folder: Path, step: int) -> tuple[str, int] | None:
-    events = [row for row in read_log(folder, "event") if row["step"] <= step and "device" in row]
-    return (events[-1]["device"], events[-1]["n"]) if events else None
+def _starts(folder: Path) -> list[Start]:
+    events = [row for row in read_log(folder, "event") if "device" in row]
+    return [Start(row["step"], row["device"], row["n"], row.get("mesh")) for row in events]
 
 
 def open_tokenizer(recorded: Recorded) -> Tokenizer:
