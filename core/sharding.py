@@ -124,10 +124,9 @@ def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, grad_accum_step
         ("d_model", model.d_model, "fsdp", shape.fsdp),
     ):
         if size % parts:
-            fitting = max(n for n in range(1, parts) if size % n == 0)
             raise UserError(
                 f"--mesh {shape}: the model's {what} {size} cannot be divided over {axis}={parts}: "
-                f"the largest {axis} below that fits is {fitting}"
+                f"--mesh {_fitting_mesh(model, shape)} fits it"
             )
     parts = shape.data * shape.fsdp
     if batch % (parts * grad_accum_steps):
@@ -137,6 +136,13 @@ def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, grad_accum_step
             f"--batch {batch} is not divisible by {parts} devices{axes} x --grad-accum-steps "
             f"{grad_accum_steps}: the nearest that is, is {nearest}"
         )
+
+
+def _fitting_mesh(model: ModelConfig, shape: MeshShape) -> MeshShape:
+    """A mesh of as many devices that a model can be divided over: what does not divide it goes to `data`."""
+    fsdp = math.gcd(shape.fsdp, model.d_model)
+    tensor = math.gcd(shape.tensor, model.n_heads, model.d_mlp)
+    return MeshShape(math.prod(shape) // (fsdp * tensor), fsdp, tensor)
 
 
 def describe_replication(model: ModelConfig, shape: MeshShape) -> str | None:

@@ -1,6 +1,7 @@
 """Meshes: what --mesh means, how leaves lie on one, and that training on it is training on one device."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -61,14 +62,14 @@ def test_a_mesh_that_does_not_fit_the_model_or_the_batch():
             MeshShape(tensor=4),
             16,
             1,
-            "heads 6 cannot be divided over tensor=4: the largest tensor below that fits is 3",
+            "heads 6 cannot be divided over tensor=4: --mesh data=2,tensor=2 fits it",
         ),
         (MeshShape(tensor=3), 16, 1, "d_mlp 100 cannot be divided over tensor=3"),
         (
             MeshShape(fsdp=5),
             20,
             1,
-            "d_model 48 cannot be divided over fsdp=5: the largest fsdp below that fits is 4",
+            "d_model 48 cannot be divided over fsdp=5: --mesh data=5 fits it",
         ),
         (
             MeshShape(2, 4, 2),
@@ -86,6 +87,18 @@ def test_a_mesh_that_does_not_fit_the_model_or_the_batch():
         with pytest.raises(UserError) as told:
             check_mesh(model, shape, batch, grad_accum_steps)
         assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "shape", [MeshShape(fsdp=32), MeshShape(2, 1, 12), MeshShape(1, 9, 8), MeshShape(1, 5, 7)]
+)
+def test_the_mesh_that_is_proposed_fits_the_devices_and_the_model(shape):
+    model = ModelConfig(vocab_size=101, context=8, d_model=48, n_layers=1, n_heads=6, d_mlp=100)
+    batch = math.prod(shape)  # which every mesh of so many devices divides
+    with pytest.raises(UserError) as told:
+        check_mesh(model, shape, batch)
+    proposed = re.search("--mesh ([^ ]*) fits it", str(told.value))[1]
+    check_mesh(model, parse_mesh(proposed, math.prod(shape)), batch)
 
 
 @pytest.mark.parametrize("kind", BOTH)
