@@ -262,9 +262,12 @@ def settle(
 
 def refuse_alone(config: JaxSettings) -> None:
     """Refuses options that need a single process, where there are several."""
-    for flag, given in (("--eval-tasks", config.eval_tasks), ("--fallback", config.fallback)):
+    for flag, given, instead in (
+        ("--eval-tasks", config.eval_tasks, "leave it out, and evaluate with eval.run"),
+        ("--fallback", config.fallback, "give --from-step N, the newest step that is intact"),
+    ):
         if given and processes.are_several():
-            raise UserError(f"{flag} cannot be used with several processes: leave it out, or use one process")
+            raise UserError(f"{flag} cannot be used with several processes: {instead}, or use one process")
 
 
 def mesh_shape(config: JaxSettings, out: Path) -> MeshShape:

@@ -82,6 +82,7 @@ def run(setup: Setup, report: bool = True) -> int:
                 first=processes.is_first(),
                 how=how,
                 mesh=str(MeshShape(**mesh.shape)),
+                processes=jax.process_count(),
             )
     if report and code == EXIT_FINISHED and processes.is_first():
         report_end(setup)

@@ -121,6 +121,20 @@ def test_one_that_dies_does_not_take_the_commit_of_the_first_with_it(cache, text
     verify(find_step(folder))
 
 
+def test_a_damaged_checkpoint_is_passed_over_by_naming_an_older_one(cache, text):
+    """--fallback, which the refusal of it names, is not for several processes: it says what is."""
+    folder = cache / "damaged"
+    command = (*COMMON, "--data", text, "--out", folder, "--stop-at", "6")
+    assert [code for code, _, _ in finish(start_two(cache, *command))] == [0, 0]
+    damaged = max(find_step(folder).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    damaged.write_bytes(b"X" + damaged.read_bytes()[1:])
+    for code, _, err in finish(start_two(cache, *command, "--fallback")):
+        assert code == 2 and "give --from-step N" in sentence(err)
+    assert [code for code, _, _ in finish(start_two(cache, *command, "--from-step", "3"))] == [0, 0]
+    assert [step for step, _, _ in losses(folder)] == [*range(6)]
+    verify(find_step(folder))
+
+
 def test_folders_that_are_not_the_same_are_refused_at_once(cache, text, tmp_path):
     """As from two machines that share no disk: the same relative path in different places."""
     environs = [{"SEAL_SECONDS": "0", "WORK": str(tmp_path / name)} for name in ("one", "two")]

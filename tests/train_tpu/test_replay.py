@@ -342,13 +342,19 @@ def test_an_update_is_made_again_on_the_mesh_that_made_it(cache, text):
 
 def test_the_reason_for_a_difference_is_that_of_the_first_update_to_differ():
     """An update of another mesh, or of another number of devices, on the way to one that was not."""
-    starts = [Start(0, "cpu", 8, "data=8"), Start(4, "cpu", 4, "data=4"), Start(6, "cpu", 4, "tensor=4")]
+    starts = [
+        Start(0, "cpu", 8, "data=8"),
+        Start(2, "cpu", 4, "tensor=4", processes=2),
+        Start(4, "cpu", 4, "data=4"),
+        Start(6, "cpu", 4, "tensor=4"),
+    ]
     recorded = SimpleNamespace(engine=JAX, step=7, start_of=lambda step: Recorded.start_of(run, step))
     run = SimpleNamespace(starts=starts)
     setup = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 4}), config=None)
     here = SimpleNamespace(device=Device("cpu", 4))
-    said = {step: why_not_equal(recorded, setup, here, step) for step in (3, 5, 7)}
-    assert said[3] == "8 x cpu made update 3, and here are 4 x cpu, which sum in another order"
+    said = {step: why_not_equal(recorded, setup, here, step) for step in (1, 3, 5, 7)}
+    assert said[1] == "8 x cpu made update 1, and here are 4 x cpu, which sum in another order"
+    assert said[3] == "2 processes made update 3, which sum in another order than this one"
     assert said[5] == "--mesh data=4 made update 5, and here is tensor=4, which sums in another order"
     assert said[7].startswith("equality was to be expected")
 

@@ -177,6 +177,8 @@ def why_not_equal(recorded: Recorded, setup: Setup, replayed: Replayed, step: in
         return f"{there}, and here are {here.n} x {here.kind}, which sum in another order"
     if start and start.mesh and start.mesh != mesh:
         return f"--mesh {start.mesh} made {made}, and here is {mesh}, which sums in another order"
+    if start and start.processes > 1:  # what they exchange is summed by another library than within one
+        return f"{start.processes} processes made {made}, which sum in another order than this one"
     if not (jax.default_backend() == "cpu" or setup.config.deterministic):
         return f"a {here.kind} repeats itself to the bit only with --deterministic, and the run was without"
     return (

@@ -34,8 +34,9 @@ class Start(NamedTuple):
     kind: str
     """Of its devices."""
     n: int
-    mesh: str | None
+    mesh: str | None = None
     """None: PyTorch, or an older log."""
+    processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,10 @@ def _require_same_batches(
 
 def _starts(folder: Path) -> list[Start]:
     events = [row for row in read_log(folder, "event") if "device" in row]
-    return [Start(row["step"], row["device"], row["n"], row.get("mesh")) for row in events]
+    return [
+        Start(row["step"], row["device"], row["n"], row.get("mesh"), row.get("processes", 1))
+        for row in events
+    ]
 
 
 def open_tokenizer(recorded: Recorded) -> Tokenizer:
