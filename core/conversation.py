@@ -173,9 +173,8 @@ def converse(session: Session, about: str) -> int:
     code = 0
     for line in typed_lines() if typed else _piped_lines():
         try:
-            if any(
-                "\ud800" <= character <= "\udfff" for character in line
-            ):  # bytes that Python could not read
+            # Bytes that Python could not read stand in a line as surrogates.
+            if any("\ud800" <= character <= "\udfff" for character in line):
                 raise UserError("what was typed is not UTF-8: set the terminal to it, or type it again")
             if line.startswith("/"):
                 if not obey(session, line.strip()):

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST, TORCH, load_manifest
-from core.checkpoint.steps import list_steps, step_path
+from core.checkpoint.steps import find_step, list_steps, step_path
 from core.cli import command
 from core.errors import UserError
 from core.hub_models import is_hub_name, parse
@@ -32,26 +32,20 @@ def kind_of(path: Path) -> Kind:
         return Kind.DATA
     if (path / ADAPTER_CONFIG).exists():
         return Kind.ADAPTER
-    if step_dir := _step_dir(path):
-        return Kind.ADAPTERS if _holds_adapters(step_dir) else Kind.CHECKPOINT
+    for folder in (path / "checkpoints", path):
+        steps = list_steps(folder)
+        step_dir = step_path(folder, steps[-1]) if steps else folder
+        if steps or (step_dir / MANIFEST).exists():
+            return Kind.ADAPTERS if _holds_adapters(step_dir) else Kind.CHECKPOINT
     is_model = (path / EXPORT_MANIFEST).exists() or any(path.glob("*.safetensors"))
     return Kind.WEIGHTS if is_model else Kind.OTHER
 
 
-def _step_dir(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest in it; None where there is none."""
-    for folder in (path / "checkpoints", path):
-        if steps := list_steps(folder):
-            return step_path(folder, steps[-1])
-        if (folder / MANIFEST).exists():
-            return folder
-    return None
-
-
-def _is_of(model: Path, step_dir: Path | None) -> bool:
-    """Whether a run's model was made of that checkpoint: a run that was continued has an older one."""
+def _is_of(model: Path, checkpoint: Path) -> bool:
+    """Whether a run's model was made of that checkpoint, of a run the newest: one that was continued has an
+    older model."""
     try:
-        return load_manifest(model, EXPORT_MANIFEST).step == load_manifest(step_dir).step
+        return load_manifest(model, EXPORT_MANIFEST).step == load_manifest(find_step(checkpoint)).step
     except UserError:  # whoever opens it says so
         return True
 
@@ -107,7 +101,7 @@ def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
         run = next((parent for parent in parents if (parent / "checkpoints").is_dir()), path)
         model = run / RESULT
         there = model.is_dir()
-        if there and _is_of(model, _step_dir(path)):
+        if there and _is_of(model, path):
             path, kind = model, Kind.WEIGHTS
             what += f", whose model is {path}"
             if kind in kinds:

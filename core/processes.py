@@ -117,9 +117,8 @@ def _require_free_port(port: int, coordinator: str) -> None:
     """Refuses a port on which a program listens: another run's first process would share it with this one,
     and each of the others would join either."""
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # connections that are closing do not count
+        # Connections that are closing do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:

@@ -98,18 +98,19 @@ class Target:
 
 def runs(definition: Definition, results: Results) -> list[Run]:
     """The decayed runs: of each part of the study once those before it have ended."""
-    return _unique(_reached(definition, results))
+    return _unique(_reached(open_target(definition), results, definition.heldout))
 
 
 def later(definition: Definition, results: Results) -> list[Run]:
     """What will come after them, as if the first rate were every arm's best: what it costs is known."""
-    reached, target = _reached(definition, results), open_target(definition)
+    target = open_target(definition)
+    reached = _reached(target, results, definition.heldout)
     parts = [part for arms in target.turns for part in (_tuning(target, arms), _final(target, arms, {}))]
     known = {run.name for run in _unique(reached)}
     return [run for run in _unique(parts[len(reached) :]) if run.name not in known]
 
 
-def _reached(definition: Definition, results: Results) -> list[list[Run]]:
+def _reached(target: Target, results: Results, heldout: str | None) -> list[list[Run]]:
     """The parts of the study that have ended, and the next: for every turn the runs that tune, and then those
     at the best rates."""
     parts: list[list[Run]] = []
@@ -117,13 +118,12 @@ def _reached(definition: Definition, results: Results) -> list[list[Run]]:
     def has_ended() -> bool:
         return all(run.name in results.runs for run in parts[-1])
 
-    target = open_target(definition)
     for arms in target.turns:
         tuning = _tuning(target, arms)
         parts.append(tuning)
         if not has_ended():
             break
-        parts.append(_final(target, arms, best_rates(results, tuning, definition.heldout)))
+        parts.append(_final(target, arms, best_rates(results, tuning, heldout)))
         if not has_ended():
             break
     return parts
