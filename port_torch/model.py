@@ -265,6 +265,25 @@ class Decoder(nn.Module):
         """What the final norm is of. look: is shown every layer."""
         if (positions is None) != (cache is None):
             raise ValueError("positions are those of a cache's rows: give both or neither")
+        x, rotation, visible = self.begin(tokens, positions, documents, starts)
+        branch = None
+        for number, layer in enumerate(self.layers):
+            of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
+            before = x, branch
+            x, branch = layer(x, branch, rotation, of_layer, positions, visible, starts)
+            if look is not None:
+                look(layer, before, (x, branch), rotation)
+        return x, branch
+
+    def begin(
+        self,
+        tokens: Int[Tensor, "B S"],
+        positions: Int[Tensor, "B S"] | None = None,
+        documents: Int[Tensor, "B S"] | None = None,
+        starts: Int[Tensor, " M"] | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], tuple[Tensor, Tensor] | None, Bool[Tensor, "B 1 S S"] | None]:
+        """What the layers begin with: the embedded tokens, the angles of rotary positions, and which places
+        see which, unless all see what is before them or `starts` says it."""
         index = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         visible = None
         if documents is not None:
@@ -275,15 +294,9 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = x + self.positions(index)
         # Rows are cast after the look-up, so that their gradients are summed in the table's type.
-        x, branch = self.dropout(x.to(compute_type(x))), None
+        x = self.dropout(x.to(compute_type(x)))
         rotation = self.rotary_angles(index) if self.config.positions == "rope" else None
-        for number, layer in enumerate(self.layers):
-            of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
-            before = x, branch
-            x, branch = layer(x, branch, rotation, of_layer, positions, visible, starts)
-            if look is not None:
-                look(layer, before, (x, branch), rotation)
-        return x, branch
+        return x, rotation, visible
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Float32 scores of every token."""

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.run.cadence import NO_FLAGS, Flags
 from core.run.guard import GuardConfig, can_judge, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
-from port_torch.model import Decoder, attends_by_lengths, leaf_of
+from port_torch.model import Block, Decoder, attends_by_lengths, leaf_of
 from port_torch.training.batches import Inputs, place
 from port_torch.training.distributed import Distributed
 from port_torch.training.lora import LORA
@@ -40,29 +40,27 @@ flags are set. The norms of the gradients of all parameters follow."""
 class Losses(nn.Module):
     """Tokens and targets to the two sums of the loss."""
 
-    def __init__(self, decoder: Decoder, z_loss: float):
+    def __init__(self, decoder: Decoder, z_loss: float, compiled: bool = False):
+        """compiled: by torch.compile, in three parts. All layers are the same code, so that one compilation
+        serves them all; that of the whole model takes some five times as long (docs/LOG.md)."""
         super().__init__()
-        self.decoder, self.z_loss = decoder, z_loss
+        self.decoder, self.z_loss, self.compiled = decoder, z_loss, compiled
+        self._begin, self._layer, self._loss = Decoder.begin, Block.forward, Decoder.loss
+        if compiled:
+            self._begin, self._layer, self._loss = (
+                torch.compile(part, dynamic=False) for part in (self._begin, self._layer, self._loss)
+            )
 
     def forward(
         self, tokens: Tensor, targets: Tensor, documents: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        hidden = self.decoder(tokens, documents=documents, starts=starts)
-        return self.decoder.loss(hidden, targets, self.z_loss)
-
-
-def compile_losses(losses: Losses) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same under torch.compile, compiled once for all numbers of documents."""
-    compiled = torch.compile(losses, dynamic=False)
-
-    def call(
-        tokens: Tensor, targets: Tensor, documents: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if starts is not None:
-            torch._dynamo.maybe_mark_dynamic(starts, 0)
-        return compiled(tokens, targets, documents, starts)
-
-    return call
+        if self.compiled and starts is not None:
+            torch._dynamo.maybe_mark_dynamic(starts, 0)  # compiled once for all numbers of documents
+        decoder, branch = self.decoder, None
+        x, rotation, visible = self._begin(decoder, tokens, None, documents, starts)
+        for layer in decoder.layers:
+            x, branch = self._layer(layer, x, branch, rotation, None, None, visible, starts)
+        return self._loss(decoder, decoder.norm(x, branch)[0], targets, self.z_loss)
 
 
 class Guard:
@@ -137,8 +135,7 @@ class TrainStep:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.optimizer = make_optimizer(self.parameters, optim, ranks, dtype, compiled)
         self.guard = Guard(guard or GuardConfig(), ranks.device)
-        losses = Losses(decoder, z_loss)
-        self.losses = compile_losses(losses) if compiled else losses
+        self.losses = Losses(decoder, z_loss, compiled)
         ranks.copy_from_first(list(self.parameters.values()))
         self._flags = torch.zeros(len(Flags._fields), device=ranks.device)
         self.recorded = ranks.device.type == "cuda"

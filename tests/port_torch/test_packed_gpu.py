@@ -11,7 +11,7 @@ from core.data.sequences import Rows
 from kernels_cuda import library, registry
 from port_torch.model import Decoder, attends_by_lengths
 from port_torch.training.batches import Inputs, place
-from port_torch.training.step import Losses, compile_losses
+from port_torch.training.step import Losses
 from tests.kernels_cuda.gpu import assert_as_good
 from tests.models import GPT, GROUPED, LLAMA
 
@@ -69,7 +69,7 @@ def test_any_number_of_documents_is_compiled_once():
     decoder = decoder_of(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = compile_losses(Losses(decoder, 0.0))
+    compiled = Losses(decoder, 0.0, compiled=True)
     with torch.autocast("cuda", torch.bfloat16):
         for n_documents in (1, 2, 5, 40, 200):
             inputs = next(place(packed_rows(model, n_documents), GPU, 1, True).micro_batches())
