@@ -178,6 +178,10 @@ inline CUtensorMap describe_matrix(const void* data, int64_t rows, int64_t colum
   static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
       dlsym(dlopen("libcuda.so.1", RTLD_LAZY), "cuTensorMapEncodeTiled"));
   REQUIRE(encode != nullptr, "the driver has no cuTensorMapEncodeTiled");
+  // A call of the driver needs a context, which the runtime gives a thread with its first call that needs one: this can
+  // be the first of a thread of autograd.
+  int device;
+  REQUIRE(cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess, "the GPU cannot be used");
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * stride)};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};

@@ -1,5 +1,7 @@
 """SwiGLU inside its products, on a GPU of the architecture that they are for."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +159,13 @@ def test_bad_inputs_are_refused_with_the_numbers():
         MTLM.swiglu_product(x.T.contiguous().T, weight)
     with pytest.raises(RuntimeError, match="gate_up must be"):
         MTLM.swiglu_product_backward(d, down, x)
+
+
+def test_in_a_thread_that_has_called_nothing_of_cuda_yet():
+    """As a thread of autograd is that begins with this op, on memory that another thread has left."""
+    x, weight, *_ = drawn(33, 64, 64)
+    results = [torch.zeros(33, width, device="cuda", dtype=BF16) for width in (128, 64)]
+    thread = threading.Thread(target=MTLM.swiglu_product_into, args=(x, weight, False, *results))
+    thread.start()
+    thread.join()
+    assert_equal_bits(results, MTLM.swiglu_product(x, weight))
