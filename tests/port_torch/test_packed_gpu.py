@@ -69,10 +69,12 @@ def test_any_number_of_documents_is_compiled_once():
     decoder = decoder_of(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = Losses(decoder, 0.0, compiled=True)
+    compiled, seen = Losses(decoder, 0.0, compiled=True), []
     with torch.autocast("cuda", torch.bfloat16):
         for n_documents in (1, 2, 5, 40, 200):
             inputs = next(place(packed_rows(model, n_documents), GPU, 1, True).micro_batches())
             ours, eager = gradients(decoder, inputs, compiled), gradients(decoder, inputs)
             assert abs(ours[0] - eager[0]) <= 2e-3 * eager[0], n_documents
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+            seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # What layers begin with, the first layer, which has no branch to add, the others, the loss.
+    assert seen == [4] * len(seen)

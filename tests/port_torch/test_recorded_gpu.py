@@ -160,17 +160,18 @@ def test_recordings_of_several_shapes_share_their_memory():
     held = {}
     for i, rows in enumerate(batches(MODELS["llama"], packed=True)):
         train_step.update(rows, 1, i, 1e-3)
-        held[len(train_step._recording._recordings)] = sum(
+        recordings = train_step._recording._recordings.values()
+        pools = {tuple(recording.graph.pool()) for recording in recordings}
+        held[len(recordings)] = sum(
             segment["total_size"]
             for segment in torch.cuda.memory_snapshot()
-            if tuple(segment["segment_pool_id"]) != (0, 0)
+            if tuple(segment["segment_pool_id"]) in pools
         )
-    assert sorted(held) == [0, 1, 2]
-    first, second = held[1] - held[0], held[2] - held[1]
-    assert first > 62 * 2**20, held  # the logits alone
-    assert second < first / 2, (
-        held
-    )  # nothing, where every block finds its place again; all, if none is shared
+    assert sorted(held) == [0, 1, 2] and len(pools) == 1
+    assert held[1] > 62 * 2**20, held  # the logits alone
+    # Nothing more where every block finds its place again, another 64 MiB where smaller blocks have taken that
+    # of the logits; twice as much if none is shared.
+    assert held[2] < 1.75 * held[1], held
 
 
 def test_other_limits_of_the_guard_hold_in_a_recorded_update():
