@@ -24,12 +24,17 @@ from port_torch.training.settings import MirrorOptimizerConfig, TrainerConfig
 class FinetuneConfig(TuningSource, TrainerConfig):
     """Fine-tune an exported model on rows of text, or of prompts and responses; the same command resumes."""
 
+    compiled_by_default = False  # what it takes, a run of minutes never earns back
+
     init_from: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The exported folder to start from, or a compatible Hugging Face Llama's; or hf:OWNER/NAME[@REVISION], a
     model on the Hugging Face Hub."""
     out: Path
     """The run folder. The model is written into its folder `model`."""
     optim: MirrorOptimizerConfig = MirrorOptimizerConfig(**OPTIMIZER)
+    compile: bool | None = None
+    """Use torch.compile: some 20 s before the first update, for updates that take 1 to 4% less time (H200,
+    CUDA kernels, all weights trained; with LoRA not measured). Default: no."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

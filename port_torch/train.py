@@ -44,6 +44,8 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     The optimizer is AdamW, at its own learning rates; with --optimizer muon both are as in train_tpu.run.
     """
 
+    compiled_by_default = True
+
     init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of
     random parameters. Of --preset only the defaults of batch, learning rate and warmup are used then."""
@@ -52,6 +54,9 @@ class TrainConfig(TrainerConfig, PretrainingSource):
     the prepared data's or the folder's; else bytes for the tiny presets and mistral for the others."""
     out: Path | None = None
     """The run folder. Default: runs/PRESET-torch. The trained model is written into its folder `model`."""
+    compile: bool | None = None
+    """Use torch.compile: some 10 s before the first update, for updates that take 1 to 4% less time (H200,
+    CUDA kernels). Default: on a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """The settings that both commands share, on the command line and in a run folder's config.json."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ class TrainerConfig(TrainingSettings):
     """How a run of the mirror is computed, watched and kept."""
 
     engine = TORCH
+    compiled_by_default: ClassVar[bool]
+    """Whether a GPU's updates are compiled where --compile is not given."""
 
     batch: int = 32
     """Global batch size: sequences per optimizer step, summed over GPUs."""
@@ -46,6 +48,4 @@ class TrainerConfig(TrainingSettings):
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """auto: our CUDA kernels where they can run, else plain PyTorch. cuda: only our kernels. torch: plain
     PyTorch."""
-    compile: bool | None = None
-    """Use torch.compile: 15 to 50 s before the first update, for updates that take 2 to 5% less time on an
-    H200 with our kernels. Default: on a GPU."""
+    compile: bool | None = None  # each command has its own default and help

@@ -104,8 +104,9 @@ def require_deterministic_operations() -> None:
 
 
 def is_compiled(config: TrainerConfig, ranks: Distributed) -> bool:
-    """Whether torch.compile is used."""
-    return ranks.device.type == "cuda" if config.compile is None else config.compile
+    """Whether torch.compile is used: as --compile says, else as the command has it on a GPU."""
+    by_default = config.compiled_by_default and ranks.device.type == "cuda"
+    return by_default if config.compile is None else config.compile
 
 
 def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:

@@ -25,6 +25,7 @@ from core.data.tuning_rows import Row, RowFile, instruction, read_rows
 from core.errors import UserError
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
+from core.run.settings import flatten
 from core.run.tuning import open_rows
 from core.run.tuning_data import make_tuning_data
 from core.tokenizer import load_tokenizer
@@ -32,12 +33,16 @@ from port_torch.card import model_card
 from port_torch.finetune import FinetuneConfig
 from port_torch.folder import weights_hash
 from port_torch.model import load
+from port_torch.train import TrainConfig
 from port_torch.training.batches import document_starts
+from port_torch.training.distributed import Distributed
 from port_torch.training.settings import MirrorOptimizerConfig
+from port_torch.training.setup import is_compiled
 from tests.core.test_tokenizer import bpe_file
 from tests.models import random_params
 from tests.port_torch.folders import SMALL, manifest_of, write_export
 from tests.port_torch.small_training import (
+    ALONE,
     Killed,
     call,
     finetune_here,
@@ -275,6 +280,18 @@ def test_a_resumed_run_is_equal_to_the_bit(
     assert shown.startswith("### Instruction:\nName three colours.\n\n### Response:\n")
     ours, theirs = (f / "model" / "model.safetensors" for f in (tmp_path / "run", finished[kind]))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_training_is_compiled_by_default_and_fine_tuning_is_not():
+    gpu = Distributed(0, 1, torch.device("cuda", 0))
+    tuned = FinetuneConfig(init_from=Path("model"), data=Path("rows.jsonl"), out=Path("run"))
+    for config, default in ((TrainConfig(), True), (tuned, False)):
+        assert is_compiled(config, gpu) is default and not is_compiled(config, ALONE)
+        for asked in (True, False):
+            overridden = dataclasses.replace(config, compile=asked)
+            assert is_compiled(overridden, gpu) is is_compiled(overridden, ALONE) is asked
+        # As records have it that were written when fine-tuning was compiled, too: their runs resume.
+        assert flatten(config)["compile"] is None
 
 
 def test_a_removed_model_is_written_again(finished, folders, data, tmp_path: Path, monkeypatch, capfd):

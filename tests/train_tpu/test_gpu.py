@@ -93,10 +93,12 @@ def test_tuning_on_rows_is_that_of_pytorch(tmp_path):
 
     def curve(name: str, *more: str, module: str = "train_tpu.finetune") -> np.ndarray:
         out, _ = run(tmp_path, *more, *arguments, "--out", tmp_path / name, module=module, environ=FIRST)
-        assert module.startswith("port_torch") or "cudnn within documents" in " ".join(out.split())
+        plain = "bfloat16, an update recorded as one CUDA graph"  # and not compiled
+        says = plain if module.startswith("port_torch") else "cudnn within documents"
+        assert says in " ".join(out.split())
         return np.array(losses(tmp_path / name))[:, 1]
 
-    expected = curve("torch", export, "--compile", "False", module="port_torch.finetune")
+    expected = curve("torch", export, module="port_torch.finetune")
     assert expected[-1] < expected[0] - 0.02
     np.testing.assert_allclose(curve("all", start), expected, rtol=3e-3)
     adapted = curve("lora", start, "--lora-rank", "8", "--lora-dropout", "0.1")
