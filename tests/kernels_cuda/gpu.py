@@ -1,5 +1,6 @@
 """How a kernel's result is judged: against float64 from the same inputs, beside plain PyTorch's error."""
 
+import gc
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -113,6 +114,7 @@ def assert_equal_on_a_stream_and_in_a_graph(step: Callable[[], Sequence[Tensor]]
         on_stream = step()
     stream.synchronize()
     assert_equal_bits(on_stream, expected)
+    gc.collect()  # a graph of autograd that is left over would tie the leaves to the stream it ran on
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

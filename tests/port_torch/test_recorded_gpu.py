@@ -169,7 +169,7 @@ def test_recordings_of_several_shapes_share_their_memory():
         )
     assert sorted(held) == [0, 1, 2] and len(pools) == 1
     assert held[1] > 62 * 2**20, held  # the logits alone
-    # Nothing more where every block finds its place again, another 64 MiB where smaller blocks have taken that
+    # Nothing more where every block finds its place again, another 64 MiB where smaller blocks took that
     # of the logits; twice as much if none is shared.
     assert held[2] < 1.75 * held[1], held
 
