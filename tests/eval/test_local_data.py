@@ -142,17 +142,6 @@ def test_pages(sets: Sets):
     ]
 
 
-@pytest.mark.slow
-def test_unknown_tasks(sets: Sets):
-    """The nearest names are given, with local data and without."""
-    for folder in (sets.folder, None):
-        with (
-            pytest.raises(UserError, match=r"no task 'arc_eazy'; near it are .*arc_easy"),
-            open_tasks(["arc_eazy"], folder),
-        ):
-            pass
-
-
 def test_a_data_folder_that_is_none(sets: Sets):
     for folder, why in ((sets.folder / "not", "is not there"), (sets.folder / ARC, "is a file")):
         with pytest.raises(UserError, match=why), open_tasks(["arc_easy"], folder):

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 import eval.tasks
 from core.errors import UserError
 from eval.hub import go_offline_if_unreachable
-from eval.tasks import DEFINITIONS, open_tasks
+from eval.tasks import DEFINITIONS, _mentioned, open_tasks
 from tests.eval.small_sets import Sets
 
 NOBODY = "http://127.0.0.1:9"  # the port "discard": nothing listens there
@@ -36,8 +36,29 @@ def test_a_group_is_its_local_tasks(sets: Sets, tmp_path: Path):
         assert tasks.names == ["arc_easy", "arc_challenge"]
         assert list(tasks.load("arc_challenge", None)["tasks"]) == ["arc_challenge"]
         assert list(tasks.files("arc_challenge")) == ["arc/ARC-Challenge/test.jsonl"]
-    with pytest.raises(UserError, match="lm-eval has no task 'ai2_art'; near it are ai2_arc"):
-        open_tasks(["ai2_art"], tmp_path).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("arc_eazy", "; near it are arc_easy, "), ("arc", "; near"), ("ö", " ")]
+)
+def test_an_unknown_name_is_told_before_the_definitions_are_indexed(monkeypatch, tmp_path: Path, name, near):
+    monkeypatch.setattr(eval.tasks, "TaskManager", lambda: pytest.fail("indexes them"))
+    for folder in (tmp_path, None):
+        with pytest.raises(UserError, match=f"lm-eval has no task '{name}'{near}"):
+            open_tasks(["arc_easy", name], folder).__enter__()
+
+
+def test_a_value_that_is_no_name_is_told_by_the_index():
+    with pytest.raises(UserError, match="lm-eval has no task 'multiple_choice' "):
+        open_tasks(["multiple_choice"], None).__enter__()
+
+
+@pytest.mark.slow
+def test_no_name_is_unknown():
+    values, defined = _mentioned()
+    names = set(TaskManager().all_tasks)
+    assert names <= values
+    assert len(names) > 10_000 and len(names & defined) > 0.95 * len(names)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_soon(monkeypatch, tmp_path: Path, capfd):
