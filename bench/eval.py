@@ -22,7 +22,7 @@ from core.console import Table
 from core.errors import UserError, run_command
 from core.figures import require_json, write_json
 from eval.run import DEFAULT_TASKS
-from eval.settings import task_names
+from eval.settings import is_checkpoint, require_model, task_names
 from eval.tasks import open_tasks
 
 ROWS = ("hf", "torch", "jax")
@@ -86,12 +86,15 @@ def measure(config: EvalBenchConfig, row: str, dtype: str) -> dict[str, Any]:
 
 
 def in_process(argv: list[str], row: str, dtype: str) -> dict[str, Any]:
-    """A row in a process of its own, with its wall-clock seconds from start to end."""
+    """A row in a process of its own, with its wall-clock seconds from start to end. One that fails has said
+    why: this one ends with its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "row.json"
         started = time.monotonic()
         command = [sys.executable, "-m", "bench.eval", "--row", row, dtype, str(dump), *argv]
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
         wall = time.monotonic() - started
         return json.loads(dump.read_text(encoding="utf-8")) | {"wall": wall}
 
@@ -111,6 +114,21 @@ def agreement(ours: dict[str, list], theirs: dict[str, list]) -> str:
     return f"largest difference {largest:.1e}{others or '; the same choice on every question'}"
 
 
+def check(config: EvalBenchConfig) -> None:
+    """Refuses what cannot be measured before a row is."""
+    if unknown := set(config.dtypes) - set(DTYPES):
+        raise UserError(f"--dtypes names {unknown.pop()!r}: give float32, bfloat16 or both")
+    require_json(config.out)
+    for model in filter(None, (config.folder, config.run)):
+        require_model(model)
+    if is_checkpoint(config.folder):
+        raise UserError(f"{config.folder} is a checkpoint: give an exported folder, and its run with --run")
+    if config.run and not is_checkpoint(config.run):
+        raise UserError(f"--run {config.run} has no checkpoint: give the run of {config.folder}")
+    with open_tasks(task_names(config.tasks), config.data_dir):
+        pass
+
+
 def main() -> int:
     """The command."""
     argv, child = sys.argv[1:], []
@@ -121,9 +139,7 @@ def main() -> int:
         row, dtype, dump = child
         Path(dump).write_text(json.dumps(measure(config, row, dtype)), encoding="utf-8")
         return 0
-    if unknown := set(config.dtypes) - set(DTYPES):
-        raise UserError(f"--dtypes names {unknown.pop()!r}: give float32, bfloat16 or both")
-    require_json(config.out)
+    check(config)
     found = {
         (row, dtype): in_process(argv, row, dtype)
         for dtype in config.dtypes

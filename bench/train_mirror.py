@@ -17,8 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu import require_gpu
 from core import cli
+from core.config import preset
+from core.data.dataset import open_dataset
+from core.data.tuning_rows import read_rows
 from core.errors import run_command
+from core.folders import require_new
 from core.run.log import read_log
 
 
@@ -42,6 +47,7 @@ class Config:
 def main() -> int:
     """Runs everything in order; 1 if something is not as it should be."""
     config = cli.parse(Config, prog="python -m bench.train_mirror")
+    check(config)
     config.out.mkdir(parents=True)
     report: dict[str, Any] = {}
     with ThreadPoolExecutor() as pool:
@@ -60,6 +66,15 @@ def main() -> int:
     good = report["kernels"]["within"] and report["resume"] and report["memory"]
     good &= all(tuned["after"] < tuned["before"] for tuned in report["finetune"].values())
     return 0 if good else 1
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot be trained or kept before anything is."""
+    preset(config.preset)
+    require_new(config.out)
+    open_dataset(config.data)
+    read_rows(config.rows)
+    require_gpu("bench.train_mirror")
 
 
 def compare_kernels(config: Config) -> dict[str, Any]:
@@ -122,11 +137,12 @@ def finetune(config: Config, model: Path, name: str, *arguments: Any) -> dict[st
 
 
 def run(module: str, *arguments: Any) -> str:
-    """A command in a process of its own; it must succeed."""
+    """A command in a process of its own. One that fails has said why: this one ends with its exit code."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(f"$ {' '.join(command[1:])}\n{done.stdout}", flush=True)
-    done.check_returncode()
+    if done.returncode:
+        sys.exit(done.returncode)
     return done.stdout
 
 

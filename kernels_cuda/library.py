@@ -45,7 +45,8 @@ def load(backend: Backend = "auto") -> Source:
     global _loaded
     if backend == "torch":
         return Source(None, "plain PyTorch, as requested")
-    if _loaded is None:
+    first = _loaded is None
+    if first:
         found = find()
         if found.file is not None:
             try:
@@ -54,10 +55,11 @@ def load(backend: Backend = "auto") -> Source:
                 cause = error.__cause__ or error
                 found = Source(None, f"plain PyTorch, because {found.file} does not load: {cause}")
         _loaded = found
-        print(f"kernels: {found.reason}", file=sys.stderr)
     if backend == "cuda" and _loaded.file is None:
         raise UserError(
             f"cannot use the CUDA kernels: {_loaded.reason.removeprefix('plain PyTorch, because ')} "
             "(details: `python -m kernels_cuda.doctor`)"
         )
+    if first:
+        print(f"kernels: {_loaded.reason}", file=sys.stderr)
     return _loaded

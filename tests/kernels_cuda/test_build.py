@@ -244,8 +244,11 @@ def test_without_a_gpu_pytorch_runs_and_cuda_is_refused(monkeypatch: pytest.Monk
     assert library.load().file is None
     assert library.load().file is None
     assert capsys.readouterr().err.count("plain PyTorch, because") == 1  # said once
-    with pytest.raises(UserError, match="cannot use the CUDA kernels"):
-        library.load("cuda")
+    for loaded in (library._loaded, None):
+        monkeypatch.setattr(library, "_loaded", loaded)
+        with pytest.raises(UserError, match="cannot use the CUDA kernels"):
+            library.load("cuda")
+        assert not capsys.readouterr().err  # the refusal says it
     assert not registry.kernels_loaded()
     used = [why for name, why in doctor.facts() if name == "used"]
     assert used[0].startswith("plain PyTorch, because") and used[1].startswith("XLA's operations, because")
