@@ -68,7 +68,7 @@ class TrainingRun:
         folder, config = self.checkpoints, self.config
         step_dir = group.in_turn(lambda: find_start(folder, config.from_step, config.fallback, check, say))
         text = load_manifest(step_dir).to_json() if step_dir else ""
-        group.require_equal(text, f"checkpoint in {folder}")
+        group.require_equal(text, f"checkpoints in {folder}")
         return step_dir
 
     def resume(self, new: Manifest, old: Manifest) -> Manifest:

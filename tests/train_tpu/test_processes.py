@@ -135,6 +135,19 @@ def test_a_damaged_checkpoint_is_passed_over_by_naming_an_older_one(cache, text)
     verify(find_step(folder))
 
 
+def test_processes_that_would_resume_from_other_checkpoints_are_refused(cache, text):
+    """They would train on from different states, or wait for each other for ever."""
+    folder = cache / "shown-late"
+    command = (*COMMON, "--data", text, "--out", folder)
+    run(cache, *command, "--stop-at", "6", devices=4)
+    steps, before = list_steps(folder / "checkpoints"), losses(folder)
+    assert steps[-1] == 6 and len(steps) > 1
+    first, second = finish(start_two(cache, *command, environs=({}, {"HIDDEN": "6"}), module=SLOW))
+    assert (first[0], second[0]) == (2, 2)
+    assert "processes [1] have different checkpoints in" in sentence(first[2])
+    assert list_steps(folder / "checkpoints") == steps and losses(folder) == before
+
+
 def test_folders_that_are_not_the_same_are_refused_at_once(cache, text, tmp_path):
     """As from two machines that share no disk: the same relative path in different places."""
     environs = [{"SEAL_SECONDS": "0", "WORK": str(tmp_path / name)} for name in ("one", "two")]
