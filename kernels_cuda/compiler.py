@@ -117,13 +117,10 @@ BINDINGS = (TORCH, XLA)
 
 def find_nvcc() -> Path | None:
     """nvcc of $CUDA_HOME, of the PATH, of /usr/local/cuda or of the wheel nvidia-cuda-nvcc; None without."""
-    candidates = [
-        Path(home) / "bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home
-    ]
-    if on_path := shutil.which("nvcc"):
-        candidates.insert(0 if "CUDA_HOME" not in os.environ else 1, Path(on_path))
-    candidates += (Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path)
-    return next((path for path in candidates if path.is_file()), None)
+    home = os.environ.get("CUDA_HOME")
+    candidates = [home and Path(home) / "bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    candidates += [Path(folder) / "nvidia/cu13/bin/nvcc" for folder in sys.path]
+    return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
 
 
 def sources_hash(binding: Binding = TORCH) -> str:

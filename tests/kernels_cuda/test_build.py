@@ -169,6 +169,19 @@ def test_the_file_for_jax_loads_and_registers_without_a_gpu(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("home", ["given", "without nvcc", "", None])
+def test_nvcc_is_that_of_cuda_home_then_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home):
+    """An empty CUDA_HOME is none: once /usr/local/cuda came before the PATH then."""
+    for folder in ("given/bin", "path"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("CUDA_HOME", home and str(tmp_path / home))
+    assert compiler.find_nvcc() == tmp_path / ("given/bin/nvcc" if home == "given" else "path/nvcc")
+
+
 def test_a_file_for_jax_is_refused_by_an_older_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiler, "PACKAGE", tmp_path)
     monkeypatch.setattr(compiler, "CACHE", tmp_path / "cache")
