@@ -27,7 +27,7 @@ from core.figures import require_json, require_picture, write_json
 from core.folders import require_place, write_picture
 from core.sampling import Sampling
 from kernels_cuda import library
-from port_torch.decode import Generator
+from port_torch.decode import MOST_ROWS, Generator
 from port_torch.hf_config import stock_type
 from port_torch.model import Decoder
 from port_torch.sampling import stream
@@ -65,6 +65,10 @@ class DecodeBenchConfig:
         checks.counts(**checks.fields(self, "prompt", "new", "calls"))
         for batch in self.batch:
             checks.counts(batch=batch)
+            if self.profile is not None and batch > MOST_ROWS:
+                raise UserError(
+                    f"--profile looks at one step, of at most {MOST_ROWS} rows: --batch {batch} has several"
+                )
 
 
 Call = Callable[[list[list[int]], int], object]
@@ -232,13 +236,13 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
             if config.sampled:
                 add(name, batch, "ours, sampled", ours(generator, SAMPLED), config.calls)
             if config.profile:
-                profile(generator, batch, config.prompt, config.profile / f"{name}-{batch}.txt")
+                profile(generator, batch, config.prompt, config.new, config.profile / f"{name}-{batch}.txt")
     order = {(name, batch): i for i, (name, batch) in enumerate((n, b) for n in names for b in batches)}
     return sorted(rows, key=lambda row: order[row["model"], row["batch"]])
 
 
 @torch.inference_mode()
-def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
+def profile(generator: Generator, batch: int, prompt: int, new: int, path: Path) -> None:
     """The prompts' pass; the greedy step, at the middle of a text; and its kernels' mean times in the graph.
 
     These overlap: a kernel's time holds its wait for the one before.
@@ -256,7 +260,7 @@ def profile(generator: Generator, batch: int, prompt: int, path: Path) -> None:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(times: int) -> float:
-        step.position.fill_(160 - times // 2)
+        step.position.fill_(max(0, prompt + new // 2 - times // 2))
         begin.record()
         for _ in range(times):
             step.run()
