@@ -75,7 +75,7 @@ def batches(
 ) -> Iterator[Batch]:
     """All rows in batches, the longest first: what does not fit into memory says so at once.
 
-    The last batch of a width is filled up with rows that are not scored.
+    Where a shape is compiled, the last batch of a width is filled up with rows that are not scored.
     """
     widths = [width for width in WIDTHS if width < context] + [context]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs))
@@ -85,6 +85,8 @@ def batches(
         width = next(w for w in widths if w >= longest) if compiled else longest
         n_rows = max(1, budget // width // n_devices) * n_devices
         chosen = order[start : start + n_rows]
+        if not compiled:
+            n_rows = -(-len(chosen) // n_devices) * n_devices
         tokens = np.zeros((n_rows, width), np.int32)
         place, target, row = [], [], []
         for line, index in enumerate(chosen):
