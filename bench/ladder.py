@@ -6,16 +6,14 @@ of its own.
 """
 
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.gpu import require_gpu
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
-from bench.row_process import taken_row
+from bench.row_process import in_process, print_row, taken_row
 from core import cli
 from core.console import Table
 from core.errors import UserError, run_command
@@ -96,7 +94,7 @@ def main() -> None:
     library, argv = taken_row(sys.argv[1:])
     config = cli.parse(LadderConfig, argv, prog="python -m bench.ladder")
     if library:
-        print("ROWS " + json.dumps(rows_of(library, config)))
+        print_row({"rows": rows_of(library, config)})
         return
     require_json(config.json)
     require_picture(config.plot)
@@ -105,14 +103,10 @@ def main() -> None:
     rows = []
     for name in ("torch", "jax"):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "bench.ladder", "--row", name, *argv]
-        environment = os.environ | {"JAX_PLATFORMS": config.device}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-        if done.returncode:
-            raise UserError(
-                f"the process that measures {name} ended with {done.returncode}: it says why above"
-            )
-        rows += json.loads(done.stdout.rpartition("ROWS ")[2])
+        measured = in_process("bench.ladder", name, argv, os.environ | {"JAX_PLATFORMS": config.device})
+        if "failed" in measured:
+            raise UserError(f"the process that measures {name} failed: {measured['failed']}")
+        rows += measured["rows"]
     print_table(rows, config)
     write_json(config.json, rows)
     if config.plot:
