@@ -56,7 +56,8 @@ PUBLISHED_WIKITEXT = (
 NOTE = (
     "What does not compare: perplexities per token and per word, and those of different tokenizers, are of "
     "different units (bits per byte is the common one). TruthfulQA mc2 falls as models of this size get "
-    "better (TinyStories-28M 48.1, OPT-66B 35.4), so it is no headline. The original's table understates its "
-    "baselines (OPT-125M ARC-Easy 35.0, GPT-2 33.5) and mixes 25-shot with 0-shot values. One standard error "
-    "of a full set is about 1.0 point (ARC-Easy), 1.2 (ARC-Challenge), 2.1 (OpenBookQA), 1.5 (TruthfulQA)."
+    "better (TinyStories-28M 48.1, OPT-66B 35.4), so it does not measure quality. The original's table "
+    "understates its baselines (OPT-125M ARC-Easy 35.0, GPT-2 33.5) and mixes 25-shot with 0-shot values. "
+    "One standard error of a full set is about 1.0 point (ARC-Easy), 1.2 (ARC-Challenge), 2.1 (OpenBookQA) "
+    "and 1.5 (TruthfulQA)."
 )

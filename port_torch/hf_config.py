@@ -185,8 +185,8 @@ def model_config(content: Json) -> ModelConfig:
         known = None if ours else default
         return float(_read(content, name, known, _is_positive, "a positive number"))
 
-    def flag(name: str, default: bool, later: bool = False) -> bool:
-        known = None if ours and not later else default  # later: our older exports have no such key
+    def flag(name: str, later: bool = False) -> bool:
+        known = None if ours and not later else False  # later: our older exports have no such key
         return _read(content, name, known, lambda value: isinstance(value, bool), "true or false")
 
     def word(name: str, default: str | None) -> str:
@@ -203,8 +203,8 @@ def model_config(content: Json) -> ModelConfig:
     if kind == "qwen2":  # its class has them
         attention, qkv, mlp = False, True, False
     else:
-        attention, mlp = flag("attention_bias", False), flag("mlp_bias", False)
-        qkv = ours and flag("qkv_bias", False, later=True)
+        attention, mlp = flag("attention_bias"), flag("mlp_bias")
+        qkv = ours and flag("qkv_bias", later=True)
     if heads % kv_heads:
         _refuse(f"{heads} heads of queries for {kv_heads} of keys and values, which is no multiple")
     if activation not in MLPS or (not ours and activation != "silu"):
@@ -227,8 +227,8 @@ def model_config(content: Json) -> ModelConfig:
         mlp=MLPS[activation],
         biases=attention,
         qkv_biases=qkv and not attention,
-        qk_norm=kind == "qwen3" or (ours and flag("qk_norm", False, later=True)),
-        tied=flag("tie_word_embeddings", False),
+        qk_norm=kind == "qwen3" or (ours and flag("qk_norm", later=True)),
+        tied=flag("tie_word_embeddings"),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=number("rms_norm_eps", 1e-6),

@@ -45,9 +45,9 @@ def merge(path: Path, out: Path, base: Path | None, tokenizer: str | None) -> No
     model = opened.config
     if note := doubt(adapter, folder):
         print(note, file=sys.stderr)
-    holder, manifest = (adapter.path, adapter.manifest) if (path / FILE).exists() else (folder, None)
-    if holder == folder:
-        manifest = opened.folder.manifest
+    holder, manifest = folder, opened.folder.manifest
+    if (path / FILE).exists():
+        holder, manifest = adapter.path, adapter.manifest
     found = folder_tokenizer(holder, manifest, tokenizer, model.vocab_size)
     weights = {name: opened.folder.read(name).float() for name in opened.leaves}
     tuned, saved = with_adapter(transformers_model(model, weights), path), read_header(inside(path, WEIGHTS))

@@ -126,9 +126,9 @@ class Writer:
     tokenizer: Tokenizer
     sampling: Sampling
     max_new_tokens: int
-    generator: decode.Generator | None = None
+    generator: decode.Generator | None
     """Plain PyTorch if None."""
-    folder: Path | None = None
+    folder: Path
     """Where the model came from."""
 
     def identity(self) -> str:

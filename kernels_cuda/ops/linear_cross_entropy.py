@@ -1,8 +1,8 @@
 """Cross-entropy of the output head without the logits of a whole batch, as core/loss.py has it for JAX.
 
 The plain formula keeps float32 logits of every token and their gradient: 8 GiB for 32768 tokens and 32,000
-ids. Here logits are made in the type of the product (bfloat16 in training), for as many rows as fit in a
-gibibyte, and one pass over them makes the losses and puts the gradient where the logits were; two more
+ids. Here logits are made in the type of the product (bfloat16 in training), for as many rows as fit in
+LOGITS_BYTES, and one pass over them makes the losses and puts the gradient where the logits were; two more
 products turn that into the gradients of both inputs. All this happens in the forward pass; the backward pass
 scales what is there. Where nothing is differentiated, as in an evaluation, no gradient is made. Nothing waits
 for the device.
@@ -23,8 +23,7 @@ from kernels_cuda.registry import compute_type, declare, on_kernels, wide_type
 
 # Logits held at once: with the table's float32 gradient less than a gibibyte at 32768 x 768 x 32000, in
 # three chunks of 11008 rows. Their product for d_hidden is 258 tiles of 128 x 256, nearly twice the 132
-# multiprocessors of an H100; of four chunks of 8192 it would be 192,
-# half of them idle in the second round.
+# multiprocessors of an H100; of four chunks of 8192 it would be 192, half of them idle in the second round.
 LOGITS_BYTES = 768 * 2**20
 FEWEST_ROWS = 8192
 
