@@ -3,6 +3,7 @@
 The hub reads `model-index` from the front matter of README.md; huggingface_hub writes it.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from core.folders import write_atomically
 from eval.results import all_tasks, figures, protocol, shown, table
 
 HEADING = "## Evaluation with lm-evaluation-harness"
+SECTION = re.compile(rf"^{HEADING}\n\n(?:\|.*\n?)*", re.MULTILINE)
 
 
 def check_card(folder: Path) -> ModelCard:
@@ -28,7 +30,7 @@ def check_card(folder: Path) -> ModelCard:
 
 
 def update_card(folder: Path, content: dict[str, Any]) -> None:
-    """Writes the results into the card, in place of earlier ones of the same tasks."""
+    """Writes the results into the card, in place of earlier ones; what else is written in it stays."""
     card = check_card(folder)
     tasks = all_tasks(content)
     data = card.data
@@ -46,6 +48,8 @@ def update_card(folder: Path, content: dict[str, Any]) -> None:
         for task, entry in tasks.items()
         for metric, value, stderr in figures(entry)
     ]
-    text = card.text.split(f"\n{HEADING}\n")[0].rstrip()
-    section = f"{HEADING}\n\n{table(('task', 'metric', 'value', 'protocol'), rows)}"
-    write_atomically(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}\n\n{section}\n")
+    section = f"{HEADING}\n\n{table(('task', 'metric', 'value', 'protocol'), rows)}\n"
+    text, n_earlier = SECTION.subn(lambda _: section, card.text)
+    if not n_earlier:
+        text = f"{text.rstrip()}\n\n{section}"
+    write_atomically(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")

@@ -183,7 +183,10 @@ def test_results_of_another_model_are_kept(folder: Path, small: Made, sets: Sets
 
 
 def test_the_card(folder: Path, sets: Sets, tmp_path: Path):
-    """Written twice it says everything once; the hub's library reads it; the folder still verifies."""
+    """Written twice it says everything once; the hub's library reads it; the folder still verifies.
+
+    What its owner wrote below the results stays.
+    """
     text = ModelCard.load(folder / "README.md").text.strip()
     arguments = (
         folder,
@@ -200,7 +203,10 @@ def test_the_card(folder: Path, sets: Sets, tmp_path: Path):
     once = (folder / "README.md").read_text()
     command(*arguments, "arc_easy")
     assert (folder / "README.md").read_text() == once
+    own = "\n## Citation\n\nMine.\n"
+    (folder / "README.md").write_text(once + own)
     command(*arguments, "arc_easy,wikitext")
+    assert (folder / "README.md").read_text().endswith(f" |\n{own}")
     card = ModelCard.load(folder / "README.md")
     assert (
         card.text.strip().startswith(text)
