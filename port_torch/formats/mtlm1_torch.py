@@ -138,7 +138,7 @@ def _config(
         vocab_size=vocab,
         context=CONTEXT if context is None else context,
         d_model=d,
-        n_layers=max(layers) + 1,
+        n_layers=len(layers),
         n_heads=d // HEAD_SIZE if n_heads is None else n_heads,
         d_mlp=gate.shape[0],
         rope_theta=ROPE_THETA,

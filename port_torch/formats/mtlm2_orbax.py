@@ -139,7 +139,7 @@ def _config(item: Path, arrays: dict[str, np.ndarray]) -> ModelConfig:
     layers = {int(match[1]) for name in arrays if (match := re.match(r"block_(\d+)/", name))}
     vocab, d = arrays["tok_emb/embedding"].shape
     return ModelConfig(
-        vocab_size=vocab, context=arrays["pos_emb"].shape[0], d_model=d, n_layers=max(layers) + 1,
+        vocab_size=vocab, context=arrays["pos_emb"].shape[0], d_model=d, n_layers=len(layers),
         n_heads=arrays[query].shape[1], d_mlp=arrays[mlp].shape[1],
         positions="learned", mlp="gelu", biases=True, tied=False, norm_eps=NORM_EPS,
     )  # fmt: skip

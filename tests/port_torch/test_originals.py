@@ -95,6 +95,10 @@ def test_mtlm1_heads_are_64_wide_unless_told(tmp_path):
         (lambda w: w.pop("layers.1.norm2.weight"), "lacks the tensor layers.1.norm2.weight"),
         (lambda w: w.update({"extra": torch.ones(2)}), "holds the tensor extra"),
         (
+            lambda w: w.update({"layers.100000.norm1.weight": torch.ones(D)}),  # no table of as many layers
+            r"lacks the tensor layers.3.norm1.weight \(7 more",
+        ),
+        (
             lambda w: w.update({"norm_f.weight": torch.ones(D + 1)}),
             r"norm_f.weight of shape \[49\] where \[48\]",
         ),
@@ -202,6 +206,10 @@ def save_changed(state, change, folder: Path) -> Path:
     [
         (lambda p: p["block_1"].pop("RMSNorm_1"), "lacks the tensor block_1/RMSNorm_1/scale"),
         (lambda p: p.update({"extra": jnp.ones(2)}), "holds the tensor extra"),
+        (
+            lambda p: p.update({"block_100000": {"RMSNorm_0": {"scale": jnp.ones(D)}}}),
+            r"lacks the tensor block_3/RMSNorm_0/scale \(14 more",
+        ),
         (
             lambda p: p["norm_f"].update({"scale": jnp.ones(D - 1)}),
             r"norm_f/scale of shape \[47\] where \[48\]",
