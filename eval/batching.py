@@ -109,6 +109,9 @@ def score_rows(
     """Summed log-probability of each row's targets, in nats and float64; and whether all are the likeliest.
 
     report: is told the tokens of every batch that is done.
+
+    Raises:
+        UserError: a log-probability is not finite.
     """
     total, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
     waiting: tuple[Batch, Any] | None = None  # one batch is laid out while the device works on another

@@ -164,7 +164,11 @@ def check_models(config: CompareConfig) -> None:
 
 
 def report(folders: list[Path], contents: list[Record], seen: Seen | None = None) -> str:
-    """The tables: all scores, then every model against the first, without the questions that were `seen`."""
+    """The tables: all scores, then every model against the first, without the questions that were `seen`.
+
+    Raises:
+        UserError: no task can be compared.
+    """
     names = unique_names([content["model"]["name"] for content in contents])
     tasks = [all_tasks(content) for content in contents]
     shared = require_shared(names, tasks)

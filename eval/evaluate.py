@@ -34,6 +34,9 @@ def evaluate_task(
 
     Returns:
         What goes into the results (tasks and groups with metrics), and the scored questions of each task.
+
+    Raises:
+        UserError: its documents are not to be had (`Tasks.load`), or it cannot be run or scored here.
     """
     started = time.monotonic()
     model.task, model.n_truncated, model.bos_nats = name, 0, 0.0

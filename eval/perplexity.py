@@ -127,7 +127,7 @@ def count_words(text: str) -> int:
 def measure(
     backend: Backend, tokenizer: Tokenizer, text: str, stride: int
 ) -> dict[str, dict[str, float | int]]:
-    """The per-token perplexities of a text, by name, with what they are made of."""
+    """The per-token perplexities of a text and what they are made of, by name; a UserError if it is empty."""
     ids = [tokenizer.prefix, *tokenizer.encode(text).tolist()]
     n_bytes = len(text.encode())
     context = backend.context
@@ -184,7 +184,7 @@ def _words(nats: float, bos_nats: float, n_words: int, n_bytes: int) -> dict[str
 
 
 def wikitext_test(data_dir: Path | None) -> str:
-    """WikiText-2's raw test text, proved by its hash."""
+    """WikiText-2's raw test text; a UserError where it is not to be had, or its hash is another."""
     if data_dir is not None:
         text, where = read_text(data_dir / WIKITEXT_TEST), str(data_dir / WIKITEXT_TEST)
     else:

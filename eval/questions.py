@@ -35,7 +35,11 @@ def text_keys(document: Any) -> list[str]:
 
 
 def evaluated_folder(path: Path) -> Path:
-    """Where a model's results lie: the folder itself, or where eval.run puts those of a run or a folder."""
+    """Where a model's results lie: the folder itself, or where eval.run puts those of a run or a folder.
+
+    Raises:
+        UserError: it is none of these.
+    """
     if (path / RESULTS).exists():
         return path
     if not path.is_dir():
@@ -46,7 +50,11 @@ def evaluated_folder(path: Path) -> Path:
 
 
 def read_questions(folder: Path, task: str) -> dict[str, Record]:
-    """The scored questions of a task by what identifies them; equal ones are told apart by their order."""
+    """The scored questions of a task by what identifies them; equal ones are told apart by their order.
+
+    Raises:
+        UserError: they are not there, or damaged.
+    """
     path = folder / "questions" / f"{task}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

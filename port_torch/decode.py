@@ -167,6 +167,7 @@ class Step:
             self.graph.replay()
 
     def set_sampling(self, sampling: Sampling, first_row: int) -> None:
+        """How the next tokens are drawn; row i draws from numbers of (seed, first_row + i)."""
         self.real.copy_(torch.tensor([sampling.temperature, sampling.top_p]))
         self.whole.copy_(torch.tensor([sampling.top_k, sampling.seed, first_row]))
 

@@ -144,7 +144,7 @@ def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of the folder."""
+    """The object in a JSON file of the folder; a UserError where there is none."""
     file = inside(folder, name)
     try:
         content = json.loads(file.read_bytes())
@@ -209,7 +209,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file; their values stay on the disk."""
+    """The tensors of a safetensors file; their values stay on the disk.
+
+    Raises:
+        UserError: it is damaged, or holds a type that is not read.
+    """
     tensors: dict[str, TensorInfo] = {}
     try:
         with safe_open(file, framework="pt") as opened:

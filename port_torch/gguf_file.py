@@ -62,6 +62,7 @@ class Planned(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
+        """In the file, scales included."""
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
@@ -268,7 +269,11 @@ def add_tokenizer(
 
 
 def write_tensors(writer: gguf.GGUFWriter, opened: ModelFolder, tensors: list[Planned]) -> None:
-    """Writes everything, one tensor in memory at a time."""
+    """Writes everything, one tensor in memory at a time.
+
+    Raises:
+        UserError: a weight is too large for its type, or the disk is full.
+    """
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.type

@@ -244,7 +244,11 @@ def _steps(node: dict[str, Any] | None) -> list[str]:
 
 
 def stop_tokens(folder: Path, eos: int, n_rows: int) -> list[int]:
-    """The tokens besides `eos` at which transformers ends a text, as generation_config.json lists them."""
+    """The tokens besides `eos` at which transformers ends a text, as generation_config.json lists them.
+
+    Raises:
+        UserError: it lists something that is no id.
+    """
     if not inside(folder, "generation_config.json").is_file():
         return []
     listed = read_json(folder, "generation_config.json").get("eos_token_id")

@@ -55,7 +55,7 @@ def import_weights(config: "ImportConfig") -> None:
 
 
 def detect(path: Path) -> ModuleType:
-    """The module of the format that `path` has."""
+    """The module of the format that `path` has; a UserError where it has none of them."""
     for module in FORMATS:
         if module.recognises(path):
             return module

@@ -157,6 +157,9 @@ def open_distributed(device: str) -> Iterator[Distributed]:
     """The processes that torchrun started, or this one alone; their connection ends with the context.
 
     device: "auto", "cpu" or "cuda", as on the command line.
+
+    Raises:
+        UserError: there is no GPU, or fewer than processes.
     """
     kind = choose_device(device)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

@@ -125,7 +125,11 @@ def is_done(job: Job, step: int) -> bool:
 
 
 def choose_grad_accum_steps(job: Job, train_step: TrainStep, rows: int) -> int:
-    """Micro-batches of a rank's `rows` rows: --grad-accum-steps, or more for the memory."""
+    """Micro-batches of a rank's `rows` rows: --grad-accum-steps, or more for the memory.
+
+    Raises:
+        UserError: they do not divide the rows, or a single row does not fit.
+    """
     given = job.config.grad_accum_steps
     if rows % given:
         raise UserError(
@@ -171,7 +175,11 @@ def report_end(job: Job, console: Console) -> None:
 
 
 def open_tasks(config: TrainerConfig, tokenizer: Tokenizer, ranks: Distributed) -> Any:
-    """What evaluates --eval-tasks; None without: training needs the package eval only then."""
+    """What evaluates --eval-tasks; None without: training needs the package eval only then.
+
+    Raises:
+        UserError: lm-eval is not installed, there are several processes, or a task cannot be opened.
+    """
     if not config.eval_tasks:
         return None
     if ranks.size > 1:
