@@ -98,7 +98,7 @@ def compare_pages(
 ) -> Compared:
     """Compares bits per byte of the same N documents, given their bits: the t-test of a ratio of sums.
 
-    The difference is sum(second - first) / sum(bytes); its error that of the linearised ratio over documents.
+    The difference is sum(second - first) / sum(bytes); its error that of the linearized ratio over documents.
     """
     from scipy import stats  # slow
 

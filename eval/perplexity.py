@@ -6,7 +6,7 @@ The same model has several on the same text, which people compare with each othe
     token_stride     the same with overlapping windows, as Hugging Face's guide has it: every token but those
                      of the first window sees at least context - stride tokens before it
     word             exp(nats / words), words as lm-evaluation-harness counts them; WikiText by its pages,
-                     detokenised, and everything else as one document
+                     detokenized, and everything else as one document
     byte             bits per byte: of each of these; the only one that compares between tokenizers
 
 The text begins with `<s>` (`</s>` with a tokenizer that has none), which the per-token numbers do not score;
@@ -160,7 +160,7 @@ def measure_words(harness: "HarnessModel", text: str) -> dict[str, float | int]:
 
 
 def measure_wikitext_words(harness: "HarnessModel", data_dir: Path | None) -> dict[str, float | int]:
-    """The harness's task `wikitext`: pages, detokenised, words and bytes of the original."""
+    """The harness's task `wikitext`: pages, detokenized, words and bytes of the original."""
     from eval.evaluate import evaluate_task  # slow, as all of lm-eval
     from eval.tasks import open_tasks
 

@@ -18,7 +18,7 @@ between the recipes, which remains however many runs there are. Analysis of vari
     V_r    variance of the scores of the runs of r, at least M_r / N
     W      variance over questions of the difference of means, less M_a / S_a + M_b / S_b; at least 0
 
-A ratio of sums such as bits per byte has a weight for each question (its bytes). Its values are linearised,
+A ratio of sums such as bits per byte has a weight for each question (its bytes). Its values are linearized,
 value - ratio x weight, as in `eval.ratio`.
 
 The part of seeds alone has the degrees of freedom of Welch and Satterthwaite, often 2 or 3; W has N - 1. The

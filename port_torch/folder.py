@@ -68,7 +68,7 @@ def open_folder(path: Path) -> Folder:
 
     Raises:
         UserError: it is no such folder, it was changed, one of its paths leads out of it, or its weights are
-            pickled or quantised.
+            pickled or quantized.
     """
     if not path.is_dir():
         raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder")
@@ -222,7 +222,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 if part.get_dtype() not in DTYPES:
                     raise UserError(
                         f"{name} in {file} is of type {part.get_dtype()}: only float32, bfloat16 and "
-                        "float16 are read; give the weights as they were before they were quantised"
+                        "float16 are read; give the weights as they were before they were quantized"
                     )
                 tensors[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()], file)
     except (SafetensorError, OSError) as error:

@@ -26,7 +26,7 @@ def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
         return
     try:
         api = HfApi()
-        api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
+        api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organization has it
         # One that exists stays as visible as it was, whatever `private` says.
         public = private and not api.model_info(name).private
         if public:

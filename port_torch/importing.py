@@ -57,7 +57,7 @@ def import_weights(config: "ImportConfig") -> None:
 def detect(path: Path) -> ModuleType:
     """The module of the format that `path` has; a UserError where it has none of them."""
     for module in FORMATS:
-        if module.recognises(path):
+        if module.recognizes(path):
             return module
     raise UserError(
         f"{path} has no known format: give a folder with config.json and model.safetensors "

@@ -25,11 +25,11 @@ TOKENIZER, CONTEXT = "mistral", 1024
 
 @dataclasses.dataclass
 class PrepareConfig:
-    """Tokenise text and pack it for training. Needs no network and no accelerator (except `hf:`)."""
+    """Tokenize text and pack it for training. Needs no network and no accelerator (except `hf:`)."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")] = ()
     """Files (.txt, .jsonl, .ndjson, .json, .parquet, also with .gz, .bz2, .xz, .zst), folders, globs,
-    `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository, licences and readme files,
+    `builtin`, `tfds:NAME`, `hf:DATASET[:CONFIG]`. Of a folder or repository, licenses and readme files,
     splits other than train, and .txt files next to JSON or Parquet are left out, and listed; name them, or
     give a glob, to read them."""
     out: Path | None = None
@@ -70,7 +70,7 @@ class PrepareConfig:
     """Texts that --overlap looks for as well (repeatable): a file with a field `text`, such as
     `python -m eval.items` writes of evaluation tasks."""
     workers: int | None = None
-    """Processes that read, tokenise and write. Default: one per core. The result does not depend on it."""
+    """Processes that read, tokenize and write. Default: one per core. The result does not depend on it."""
     verify: Path | None = None
     """Only check this prepared folder: read all of it and compare it with its recorded hashes."""
 

@@ -76,7 +76,7 @@ class Workers:
             if code >= 0:  # its own traceback is on stderr
                 raise RuntimeError(f"a process that prepares data ended with code {code}") from error
             raise UserError(
-                f"a tokenising process was killed ({signal.Signals(-code).name}), as the system does when "
+                f"a tokenizing process was killed ({signal.Signals(-code).name}), as the system does when "
                 "memory runs out: free some, or prepare the data with fewer processes (--workers N)"
             ) from error
         if isinstance(result, Exception):

@@ -32,7 +32,7 @@ class LossSums(NamedTuple):
     """Sums over the targets that are not IGNORE, in nats."""
 
     total: Tensor
-    """What is minimised: cross-entropy + z_loss * lse^2. The gradient is that of this sum alone."""
+    """What is minimized: cross-entropy + z_loss * lse^2. The gradient is that of this sum alone."""
     nll: Tensor
     """The cross-entropy part, to report."""
 
@@ -47,7 +47,7 @@ def linear_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, z_loss:
         hidden: [..., D], the final hidden states. Under autocast the products have its type.
         table: [V, D], the head or the tied embedding; its gradient is added up in float32.
         targets: [...], int64.
-        z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
+        z_loss: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM, uses 1e-4).
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if not on_kernels(hidden, table):

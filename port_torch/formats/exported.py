@@ -13,7 +13,7 @@ from port_torch.model_folder import open_model
 NAME = "mtlm-export"
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Whether `path` is a folder with a manifest of ours."""
     return (path / EXPORT_MANIFEST).exists()
 
@@ -27,7 +27,7 @@ def read(path: Path) -> Imported:
     opened = open_model(path)
     manifest = opened.folder.manifest
     if manifest is None:
-        raise RuntimeError(f"{path} had a manifest when `recognises` looked, and has none now")
+        raise RuntimeError(f"{path} had a manifest when `recognizes` looked, and has none now")
     config = ModelConfig(**manifest.config["model"])
     for name, theirs in opened.config.function().items():
         ours = getattr(config, name)

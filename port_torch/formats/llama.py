@@ -9,7 +9,7 @@ from port_torch.model_folder import ModelFolder, open_model
 NAME = "llama"
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Whether `path` is a folder in the form of Hugging Face; `read` refuses models other than a Llama."""
     return (path / CONFIG).exists()
 

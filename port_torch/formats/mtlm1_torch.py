@@ -39,7 +39,7 @@ LAYER_TENSORS = {  # leaf -> the original's name within a layer, and the part of
 ROTATED = ("attn/q/kernel", "attn/k/kernel")
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Whether `path` is a file of PyTorch's."""
     return path.is_file() and path.suffix in PICKLES
 

@@ -40,7 +40,7 @@ OTHERS = {
 }
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Whether `path` is a folder that Orbax wrote, or a CheckpointManager's folder of steps."""
     return _find_item(path) is not None
 
@@ -54,7 +54,7 @@ def read(path: Path) -> Imported:
     """
     item = _find_item(path)
     if item is None:
-        raise ValueError(f"{path} holds no Orbax item, though `recognises` found one")
+        raise ValueError(f"{path} holds no Orbax item, though `recognizes` found one")
     arrays = _load(item)
     config = _config(item, arrays)
     expected = _expected(config)

@@ -193,7 +193,7 @@ def test_other_things_are_refused(tmp_path):
     (folder / "config.json").write_text("{}")
     refuse(folder, "holds neither model.safetensors nor")
     save_file({"x": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors")
-    refuse(folder, "x in .* is of type I8: .* quantised")
+    refuse(folder, "x in .* is of type I8: .* quantized")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -188,7 +188,7 @@ def test_mtlm2_from_a_manager_takes_the_newest_step(state, checkpoint, tmp_path)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         for step, content in ((9, state), (10, newer)):
             manager.save(step, args=ocp.args.StandardSave(content))
-    assert mtlm2_orbax.recognises(tmp_path / "run")
+    assert mtlm2_orbax.recognizes(tmp_path / "run")
     imported, plain = mtlm2_orbax.read(tmp_path / "run"), mtlm2_orbax.read(checkpoint)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), imported.params, plain.params)
 

@@ -39,7 +39,7 @@ CONTEXT = 32
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch) -> None:
-    """One tokenising worker where a test does not say how many."""
+    """One tokenizing worker where a test does not say how many."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
 
@@ -482,7 +482,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, real_workers):
     monkeypatch.setattr(workers, "start_process", start_and_kill)
     (tmp_path / "made").mkdir()
     source = write_jsonl(tmp_path / "t.jsonl", documents(50))
-    with pytest.raises(UserError, match=r"a tokenising process was killed \(SIGKILL\).*--workers N"):
+    with pytest.raises(UserError, match=r"a tokenizing process was killed \(SIGKILL\).*--workers N"):
         prepare([source], tmp_path / "made/out", "bytes", CONTEXT, workers=2)
     assert left_in(tmp_path / "made") == []
 
