@@ -22,9 +22,8 @@
 #   cost               USD 9.60 per hour, at USD 1.20 per chip-hour on demand       yours
 #                      (2026-11; check https://cloud.google.com/tpu/pricing)
 #   growing            18 to 36 s, 2.8 GiB of the host's memory (docs/STACKING.md)
-#   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
-#                      download. It needs no accelerator: where these hours cost, prepare on another machine and
-#                      give the folder as DATA.
+#   preparing, once    2.8 core-hours at 1.4M tokens/s per core (docs/RESULTS.md), and the download. It needs no
+#                      accelerator: where these hours cost, prepare on another machine and give the folder as DATA.
 #   disk               25 GB prepared (1.76 bytes per token, measured on 9.8M tokens of Wikipedia); about 36 GB of
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 6 GB for the runs and exports

@@ -21,9 +21,8 @@
 #   cost of that time  USD 62 to 68 at the original's speed, at USD 1.20 per        yours
 #                      chip-hour on demand (2026-11; check
 #                      https://cloud.google.com/tpu/pricing)
-#   preparing, once    1.3 h at 2.9M tokens/s (16 cores), 2.8 to 3.9 h on 2 cores (docs/RESULTS.md), and the
-#                      download. It needs no accelerator: where these hours cost, prepare on another machine and
-#                      give the folder as DATA.
+#   preparing, once    2.8 core-hours at 1.4M tokens/s per core (docs/RESULTS.md), and the download. It needs no
+#                      accelerator: where these hours cost, prepare on another machine and give the folder as DATA.
 #   disk               25 GB prepared (1.76 bytes per token, measured on 9.8M tokens of Wikipedia); about 36 GB of
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 1 GB for the run
