@@ -55,6 +55,8 @@ PLAIN = (
 TEMPLATES = {"chatml": (CHATML, ("<|im_start|>", "<|im_end|>")), "plain": (PLAIN, ())}
 """Name -> template, and the special tokens that it is written with."""
 NO_MARKS = MappingProxyType({"bos_token": "", "eos_token": ""})
+PLACEHOLDER = "\ue000{}\ue001"  # for what is said, by its turn's number: characters of private use
+PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
 PROBE = (Turn("user", "question"), Turn("assistant", "answer", learned=True))
 
 
@@ -223,7 +225,7 @@ class ChatFormat:
         turns = conversation.turns
         text = self._render(turns, asks=False)
         spans = [self._span(turns, place, text) for place, turn in enumerate(turns) if turn.learned]
-        ids, starts, ends = self._encode(text, turns)
+        ids, starts, ends = self._encode(text, turns, asks=False)
         learned = np.zeros(len(ids), bool)
         for start, end in spans:
             learned |= (ends > start) & (starts < end)
@@ -231,7 +233,7 @@ class ChatFormat:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """What the model is given to answer the last of these turns, which is the user's."""
-        return self._encode(self._render(turns, asks=True), turns)[0].tolist()
+        return self._encode(self._render(turns, asks=True), turns, asks=True)[0].tolist()
 
     def _span(self, turns: Sequence[Turn], place: int, text: str) -> tuple[int, int]:
         """Where in the text a turn of the assistant lies, up to the end of its last special token."""
@@ -248,13 +250,15 @@ class ChatFormat:
         """The text of these turns; asks: with what opens the assistant's answer."""
         return render(self.template, self.where, turns, asks, self._marks)
 
-    def _encode(self, text: str, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The ids of a rendered text, and where in it each begins and ends.
+    def _encode(
+        self, text: str, turns: Sequence[Turn], asks: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of a text that `_render` made, and where in it each begins and ends.
 
         A special token that a speaker spells is text: it is encoded apart, as what it is written with.
         """
         pieces, done = [], 0
-        for start, end in self._spelled_by_speakers(text, turns):
+        for start, end in self._spelled_by_speakers(text, turns, asks):
             pieces += [(done, text[done:start], False), (start, text[start:end], True)]
             done = end
         pieces.append((done, text[done:], False))
@@ -267,22 +271,33 @@ class ChatFormat:
             ends += [begin + end for _, end in encoding.offsets]
         return np.array(ids, np.int32), np.array(starts, np.int64), np.array(ends, np.int64)
 
-    def _spelled_by_speakers(self, text: str, turns: Sequence[Turn]) -> list[tuple[int, int]]:
-        """Where the text has special tokens that come from what is said, and not from the template."""
+    def _spelled_by_speakers(self, text: str, turns: Sequence[Turn], asks: bool) -> list[tuple[int, int]]:
+        """Where the text has special tokens that come from what is said, and not from the template.
+
+        Searching for what is said would not tell: a user may say just what the template begins a turn with.
+        So the template is rendered once more, with a placeholder for every content.
+        """
         if not any(self._spelled.search(turn.content) for turn in turns):
             return []
-        places, begin = [], 0
-        for turn in turns:
-            spelled = list(self._spelled.finditer(turn.content))
-            begin = text.find(turn.content.strip(), begin)
-            if begin < 0:
-                raise UserError(
-                    f"{self.where} changes what is said, and a turn spells one of its special tokens: "
-                    f"remove it from {turn.content[:40]!r}"
-                )
-            lead = len(turn.content) - len(turn.content.lstrip())
-            places += [(begin + found.start() - lead, begin + found.end() - lead) for found in spelled]
-            begin += len(turn.content.strip())
+        named = [turn._replace(content=PLACEHOLDER.format(place)) for place, turn in enumerate(turns)]
+        first, *rest = PLACEHOLDERS.split(self._render(named, asks))
+        said = [turns[int(place)].content for place in rest[::2]]
+        pattern = re.escape(first)
+        for content, after in zip(said, rest[1::2], strict=True):
+            forms = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
+            pattern += f"({'|'.join(map(re.escape, forms))}){re.escape(after)}"
+        found = re.fullmatch(pattern, text)
+        if found is None:
+            spells = next(turn.content for turn in turns if self._spelled.search(turn.content))
+            raise UserError(
+                f"{self.where} changes what is said, and a turn spells one of its special tokens: "
+                f"remove it from {spells[:40]!r}"
+            )
+        places = []
+        for number, content in enumerate(said, 1):
+            begin = found.start(number) - content.find(found[number])  # of the content, were it not stripped
+            spelled = self._spelled.finditer(content)
+            places += [(begin + token.start(), begin + token.end()) for token in spelled]
         return places
 
 
