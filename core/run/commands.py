@@ -1,5 +1,6 @@
 """Steering in the loop: commands as they come in are checked, logged and recorded, and give the settings."""
 
+import bisect
 import collections
 import dataclasses
 import json
@@ -81,7 +82,10 @@ class Steering:
         self._say(f"step {step}: not steered: {error}")
 
     def _record(self, step: int, command: Command) -> None:
-        self.records = [*self.records, Record(step=step, command=str(command))]
+        # Before what an earlier start recorded for later steps: that comes again, on top of this.
+        behind = bisect.bisect_right(self.records, step, key=lambda record: record["step"])
+        record = Record(step=step, command=str(command))
+        self.records = [*self.records[:behind], record, *self.records[behind:]]
         self.now = apply(self.now, command)
         self._start = dataclasses.replace(self._start, steps=self.now.steps)
         if self._inbox:

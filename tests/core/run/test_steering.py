@@ -12,6 +12,7 @@ import pytest
 
 from core.checkpoint.manifest import Manifest
 from core.errors import UserError
+from core.run.commands import Steering
 from core.run.folder import lock_folder, write_config
 from core.run.guard import GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_KEPT, EXIT_SAVED
@@ -202,6 +203,24 @@ def test_a_recorded_steering_is_applied_again_at_the_same_steps(tmp_path: Path):
         assert used == {s: 0.01 if s < 3 else 0.005 for s in range(start, 20) if s not in (8, 9)}
         assert engine.saved[-1].steering == records
     assert 8 in whole.controls and whole.saved[-1].steering is None
+
+
+def test_a_new_command_comes_before_what_is_recorded_for_later_steps(tmp_path: Path):
+    """The record stays in the order of its steps, and the later command holds from its step on, as logged."""
+    later = Record(step=50, command="lr=0.5x")
+    with running(tmp_path) as inbox:
+        log = RunLog(tmp_path, 0)
+        steering = Steering(START, [later], 30, inbox, log, lambda _: None)
+        send(tmp_path, ["lr=0.02"])
+        steering.obey(40, lambda text: text, lambda _: None, lambda _: None)
+        assert steering.records == read_record(tmp_path) == [Record(step=40, command="lr=0.02"), later]
+        assert steering.now.lr(40) == 0.02
+        steering.repeat(50)
+        log.close()
+    assert steering.now.lr(50) == 0.01
+    told = [row["command"] for row in read_log(tmp_path, "event")]
+    assert told == ["lr=0.02", "lr=0.5x"]
+    assert [steered(START, steering.records, step).lr(step) for step in (39, 40, 50)] == [0.01, 0.02, 0.01]
 
 
 def test_a_paused_run_is_saved_and_waits_for_continue_or_an_interrupt(tmp_path: Path, monkeypatch):
