@@ -71,6 +71,7 @@ ADVICE = {
     ("convert", Kind.WEIGHTS): "it is an exported folder already",
     ("grow", Kind.WEIGHTS): IMPORT,
     ("start", Kind.WEIGHTS): IMPORT,
+    ("replay", Kind.WEIGHTS): "only runs are replayed; give the run folder that it comes from",
     ("gguf", Kind.CHECKPOINT): "export it first, with `python -m port_torch.convert {path} FOLDER`",
     ("start", Kind.CHECKPOINT): "export it first, with `python -m port_torch.convert {path} FOLDER`",
     ("import", Kind.CHECKPOINT): "it needs no import; give it to `train_tpu.run --init-from` as it is",

@@ -129,8 +129,11 @@ def parse_scaling(text: str) -> Scaling:
     given: dict[str, float] = {}
     for part in parts:
         name, _, value = part.partition("=")
+        name = name.strip()
+        if name in given:
+            raise UserError(f"rope scaling {reprlib.repr(text)} gives {name} twice: give each value once")
         try:
-            given[name.strip()] = float(value)
+            given[name] = float(value)
         except ValueError:
             raise UserError(
                 f"rope scaling {reprlib.repr(text)} cannot be read at {reprlib.repr(part)}: write it like "

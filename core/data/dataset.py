@@ -104,9 +104,9 @@ class Dataset:
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             if size != recorded["bytes"]:
+                what = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(
-                    f"{file} is {'missing' if size is None else 'truncated'} "
-                    f"({recorded['bytes']} bytes expected, {size or 0} found): prepare the data again"
+                    f"{file} {what} where {MANIFEST} says {recorded['bytes']} bytes: prepare the data again"
                 )
         found = hash_files(self.path, hashed, sync=False)
         for name in hashed:

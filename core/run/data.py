@@ -84,7 +84,8 @@ def open_recorded_data(
     if isinstance(sources, str):
         return open_or_prepare(sources, tokenizer, context, CACHE, fingerprints_of(record))
     if "mixture" not in record:
-        raise UserError(f"the run was trained on one source without a name: give it so, --data {data[0]}")
+        path = next(iter(sources.values()))
+        raise UserError(f"the run was trained on one source without a name: give it so, --data {path}")
     return Mixture(open_sources(sources, tokenizer, context, fingerprints_of(record)), phases_of(record))
 
 

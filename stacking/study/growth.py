@@ -23,6 +23,7 @@ Seeds are paired, and every figure has their spread.
 """
 
 import dataclasses
+import math
 from typing import Any, get_args
 
 from core import checks
@@ -169,7 +170,7 @@ def best_rates(results: Results, tuning: list[Run], heldout: str | None) -> dict
         found.setdefault(arm, [])
         if losses is not None:
             loss = losses[heldout or next(iter(losses))]
-            if loss == loss:
+            if math.isfinite(loss):
                 found[arm].append((loss, run.labels["lr"]))
     for (arm, _), losses in found.items():
         if not losses:

@@ -130,6 +130,7 @@ def test_flops_by_hand():
         ({"d_model": -4}, "d_model"), ({"d_mlp": 0}, "d_mlp"), ({"context": 0}, "context"),
         ({"n_heads": 5}, "n_heads"), ({"n_heads": 16}, "even"), ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"), ({"dropout": float("nan")}, "dropout"),
+        ({"rope_scaling": "linear,factor=2,factor=4"}, "gives factor twice"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be(change, named):

@@ -10,11 +10,13 @@ import pytest
 
 from core.checkpoint.manifest import load_manifest, seal
 from core.errors import UserError
-from core.folder_kinds import Kind, kind_of
+from core.folder_kinds import ADVICE, Kind, kind_of
 from eval.models import open_model
 from eval.questions import evaluated_folder
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "7b5e0bc"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "7b5e0bc"
+PACKAGES = ("core", "train_tpu", "stacking", "port_torch", "eval")
 KINDS = {
     "mtlm1": Kind.CHECKPOINT,
     "mtlm2": Kind.CHECKPOINT,
@@ -31,6 +33,17 @@ def refusal(module: str, *arguments: str | Path) -> str:
         patch.setattr("sys.argv", [module, *map(str, arguments)])
         command.main()
     return str(refused.value)
+
+
+def test_there_is_advice_for_every_kind_that_a_command_does_not_take():
+    """Whatever a command is given for, as the sources of all commands have it."""
+    sources = (file.read_text() for folder in PACKAGES for file in (ROOT / folder).rglob("*.py"))
+    calls = [found for text in sources for found in re.findall(r"[^f] require_kind\((.*)\)\n", text)]
+    purposes = {(purpose, call) for call in calls for purpose in re.findall(r'"(\w+)"', call)}
+    assert {"generate", "chat", "replay", "grow"} <= {purpose for purpose, _ in purposes}
+    for purpose, call in purposes:
+        for kind in (Kind.CHECKPOINT, Kind.WEIGHTS):
+            assert f"Kind.{kind.name}" in call or (purpose, kind) in ADVICE
 
 
 @pytest.fixture
@@ -62,14 +75,16 @@ def test_what_a_folder_is(finished: Path, tmp_path: Path):
         ("port_torch.convert", "mtlm1-export", "is an exported folder already"),
         ("port_torch.import_checkpoint", "mtlm1", "train_tpu.run --init-from` as it is"),
         ("stacking.grow", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
+        ("train_tpu.replay.__main__", "hf:owner/name", "give the run folder that it comes from"),
         ("train_tpu.run", "mtlm1-export", "python -m port_torch.import_checkpoint {path} CHECKPOINT`"),
         ("port_torch.finetune", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
         ("port_torch.train", "mtlm1", "python -m port_torch.convert {path} FOLDER`"),
     ],
 )
 def test_the_right_command_is_named(module: str, given: str, advice: str, tmp_path: Path):
-    path, out = FIXTURES / given, tmp_path / "out"
+    path, out = Path(given) if given.startswith("hf:") else FIXTURES / given, tmp_path / "out"
     arguments = {
+        "train_tpu.replay.__main__": (path, "--step", "0"),
         "port_torch.convert": (path, out),
         "port_torch.import_checkpoint": (path, out),
         "port_torch.finetune": (path, "--data", tmp_path / "no.jsonl", "--out", out),

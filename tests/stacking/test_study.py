@@ -27,6 +27,7 @@ from stacking.study import experiment, fits, report, saturation, tuning
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
+from stacking.study.growth import best_rates
 from stacking.study.growth_report import Arm, Point, at_equal_flops, flops_to_reach, make_table
 from stacking.study.results import open_results, read_results, thinned
 from stacking.study.runs import Run
@@ -361,6 +362,18 @@ def test_growth_tunes_every_arm_and_then_decays_it_where_the_others_are(
     assert "| scratch | 0.01 |" in table and "| small | 0.02 |" in table and "| stack at 10 | 0.02 |" in table
     assert len([line for line in table.splitlines() if line.startswith("| stack at 10 |")]) == 2
     assert len(training.made) == len(set(training.made))
+
+
+def test_an_arm_without_a_finite_loss_at_any_rate_has_no_best():
+    runs = [
+        Run(f"{arm}-{lr:g}", None, 40, {"arm": arm, "grown_at": 0, "lr": lr})
+        for arm in ("scratch", "small") for lr in (0.01, 0.02)
+    ]  # fmt: skip
+    losses = {"scratch-0.01": 3.0, "scratch-0.02": math.inf, "small-0.01": math.nan, "small-0.02": math.inf}
+    results = SimpleNamespace(losses=lambda name: {"valid": losses[name]})
+    assert best_rates(results, runs[:2], "valid") == {("scratch", 0): 0.01}
+    with pytest.raises(UserError, match="small came to a finite loss at none of its rates"):
+        best_rates(results, runs, "valid")
 
 
 def arm(op: str, seed: int, ends: list[tuple[int, float, float]], grown_at: int = 0) -> Arm:

@@ -387,9 +387,11 @@ def test_verify_names_the_damaged_file(tmp_path):
             file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
             with pytest.raises(UserError, match=f"{file.name} is corrupt"):
                 dataset.verify()
-            file.write_bytes(original[:-1])
-            with pytest.raises(UserError, match=f"{file.name} is truncated"):
-                open_dataset(out)
+            for other in (original[:-1], original + b"0"):
+                file.write_bytes(other)
+                sizes = rf"{file.name} has {len(other)} bytes where dataset\.json says {len(original)}"
+                with pytest.raises(UserError, match=sizes):
+                    open_dataset(out)
             file.unlink()
             with pytest.raises(UserError, match=f"{file.name} is missing"):
                 open_dataset(out)

@@ -13,7 +13,7 @@ from core.data.mixture import Mixture, Phase, parse_mixture, phases_of
 from core.data.prepare import append, prepare
 from core.errors import UserError
 from core.run import data as run_data
-from core.run.data import choose_run_tokenizer, data_rows, find_phases, open_data
+from core.run.data import choose_run_tokenizer, data_rows, find_phases, open_data, open_recorded_data
 from core.run.folder import check_run_folder, run_record, write_config
 from core.run.log import RunLog
 from core.run.settings import model_config
@@ -234,3 +234,8 @@ def test_a_run_keeps_the_version_that_it_began_on(tmp_path, monkeypatch, capsys,
     assert f"data {out}: version 1 of 2, {first[:12]}, with which this run began" in capsys.readouterr().out
     assert opened(tmp_path / "another") == newest and "version 2 of 2" in capsys.readouterr().out
     assert opened(tmp_path / "run", allow_change=("data",)) == newest
+
+
+def test_a_run_on_one_source_without_a_name_is_given_it_without_one():
+    with pytest.raises(UserError, match=r"without a name: give it so, --data text/here$"):
+        open_recorded_data(("wiki=text/here",), {"fingerprint": "f"}, "bytes", 8)
