@@ -206,7 +206,7 @@ def training_flags(model: ModelConfig, n_ids: int) -> str:
     """
     nearest = nearest_preset(model)
     fields = _differing(model, PRESETS[nearest]) + (["vocab_size"] if model.vocab_size != n_ids else [])
-    overrides = (f"--{name.replace('_', '-')} {said(model, name)}" for name in fields)
+    overrides = (f"--{name.replace('_', '-')} {typed_value(model, name)}" for name in fields)
     return " ".join([f"--preset {nearest}", *overrides])
 
 
@@ -220,9 +220,9 @@ def _differing(model: ModelConfig, given: ModelConfig) -> list[str]:
     return [k for k, v in given.function().items() if k != "vocab_size" and wanted[k] != v]
 
 
-def said(model: ModelConfig, name: str) -> Any:
-    """The value of a field as it is typed: what stands for the default has to be said where a preset has
-    another value."""
+def typed_value(model: ModelConfig, name: str) -> Any:
+    """The value of a model's field as an option gives it: None, which stands for a default, as that default,
+    since a preset may have another value."""
     default = {"n_kv_heads": model.kv_heads, "head_dim": model.head_size, "rope_scaling": "none"}
     value = getattr(model, name)
     return default[name] if value is None else value

@@ -188,7 +188,7 @@ def converse(session: Session, about: str) -> int:
 
 
 def obey(session: Session, line: str) -> bool:
-    """Does what a command says; returns whether the conversation goes on.
+    """Does what a command says; returns whether the conversation continues.
 
     Raises:
         UserError: there is no such command.

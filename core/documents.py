@@ -26,7 +26,7 @@ class DocumentMark(NamedTuple):
 
 
 def document_mark(tokenizer: Tokenizer) -> DocumentMark:
-    """That of a tokenizer. There is none without a token for the end of a document."""
+    """That of a tokenizer: every one has a token for the end of a document, if none for its beginning."""
     return DocumentMark(tokenizer.prefix, twice=tokenizer.bos == tokenizer.eos)
 
 

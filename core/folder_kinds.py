@@ -8,7 +8,7 @@ from core.checkpoint.manifest import EXPORT_MANIFEST, MANIFEST, TORCH, load_mani
 from core.checkpoint.steps import find_step, list_steps, step_path
 from core.cli import command
 from core.errors import UserError
-from core.hub_models import is_hub_name, parse
+from core.hub_models import is_hub_name, parse_hub_name
 
 DATASET = "dataset.json"  # of prepared data
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter, as peft has it
@@ -88,7 +88,7 @@ def require_kind(path: Path, purpose: str, *kinds: Kind) -> None:
         purpose: what it was given for, as `ADVICE` has it.
     """
     if is_hub_name(path):
-        parse(path)  # refuses a misspelt one
+        parse_hub_name(path)  # refuses a misspelt one
         kind = Kind.WEIGHTS
     else:
         kind = kind_of(path)

@@ -69,7 +69,7 @@ def is_hub_name(path: Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def parse(path: Path) -> HubName:
+def parse_hub_name(path: Path) -> HubName:
     """The name that a path is; a UserError where none can be like that."""
     found = NAME.fullmatch(str(path))
     if not found or "--" in found["repository"] or ".." in str(path):
@@ -90,7 +90,7 @@ def local(path: Path) -> Path:
             it is not in the cache and the Hub cannot be reached.
     """
     if is_hub_name(path):
-        return _fetch(parse(path))
+        return _fetch(parse_hub_name(path))
     if not path.exists():
         raise UserError(
             f"{path} is not there: give a folder, or hf:OWNER/NAME for a model on the Hugging Face Hub"

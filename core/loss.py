@@ -43,7 +43,7 @@ def cross_entropy(
 
     Args:
         hidden: final hidden states; their type is that of the matrix products.
-        table: the head, one row an id. Logits, softmax and the table's gradient are float32.
+        table: the head, one row per id. Logits, softmax and the table's gradient are float32.
         z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022, PaLM, uses 1e-4).
         chunk: the most rows whose logits are held at once per device; chunks are of equal size.
         mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of

@@ -84,7 +84,7 @@ class ForwardContext:
     """Of `rotary_angles`; None without rotary positions."""
     dropout: float
     dropout_keys: Key[Array, " B"] | None
-    """One a sequence; None means no dropout."""
+    """One per sequence; None means no dropout."""
     documents: Int[Array, "B S"] | None = None
     """Numbers that rise along a row, at whose changes attention ends; None: a row is one document."""
     cache: KVCache | None = None
@@ -304,7 +304,7 @@ class Embedding(nnx.Module):
         return self.table[...][index]
 
 
-Look = Callable[[Block, Array, Array, ForwardContext], Any]
+LayerHook = Callable[[Block, Array, Array, ForwardContext], Any]
 """Takes a layer, the residual stream [B, S, D] before and after it, and what the layer was handed down."""
 
 
@@ -329,7 +329,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         positions: Int[Array, "B S"] | None,
         documents: Int[Array, "B S"] | None = None,
-        look: Look | None = None,
+        hook: LayerHook | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
         c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
@@ -337,7 +337,7 @@ class Decoder(nnx.Module):
         x = scoped("embed", self.embed_tokens, tokens, ctx)
         # A kernel adds what a layer leaves in the pass of the next one's norm. Not where layers are
         # recomputed: both would have to be kept for each.
-        adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none" and not look
+        adds_late = norms_run_on(compute.kernels, c.d_model) and compute.remat == "none" and not hook
 
         def layer(stream, inputs):
             block, number, cache = inputs
@@ -346,7 +346,7 @@ class Decoder(nnx.Module):
             x, branch, cache = block(*stream, ctx_of_layer)
             if not adds_late:
                 x, branch = constrain_activations(x + branch, compute.mesh), None
-            seen = look(block, stream[0], x, ctx_of_layer) if look else None
+            seen = hook(block, stream[0], x, ctx_of_layer) if hook else None
             return (x, branch), (cache, seen)
 
         inputs = (self.layers, jnp.arange(c.n_layers), cache)
@@ -451,14 +451,14 @@ def _modules(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
 
 
 def _run(
-    config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, documents=None, look=None,
+    config, params, tokens, compute, dropout_keys=None, cache=None, positions=None, documents=None, hook=None,
     adapters=None,
 ):  # fmt: skip
     require_shapes(config, params)
     model = nnx.merge(definition(config), params)
     for path, adapter in (adapters or {}).items():
         functools.reduce(getattr, path.split("/"), model).adapter = adapter
-    return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, documents, look)
+    return naming_shapes("", model, tokens, compute, dropout_keys, cache, positions, documents, hook)
 
 
 def forward(
@@ -474,7 +474,7 @@ def forward(
 
     Args:
         tokens: ids below the vocabulary (larger ones would be clamped silently: check them before).
-        dropout_keys: one key a sequence; None means no dropout.
+        dropout_keys: one key per sequence; None means no dropout.
         documents: numbers that rise along a row (core/documents.py). Each stretch of one number is a sequence
             of its own: it sees nothing of the others, and its positions begin at 0. None: a row is one.
         adapters: of linear maps, by the paths of these ("layers/attn/q").
@@ -482,16 +482,16 @@ def forward(
     return _run(config, params, tokens, compute, dropout_keys, documents=documents, adapters=adapters)[0]
 
 
-def forward_looked_at(
+def forward_with_hook(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B S"],
     compute: Compute,
-    look: Look,
+    hook: LayerHook,
     documents: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
-    """As `forward`, without dropout; and what `look` gives of every layer, on a first axis [L]."""
-    hidden, _, seen = _run(config, params, tokens, compute, documents=documents, look=look)
+    """As `forward`, without dropout; and what `hook` gives of every layer, stacked on a first axis [L]."""
+    hidden, _, seen = _run(config, params, tokens, compute, documents=documents, hook=hook)
     return hidden, seen
 
 

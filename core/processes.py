@@ -97,7 +97,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     if state.num_processes > 1:
         _watch = Watch(state.client, state.process_id, state.num_processes, SILENCE)
         atexit.register(_watch.leave)  # before JAX's own farewell, which was registered earlier
-    said = int(tell_all(str(state.num_processes)))
+    said = int(broadcast(str(state.num_processes)))
     if said != state.num_processes:  # JAX does not mind; the watch would wait for one that there is not
         raise UserError(
             f"--num-processes is {state.num_processes} here and {said} in process 0: give all the same"
@@ -180,13 +180,13 @@ def are_several() -> bool:
     return jax.process_count() > 1
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when every process has come here."""
-    meeting(what)()
+    reserve_barrier(what)()
 
 
-def meeting(what: str) -> Callable[[], None]:
-    """What `wait_for_all` waits for, to be called later, from a thread: every process must ask for it now."""
+def reserve_barrier(what: str) -> Callable[[], None]:
+    """What `barrier` waits for, to be called later, from a thread: every process must ask for it now."""
     name = f"mtlm/{next(_calls)}/{what}"
 
     def wait() -> None:
@@ -196,7 +196,7 @@ def meeting(what: str) -> Callable[[], None]:
     return wait
 
 
-def tell_all(value: str) -> str:
+def broadcast(value: str) -> str:
     """The first process's value, in every process; all must ask."""
     if not are_several():
         return value
@@ -221,9 +221,9 @@ def in_turn(action: Callable[[], T]) -> T:
     """
     if is_first():
         made = action()
-        wait_for_all("the first has made it")
+        barrier("the first has made it")
         return made
-    wait_for_all("the first has made it")
+    barrier("the first has made it")
     return action()
 
 
@@ -238,7 +238,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 def require_shared(folder: Path) -> None:
     """`core.run.folder.require_shared` among these processes."""
     if are_several():
-        core.run.folder.require_shared(folder, is_first(), tell_all, lambda flag: any_of(flag)[0])
+        core.run.folder.require_shared(folder, is_first(), broadcast, lambda flag: any_of(flag)[0])
 
 
 def require_equal(value: str, what: str) -> None:

@@ -180,7 +180,7 @@ class _Display:
                 visible=visible,
             )  # fmt: skip
         self._bars.refresh()
-        self.show(activity, activity.is_due())
+        self.show(activity, activity.is_due())  # the innermost, which was opened last
 
 
 def _open_display(console: Console | None) -> _Display | None:

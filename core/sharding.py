@@ -1,4 +1,4 @@
-"""Where arrays lie: the device mesh, and how parameters, optimizer state and batches are laid over it.
+"""The device mesh, and how parameters, optimizer state and batches are sharded over it.
 
 This is the only module that knows the mesh. It always has three axes, of size 1 where nothing is said:
 
@@ -63,8 +63,8 @@ def parse_mesh(text: str | None, n_devices: int) -> MeshShape:
     """The mesh that `text` ("fsdp=4,tensor=2") describes; None: all devices on `data`.
 
     Raises:
-        UserError: the text is malformed, names an axis that there is not or one twice, or is of another
-            number of devices.
+        UserError: the text is malformed, has an unknown or a repeated axis, or is for another number of
+            devices.
     """
     if text is None:
         return MeshShape(data=n_devices)
@@ -116,7 +116,7 @@ def check_mesh(model: ModelConfig, shape: MeshShape, batch: int, grad_accum_step
     """Refuses a mesh that a model, or a batch in `grad_accum_steps` parts, cannot be divided over equally.
 
     Raises:
-        UserError: says which of them, and by how much.
+        UserError: says which size does not divide, and a mesh or a batch that would.
     """
     for what, size, axis, parts in (
         ("heads", model.n_heads, "tensor", shape.tensor),
@@ -225,7 +225,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 class Layout(NamedTuple):
-    """How one leaf lies."""
+    """How one leaf is sharded."""
 
     path: str
     shape: tuple[int, ...]
@@ -235,7 +235,7 @@ class Layout(NamedTuple):
 
 
 def layouts(mesh: Mesh | AbstractMesh, tree: Any) -> Iterator[Layout]:
-    """How every leaf of a tree (of arrays, or of shapes and types) lies on a mesh."""
+    """How every leaf of a tree (of arrays, or of shapes and types) is sharded over a mesh."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = path_names(path)
         spec = split_axes(names, leaf.shape, mesh.shape)

@@ -13,7 +13,7 @@ from core.extras import install_command
 from core.gpu_memory import require_free_memory
 from core.hub_models import origin
 from core.model import abstract_params
-from core.run.settings import FREE_SETTINGS, resolved, today
+from core.run.settings import FREE_SETTINGS, current_names, resolved
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from eval.batching import Backend
 from eval.flax_backend import FlaxBackend
@@ -109,7 +109,7 @@ def _training(manifest: Manifest) -> dict[str, Any] | None:
     that change losses; None for a model that was not trained here."""
     if "run" not in manifest.config or manifest.data is None:
         return None
-    run = resolved(today(manifest.config["run"]))
+    run = resolved(current_names(manifest.config["run"]))
     sources = manifest.data.get("mixture", {}).get("sources", {"": manifest.data["fingerprint"]})
     return {
         "seed": run.pop("seed"),

@@ -7,7 +7,7 @@ from core.checkpoint.manifest import MANIFEST, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from core.hub_models import is_hub_name, origin, parse
+from core.hub_models import is_hub_name, origin, parse_hub_name
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -39,7 +39,7 @@ def results_folder(path: Path) -> Path:
         step_dir = find_step(path)
         return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
     if published := origin(path):
-        return Path(f"{parse(Path(published)).repository.partition('/')[2]}-eval").absolute()
+        return Path(f"{parse_hub_name(Path(published)).repository.partition('/')[2]}-eval").absolute()
     return path.absolute().with_name(f"{path.absolute().name}-eval")
 
 

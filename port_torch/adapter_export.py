@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, seal
 from core.config import ModelConfig
-from core.hub_models import is_hub_name, parse
+from core.hub_models import is_hub_name, parse_hub_name
 from core.lora import MAPS, LoraConfig
 from core.tokenizer import Tokenizer
 from port_torch.adapter import BASE_HASH, CONFIG, PREFIX, WEIGHTS, transformers_model, with_adapter
@@ -95,7 +95,7 @@ def peft_config(trained: Trained) -> dict[str, object]:
     """The content of adapter_config.json."""
     lora, name, revision = trained.lora, str(trained.base.absolute()), None
     if is_hub_name(trained.base):
-        name, revision = parse(trained.base)
+        name, revision = parse_hub_name(trained.base)
     modules = [MAPS[name].exported.rpartition(".")[2] for name in lora.targets(trained.model)]
     return {
         "peft_type": "LORA",

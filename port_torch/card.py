@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from core.checkpoint.manifest import CHANGE, Manifest
 from core.config import ModelConfig
 from core.data.mixture import describe_phases, phases_of
-from core.hub_models import PREFIX, parse
+from core.hub_models import PREFIX, parse_hub_name
 from core.run.log import read_log
 from core.tokenizer import Tokenizer
 from core.tokenizer_json import as_library
@@ -84,7 +84,7 @@ def model_card(
 def base_model(manifest: Manifest) -> str | None:
     """The model of the Hugging Face Hub, OWNER/NAME, that the parameters come from."""
     published = [entry["path"] for entry in manifest.lineage if entry.get("path", "").startswith(PREFIX)]
-    return parse(Path(published[-1])).repository if published else None
+    return parse_hub_name(Path(published[-1])).repository if published else None
 
 
 def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:

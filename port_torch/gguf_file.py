@@ -23,7 +23,7 @@ from core.chat import folder_template
 from core.config import ModelConfig
 from core.errors import UserError
 from core.folders import require_space, whole_file
-from core.hub_models import origin, parse
+from core.hub_models import origin, parse_hub_name
 from core.progress import Activity
 from core.rope import KINDS
 from core.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ def add_origin(writer: gguf.GGUFWriter, folder: Path, n_params: int) -> None:
             )
     published = origin(folder)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(parse(Path(published)).repository if published else name)
+    writer.add_name(parse_hub_name(Path(published)).repository if published else name)
     writer.add_size_label(gguf.size_label(n_params, n_params, 0, 0))
     if isinstance(card.get("license"), str):
         writer.add_license(card["license"])

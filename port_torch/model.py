@@ -213,7 +213,7 @@ class Block(nn.Module):
 
 Stream = tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"] | None]
 """The residual stream, and what a branch is still to add to it."""
-Look = Callable[[Block, Stream, Stream, tuple[Tensor, Tensor] | None], None]
+LayerHook = Callable[[Block, Stream, Stream, tuple[Tensor, Tensor] | None], None]
 """Takes a layer, the stream before and after it, and the angles of rotary positions."""
 
 
@@ -260,9 +260,9 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         documents: Int[Tensor, "B S"] | None = None,
         starts: Int[Tensor, " M"] | None = None,
-        look: Look | None = None,
+        hook: LayerHook | None = None,
     ) -> Stream:
-        """What the final norm is of. look: is shown every layer."""
+        """What the final norm is of. hook: is shown every layer."""
         if (positions is None) != (cache is None):
             raise ValueError("positions are those of a cache's rows: give both or neither")
         x, rotation, visible = self.begin(tokens, positions, documents, starts)
@@ -271,8 +271,8 @@ class Decoder(nn.Module):
             of_layer = None if cache is None else KVCache(cache.k[number], cache.v[number])
             before = x, branch
             x, branch = layer(x, branch, rotation, of_layer, positions, visible, starts)
-            if look is not None:
-                look(layer, before, (x, branch), rotation)
+            if hook is not None:
+                hook(layer, before, (x, branch), rotation)
         return x, branch
 
     def begin(

@@ -32,7 +32,7 @@ class JaxSettings(TrainingSettings):
     and optimizer state, all-gather on use; tensor: split heads, MLP and vocabulary. The result is the same up
     to rounding. Default: all devices on data."""
     show_sharding: bool = False
-    """Print how every parameter lies on the devices, and stop before training."""
+    """Print how every parameter is sharded over the devices, and stop before training."""
     attention: Literal["auto", "xla", "cudnn", "triton", "splash"] = "auto"
     """Attention implementation. auto: cudnn on a GPU (with --deterministic triton) and splash on a TPU where
     they can be used, else xla."""

@@ -17,7 +17,7 @@ from core.data.sequences import Batch as PackedBatch
 from core.errors import UserError
 from core.generation import Generator
 from core.model import Params
-from core.processes import any_of, are_several, is_first, tell_all
+from core.processes import any_of, are_several, broadcast, is_first
 from core.run.cadence import NO_FLAGS, Flags
 from core.run.engine import Device, Metrics, News, TaskScore
 from core.run.guard import GuardConfig
@@ -86,7 +86,7 @@ class JaxEngine:
 
     def share(self, text: str) -> str:
         """See `Engine`."""
-        return tell_all(text)
+        return broadcast(text)
 
     def dispatch(self, batch: LoadedBatch, step: int, lr: float, guard: GuardConfig) -> StepMetrics:
         """See `Engine`."""

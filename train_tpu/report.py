@@ -86,7 +86,7 @@ def tuning_rows(config: FinetuneConfig, data: TuningData, n_trained: int) -> lis
 
 
 def describe_layout(state: TrainState, mesh: Mesh) -> Table:
-    """How every parameter lies on the devices, with the bytes of it and of its moments on each.
+    """How every parameter is sharded over the devices, with the bytes of it and of its moments on each.
 
     state: arrays, or shapes and types.
     """

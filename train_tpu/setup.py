@@ -198,7 +198,7 @@ def prepare_run(config: RunConfig) -> Pretraining:
     say_notes(config, model, steps, shape, out, console)
 
     # What the run starts from is opened before its folder is made, so that a refusal leaves nothing behind.
-    record = run_record(alone(config), model, steps, dataset.tokenizer_record, data_record(dataset))
+    record = run_record(without_process(config), model, steps, dataset.tokenizer_record, data_record(dataset))
     source = None
     if config.init_from and not config.show_sharding and not list_steps(out / "checkpoints"):
         with Activity(f"opening {config.init_from}", console=console):
@@ -215,7 +215,7 @@ def begin(config: JaxSettings) -> None:
         require_deterministic_operations()
     require_free_memory()
     processes.join(config.coordinator, config.num_processes, config.process_id)
-    refuse_alone(config)
+    refuse_single_process_options(config)
     keep_compiled()
 
 
@@ -241,7 +241,7 @@ def say_notes(
             console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def alone(config: JaxSettings) -> JaxSettings:
+def without_process(config: JaxSettings) -> JaxSettings:
     """The settings as a run records them, whichever process it is."""
     return dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
 
@@ -260,7 +260,7 @@ def settle(
     return dataclasses.replace(config, dtype=step.compute.dtype), step, attention
 
 
-def refuse_alone(config: JaxSettings) -> None:
+def refuse_single_process_options(config: JaxSettings) -> None:
     """Refuses options that need a single process, where there are several."""
     for flag, given, instead in (
         ("--eval-tasks", config.eval_tasks, "leave it out, and evaluate with eval.run"),

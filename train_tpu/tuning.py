@@ -24,7 +24,7 @@ from core.tokenizer import load_tokenizer_of
 from core.vocabulary import with_rows
 from train_tpu.config import FinetuneConfig, JaxSettings
 from train_tpu.report import commands_of_tuned, describe, tuning_rows
-from train_tpu.setup import Setup, Source, alone, begin, find_devices, say_notes, settle
+from train_tpu.setup import Setup, Source, begin, find_devices, say_notes, settle, without_process
 from train_tpu.step import abstract_trained
 
 
@@ -111,7 +111,7 @@ def prepare_tuning(config: FinetuneConfig, file: RowFile) -> Tuning:
             source = source._replace(params=load_params(step_dir, old, model, known, mesh))
     return Tuning(
         config=config, out=out, tokenizer=data.tokenizer, prompts=data.prompts, steps=data.steps, mesh=mesh,
-        step=step, record=data.record(alone(config)), source=source, console=console, data=data,
+        step=step, record=data.record(without_process(config)), source=source, console=console, data=data,
     )  # fmt: skip
 
 

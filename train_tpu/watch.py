@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from core.attention import attention_entropy
 from core.config import ModelConfig
 from core.leaves import path_names
-from core.model import Block, Compute, ForwardContext, Params, forward_looked_at
+from core.model import Block, Compute, ForwardContext, Params, forward_with_hook
 from core.run.watching import Sizes, make_record, query_positions
 
 
@@ -79,7 +79,7 @@ def look(
         return measure(before), measure(after), measure(after - before), entropies
 
     once = dataclasses.replace(compute, unroll=1, remat="none")  # quick to compile; nothing goes back
-    hidden, of_layers = forward_looked_at(config, params, tokens, once, of_layer, documents)
+    hidden, of_layers = forward_with_hook(config, params, tokens, once, of_layer, documents)
     updates = jax.tree.map(jnp.subtract, new_params, params)
     uniform = jnp.log(_visible(tokens.shape[1], documents).sum(-1)).mean()
     return Seen(_norms(params), _norms(updates), *of_layers, uniform=uniform, hidden=measure(hidden))

@@ -39,7 +39,7 @@ from core.checkpoint.manifest import (
 )
 from core.checkpoint.steps import Keep, delete_dispensable, list_steps, remove_unfinished, step_path
 from core.errors import FULL, UserError
-from core.processes import committing, is_first, meeting, tell_all, wait_for_all
+from core.processes import barrier, broadcast, committing, is_first, reserve_barrier
 from core.progress import Activity
 from core.shapes import named_axes
 from core.sharding import place
@@ -70,7 +70,7 @@ class Checkpointer:
                 remove_unfinished(self.folder)
         except OSError as error:
             _fail(self.folder, error)
-        newest = tell_all(str((list_steps(self.folder) or [-1])[-1]))  # a shared disk may show it late
+        newest = broadcast(str((list_steps(self.folder) or [-1])[-1]))  # a shared disk may show it late
         self._latest = None if newest == "-1" else int(newest)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -107,13 +107,13 @@ class Checkpointer:
         try:
             if is_first():
                 _start_partial(partial, leaves)
-            wait_for_all("a checkpoint may be written")
+            barrier("a checkpoint may be written")
             self._orbax.save(partial / STATE, args=_save_args(leaves))
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             _fail(self.folder, error)
         final = step_path(self.folder, step)
-        committed = meeting(f"{final.name} is committed")
+        committed = reserve_barrier(f"{final.name} is committed")
         self._thread = threading.Thread(
             name="checkpoint", target=self._commit, args=(partial, final, manifest, committed)
         )
@@ -346,7 +346,7 @@ def _save_args(leaves: dict[str, jax.Array]) -> Any:
 def _start_partial(partial: Path, leaves: dict[str, jax.Array]) -> None:
     """An empty folder to write the leaves into, in place of what an interrupted save left there.
 
-    Room for them is asked for first, with 16 KiB a leaf for its two files and folder: a disk that cannot
+    Room for them is asked for first, with 16 KiB per leaf for its two files and folder: a disk that cannot
     hold them is not filled, and Orbax does not fail in the middle, which is noisy.
     """
     if partial.exists():

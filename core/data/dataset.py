@@ -3,9 +3,9 @@
 It is a folder of ArrayRecord files, TFDS's description of them, the tokenizer's file, and dataset.json. That
 one is written last, so a folder that has it is complete. It holds the format's version, the tokenizer's
 record, the context, what the splits contain, what was dropped, where the text came from, the sha256 of every
-file, the fingerprint that checkpoints and runs refer to, and its own sha256. Data that was compared with
-held-out text has a record of that, too (`core.data.overlap`).
-Where the ends of documents are held out, it has the hashes of these documents.
+file, the fingerprint that checkpoints and runs refer to, and its own sha256. Where the ends of documents are
+held out, it has the hashes of these documents. Data that was compared with held-out text has a record of
+that, too (`core.data.overlap`).
 
 Whoever opens it checks dataset.json against its own sha256, the small files against theirs, and the sizes of
 the shards. A shard's records have checksums of ArrayRecord's own, which are checked as they are read; all of

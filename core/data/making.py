@@ -20,7 +20,7 @@ from pathlib import Path
 from core.console import make_console
 from core.data import dataset as ds
 from core.data import overlap, versions
-from core.data.packing import DATA, Shard, describe, written
+from core.data.packing import DATA, Shard, write_description, written_size
 from core.data.pieces import Dealer, Job, part_key, tokens_of
 from core.data.splits import Plan
 from core.data.workers import Workers
@@ -30,7 +30,7 @@ from core.tokenizer import TOKENIZER_FILE, Tokenizer, identity, tokenizer_record
 
 SMALLEST_PIECE, LARGEST_PIECE = 1 << 20, 1 << 24
 """Bytes of a piece's text: what a process loses that is killed, and what it holds in memory."""
-PIECES = 64  # at least, of what is to be read; none is smaller than that for it
+FEWEST_PIECES = 64  # at least, of what is to be read; none is smaller than that for it
 WORTH_KEEPING = 1 << 28
 """Bytes of tokens from which on what an error ends is kept, to be resumed when its cause is gone."""
 
@@ -84,7 +84,7 @@ def _write(
     """Tokenises and writes all splits behind those of `parent`, and counts them in `plan`."""
     before = {} if parent is None else versions.described(parent)
     expected = plan.size if plan.train_tokens is None else min(plan.size, 4 * plan.train_tokens)
-    piece_bytes = max(SMALLEST_PIECE, min(expected // PIECES, LARGEST_PIECE))
+    piece_bytes = max(SMALLEST_PIECE, min(expected // FEWEST_PIECES, LARGEST_PIECE))
     record = identity(tokenizer_record(tokenizer))
     heldout_runs = None if plan.overlap is None else _gather_runs(folder, plan)
     compared_with = "" if heldout_runs is None else hashlib.sha256(heldout_runs.read_bytes()).hexdigest()
@@ -122,7 +122,7 @@ def _write(
             described[split] = tuple(a + b for a, b in zip(before[split], described[split], strict=True))
         versions.link_shards(parent, folder / DATA)
     _write_overlap(folder / DATA, plan, parent)
-    describe(folder / DATA, context, tokenizer.dtype, described)
+    write_description(folder / DATA, context, tokenizer.dtype, described)
 
 
 def _gather_runs(folder: Path, plan: Plan) -> Path:
@@ -202,7 +202,7 @@ def _tokenize(job: Job, plan: Plan, workers: Workers) -> None:
 
 def _write_shards(folder: Path, shards: list[Shard], workers: Workers) -> dict[str, int]:
     """Has those written that are not; the bytes of each one's records, by its name."""
-    sizes = {shard.name: size for shard in shards if (size := written(shard, folder)) is not None}
+    sizes = {shard.name: size for shard in shards if (size := written_size(shard, folder)) is not None}
     left = iter([shard for shard in shards if shard.name not in sizes])
     with Activity("writing", len(shards), "shards", done=len(sizes)) as progress:
         for shard, size in workers.results(lambda _: next(left, None)):

@@ -59,7 +59,7 @@ DATA = "data"
 """The folder within the job's where shards are written."""
 
 
-def written(shard: Shard, folder: Path) -> int | None:
+def written_size(shard: Shard, folder: Path) -> int | None:
     """Bytes of the records of a shard that was written out of the same tokens; None if it was not."""
     try:
         note = json.loads((folder / f"{shard.name}.json").read_text())
@@ -207,7 +207,9 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2]) + length + content
 
 
-def describe(folder: Path, context: int, dtype: np.dtype, splits: dict[str, tuple[list[int], int]]) -> None:
+def write_description(
+    folder: Path, context: int, dtype: np.dtype, splits: dict[str, tuple[list[int], int]]
+) -> None:
     """Writes TFDS's description of the shards in a folder.
 
     splits: the number of windows of each shard, and the bytes of all records, by split.
@@ -245,14 +247,14 @@ NOT_DESCRIBED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class Description(NamedTuple):
-    """What `describe` wrote."""
+    """What `write_description` wrote."""
 
     width: int
     """Tokens in a record: context + 1."""
     dtype: np.dtype
     """Of the tokens."""
     splits: dict[str, tuple[list[int], int]]
-    """As `describe` takes them."""
+    """As `write_description` takes them."""
 
 
 def read_description(folder: Path) -> Description:
@@ -260,7 +262,7 @@ def read_description(folder: Path) -> Description:
 
     Raises:
         OSError: it is not there.
-        NOT_DESCRIBED: it is not as `describe` writes it.
+        NOT_DESCRIBED: it is not as `write_description` writes it.
     """
     names = ("dataset_info.json", "features.json")
     info, features = (json.loads((folder / name).read_bytes()) for name in names)
@@ -280,7 +282,7 @@ def write_splits(folder: Path, context: int, splits: dict[str, np.ndarray]) -> N
         parts = [windows[i : i + WINDOWS_PER_SHARD] for i in range(0, len(windows), WINDOWS_PER_SHARD)]
         sizes = [write_records(folder / shard_name(split, n), iter([part])) for n, part in enumerate(parts)]
         described[split] = ([len(part) for part in parts], sum(sizes))
-    describe(folder, context, next(iter(splits.values())).dtype, described)
+    write_description(folder, context, next(iter(splits.values())).dtype, described)
 
 
 @contextlib.contextmanager

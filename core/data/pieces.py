@@ -28,8 +28,8 @@ from core.data.source import Source
 from core.data.text import repair
 from core.tokenizer import Tokenizer, load_tokenizer
 
-PIECES = 1
-"""Changes when a piece of the same text is made otherwise."""
+PIECE_FORMAT = 1
+"""A version: it changes when a piece of the same text is made otherwise."""
 TRAIN = "train"
 
 DOCUMENT = np.dtype(
@@ -84,7 +84,8 @@ def part_key(part: Part, tokenizer: list, piece_bytes: int, compared_with: str) 
 
     tokenizer: `core.tokenizer.identity` of its record. compared_with: a hash of the held-out runs.
     """
-    made_of = [PIECES, part.source.identity(), part.split, part.cut, tokenizer, piece_bytes, compared_with]
+    source = part.source.identity()
+    made_of = [PIECE_FORMAT, source, part.split, part.cut, tokenizer, piece_bytes, compared_with]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 

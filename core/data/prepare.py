@@ -140,7 +140,10 @@ def _know_documents(parent: ds.Dataset, plan: Plan, tokenizer: Tokenizer) -> Non
     for split in parent.splits:
         if split != ds.TRAIN or plan.dedup:
             for hashes in versions.document_hashes(parent, split, tokenizer):
-                plan.count_as_seen(hashes) if split == ds.TRAIN else plan.leave_out(hashes)
+                if split == ds.TRAIN:
+                    plan.count_as_seen(hashes)
+                else:
+                    plan.leave_out(hashes)
 
 
 def is_prepared(data: str) -> bool:

@@ -29,7 +29,7 @@ from core.errors import UserError
 from core.folders import CACHE
 from core.run.folder import begun_record, newest_manifest
 from core.run.presets import count_steps
-from core.run.settings import today
+from core.run.settings import current_names
 from core.tokenizer import Tokenizer, require_same
 
 
@@ -157,7 +157,7 @@ def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Pat
 
 def as_recorded(old: dict[str, Any], asked: Asked) -> tuple[Phase, ...] | None:
     """The phases that a run's config.json records, if it was started with the mixture that is asked for."""
-    recorded, run = old["data"].get("mixture"), today(old["run"])
+    recorded, run = old["data"].get("mixture"), current_names(old["run"])
     if recorded is None or recorded["sources"].keys() != asked.sources.keys():
         return None
     before = parse_mixture(run["data"], run["weights"], run["phases"])

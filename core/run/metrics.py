@@ -46,7 +46,7 @@ class Score(NamedTuple):
     """The loss of a held-out set."""
 
     nll: float
-    """Nats a predicted token."""
+    """Nats per predicted token."""
     perplexity: float
     bits_per_byte: float
     """For part of a set: by the whole set's tokens per byte."""

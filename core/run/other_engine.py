@@ -7,8 +7,8 @@ how one of them computes the same updates is left to the other, and found again 
 from typing import Any
 
 from core.checkpoint.manifest import JAX, TORCH
-from core.config import PRESETS, ModelConfig, nearest_preset, said
-from core.run.settings import FROM_PRESET, today
+from core.config import PRESETS, ModelConfig, nearest_preset, typed_value
+from core.run.settings import FROM_PRESET, current_names
 from core.tokenizer import BUILT_IN
 
 # How an engine computes the same updates. The other one has none of these, or means something else by them.
@@ -33,7 +33,7 @@ def settings_for(engine: str, record: dict[str, Any]) -> dict[str, Any]:
     Args:
         record: of config.json, or what a manifest has of it: `run`, `model` and `tokenizer`.
     """
-    run = today(record["run"])
+    run = current_names(record["run"])
     if engine_of(run) == engine:
         return run
     shared = {name: value for name, value in run.items() if name not in ENGINE_SETTINGS}
@@ -46,8 +46,8 @@ def _own_model(record: dict[str, Any]) -> dict[str, Any]:
     """What says a model and tokenizer that PyTorch's trainer took from the folder it started from."""
     model, tokenizer = ModelConfig(**record["model"]), record["tokenizer"]
     name = nearest_preset(model)
-    values = {field: said(model, field) for field in FROM_PRESET}
-    given = {field: value for field, value in values.items() if value != said(PRESETS[name], field)}
+    values = {field: typed_value(model, field) for field in FROM_PRESET}
+    given = {field: value for field, value in values.items() if value != typed_value(PRESETS[name], field)}
     rows = None if model.vocab_size == tokenizer["vocab_size"] else model.vocab_size
     overrides = dict.fromkeys(FROM_PRESET) | given | {"preset": name, "vocab_size": rows}
     built_in = tokenizer["name"] in BUILT_IN

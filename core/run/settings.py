@@ -256,14 +256,14 @@ def flatten(config: Any) -> dict[str, Any]:
 RENAMED = {"accumulate": "grad_accum_steps"}  # settings as older records name them
 
 
-def today(record: dict[str, Any]) -> dict[str, Any]:
+def current_names(record: dict[str, Any]) -> dict[str, Any]:
     """A recorded run's settings under the names that they have now."""
     return {RENAMED.get(name, name): value for name, value in record.items()}
 
 
 def unflatten(flat: dict[str, Any], kind: type) -> Any:
     """The settings that `flatten` made `flat` of; what it lacks, since it is older, has its default."""
-    flat = today(flat)
+    flat = current_names(flat)
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -306,7 +306,7 @@ def require_same(
     unknown = sorted(set(allowed) - set(new) - {MIXTURE})
     if unknown:
         raise UserError(f"--allow-change names {unknown[0]!r}, which is not a setting")
-    old, new = resolved(flatten(defaults) | today(old)), resolved(new)
+    old, new = resolved(flatten(defaults) | current_names(old)), resolved(new)
     for name, automatic in AUTOMATIC.items():
         if old.get(name) == automatic:
             old[name] = new.get(name)

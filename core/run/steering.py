@@ -1,8 +1,8 @@
 """Steering: what may be changed while a run trains, as data, and what that makes of the run's settings.
 
-A steered run records (step, command) of whatever changes its losses. The settings of an
-update are a pure function of the run's own settings and that record (`steered`), for the loop, a resumed run
-and a replay alike.
+A steered run records (step, command) of whatever changes its losses. The settings of an update are a pure
+function of the run's own settings and that record (`steered`), for the loop, a resumed run and a replay
+alike.
 """
 
 import dataclasses

@@ -112,16 +112,16 @@ def make_tuning_data(
     if config.batch > n:
         few = f"an update takes {config.batch} sequences of {n}, some more than once"
         about.append(("few rows", f"{few}: --batch {n} and a larger --epochs make more updates of them"))
-    held = train.documents != PADDING
+    filled = train.documents != PADDING
     table = [
         ("started from", str(config.init_from)),
         ("trained", trained),
         ("data", f"{config.data}: {len(file.rows):,} rows of {file.form!r}, packed into {n:,} sequences, "
-                 f"{held.mean():.0%} filled"),
+                 f"{filled.mean():.0%} filled"),
         ("left out", ", ".join(divided.left_out(file)) or "nothing"),
         *about,
         ("fields not used", ", ".join(f"{name} ({k:,} rows)" for name, k in file.unused.items()) or "-"),
-        ("learned", f"{train.n_targets:,} of {held.sum():,} tokens"),
+        ("learned", f"{train.n_targets:,} of {filled.sum():,} tokens"),
     ]  # fmt: skip
     prompts = sample_prompts(config, file.form, divided.shown, tokenizer, chat, model.context)
     if not prompts:

@@ -40,7 +40,7 @@ class Watch:
         self._entropies: list[Tensor] = []
         self._decoder.eval()
         hidden = self._decoder.norm(
-            *self._decoder.residual(tokens, documents=documents, starts=starts, look=self._look)
+            *self._decoder.residual(tokens, documents=documents, starts=starts, hook=self._look)
         )[0]
         self._sizes.append(measure(hidden))
 

@@ -8,7 +8,7 @@ from core.checkpoint.steps import step_path
 from core.errors import UserError
 from core.run.folder import read_config, recorded_run
 from core.run.other_engine import ENGINE_SETTINGS, KEPT
-from core.run.settings import today
+from core.run.settings import current_names
 from stacking.advise.config import AdviseConfig
 from stacking.advise.question import TRUNK, Arm, Question
 from stacking.forks import NEVER, fork, is_finished, is_halted
@@ -26,7 +26,7 @@ QUIET = {
 def keep_checkpoint(question: Question) -> None:
     """A fork of the run at the checkpoint, which is there even when the run deletes its own."""
     manifest = question.manifest
-    record = recorded_run(manifest) | {"run": today(manifest.config["run"])}
+    record = recorded_run(manifest) | {"run": current_names(manifest.config["run"])}
     fork(question.source, question.step, question.folder / TRUNK, {}, record)
 
 

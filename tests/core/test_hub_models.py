@@ -11,7 +11,7 @@ import pytest
 
 from core import hub, hub_models
 from core.errors import UserError
-from core.hub_models import is_content_of, local, origin, parse, pinned
+from core.hub_models import is_content_of, local, origin, parse_hub_name, pinned
 from tests.hub import COMMIT, Hub, point_at, write_snapshot
 
 MODEL = Path("hf:me/tiny")
@@ -66,12 +66,12 @@ def test_a_misspelt_name_is_refused_unasked(name: str, end: str, served: Hub):
 )
 def test_what_the_hub_does_not_take_is_refused(name: str):
     with pytest.raises(UserError, match="is no name"):
-        parse(Path(name))
+        parse_hub_name(Path(name))
 
 
 def test_names(tmp_path: Path):
-    assert parse(Path("hf:me/tiny-1.5B_x")) == ("me/tiny-1.5B_x", "main")
-    assert parse(Path("hf:me/tiny@refs/pr/3")) == ("me/tiny", "refs/pr/3")
+    assert parse_hub_name(Path("hf:me/tiny-1.5B_x")) == ("me/tiny-1.5B_x", "main")
+    assert parse_hub_name(Path("hf:me/tiny@refs/pr/3")) == ("me/tiny", "refs/pr/3")
     assert local(tmp_path) == pinned(tmp_path) == tmp_path
     for find in (local, pinned):
         with pytest.raises(UserError, match="is not there: give a folder, or hf:OWNER/NAME"):

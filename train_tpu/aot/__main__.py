@@ -25,11 +25,11 @@ class AotConfig:
     """Compile the training step for a TPU slice, without one, and print what the compiler says.
 
     Settings have the names and defaults that train_tpu.run gives them on a TPU; the vocabulary is the
-    preset's 32,000. Exit code 0: it fits; 1: it does not; 2: a mistake in the settings.
+    preset's. Exit code 0: it fits; 1: it does not; 2: a mistake in the settings.
     """
 
     preset: str = "mtlm2-40m"
-    """mtlm1-88m, mtlm1-200m, mtlm2-40m, mtlm1-tiny or mtlm2-tiny."""
+    """Of train_tpu.run's presets."""
     topology: str = "v5e:2x4"
     """The slice: GENERATION:XxY, of v5e or v6e."""
     batch: int = 256
