@@ -63,6 +63,7 @@ class ModelConfig:
                 f"model.vocab_size is {self.vocab_size}: choose a tokenizer of at most {MAX_VOCAB} ids"
             )
         self._check_attention()
+        self._normalize()
         checks.positive(**checks.fields(self, "rope_theta", "norm_eps", "init_std", prefix="model."))
         checks.below_one(**checks.fields(self, "dropout", prefix="model."))
 
@@ -83,7 +84,9 @@ class ModelConfig:
             raise UserError("model.rope_scaling scales rotary positions, and the model's are learned")
         if self.rope is not None and self.rope_theta <= 1:
             raise UserError(f"model.rope_scaling needs a rope_theta above 1, not {self.rope_theta:g}")
-        # What says the same is the same: configs are compared.
+
+    def _normalize(self) -> None:
+        """Configs are compared, so what says the same becomes the same: None where a value is the default."""
         same = {
             "n_kv_heads": None if self.kv_heads == self.n_heads else self.n_kv_heads,
             "head_dim": None if self.head_size * self.n_heads == self.d_model else self.head_dim,

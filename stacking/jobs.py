@@ -31,8 +31,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the command that started this has ended")
 os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
-
-
 # Seconds after the end of a budget in which a process may save; what compiles has nothing to save.
 GRACE = 20.0
 
@@ -211,36 +209,6 @@ class _Deal:
         self._console.print(text, markup=False, highlight=False)
 
 
-def visible_gpus(environ: Mapping[str, str], asked: tuple[int, ...] = ()) -> tuple[str, ...]:
-    """The GPUs to spread processes over, as CUDA_VISIBLE_DEVICES names them; none where JAX uses none.
-
-    asked: numbers that are to be used alone.
-
-    Raises:
-        UserError: one that is asked for is not there.
-    """
-    platforms = environ.get("JAX_PLATFORMS", "")
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    tool = shutil.which("nvidia-smi")
-    found: tuple[str, ...] = ()
-    if visible is not None:
-        found = tuple(name for name in visible.split(",") if name and name != "-1")
-    elif tool and (not platforms or "cuda" in platforms or "gpu" in platforms):
-        listed = subprocess.run([tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True)
-        found = tuple(listed.stdout.decode().split()) if listed.returncode == 0 else ()
-    if missing := [gpu for gpu in map(str, asked) if gpu not in found]:
-        raise UserError(
-            f"--gpus {missing[0]}: the GPUs here are {', '.join(found) or 'none'}; name some of them, or "
-            "leave --gpus out"
-        )
-    return tuple(map(str, asked)) or found
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "none")
-
-
 class Processes:
     """Starts the processes of jobs, and stops those that are running."""
 
@@ -294,3 +262,33 @@ class Processes:
             )  # fmt: skip
             self._on.add(process)
             return process
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "none")
+
+
+def visible_gpus(environ: Mapping[str, str], asked: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The GPUs to spread processes over, as CUDA_VISIBLE_DEVICES names them; none where JAX uses none.
+
+    asked: numbers that are to be used alone.
+
+    Raises:
+        UserError: one that is asked for is not there.
+    """
+    platforms = environ.get("JAX_PLATFORMS", "")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    tool = shutil.which("nvidia-smi")
+    found: tuple[str, ...] = ()
+    if visible is not None:
+        found = tuple(name for name in visible.split(",") if name and name != "-1")
+    elif tool and (not platforms or "cuda" in platforms or "gpu" in platforms):
+        listed = subprocess.run([tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True)
+        found = tuple(listed.stdout.decode().split()) if listed.returncode == 0 else ()
+    if missing := [gpu for gpu in map(str, asked) if gpu not in found]:
+        raise UserError(
+            f"--gpus {missing[0]}: the GPUs here are {', '.join(found) or 'none'}; name some of them, or "
+            "leave --gpus out"
+        )
+    return tuple(map(str, asked)) or found

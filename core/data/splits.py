@@ -85,12 +85,12 @@ class Plan:
         self._heldout_in_train = 0
         self._seen = Seen() if dedup else None
         self._duplicates = 0
-        self._never = np.empty(0, np.uint64)
+        self._never = np.empty(0, np.uint64)  # hashes of `leave_out`, sorted
         self._n_never = 0
         self._overlapping = 0
-        self._shared: list[np.ndarray] = []
+        self._shared: list[np.ndarray] = []  # held-out runs of words in training documents, piece by piece
         self._sources_taken = 0
-        self._cut: list[np.ndarray] = []
+        self._cut: list[np.ndarray] = []  # hashes of documents whose ends are held out, piece by piece
 
     def leave_out(self, hashes: np.ndarray) -> None:
         """Documents that are not to train, by their hashes: those that older versions hold out."""
@@ -127,8 +127,8 @@ class Plan:
         self._duplicates += int((duplicates & ~never)[:n].sum())
         self._n_never += int(never[:n].sum())
         self._overlapping += int(overlapping[:n].sum())
-        counted = np.repeat(overlapping[:n], documents["shared"][:n])
-        self._shared.append(np.unique(piece.shared[: len(counted)][counted]))
+        of_overlapping = np.repeat(overlapping[:n], documents["shared"][:n])
+        self._shared.append(np.unique(piece.shared[: len(of_overlapping)][of_overlapping]))
         self._compare(documents["hash"][:n][kept[:n]], split)
         self._take_tokens(part, number, documents[:n], trains[:n], kept[:n])
 
@@ -343,23 +343,8 @@ def make_plan(
         UserError: a source cannot be opened, held-out parts make no sense, or nothing is left to train on.
     """
     checks.counts(most=2**63, train_tokens=train_tokens)
-    if fraction is not None and valid:
-        raise UserError("give --valid or --valid-fraction, not both")
-    checks.below_one(valid_fraction=fraction)
-    for name in valid:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (ds.TRAIN, "all"):
-            raise UserError(
-                f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
-            )
-    if eval_items and overlap is None:
-        raise UserError(
-            "--eval-items is what --overlap looks for: give --overlap count or --overlap drop, too"
-        )
-    if overlap is not None and not (valid or held or eval_items):
-        raise UserError(
-            "--overlap has nothing to compare the training text with: name held-out sets with --valid "
-            "NAME=PATH, or texts with --eval-items FILE"
-        )
+    _check_heldout(valid, fraction)
+    _check_overlap(overlap, bool(valid or held or eval_items), bool(eval_items))
     heldout = {
         name: open_sources([path], field, format, heldout=True, template=template)
         for name, path in valid.items()
@@ -383,6 +368,31 @@ def make_plan(
     if fraction is None:
         fraction = VALID_FRACTION_OF_FEW if few else VALID_FRACTION
     return Plan(train, heldout, fraction, few, train_tokens, dedup, overlap, compared)
+
+
+def _check_heldout(valid: dict[str, str], fraction: float | None) -> None:
+    """A UserError where what is to be held out is out of range, or given twice."""
+    if fraction is not None and valid:
+        raise UserError("give --valid or --valid-fraction, not both")
+    checks.below_one(valid_fraction=fraction)
+    for name in valid:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (ds.TRAIN, "all"):
+            raise UserError(
+                f"--valid {name}=...: a name has letters, digits, _ and -, and is not train or all"
+            )
+
+
+def _check_overlap(overlap: Overlapping | None, comparable: bool, has_items: bool) -> None:
+    """A UserError for --eval-items without --overlap, and for --overlap with nothing to compare with."""
+    if has_items and overlap is None:
+        raise UserError(
+            "--eval-items is what --overlap looks for: give --overlap count or --overlap drop, too"
+        )
+    if overlap is not None and not comparable:
+        raise UserError(
+            "--overlap has nothing to compare the training text with: name held-out sets with --valid "
+            "NAME=PATH, or texts with --eval-items FILE"
+        )
 
 
 def _fewer_than(n: int, sources: list[Source]) -> bool:

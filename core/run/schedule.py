@@ -88,17 +88,22 @@ def _scheduled(config: OptimizerConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         done = (step - config.warmup) / max(1, steps - config.warmup)
         return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay_steps = round(config.decay * steps)
+    decaying = decay_steps(config, steps)
     left = max(0, steps - step)
-    return config.lr if left >= decay_steps else low + (config.lr - low) * left / decay_steps
+    return config.lr if left >= decaying else low + (config.lr - low) * left / decaying
+
+
+def decay_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of the decay at the end of a wsd schedule that is `steps` long."""
+    return round(config.decay * steps)
 
 
 def in_decay(config: OptimizerConfig, step: int, steps: int) -> bool:
     """Whether update `step` lies in the final decay of a wsd schedule that has a stable phase before it."""
     step, steps = step - config.schedule_start, steps - config.schedule_start
-    decay_steps = round(config.decay * steps)
-    stable = config.schedule == "wsd" and config.warmup < steps - decay_steps
-    return stable and steps - step < decay_steps
+    decaying = decay_steps(config, steps)
+    stable = config.schedule == "wsd" and config.warmup < steps - decaying
+    return stable and steps - step < decaying
 
 
 def why_not_constant(config: OptimizerConfig, step: int, steps: int) -> str | None:
@@ -111,7 +116,7 @@ def why_not_constant(config: OptimizerConfig, step: int, steps: int) -> str | No
         warm = max(warm, config.rewarm_at + config.rewarm)
     if step < warm:
         return f"it is warmed up until step {warm}"
-    begin = steps - round(config.decay * (steps - config.schedule_start))
+    begin = steps - decay_steps(config, steps - config.schedule_start)
     return f"it decays from step {begin} on" if step > begin else None
 
 
@@ -200,8 +205,8 @@ def fewest_steps(old: OptimizerConfig, old_steps: int, new: OptimizerConfig, ste
 def check_room(config: OptimizerConfig, steps: int) -> str | None:
     """A warning about a warmup that leaves no room for the rest of the schedule; None if there is room."""
     length = steps - config.schedule_start
-    decay_steps = round(config.decay * length) if config.schedule == "wsd" else 0
-    if config.warmup < length and config.warmup <= length - decay_steps:
+    decaying = decay_steps(config, length) if config.schedule == "wsd" else 0
+    if config.warmup < length and config.warmup <= length - decaying:
         return None
     if config.warmup >= length:
         reached = learning_rate(config, steps - 1, steps) / config.lr
@@ -210,7 +215,7 @@ def check_room(config: OptimizerConfig, steps: int) -> str | None:
             f"{reached:.2g} of its peak and never decays"
         )
     return (
-        f"--warmup {config.warmup} reaches into the decay, the last {decay_steps} of {length} steps: the "
+        f"--warmup {config.warmup} reaches into the decay, the last {decaying} of {length} steps: the "
         "learning rate drops as soon as it has reached its peak"
     )
 

@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 from core import checks
 from core.errors import UserError
+from core.run.schedule import decay_steps
 from stacking.plan import Operator, make_plan
 from stacking.schedule import parse_schedule
 from stacking.study.definition import Definition, Settings, open_settings
@@ -94,7 +95,7 @@ class Target:
 
     def decay_start(self, steps: int) -> int:
         """The last step at which a schedule of `steps` has the constant rate."""
-        return steps - round(self.settings.config.optim.decay * steps)
+        return steps - decay_steps(self.settings.config.optim, steps)
 
 
 def runs(definition: Definition, results: Results) -> list[Run]:

@@ -59,6 +59,25 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
     Raises:
         UserError: scratch has not been decayed at its full length yet.
     """
+    arms, halted = _all_arms(results, heldout)
+    rates, edges = _best_rates(arms)
+    chosen = [
+        arm for arm in arms
+        if arm.equal_tokens is not None and arm.lr == rates.get((arm.op, arm.grown_at))
+    ]  # fmt: skip
+    seeds = {arm.seed for arm in chosen if arm.op == SCRATCH}
+    chosen = [arm for arm in chosen if arm.seed in seeds]
+    if not chosen:
+        if any(which.startswith(f"{SCRATCH} ") for which in halted):
+            raise UserError(f"the guard halted scratch in every seed of {results.path}: give a smaller lr")
+        raise UserError(f"{results.path} holds no decayed scratch run yet: train more of the study")
+    order = {SCRATCH: 0, SMALL: 1}
+    chosen.sort(key=lambda arm: (order.get(arm.op, 2), arm.grown_at, arm.seed))
+    return chosen, edges + list(dict.fromkeys(halted))
+
+
+def _all_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
+    """The arms of every seed at every rate; and what the guard halted, in words."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results.runs.values():
         labels = entry["labels"]
@@ -78,13 +97,19 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
         per_token = model["flops_per_token"]
         sizes = (model["parameters"], per_token, per_token * model["context"] * entries[0]["batch"])
         arms.append(Arm(op, at, seed, lr, tuple(decayed), equal, *sizes))
-    best = {}
-    for arm in arms:  # tuned at equal tokens, on one seed
+    return arms, halted
+
+
+def _best_rates(arms: list[Arm]) -> tuple[dict[tuple[str, int], float], list[str]]:
+    """The best rate of every (operator, step of growth), tuned at equal tokens on the seed with the most
+    rates; and in words which of them are at the edge of the rates tried."""
+    losses: dict[tuple[str, int], dict[int, dict[float, float]]] = {}
+    for arm in arms:
         if arm.equal_tokens is not None and math.isfinite(arm.equal_tokens.loss):
-            tried = best.setdefault((arm.op, arm.grown_at), {}).setdefault(arm.seed, {})
+            tried = losses.setdefault((arm.op, arm.grown_at), {}).setdefault(arm.seed, {})
             tried[arm.lr] = arm.equal_tokens.loss
     rates, edges = {}, []
-    for (op, at), seeds in best.items():
+    for (op, at), seeds in losses.items():
         tried = max(seeds.values(), key=len)
         rates[op, at] = rate = min(tried, key=tried.get)
         if len(tried) > 1 and rate in (min(tried), max(tried)):
@@ -92,19 +117,7 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
             edges.append(
                 f"{op} at {at} was best at the edge of its rates, {rate:g}: its best may lie {where}"
             )
-    chosen = [
-        arm for arm in arms
-        if arm.equal_tokens is not None and arm.lr == rates.get((arm.op, arm.grown_at))
-    ]  # fmt: skip
-    seeds = {arm.seed for arm in chosen if arm.op == SCRATCH}
-    chosen = [arm for arm in chosen if arm.seed in seeds]
-    if not chosen:
-        if any(which.startswith(f"{SCRATCH} ") for which in halted):
-            raise UserError(f"the guard halted scratch in every seed of {results.path}: give a smaller lr")
-        raise UserError(f"{results.path} holds no decayed scratch run yet: train more of the study")
-    order = {SCRATCH: 0, SMALL: 1}
-    chosen.sort(key=lambda arm: (order.get(arm.op, 2), arm.grown_at, arm.seed))
-    return chosen, edges + list(dict.fromkeys(halted))
+    return rates, edges
 
 
 def table(results: Results, heldout: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from core import checks
 from core.errors import UserError
+from core.run.schedule import decay_steps
 from stacking.study.definition import Definition, combinations, open_settings
 from stacking.study.fits import Law, fit_law
 from stacking.study.results import Results, as_floats
@@ -49,7 +50,7 @@ def _branches(block: str, name: str, given: dict[str, Any], lengths: list[float]
     if optim.schedule != "wsd" or not optim.decay:
         raise UserError(f"runs {block}: decays branch off a trunk, so schedule must be wsd, with a decay")
     steps = [max(2, round(x * settings.model.n_params / settings.batch_tokens)) for x in lengths]
-    starts = [n - max(1, round(optim.decay * n)) for n in steps]
+    starts = [n - max(1, decay_steps(optim, n)) for n in steps]
     if starts[0] < optim.warmup:
         raise UserError(
             f"runs {block}: the first decay begins at step {starts[0]}, within the warmup of {optim.warmup}: "

@@ -28,10 +28,12 @@ class Array(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
+        """Of all elements, those of less than a byte packed."""
         bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype).group())  # bf16, f8e4m3fn, s4
         return self.size * bits // 8
 
@@ -103,6 +105,7 @@ class Module:
 
     @property
     def n_loops(self) -> int:
+        """Loops that are entered, nested ones each by itself."""
         return sum(i.opcode == "while" for i, _ in self.executed())
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:

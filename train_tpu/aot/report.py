@@ -168,19 +168,10 @@ def print_report(report: dict[str, Any]) -> None:
         ],
         Table(("",), ("",), ruled=False),
     )
-    alike = Counter(
-        (c["kind"], c["group"], "+".join(c["dtypes"]), c["loops"], c["bytes"]) for c in report["collectives"]
-    )
     _show(
         console,
         "collectives, those alike together; bytes are those of the result on one chip",
-        [
-            (kind, str(group or "pairs"), dtypes, _times(loops), f"{count:,}", f"{size:,}")
-            for (kind, group, dtypes, loops, size), count in sorted(
-                alike.items(), key=lambda entry: (-entry[0][3], -entry[0][4] * entry[1])
-            )
-        ]
-        or [("none",)],
+        _collective_rows(report["collectives"]) or [("none",)],
         Table(("kind", "group", "types", "runs"), ("count", "bytes each"), ruled=False),
     )
     kernels = Counter((kernel["name"], kernel["loops"]) for kernel in report["kernels"])
@@ -205,6 +196,18 @@ _MEMORY_WORDS = {
     "total": "total",
     "available": "available",
 }
+
+
+def _collective_rows(collectives: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for those that are alike; in the deepest loops first, then by their bytes in all."""
+    alike = Counter(
+        (c["kind"], c["group"], "+".join(c["dtypes"]), c["loops"], c["bytes"]) for c in collectives
+    )
+    ranked = sorted(alike.items(), key=lambda entry: (-entry[0][3], -entry[0][4] * entry[1]))
+    return [
+        (kind, str(group or "pairs"), dtypes, _times(loops), f"{count:,}", f"{size:,}")
+        for (kind, group, dtypes, loops, size), count in ranked
+    ]
 
 
 def _times(loops: int) -> str:
