@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,9 +138,14 @@ class Reports:
         bad = set(done.batch.records[done.batch.bad].tolist())
         asked = bad & set(getattr(self._settings, "leave_out", ()))
         for kind, records in (("damaged records", bad - asked), ("records named by --leave-out", asked)):
-            if records:
+            if not records:
+                continue
+            said = f"step {done.step}: left out {kind} {sorted(records)}"
+            if isinstance(self._log, NoLog):  # rows that the first process, which has the log, did not read
+                print(said, file=sys.stderr, flush=True)
+            else:
                 self._log.write(done.step, "event", what=f"{kind} left out", records=sorted(records))
-                self.say(f"step {done.step}: left out {kind} {sorted(records)}")
+                self.say(said)
 
 
 def blame_leaves(norms: Mapping[str, Any], most: int = 3) -> list[str]:

@@ -28,7 +28,7 @@ from core.run.cadence import Flags
 from core.run.engine import Device, Metrics
 from core.run.guard import EARLY, GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
-from core.run.log import RunLog, read_log
+from core.run.log import NoLog, RunLog, read_log
 from core.run.loop import Loop
 from core.run.metrics import Score
 from core.run.reports import blame_leaves
@@ -264,6 +264,14 @@ def test_records_that_are_left_out_are_named(tmp_path: Path):
     assert make_loop(tmp_path, FakeEngine(), batches(bad=(5, 7))).run() == EXIT_FINISHED
     (row,) = (row for row in read_log(tmp_path, "event") if "records" in row)
     assert (row["step"], row["records"]) == (1, [5, 7])
+
+
+def test_a_process_without_the_log_says_what_it_left_out(tmp_path: Path, capsys):
+    """Of several processes each has rows of its own, of which the first, which has the log, knows nothing."""
+    loop = make_loop(tmp_path, FakeEngine(alone=False), batches(bad=(5, 7)))
+    loop.log.close()
+    assert dataclasses.replace(loop, log=NoLog()).run() == EXIT_FINISHED
+    assert capsys.readouterr().err.splitlines() == ["step 1: left out damaged records [5, 7]"]
 
 
 def test_a_phase_of_the_mixture_is_said_and_its_first_updates_are_no_spikes(tmp_path: Path):
