@@ -23,6 +23,8 @@ WATCHED = "watch.jsonl"  # what core/run/watching.py has of some updates
 WATCH = "watch"  # the kind of its lines
 CARRIED = "before_growth"
 """Key of the lines that a grown run's log has from the run it was grown from; the step of the growth."""
+MEASURED = ("eval", "task", "sample")
+"""Kinds of lines on the state before update `step`, which a checkpoint of that step holds."""
 READ = {
     "train": ("tokens", "loss", "nll"),
     "eval": ("tokens", "split", "nll", "bits_per_byte"),
@@ -40,9 +42,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, resume_step: int):
-        """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again."""
+        """Opens the log; what an earlier process logged from `resume_step` on is dropped: it comes again, but
+        for what `keep` is told of."""
         self.folder = folder
         self.path = folder / METRICS
+        rows = [row for _, row in _read_lines(self.path) if row and row["step"] == resume_step]
+        self._dropped = [row for row in rows if row["kind"] in MEASURED and CARRIED not in row]
         notices = (_open_again(self.path, resume_step), _open_again(folder / WATCHED, resume_step))
         self.notice = "; ".join(notice for notice in notices if notice) or None
         """What is to be said of an earlier log that was damaged or is gone; None otherwise."""
@@ -58,6 +63,16 @@ class RunLog:
         tag = "/".join([kind, *([values["split"]] if kind == "eval" else [])])
         numbers = {f"{tag}/{k}": v for k, v in values.items() if isinstance(v, float | int)}
         self._board.scalars(step, {tag: value for tag, value in numbers.items() if math.isfinite(value)})
+
+    def keep(self, *kinds: str) -> None:
+        """Logs again what an earlier process logged at the step of the resume, of these kinds of `MEASURED`:
+        they tell of the same state, and are not due there any more."""
+        for row in self._dropped:
+            values = {name: value for name, value in row.items() if name not in ("step", "kind")}
+            if row["kind"] in kinds and row["kind"] == "sample":
+                self.sample(row["step"], **values)
+            elif row["kind"] in kinds:
+                self.write(row["step"], row["kind"], **values)
 
     def watch(self, step: int, record: dict[str, Any]) -> None:
         """A line of watch.jsonl, of `core.run.watching.make_record`."""
@@ -87,6 +102,8 @@ class NoLog:
     notice = None
 
     def write(self, step: int, kind: str, **values: Any) -> None: ...
+
+    def keep(self, *kinds: str) -> None: ...
 
     def watch(self, step: int, record: dict[str, Any]) -> None: ...
 

@@ -19,7 +19,7 @@ from core.cli import command as command_line
 from core.config import ModelConfig
 from core.errors import UserError
 from core.progress import Activity
-from core.run.cadence import Agreement, choose_cadence, find_due, sample_length
+from core.run.cadence import Agreement, Due, choose_cadence, find_due, sample_length
 from core.run.commands import Steering
 from core.run.engine import Engine, InFlight, LoadedBatch
 from core.run.guard import Health
@@ -116,6 +116,9 @@ class Loop:
                     self._end_trace()
 
     def _run(self) -> int:
+        evaluates, samples, _ = self._due()
+        again = {"eval": evaluates, "task": evaluates and bool(self.settings.eval_tasks), "sample": samples}
+        self.log.keep(*(kind for kind, comes in again.items() if not comes))
         try:
             while True:
                 self._hear()
@@ -223,12 +226,19 @@ class Loop:
         self._say(f"stopped before the first step: {kept}; run the same command to resume")
         return EXIT_KEPT
 
+    def _due(self) -> Due:
+        """What is due before the next update."""
+        step = self.step
+        evaluate, sample, save = find_due(self._cadence, step, step == self.end, self._agreement.late)
+        return Due(
+            evaluate=evaluate or step == self._grown_at,
+            sample=sample and bool(self.prompts),
+            save=save or (step > 0 and step in self.settings.keep_steps),
+        )
+
     def _before_step(self) -> None:
-        step, last, grown = self.step, self.step == self.end, self.step == self._grown_at
-        evaluate, sample, save = find_due(self._cadence, step, last, self._agreement.late)
-        evaluate |= grown
-        sample &= bool(self.prompts)
-        save |= step > 0 and step in self.settings.keep_steps
+        last, grown = self.step == self.end, self.step == self._grown_at
+        evaluate, sample, save = self._due()
         if not (evaluate or sample or save):
             return
         self._read_metrics(leave=0)

@@ -25,7 +25,7 @@ from core.console import make_console
 from core.errors import UserError
 from core.progress import Activity
 from core.run.cadence import Flags
-from core.run.engine import Device, Metrics
+from core.run.engine import Device, Metrics, TaskScore
 from core.run.guard import EARLY, GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_HALTED, EXIT_KEPT, EXIT_SAVED, Interrupt
 from core.run.log import NoLog, RunLog, read_log
@@ -258,6 +258,27 @@ def test_a_damaged_record_ends_the_run_and_one_alone_saves_first(alone: bool, tm
     with pytest.raises(UserError, match="record 9 is damaged"):
         make_loop(tmp_path / "first", engine, batches(broken_at=0)).run()
     assert not engine.saved  # nothing was learned, and what is saved binds the next start
+
+
+@pytest.mark.parametrize("every", [5, 4])
+def test_what_was_measured_of_the_state_that_is_resumed_stays_in_the_log(tmp_path: Path, every: int):
+    """Measured again where it is due at that step in the longer run, too; kept where it is not."""
+    first, second = FakeEngine(), FakeEngine()
+    for engine in (first, second):
+        engine.evaluate_tasks = lambda limit, stop, say: [TaskScore("arc_easy", 3, [("acc", 0.5, "acc 0.5")])]
+    make_loop(tmp_path, first, eval_every=5, eval_tasks="arc_easy").run()
+    before = {kind: read_log(tmp_path, kind) for kind in ("eval", "task", "sample")}
+    reader = itertools.islice(batches(), 10, None)
+    changed = {"eval_every": every, "sample_every": every, "eval_tasks": "arc_easy"}
+    make_loop(tmp_path, second, reader, start=10, end=11, steps=30, **changed).run()
+    measures = second.calls[: second.calls.index(("dispatch", 10))]
+    assert bool(measures) is (every == 5)
+    for kind, rows in before.items():
+        now = read_log(tmp_path, kind)
+        assert [row["step"] for row in now] == [0, 5, 10, 11]
+        assert now[:2] == rows[:2] and (every == 5 or now[:3] == rows)
+    assert (tmp_path / "samples.txt").read_text().count("===== step 10 =====") == 1
+    assert [row["step"] for row in read_log(tmp_path, "train")] == list(range(11))
 
 
 def test_records_that_are_left_out_are_named(tmp_path: Path):
