@@ -16,8 +16,8 @@ from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.folders import require_new
 from core.run.other_engine import settings_for
-from core.run.schedule import learning_rate
 from core.run.settings import ModelOverrides, unflatten
+from core.run.steering import Steered, steered
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from stacking.advise.verdict import advice_at
 from stacking.plan import Plan, choose_plan
@@ -85,7 +85,7 @@ class Growth:
         row("MFLOPs per training token", (f"{m.flops_per_token() / 1e6:,.1f}" for m in self.models))
         if self.runs:
             step = self.manifest.step
-            rates = (learning_rate(run.optim, step, run.steps) for run in self.runs)
+            rates = (steered_settings(run, self.manifest).lr(step) for run in self.runs)
             row("step", (f"{step:,} of {run.steps:,}" for run in self.runs))
             row("tokens so far", [f"{self.manifest.tokens:,}"] * 2)
             row("training FLOPs so far", [f"{training_flops(self.manifest, self.models[0]):.3g}"] * 2)
@@ -149,6 +149,12 @@ def run_settings(step_dir: Path, manifest: Manifest) -> RunConfig:
         )
     record = manifest.config | {"tokenizer": manifest.tokenizer}
     return unflatten(settings_for(RunConfig.engine, record), RunConfig)
+
+
+def steered_settings(run: RunConfig, manifest: Manifest) -> Steered:
+    """The settings of the update after a checkpoint, as the run was steered up to there."""
+    start = Steered(run.optim, run.guard, run.steps)
+    return steered(start, manifest.steering or [], manifest.step)
 
 
 def with_model(run: RunConfig, model: ModelConfig) -> RunConfig:

@@ -213,8 +213,13 @@ def resumed(
     for name, setting in SETTINGS.items():
         ours = [record for record in records if record["command"].startswith(f"{name}=")]
         if ours and setting in old and old[setting] != new[setting]:
-            again = Record(step=step, command=f"{name}={new[setting]}")
-            records = [record for record in records if record not in ours or record["step"] < step]
-            records = [*(r for r in records if r["step"] < step), again,
-                       *(r for r in records if r["step"] >= step)]  # fmt: skip
+            records = overridden(records, name, new[setting], step)
     return records
+
+
+def overridden(records: Sequence[Record], name: str, value: Any, step: int) -> list[Record]:
+    """The record in which a setting of `SETTINGS` has a value from update `step` on, whatever was steered."""
+    before = [record for record in records if record["step"] < step]
+    later = [record for record in records if record["step"] >= step]
+    others = [record for record in later if not record["command"].startswith(f"{name}=")]
+    return [*before, Record(step=step, command=f"{name}={value}"), *others]

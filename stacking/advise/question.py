@@ -18,10 +18,9 @@ from core.run.folder import data_name, require_run
 from core.run.log import CARRIED, read_log
 from core.run.other_engine import engine_of
 from core.run.schedule import why_not_constant
-from core.run.steering import Steered, steered
 from core.tokenizer import load_tokenizer_of
 from stacking.advise.config import LATEST, LEAST_WINDOWS, AdviseConfig
-from stacking.growth import run_settings, source_model
+from stacking.growth import run_settings, source_model, steered_settings
 from stacking.plan import Plan, choose_plan
 from stacking.schedule import REWARM
 from train_tpu.config import RunConfig
@@ -102,7 +101,7 @@ class Question:
     @property
     def lr(self) -> float:
         """The constant learning rate, as it was steered."""
-        return _steered(self.settings, self.manifest).lr(self.step)
+        return steered_settings(self.settings, self.manifest).lr(self.step)
 
     def seconds(self) -> float | None:
         """About how long both arms take, at the FLOPs per second of the run's newest updates before the
@@ -153,7 +152,7 @@ def _open_question(config: AdviseConfig, out: Path, step: int, saved: list[int])
             f"the learning rate of {config.run} is not constant at step {step}: {why}; "
             f"{_where_constant(config.run, saved)}"
         )
-    left_out = [end for _, end in _steered(settings, manifest).skips if end > step]
+    left_out = [end for _, end in steered_settings(settings, manifest).skips if end > step]
     if left_out:
         raise UserError(
             f"updates of {config.run} after step {step} are to be left out (skip=, up to {max(left_out)}), "
@@ -178,12 +177,6 @@ def _open_question(config: AdviseConfig, out: Path, step: int, saved: list[int])
     engine = engine_of(manifest.config["run"])
     arms = Arm(TRAIN_ON, model, train_on), Arm(GROW, grown, grow)
     return Question(config.run, folder, source, checkpoint, manifest, settings, engine, plan, *arms)
-
-
-def _steered(settings: RunConfig, manifest: Manifest) -> Steered:
-    """The settings of the update after a checkpoint."""
-    start = Steered(settings.optim, settings.guard, settings.steps)
-    return steered(start, manifest.steering or [], manifest.step)
 
 
 def equal_flops(updates: float, small: int, large: int) -> tuple[int, int]:

@@ -115,6 +115,17 @@ def train_here(state, manifest, run_config, step_config, end=None) -> list[tuple
     return rows
 
 
+def test_the_rates_of_the_table_are_those_that_the_run_was_steered_to(trunk, grow_here, tmp_path, capsys):
+    """What was steered holds for the grown run, too."""
+    step_dir = shutil.copytree(trunk, tmp_path / "run" / "checkpoints" / trunk.name)
+    steering = [{"step": 3, "command": "lr=0.5x"}]
+    manifest = dataclasses.replace(load_manifest(step_dir), steering=steering)
+    (step_dir / "manifest.json").write_text(manifest.to_json())
+    assert grow_here(step_dir, "--dry-run") == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "learning rate here" in line)
+    assert row[-2:] == ["0.005", "0.005"]
+
+
 @pytest.mark.slow
 def test_grow_save_restore_train_equals_grow_train(stacked, untrained, trunk):
     """The run that went through files and commands, against the same in memory, to the bit."""

@@ -22,6 +22,8 @@ from core.loss import IGNORE
 from core.run.engine import Device
 from core.run.interrupt import EXIT_SAVED
 from core.run.log import read_log
+from core.run.steering import Record
+from core.run.steering_queue import write_record
 from tests.train_tpu.processes import TINY, losses, make_text, refusal_here, run, run_here
 from train_tpu.replay.compiled import why_not_equal
 from train_tpu.replay.layers import targets_of
@@ -276,6 +278,17 @@ def test_a_learning_rate_a_hundred_times_too_large_is_seen(made, tmp_path):
     run_loss, branch_loss = re.search(r"mean 8 +(\S+) +(\S+)", said).groups()
     assert float(branch_loss) < float(run_loss) - 0.3
     assert {row["lr"] for row in read_log(out, "train")[4:9]} == {0.005}
+
+
+@pytest.mark.parametrize(("typed", "rate"), [("0.5x", 0.125), ("2x", 0.5)])
+def test_a_factor_of_a_steered_rate_is_of_what_it_was_steered_to(made, tmp_path, typed, rate):
+    """The run began with 0.5; its log does not know of the steering, which is read of its record."""
+    folder = shutil.copytree(made[0], tmp_path / "steered")
+    write_record(folder, [Record(step=3, command="lr=0.5x"), Record(step=9, command="lr=0.01")])
+    out = tmp_path / "branch"
+    said, _ = run_here(folder, "--step", "8", "--until", "10", "--lr", typed, "--out", out, module=REPLAY)
+    assert f"peak lr {rate:g} instead of 0.25" in said
+    assert {row["lr"] for row in read_log(out, "train") if 6 <= row["step"] <= 10} == {rate}
 
 
 def unread(folder: Path) -> int:

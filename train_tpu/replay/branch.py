@@ -11,7 +11,8 @@ from pathlib import Path
 from core.data.batches import Data, Record, record_of, require_records
 from core.errors import UserError
 from core.folders import require_new
-from core.run.settings import flatten
+from core.run.steering import Record as SteeringRecord
+from core.run.steering import overridden
 from train_tpu.config import RunConfig
 from train_tpu.replay.recorded import Recorded
 
@@ -27,14 +28,25 @@ class Branch:
     until: int
     """Its last update."""
     config: RunConfig
+    lr: float | None
+    """Its peak learning rate, if that is another than the run's."""
     without: tuple[Record, ...]
     out: Path
 
     @property
     def changes(self) -> dict[str, object]:
         """The settings that differ from the run's, by name."""
-        old, new = flatten(self.recorded.config), flatten(self.config)
-        return {name: new[name] for name in ("lr", "leave_out") if old[name] != new[name]}
+        lr = {} if self.lr is None else {"lr": self.lr}
+        return lr | ({"leave_out": list(self.config.leave_out)} if self.without else {})
+
+    @property
+    def steering(self) -> list[SteeringRecord]:
+        """What was changed while the run trained; a peak learning rate of the branch holds from its first
+        update on, whatever the run was steered to."""
+        steering = self.recorded.steering
+        if self.lr is None or not any(record["command"].startswith("lr=") for record in steering):
+            return steering
+        return overridden(steering, "lr", self.lr, self.recorded.first)
 
     @property
     def mark(self) -> str:
@@ -54,8 +66,8 @@ class Branch:
     def describe(self) -> str:
         """The changes in words."""
         said = []
-        if "lr" in self.changes:
-            said.append(f"peak lr {self.config.optim.lr:g} instead of {self.recorded.config.optim.lr:g}")
+        if self.lr is not None:
+            said.append(f"peak lr {self.lr:g} instead of {peak_of(self.recorded):g}")
         if self.without:
             said.append(f"without the records {', '.join(map(str, self.without))}")
         return " and ".join(said) or "nothing changed"
@@ -87,19 +99,27 @@ def plan_branch(
         last = recorded.steps - 1
         raise UserError(f"--until {until} is out of range: give an update from {recorded.step} to {last}")
     old = recorded.config
-    optim = old.optim if lr is None else dataclasses.replace(old.optim, lr=peak(lr, old.optim.lr))
+    was = peak_of(recorded)
+    rate = was if lr is None else typed_peak(lr, was)
+    changed = rate if rate != was else None
+    optim = old.optim if changed is None else dataclasses.replace(old.optim, lr=changed)
     once = {"prompts": (), "eval_tasks": "", "allow_change": (), "from_step": None, "fallback": False}
     config = dataclasses.replace(
         old, **once, out=out, optim=optim, init_from=recorded.source, stop_at=until + 1,
         steps=recorded.steps, epochs=None, leave_out=(*old.leave_out, *without),
     )  # fmt: skip
-    branch = Branch(recorded, until, config, without, out)
+    branch = Branch(recorded, until, config, changed, without, out)
     if not branch.begun:
         require_new(out)
     return branch
 
 
-def peak(given: str, old: float) -> float:
+def peak_of(recorded: Recorded) -> float:
+    """The run's peak learning rate where a branch begins, as it was steered."""
+    return recorded.settings(recorded.first).optim.lr
+
+
+def typed_peak(given: str, old: float) -> float:
     """A learning rate that is typed as such, or as a factor of the old one."""
     number = given.removesuffix("x")
     try:

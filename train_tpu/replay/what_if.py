@@ -15,7 +15,7 @@ from core.run.curve import plot_branch
 from core.run.folder import run_record, write_config
 from core.run.interrupt import EXIT_FINISHED
 from core.run.log import METRICS, read_log
-from core.run.steering import RECORD
+from core.run.steering_queue import write_record
 from core.tokenizer import Tokenizer
 from train_tpu.replay.branch import MARK, Branch
 from train_tpu.replay.compiled import open_setup
@@ -68,9 +68,9 @@ def make_folder(branch: Branch, setup: Setup) -> None:
             }  # fmt: skip
             marked = dataclasses.replace(manifest, lineage=[*manifest.lineage, entry])
             write_atomically(step_dir / MANIFEST, marked.to_json())
-        for name in (METRICS, RECORD):  # resuming drops lines of the log that come again
-            if (recorded.folder / name).is_file():
-                shutil.copyfile(recorded.folder / name, folder / name)
+        if (recorded.folder / METRICS).is_file():  # resuming drops lines that come again
+            shutil.copyfile(recorded.folder / METRICS, folder / METRICS)
+        write_record(folder, branch.steering)
         write_config(folder, setup.record)
         write_atomically(folder / MARK, branch.mark)
 
