@@ -139,7 +139,7 @@ def write_texts(
     Args:
         prompts: the ids that each line's text continues.
         settings: of `generation_settings`; they are those that `out` was begun with.
-        added: what is added to each of some prompts, of which the first has that number, step by step.
+        added: (some of the prompts, the number of the first of them) -> what is added to each, step by step.
 
     Raises:
         UserError: `out` was started with different prompts or settings, or another process writes it.

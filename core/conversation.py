@@ -58,8 +58,8 @@ class Answers:
     """In tokens."""
     max_new_tokens: int
     stream: Callable[[list[list[int]], int, Sequence[int]], Iterator[list[int | None]]]
-    """Of some prompts, the number of the first, by which random numbers are drawn, and the ids that end an
-    answer: the next token of every prompt, step by step; None for one that has ended."""
+    """(prompts, the number of the first, the ids that end an answer) -> the next token of every prompt, step
+    by step; None for one that has ended. A prompt's random numbers depend on its number."""
 
     @property
     def ends(self) -> list[int]:
@@ -122,8 +122,8 @@ class Session:
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece in whole characters.
 
-        Both turns are kept, of an answer that is left before its end what was made; none of them if that is
-        nothing.
+        Both turns are kept; of an answer that is not read to its end, what was made of it, and neither turn
+        if that is nothing.
 
         Raises:
             UserError: the question does not fit into the context, and the conversation is as before.

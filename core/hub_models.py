@@ -99,7 +99,7 @@ def local(path: Path) -> Path:
 
 
 def pinned(path: Path) -> Path:
-    """What `local` takes, for the settings that a run records: a name on the Hub gets its commit."""
+    """The path as the settings of a run record it: a name on the Hub with the commit that `local` opens."""
     folder = local(path)
     return Path(origin(folder) or path) if is_hub_name(path) else path
 

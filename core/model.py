@@ -118,7 +118,10 @@ class Adapter(nnx.Module):
         keys: Key[Array, "L B"] | None = None,
         dropout: float = 0.0,
     ):
-        """b: with the scale in it. keys: of dropout; None means none. Within a layer they lack the axis L."""
+        """b: multiplied by alpha / rank already. keys: for dropout; None means no dropout.
+
+        Inside the scan over layers, all of them lack the axis L.
+        """
         self.a, self.b = nnx.Param(a), nnx.Param(b)
         self.keys = None if keys is None else nnx.Variable(keys)
         self.dropout = dropout
@@ -287,7 +290,10 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], branch: Float[Array, "B S D"] | None, ctx: ForwardContext
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], KVCache | None]:
-        """branch: what the layer before adds to x; None if it has. Returns x and what this one adds."""
+        """branch: what the layer before adds to x; None if it is in x already.
+
+        Returns x with that, what this layer adds to it, and the layer's cache with the new positions.
+        """
         normed, x = scoped("attn_norm", self.attn_norm.add, x, branch, ctx.compute)
         y, cache = scoped("attn", self.attn, normed, ctx)
         normed, x = scoped("mlp_norm", self.mlp_norm.add, x, ctx.drop(y, site=0), ctx.compute)
@@ -331,6 +337,7 @@ class Decoder(nnx.Module):
         documents: Int[Array, "B S"] | None = None,
         hook: LayerHook | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Any]:
+        """Hidden states after the final norm, the cache with the new positions, and what `hook` gave."""
         c = self.config
         index = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         ctx = forward_context(c, compute, index, dropout_keys, documents)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-TICK = 0.25  # seconds between two looks at what is going on
+TICK = 0.25  # seconds between two looks at what is being done
 SEEN = 0.5  # seconds: what is over sooner is not shown on a terminal
 SHORT = 2.0  # seconds: what is over sooner leaves no line elsewhere
 LINE_EVERY = 10.0  # seconds between lines; a tenth of an activity's time if that is more
@@ -34,7 +34,7 @@ class Activity:
         left: str = "left",
         console: Console | None = None,
     ):
-        """name, total: what goes on, and units of it, if known; both may change. done: those done earlier.
+        """name, total: what is being done, and its units, if known; both may change. done: those done before.
 
         unit: what is counted. Without one the numbers are not shown, but for the time left.
         left: what is said after the time left.

@@ -204,8 +204,8 @@ def save_tree(folder: Path, tree: PyTree, manifest: Manifest, tokenizer: Tokeniz
 def restore(step_dir: Path, abstract: PyTree) -> PyTree:
     """The whole state of a step, in the pytree types of `abstract`.
 
-    abstract: a leaf with shape, dtype and, for one that is not to lie on the first device alone,
-    sharding, for every leaf (`jax.ShapeDtypeStruct`); how the checkpoint was sharded does not matter.
+    abstract: the state's tree with a `jax.ShapeDtypeStruct` for every leaf: its shape, its dtype and the
+    sharding to restore it to (none: the first device). How the checkpoint was sharded does not matter.
     Every file is verified first. UserError if one is damaged, or if a path, shape or dtype differs.
     """
     verify(step_dir)

@@ -28,7 +28,7 @@ class Steering:
         """
         self.records = list(records)
         self.now = steered(start, records, step)
-        """What the next update's settings are."""
+        """The settings of the next update."""
         self._start, self._inbox, self._log, self._say = start, inbox, log, say
         self._again = collections.deque(r for r in records if r["step"] >= step)
 

@@ -48,7 +48,7 @@ class Metrics(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What computes."""
+    """The devices of a run."""
 
     kind: str
     """The vendor's name, as `core.run.metrics.PEAK_FLOPS` has it."""

@@ -3,8 +3,7 @@
 import math
 from typing import NamedTuple
 
-# Peak dense bfloat16 FLOP/s of one device, by what JAX calls it, and PyTorch, too; from the vendors'
-# datasheets.
+# Peak dense bfloat16 FLOP/s of one device, by its name in JAX and PyTorch; from the vendors' datasheets.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,

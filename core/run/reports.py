@@ -24,7 +24,7 @@ from core.run.settings import PretrainingSource, TrainingSettings
 
 
 class Reports:
-    """Of one run."""
+    """Tells the log and the console of the updates of one run."""
 
     def __init__(
         self, settings: TrainingSettings, manifest: Manifest, out: Path, device: Device,

@@ -34,7 +34,7 @@ class Typed(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """The same as the call knows them."""
+    """What the call that sent them knows of them."""
 
     id: str
     n_commands: int

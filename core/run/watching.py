@@ -1,4 +1,4 @@
-"""--watch-every N: what goes on in every layer at every N-th update, of either engine, and where it is kept.
+"""--watch-every N: what is measured of every layer at every N-th update, in either engine; where it is kept.
 
 A run folder's watch.jsonl has a line for every such update: lists with a number for each row of `row_names`,
 the embedding, every layer, and the head with the final norm. Activations are those before the update, of the
