@@ -91,13 +91,20 @@ def _triton_obstacle(platform: str, dtype: str, head_dim: int, context: int) -> 
         return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
     if dtype != "bfloat16":
         return f"it computes in bfloat16, not in {dtype}"
-    if importlib.util.find_spec(TRITON_MODULE) is None:
+    if not _is_there(TRITON_MODULE):
         return f"this JAX ({jax.__version__}) has no {TRITON_MODULE} any more"
     if not 16 <= head_dim <= 128:
         return f"it needs a head size of 16 to 128, not {head_dim}"
     if context % TRITON_QUERIES:
         return f"it needs a context that is a multiple of {TRITON_QUERIES}, not {context}"
     return None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def _splash_obstacle(platform: str, context: int) -> str | None:

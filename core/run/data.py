@@ -121,7 +121,7 @@ def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Pat
     old = begun_record(out)
     if old and (recorded := as_recorded(old, asked)):
         return recorded
-    start = start_of(config, out) if old else None
+    start = resumed_manifest(config, out) if old else None
     kept: tuple[Phase, ...] = ()
     step, sequences = (start.step, start.sequences) if start else (0, 0)
     if start:
@@ -172,7 +172,7 @@ def phases_before(record: dict[str, Any], sources: dict[str, Dataset]) -> tuple[
     return (Phase(0, ((same[0], BLOCK),)),) if same else ()
 
 
-def start_of(config: Any, out: Path) -> Manifest | None:
+def resumed_manifest(config: Any, out: Path) -> Manifest | None:
     """The manifest of the checkpoint that a run resumes from; None where there is none."""
     checkpoints = out / "checkpoints"
     if config.from_step in list_steps(checkpoints):

@@ -120,7 +120,7 @@ def find_record(out: Path) -> list[Record]:
     return list(manifest.steering or []) if manifest else []
 
 
-def start_of(run: dict[str, Any]) -> Steered:
+def initial_settings(run: dict[str, Any]) -> Steered:
     """The settings that a recorded run began with."""
     optim, steps = recorded_schedule(run)
     given = {name: run[name] for name in ("window", "sigma", "halt_after") if name in run}
@@ -160,7 +160,7 @@ def send(out: Path, words: Sequence[str]) -> Sent:
             f"no process trains the run in {out}: start it again and steer it then, or change a setting at "
             "its start (--lr 3e-4 --allow-change lr)"
         )
-    step, start = next_step(out), start_of(config["run"])
+    step, start = next_step(out), initial_settings(config["run"])
     now = steered(start, find_record(out), step)
     for command in commands:
         now = apply(now, settle(command, now, step))

@@ -142,6 +142,15 @@ def test_choice_by_itself(platform, name, change, why):
     assert re.search(why, choice.why), choice.why
 
 
+@pytest.mark.parametrize("missing", ["jax.experimental.pallas.gone", "jax.experimental.gone.attention"])
+def test_a_jax_without_the_triton_kernel_has_the_others(missing, monkeypatch: pytest.MonkeyPatch):
+    """Whether it lacks the module alone or the whole package that it was in."""
+    monkeypatch.setattr("core.attention.TRITON_MODULE", missing)
+    assert choose("auto", platform="gpu", **SHAPE).name == "cudnn"
+    with pytest.raises(UserError, match=rf"'triton' cannot be used: this JAX .* has no {missing} any more"):
+        choose("triton", platform="gpu", **SHAPE)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_what_is_asked_for_is_used(platform):
     assert choose("xla", platform=platform, **SHAPE).name == "xla"
