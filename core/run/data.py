@@ -14,16 +14,8 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.data.batches import Data
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset
-from core.data.mixture import (
-    BLOCK,
-    Asked,
-    Mixture,
-    Phase,
-    describe_phases,
-    parse_data,
-    parse_mixture,
-    phases_of,
-)
+from core.data.mixture import BLOCK, Mixture, Phase, describe_phases, phases_of
+from core.data.mixture_options import Asked, parse_data, parse_mixture
 from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
 from core.errors import UserError
 from core.folders import CACHE

@@ -14,7 +14,8 @@ from typing import Any, TextIO, TypeVar
 from core.checkpoint.manifest import JAX, TORCH, Manifest, digest, load_manifest
 from core.checkpoint.steps import find_step, list_steps
 from core.config import ModelConfig
-from core.data.mixture import data_paths, describe_phases, phases_of
+from core.data.mixture import describe_phases, phases_of
+from core.data.mixture_options import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from core import checks
 from core.checkpoint.steps import Keep
 from core.config import PRESETS, Mlp, ModelConfig, preset
-from core.data.mixture import NAME, parse_mixture
+from core.data.mixture_options import NAME, parse_mixture
 from core.errors import UserError
 from core.run.guard import GuardConfig
 from core.run.profiling import parse_updates

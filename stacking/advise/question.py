@@ -10,7 +10,7 @@ from core.checkpoint.manifest import Manifest, load_manifest, recorded_hash
 from core.checkpoint.steps import list_steps, step_path, tokenizer_carriers
 from core.config import ModelConfig
 from core.data.batches import Data
-from core.data.mixture import data_paths
+from core.data.mixture_options import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.run.data import open_recorded_data

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from core import checks
-from core.data.mixture import parse_data
+from core.data.mixture_options import parse_data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from typing import Any
 
 from core import checks, cli
 from core.config import ModelConfig
-from core.data.mixture import parse_data
+from core.data.mixture_options import parse_data
 from core.data.text import read_text
 from core.errors import UserError
 from core.run.data import choose_run_tokenizer

@@ -11,7 +11,7 @@ from core.checkpoint.manifest import CHANGE, JAX, Manifest, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.config import ModelConfig
 from core.data.batches import Data
-from core.data.mixture import data_paths
+from core.data.mixture_options import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.run.data import open_recorded_data

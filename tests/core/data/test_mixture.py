@@ -11,7 +11,8 @@ from core.data import batches as module
 from core.data import packing
 from core.data.batches import heldout_windows, record_at, record_of, require_records, train_batches
 from core.data.dataset import Dataset, Split, open_windows, write_manifest
-from core.data.mixture import BLOCK, Mixture, Phase, parse_data, parse_mixture, phase_number, phases_of
+from core.data.mixture import BLOCK, Mixture, Phase, phase_number, phases_of
+from core.data.mixture_options import parse_data, parse_mixture
 from core.data.windows import Windows
 from core.errors import UserError
 

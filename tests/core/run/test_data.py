@@ -9,7 +9,8 @@ import pytest
 from core.checkpoint.manifest import Manifest, digest
 from core.checkpoint.steps import step_path
 from core.data.dataset import Dataset, Split, fingerprint_of
-from core.data.mixture import Mixture, Phase, parse_mixture, phases_of
+from core.data.mixture import Mixture, Phase, phases_of
+from core.data.mixture_options import parse_mixture
 from core.data.prepare import append, prepare
 from core.errors import UserError
 from core.run import data as run_data
