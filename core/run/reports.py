@@ -22,6 +22,8 @@ from core.run.log import NoLog, RunLog
 from core.run.metrics import model_flops_utilization
 from core.run.settings import PretrainingSource, TrainingSettings
 
+BLAMED = 3  # leaves that are named of a skipped update
+
 
 class Reports:
     """Tells the log and the console of the updates of one run."""
@@ -148,8 +150,8 @@ class Reports:
                 self.say(said)
 
 
-def blame_leaves(norms: Mapping[str, Any], most: int = 3) -> list[str]:
-    """The leaves (with their layers) whose gradients are not finite, else those of largest norm."""
+def blame_leaves(norms: Mapping[str, Any]) -> list[str]:
+    """The `BLAMED` leaves (with their layers) whose gradients are not finite, else those of largest norm."""
     named = {}
     for name, values in norms.items():
         if np.ndim(values) == 0:
@@ -157,7 +159,7 @@ def blame_leaves(norms: Mapping[str, Any], most: int = 3) -> list[str]:
         else:
             named |= {f"{name}[{layer}]": float(value) for layer, value in enumerate(values)}
     ranked = sorted(named, key=lambda n: (math.isfinite(named[n]), -named[n]))
-    return [f"{name} ({named[name]:.3g})" for name in ranked[:most]]
+    return [f"{name} ({named[name]:.3g})" for name in ranked[:BLAMED]]
 
 
 def process_age() -> float:
