@@ -116,6 +116,7 @@ class Loop:
                     self._end_trace()
 
     def _run(self) -> int:
+        # What an earlier process measured of this state comes again where it is due, and is kept elsewhere.
         evaluates, samples, _ = self._due()
         again = {"eval": evaluates, "task": evaluates and bool(self.settings.eval_tasks), "sample": samples}
         self.log.keep(*(kind for kind, comes in again.items() if not comes))
