@@ -170,7 +170,7 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
             setup.leave_newer(say)
         manifest = setup.resume(manifest, old)
         grown = old.last_growth
-        how = setup.how_resumed(old, manifest.engine)
+        how = setup.how_resumed(old, manifest)
         if grown and grown["step"] == old.step:
             how += f", grown here from {grown['layers'][0]} to {grown['layers'][1]} layers ({grown['plan']})"
         if changed:

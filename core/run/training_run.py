@@ -82,13 +82,20 @@ class TrainingRun:
         steering = resumed(old.steering or [], kept, *settings, old.step)
         return dataclasses.replace(new.resumed_from(old), steering=steering)
 
-    def how_resumed(self, old: Manifest, engine: str) -> str:
-        """Where `engine` resumes from, in words."""
+    def how_resumed(self, old: Manifest, new: Manifest) -> str:
+        """Where the run continues from, in words.
+
+        Args:
+            old: of the checkpoint.
+            new: what `resume` makes of it.
+        """
         at = f"{self.out} at step {old.step} ({old.sequences:,} sequences read)"
-        if old.engine == engine:
-            return f"resuming {at}"
+        steered = ", ".join(f"{record['command']} at step {record['step']}" for record in new.steering or [])
+        steered = f"; steered: {steered}" if steered else ""
+        if old.engine == new.engine:
+            return f"resuming {at}{steered}"
         masks = "; dropout draws other masks than there" if self.record["model"]["dropout"] else ""
-        return f"resuming in {engine} {at}, which {old.engine} wrote{masks}"
+        return f"resuming in {new.engine} {at}, which {old.engine} wrote{masks}{steered}"
 
     def leave_newer(self, say: Callable[[str], None]) -> None:
         """Renames the checkpoints after --from-step, if it is given; to be called by the first process."""

@@ -221,11 +221,11 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     old = checkpoint.restore(step_dir, train_step)
     if ranks.first:
         job.leave_newer(say)
-    how = job.how_resumed(old, manifest.engine)
     train_step.guard.streak.zero_()  # a run that the guard halted resumes behind the batches that halted it
     changed = changed_measure(old, manifest)
+    manifest = job.resume(manifest, old)
+    how = job.how_resumed(old, manifest)
     if changed:
         train_step.guard.empty()
         how += f"; the guard starts anew, for other {' and '.join(changed)}"
-    manifest = job.resume(manifest, old)
     return manifest, how

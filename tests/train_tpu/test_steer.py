@@ -69,8 +69,9 @@ def test_a_steered_run_is_the_same_to_the_bit_when_its_record_is_resumed(engine,
     assert losses(killed) == losses(whole)
     assert load_manifest(find_step(killed)).steering == load_manifest(find_step(whole)).steering
 
-    run_here(*command, whole, "--from-step", "9", module=module)
+    out, _ = run_here(*command, whole, "--from-step", "9", module=module)
     assert losses(whole) == losses(killed)
+    assert f"; steered: {', '.join(f'{text} at step 4' for text in STEERING)}" in " ".join(out.split())
 
 
 @pytest.mark.slow
