@@ -49,11 +49,15 @@ class Layer(NamedTuple):
 
 def packed(parts: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """The weights and biases of linear layers one after the other; the layers' own become views of them."""
-    weight = torch.cat([part.weight.detach() for part in parts])
-    for part, view in zip(parts, weight.split([part.out_features for part in parts]), strict=True):
-        part.weight.data = view
-    bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-    return weight, bias
+
+    def together(own: list[nn.Parameter]) -> Tensor:
+        whole = torch.cat([p.detach() for p in own])
+        for p, view in zip(own, whole.split([len(p) for p in own]), strict=True):
+            p.data = view
+        return whole
+
+    weight = together([part.weight for part in parts])
+    return weight, None if parts[0].bias is None else together([part.bias for part in parts])
 
 
 def layers_of(model: Decoder) -> list[Layer]:

@@ -26,9 +26,11 @@ from tests.kernels_cuda.decoding import GREEDY, SMALL, random_decoder
 PROMPTS = [[1, 5, 9], [1, 2]]
 
 
-def adapted(kind: str) -> Decoder:
+def trained(kind: str, lora: bool) -> Decoder:
+    """lora: adapters are, else all parameters."""
     decoder = random_decoder(SMALL[kind], torch.float32)
-    add_adapters(decoder, LoraConfig(lora_rank=2), 0)
+    if lora:
+        add_adapters(decoder, LoraConfig(lora_rank=2), 0)
     return decoder
 
 
@@ -39,11 +41,12 @@ def anew(decoder: Decoder) -> list[list[int]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt"])
-def test_a_sample_is_of_the_weights_there_are(kind: str, monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_sample_is_of_the_weights_there_are(kind: str, lora: bool, monkeypatch: pytest.MonkeyPatch, capsys):
     """The ops in plain PyTorch stand for the kernels."""
     monkeypatch.setattr(samples, "choose_generator", lambda model, _: Generator(model))
-    decoder = adapted(kind)
+    decoder = trained(kind, lora)
     sampler = Sampler(types.SimpleNamespace(decoder=decoder, bf16=True), kernels="auto")
     made = []
     for _ in range(2):
@@ -59,11 +62,12 @@ def test_a_sample_is_of_the_weights_there_are(kind: str, monkeypatch: pytest.Mon
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_samples_on_the_kernels_change_no_update(lora: bool, compiled: bool, capfd):
+@pytest.mark.parametrize("preset", ["mtlm1-tiny", "mtlm2-tiny"])
+def test_samples_on_the_kernels_change_no_update(preset: str, lora: bool, compiled: bool, capfd):
     """With recorded updates and dropout of adapters, whose masks are functions of the step."""
     gpu = torch.device("cuda", 0)
     library.load("cuda")
-    model = dataclasses.replace(PRESETS["mtlm1-tiny"], vocab_size=300, context=64)
+    model = dataclasses.replace(PRESETS[preset], vocab_size=300, context=64)
     rng = np.random.default_rng(0)
     batches = [Rows(t, np.roll(t, -1, 1), None) for t in rng.integers(300, size=(6, 4, 64), dtype=np.int32)]
 
