@@ -224,16 +224,21 @@ class TrainStep:
             grad_accum_steps = needed
 
     def _room_to_record(self) -> bool:
-        """Whether what an update needs for itself fits into the memory twice: a recording keeps it, and
-        evaluation and samples need no more than that."""
-        free, _ = torch.cuda.mem_get_info(self.ranks.device)
-        return free >= 2 * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+        """Whether what the last rehearsal needed for itself fits into the memory twice: a recording keeps it,
+        and evaluation and samples need no more than that."""
+        device = self.ranks.device
+        free, _ = torch.cuda.mem_get_info(device)
+        return free >= 2 * (torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
 
     def _rehearse(self, rows: Rows, grad_accum_steps: int) -> None:
         """An update's memory without its effect: two micro-batches, since from the second on the activations
         lie next to the gradients of those before, and an update that is skipped."""
         self.decoder.train()
         device = self.ranks.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(
+                device
+            )  # others may have needed more, and larger micro-batches
         for micro in itertools.islice(self.place(rows, grad_accum_steps).micro_batches(), 2):
             with self.autocast():
                 total, _ = self.losses(*micro)

@@ -72,6 +72,25 @@ def test_an_update_is_recorded_where_there_is_room(room: bool, monkeypatch: pyte
     assert train_step.recorded is room
 
 
+def test_room_to_record_is_for_the_update_alone(monkeypatch: pytest.MonkeyPatch):
+    """Not for what the process has needed before it."""
+    config = dataclasses.replace(PRESETS["mtlm1-88m"], n_layers=2, vocab_size=258)
+    train_step = make_train_step(config)
+    train_step.recorded = True
+
+    def example(n: int) -> Rows:
+        return empty_rows(n, config.context, packed=False)
+
+    train_step._rehearse(example(4), 1)  # cuBLAS's own memory
+    train_step._forget()
+    need = peak(lambda: train_step._rehearse(example(4), 1))[0]
+    train_step._forget()
+    free = 2 * (need - torch.cuda.memory_allocated()) + 2**24
+    torch.empty(free, dtype=torch.uint8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2**40))
+    assert train_step.fit(4, 1, example) == 1 and train_step.recorded
+
+
 def test_the_batch_is_split_wherever_memory_ends():
     """No further than it must be: fewer micro-batches hold more memory than there is, then."""
     config = dataclasses.replace(PRESETS["mtlm1-88m"], n_layers=4, vocab_size=258)
