@@ -34,6 +34,8 @@ class Distributed:
         default_factory=list, compare=False, kw_only=True
     )
     """Called before the connection ends: NCCL waits for recorded CUDA graphs that hold its calls."""
+    rehearsing: bool = dataclasses.field(default=False, kw_only=True)
+    """`gather` and `sum_gradients` take their memory and exchange nothing: what they give is of no use."""
 
     @property
     def first(self) -> bool:
@@ -63,7 +65,8 @@ class Distributed:
             return own
         flat = torch.cat([part.flatten() for part in own])
         whole = flat.new_empty(self.size, len(flat))
-        dist.all_gather_into_tensor(whole.view(-1), flat)
+        if not self.rehearsing:
+            dist.all_gather_into_tensor(whole.view(-1), flat)
         parts = whole.split([part.numel() for part in own], dim=1)
         return [
             found.reshape(self.size * len(part), *part.shape[1:])
@@ -75,7 +78,8 @@ class Distributed:
         if self.size == 1:
             return
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        dist.all_reduce(flat)
+        if not self.rehearsing:
+            dist.all_reduce(flat)
         sums = flat.split([p.numel() for p in parameters])
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad = total.view_as(parameter)

@@ -62,13 +62,22 @@ class Muon:
                 p.grad = None
 
     @torch.no_grad()
-    def step(self, *, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+    def step(
+        self,
+        *,
+        grad_scale: Tensor | None = None,
+        skip: Tensor | None = None,
+        ranks: Distributed | None = None,
+    ) -> None:
         """One update, of parameters that all have a gradient, on every rank the same.
 
-        Args: as those of `AdamW.step`.
+        Args:
+            grad_scale, skip: as those of `AdamW.step`.
+            ranks: which rehearse it; default the optimizer's own.
         """
         self._others.step(grad_scale=grad_scale, skip=skip)
-        device = self._ranks.device
+        ranks = ranks or self._ranks
+        device = ranks.device
         scale = torch.ones((), device=device) if grad_scale is None else grad_scale
         skipped = torch.zeros((), dtype=torch.bool, device=device) if skip is None else skip
         self._count += ~skipped
@@ -76,13 +85,13 @@ class Muon:
         corrections = [(1 - beta ** (self._count.double() + ahead)).float() for ahead in (1, 0)]
         own = []
         for shape, parameters in self._alike.items():
-            share = math.ceil(len(parameters) / self._ranks.size)
-            stack = torch.empty(share * self._ranks.size, *shape, dtype=self._dtype, device=device)
+            share = math.ceil(len(parameters) / ranks.size)
+            stack = torch.empty(share * ranks.size, *shape, dtype=self._dtype, device=device)
             stack[len(parameters) :].zero_()
             for p, place in zip(parameters, stack, strict=False):
                 self._advance(p.grad, self.state[p]["exp_avg"], place, scale, skipped, beta, *corrections)
-            own.append(newton_schulz(stack[self._ranks.rank * share :][:share]))
-        for parameters, update in zip(self._alike.values(), self._ranks.gather(own), strict=True):
+            own.append(newton_schulz(stack[ranks.rank * share :][:share]))
+        for parameters, update in zip(self._alike.values(), ranks.gather(own), strict=True):
             for p, u in zip(parameters, update, strict=False):
                 self._apply(p, u, self._lr, skipped, decay)
 

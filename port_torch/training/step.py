@@ -9,6 +9,7 @@ that the guard refuses changes nothing; that is decided on the device. Parameter
 products run in bfloat16 under autocast.
 """
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -232,21 +233,24 @@ class TrainStep:
 
     def _rehearse(self, rows: Rows, grad_accum_steps: int) -> None:
         """An update's memory without its effect: two micro-batches, since from the second on the activations
-        lie next to the gradients of those before, and an update that is skipped."""
+        lie next to the gradients of those before, and an update that is skipped. The ranks exchange nothing:
+        one whose memory ends would not come."""
         self.decoder.train()
         device = self.ranks.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(
-                device
-            )  # others may have needed more, and larger micro-batches
+        if device.type == "cuda":  # others may have needed more, and larger micro-batches
+            torch.cuda.reset_peak_memory_stats(device)
         for micro in itertools.islice(self.place(rows, grad_accum_steps).micro_batches(), 2):
             with self.autocast():
                 total, _ = self.losses(*micro)
             (total * 0.0).backward()
+        ranks = dataclasses.replace(self.ranks, rehearsing=True)
+        ranks.sum_gradients(list(self.parameters.values()))
         norm = get_total_norm([p.grad for p in self.parameters.values()])
-        self.optimizer.step(
-            grad_scale=clip_scale(norm, 1.0), skip=torch.ones((), dtype=torch.bool, device=device)
-        )
+        scale, skip = clip_scale(norm, 1.0), torch.ones((), dtype=torch.bool, device=device)
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.step(grad_scale=scale, skip=skip, ranks=ranks)
+        else:
+            self.optimizer.step(grad_scale=scale, skip=skip)
 
     def _forget(self) -> None:
         """Behind the handler of an exception, whose traceback holds tensors."""

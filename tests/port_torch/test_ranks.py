@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from core.checkpoint.manifest import load_manifest
 from core.checkpoint.steps import find_step
 from core.errors import UserError
 from core.run.training_run import TrainingRun
+from port_torch.model import Decoder
+from port_torch.training.batches import empty_rows
 from port_torch.training.distributed import Distributed
+from port_torch.training.settings import MirrorOptimizerConfig
+from port_torch.training.step import TrainStep
 from port_torch.training.trainer import starting_state
+from tests.models import LLAMA
 
 RUN = Path(__file__).parents[1] / "fixtures" / "7b5e0bc" / "torch"
 
@@ -42,6 +48,9 @@ class Paired(Distributed):
     """A rank whose exchanges are those of a meeting, not of torch.distributed."""
 
     meeting: Meeting
+
+    def copy_from_first(self, tensors: list[Tensor]) -> None:
+        """Theirs are equal."""
 
     def largest(self, value: int) -> int:
         return max(self.meeting.all(self.rank, value))
@@ -104,3 +113,27 @@ def test_what_the_first_makes_the_others_find(tmp_path: Path):
         return there
 
     assert both(lambda ranks: ranks.in_turn(make)) == [False, True]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_that_ends_on_one_rank_splits_the_batch_of_both(optimizer: str):
+    """The other one, which has enough, waits in no exchange of the update that both try: there the first will
+    not come."""
+
+    def fit(ranks: Distributed) -> int:
+        optim = MirrorOptimizerConfig(optimizer=optimizer)
+        train_step = TrainStep(Decoder(LLAMA), optim, ranks, seed=0)
+        losses = train_step.losses
+
+        def limited(tokens: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+            if len(tokens) > (2 if ranks.first else 4):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return losses(tokens, *rest)
+
+        train_step.losses = limited
+        before = [p.clone() for p in train_step.parameters.values()]
+        parts = train_step.fit(8, 1, lambda n: empty_rows(n, LLAMA.context, packed=False))
+        assert all(map(torch.equal, train_step.parameters.values(), before))
+        return parts
+
+    assert both(fit) == [4, 4]
