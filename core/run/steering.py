@@ -83,6 +83,12 @@ def steered(start: Steered, records: Sequence[Record], step: int) -> Steered:
     return now
 
 
+def steered_length(records: Sequence[Record], since: int) -> int | None:
+    """The number of all steps that a run was steered to last, at step `since` or later; None: it was not."""
+    commands = [parse(shlex.split(record["command"]))[0] for record in records if record["step"] >= since]
+    return next((int(command.value) for command in reversed(commands) if command.name == "steps"), None)
+
+
 def apply(now: Steered, command: Command) -> Steered:
     """The settings after a command, as `settle` gives it."""
     value = command.value

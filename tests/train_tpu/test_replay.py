@@ -25,9 +25,10 @@ from core.run.log import read_log
 from core.run.steering import Record
 from core.run.steering_queue import write_record
 from tests.train_tpu.processes import TINY, losses, make_text, refusal_here, run, run_here
+from train_tpu.replay.branch import plan_branch
 from train_tpu.replay.compiled import why_not_equal
 from train_tpu.replay.layers import targets_of
-from train_tpu.replay.recorded import Recorded, Start
+from train_tpu.replay.recorded import Recorded, Start, open_recorded
 
 REPLAY = "train_tpu.replay.__main__"
 RUN = (*TINY, "--sample-every", "0")
@@ -289,6 +290,19 @@ def test_a_factor_of_a_steered_rate_is_of_what_it_was_steered_to(made, tmp_path,
     said, _ = run_here(folder, "--step", "8", "--until", "10", "--lr", typed, "--out", out, module=REPLAY)
     assert f"peak lr {rate:g} instead of 0.25" in said
     assert {row["lr"] for row in read_log(out, "train") if 6 <= row["step"] <= 10} == {rate}
+
+
+def test_a_branch_has_the_length_that_the_run_was_steered_to_later(made, tmp_path):
+    """The checkpoint that it begins with does not know of it; its own schedule decays from update 10 on."""
+    folder = shutil.copytree(made[0], tmp_path / "lengthened")
+    write_record(folder, [Record(step=8, command="steps=40"), Record(step=9, command="steps=30")])
+    recorded = open_recorded(folder, 4)
+    assert recorded.steps == recorded.config.steps == 30
+    branch = plan_branch(recorded, 28, None, (), tmp_path / "branch")
+    assert (branch.config.steps, branch.describe()) == (30, "nothing changed")
+    assert branch.recorded.settings(11).lr(11) == 0.5
+    write_record(folder, [Record(step=4, command="steps=12")])  # what the checkpoint of step 6 knows
+    assert open_recorded(folder, 4).steps == 12
 
 
 def unread(folder: Path) -> int:

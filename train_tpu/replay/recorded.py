@@ -4,6 +4,7 @@ Nothing here is written, and nothing needs JAX: what cannot be replayed is refus
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from core.run.log import CARRIED, read_log
 from core.run.other_engine import KEPT, engine_of, settings_for
 from core.run.phases import phase_limits
 from core.run.settings import unflatten
-from core.run.steering import Record, Steered, steered
+from core.run.steering import Record, Steered, steered, steered_length
 from core.run.steering_queue import find_record
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from train_tpu.config import RunConfig
@@ -47,7 +48,8 @@ class Recorded:
     step: int
     """The update (0-based)."""
     record: dict[str, Any]
-    """What config.json said when the update was made: `run`, `model`, `tokenizer`, `data`."""
+    """What config.json said when the update was made: `run`, `model`, `tokenizer`, `data`; its `steps` are
+    those that the run was steered to after it, if it was."""
     config: RunConfig
     """The same settings as JAX has them."""
     start: Path | None
@@ -145,7 +147,8 @@ def open_recorded(folder: Path, step: int) -> Recorded:
         there = f"has made updates {least} to {made - 1}" if made > least else "has made no update yet"
         since = f" since it was grown at step {least}" if grown else ""
         raise UserError(f"the run in {folder} {there}{since}: --step {step} is not among them")
-    record = _record_at(folder, newest, step)
+    steering = find_record(folder)
+    record = _record_at(folder, newest, step, steering)
     config = unflatten(settings_for(JAX, record), RunConfig)
     earlier = [saved for saved in list_steps(checkpoints) if saved <= step]
     start = step_path(checkpoints, earlier[-1]) if earlier else None
@@ -156,16 +159,19 @@ def open_recorded(folder: Path, step: int) -> Recorded:
     _require_same_batches(folder, config.batch * context, start_manifest, lines.get(step), step)
     recorded = Recorded(
         folder, step, record, config, start, start_manifest, source,
-        {at: line for at, line in lines.items() if at >= first}, find_record(folder),
-        _starts(folder),
+        {at: line for at, line in lines.items() if at >= first}, steering, _starts(folder),
     )  # fmt: skip
     if recorded.settings(step).leaves_out(step):
         raise UserError(f"update {step} of the run in {folder} was left out, as asked: give another --step")
     return recorded
 
 
-def _record_at(folder: Path, newest: dict[str, Any], step: int) -> dict[str, Any]:
-    """The record under which an update was made: that of the next checkpoint, else the newest."""
+def _record_at(folder: Path, newest: dict[str, Any], step: int, steering: Sequence[Record]) -> dict[str, Any]:
+    """The record under which an update was made: that of the next checkpoint, else the newest.
+
+    Its length is that which the run was steered to since: it changes the rate of no update that was made, but
+    those of updates to come, which a branch trains, too (`core.run.steering.settle`).
+    """
     later = [saved for saved in list_steps(folder / "checkpoints") if saved > step]
     if not later:
         return newest
@@ -173,7 +179,8 @@ def _record_at(folder: Path, newest: dict[str, Any], step: int) -> dict[str, Any
     record = newest | manifest.config | {"tokenizer": manifest.tokenizer, "data": recorded_data(manifest)}
     if engine_of(record["run"]) != engine_of(newest["run"]):
         record.pop(KEPT, None)  # it is of the engine that made this update
-    return record
+    steps = steered_length(steering, later[0])
+    return record if steps is None else record | {"run": record["run"] | {"steps": steps}}
 
 
 def _source(folder: Path, record: dict[str, Any], manifest: Manifest | None, step: int) -> Path | None:
