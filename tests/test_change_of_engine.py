@@ -170,10 +170,10 @@ def test_what_cannot_be_continued_is_refused(tmp_path: Path):
     before = (run / "config.json").read_bytes()
     for name, old, new in (("batch", "4", "8"), ("optimizer", "adamw", "muon")):
         _, err = run_here("--out", run, *DATA, f"--{name}", new, expect=2)
-        assert f"was started with --{name} {old}, not {new}" in err.splitlines()[-1]
+        assert f"has --{name} {old}, not {new}" in err.splitlines()[-1]
     for module in COMMANDS.values():  # a record from before it could be asked for says nothing of it
         _, err = run_here("--out", run, *DATA, "--document-mask", module=module, expect=2)
-        assert "was started with --document-mask False, not True" in err.splitlines()[-1]
+        assert "has --document-mask False, not True" in err.splitlines()[-1]
     assert (run / "config.json").read_bytes() == before and list_steps(run / "checkpoints") == [12]
 
     shutil.copytree(FIXTURES / "torch", tuned)

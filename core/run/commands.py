@@ -71,10 +71,10 @@ class Steering:
                 except UserError as error:
                     self._refuse(step, typed, error)
                     continue
+                if settled.name in LASTING:  # before the answer: what is answered outlives a kill
+                    self._record(step, settled)
                 self._log.write(step, "event", what=STEERED, id=typed.id, command=str(settled))
                 self._say(f"step {step}: steered: {settled}")
-                if settled.name in LASTING:
-                    self._record(step, settled)
                 act(settled)
 
     def _refuse(self, step: int, typed: Typed, error: UserError) -> None:

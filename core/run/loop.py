@@ -72,6 +72,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._context = ModelConfig(**self.manifest.config["model"]).context
+        self._steps_at_start = self.steps
         self.step = self._first_step = self.manifest.step
         """Updates made so far, skipped ones included."""
         self.cursor = self.manifest.sequences
@@ -79,6 +80,7 @@ class Loop:
         growth = self.manifest.last_growth
         self._grown_at = growth["step"] if growth else None
         self._saved_step = self.step or None
+        self._evaluated: tuple[int, int | None] | None = None  # step and limit of the last evaluation
         self._cadence = choose_cadence(self.settings, self.steps)
         self._paused = False
         self._stopped_by: str | None = None
@@ -218,13 +220,15 @@ class Loop:
         if started:
             self._save()
         self._wait()
+        length = f" with --steps {self.steps}" if self.steps != self._steps_at_start else ""  # as steered
+        again = f"run the same command{length} to resume"
         by = self._stopped_by or self.interrupt.requested or "another process"
         self.log.write(self.step, "event", what=f"interrupted by {by}")
         if started:
-            self._say(f"saved step {self.step}; run the same command to resume")
+            self._say(f"saved step {self.step}; {again}")
             return EXIT_SAVED
         kept = "nothing to keep yet" if self._saved_step is None else f"step {self._saved_step} is kept"
-        self._say(f"stopped before the first step: {kept}; run the same command to resume")
+        self._say(f"stopped before the first step: {kept}; {again}")
         return EXIT_KEPT
 
     def _due(self) -> Due:
@@ -292,6 +296,8 @@ class Loop:
                 )
 
     def _evaluate(self, limit: int | None) -> None:
+        if self._evaluated == (self.step, limit):  # on command, and due as well
+            return
         for split in self.engine.heldout:
             score = self.engine.score(split, limit, lambda: self._stopping)
             if score is None:
@@ -305,6 +311,7 @@ class Loop:
                 f"step {self.step}: {split}: {score.bits_per_byte:.4f} bits per byte, "
                 f"{score.nll:.4f} nats per token, perplexity {score.perplexity:.2f}"
             )
+        self._evaluated = self.step, limit
 
     def _evaluate_tasks(self, limit: int | None) -> None:
         stop = lambda: self._stopping  # noqa: E731

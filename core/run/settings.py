@@ -317,8 +317,8 @@ def require_same(
             continue
         flag = name.replace("_", "-")
         raise UserError(
-            f"the run in {where} was started with --{flag} {old.get(name)}, not {new.get(name)}: give the "
-            f"same value, another --out, or --allow-change {name} if the change is meant"
+            f"the run in {where} has --{flag} {old.get(name)}, not {new.get(name)}: give the same value, "
+            f"another --out, or --allow-change {name} if the change is meant"
         )
 
 

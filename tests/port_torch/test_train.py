@@ -470,8 +470,8 @@ def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):
         (("--beta1", "0"), "beta1 is 0"),
         (("--keep-last", "0"), "--keep-last is 0; it must be positive"),
         (("--kernels", "cuda", *TINY, *new), "cannot use the CUDA kernels"),
-        (("--out", finished, "--lr", "0.5"), "was started with --lr 0.01, not 0.5"),
-        (("--out", finished, "--seed", "1"), "was started with --seed 0, not 1"),
+        (("--out", finished, "--lr", "0.5"), "has --lr 0.01, not 0.5"),
+        (("--out", finished, "--seed", "1"), "has --seed 0, not 1"),
         (("--out", finished, "--allow-change", "nothing"), "'nothing', which is not a setting"),
         (("--out", finished, "--steps", "6", "--allow-change", "steps"), "is at step 12 already"),
         (

@@ -337,8 +337,8 @@ def test_refusals(rows: Path, tmp_path: Path, monkeypatch):
         ((start, *new, "--template", "none"), "there is no template none"),
         ((start, "--data", rows, "--out", FIXTURES / "mtlm1-export"), "for PyTorch, and not an MTLM run"),
         ((other, *old), f"not started from the weights that are given now: give {start} as it was"),
-        ((start, *old, "--seed", "1"), "was started with --seed 0"),
-        ((start, *old, "--validation", "0.5"), "was started with --validation 0.0, not 0.5"),
+        ((start, *old, "--seed", "1"), "has --seed 0"),
+        ((start, *old, "--validation", "0.5"), "has --validation 0.0, not 0.5"),
     ):
         said = refusal_here(*arguments, module="train_tpu.finetune")
         assert message in said, (arguments, said)

@@ -182,9 +182,7 @@ def test_a_run_changes_its_mesh_when_asked_by_name(cache, text):
     out, _ = run(cache, *common, "--out", folder, "--mesh", "fsdp=4,tensor=2", "--stop-at", "6", devices=8)
     assert "8 x cpu (cpu), fsdp=4,tensor=2, float32" in out
     refused = refusal(cache, *common, "--out", folder, "--mesh", "fsdp=8", devices=8)
-    assert (
-        "was started with --mesh fsdp=4,tensor=2, not fsdp=8" in refused and "--allow-change mesh" in refused
-    )
+    assert "has --mesh fsdp=4,tensor=2, not fsdp=8" in refused and "--allow-change mesh" in refused
     # On fewer devices the run's own mesh does not fit, and the sentence says so.
     assert "is for --mesh fsdp=4,tensor=2, but there are 1 devices here" in refusal(
         cache, *TINY, "--out", folder

@@ -143,7 +143,7 @@ def test_mtlm1_in_three_phases(tmp_path):
     assert lasting(out) == before
     # What would make it another run is refused by the run itself.
     process = start("mtlm1", tmp_path, **settings | {"BATCH": 2})
-    assert "was started with --batch 4, not 2" in process.communicate(timeout=300)[1]
+    assert "has --batch 4, not 2" in process.communicate(timeout=300)[1]
     assert process.returncode == 2
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import threading
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from core.checkpoint.manifest import Manifest
 from core.errors import UserError
@@ -186,6 +188,41 @@ def test_a_live_run_obeys_at_a_step_boundary_and_records_it(tmp_path: Path):
     refused = [row["why"] for row in read_log(tmp_path, "event") if row["what"] == "not steered"]
     assert len(refused) == 1 and "at step 12 already" in refused[0]
     assert events(tmp_path)[-1] == "interrupted by the command stop"
+
+
+def test_what_is_answered_is_recorded(tmp_path: Path, monkeypatch):
+    """A process that is killed right after its answer has the command at its next start."""
+    with running(tmp_path) as inbox:
+        log = RunLog(tmp_path, 0)
+        found = []
+        monkeypatch.setattr(log, "write", lambda *_, **row: found.append((row, read_record(tmp_path))))
+        send(tmp_path, ["lr=0.5x", "steps=+50"])
+        steering = Steering(START, [], 3, inbox, log, lambda _: None)
+        steering.obey(3, lambda text: text, lambda _: None, lambda _: None)
+        log.close()
+    assert [(row["command"], records[-1]["command"]) for row, records in found] == [
+        ("lr=0.5x", "lr=0.5x"), ("steps=150", "steps=150")
+    ]  # fmt: skip
+
+
+def test_an_evaluation_on_command_is_not_made_twice_where_one_is_due(tmp_path: Path):
+    engine = FakeEngine()
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, engine, **OPTIONS | {"eval_every": 5, "eval_windows": 4})
+        steer_at(engine, tmp_path, {4: ["evaluate"], 6: ["evaluate"]})
+        assert dataclasses.replace(loop, inbox=inbox).run() == EXIT_FINISHED
+    assert [row["step"] for row in read_log(tmp_path, "eval")] == [0, 5, 7, 10, 15, 20]
+
+
+def test_the_way_to_resume_a_run_of_another_length_names_it(tmp_path: Path):
+    """The same command says the length that the run began with, and would be refused."""
+    told = io.StringIO()
+    engine = FakeEngine()
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, engine, console=Console(file=told, width=200), **OPTIONS)
+        steer_at(engine, tmp_path, {2: ["steps=+50"], 4: ["stop"]})
+        assert dataclasses.replace(loop, inbox=inbox).run() == EXIT_SAVED
+    assert "saved step 5; run the same command with --steps 150 to resume" in told.getvalue()
 
 
 def test_a_recorded_steering_is_applied_again_at_the_same_steps(tmp_path: Path):
