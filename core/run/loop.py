@@ -221,6 +221,7 @@ class Loop:
             self._save()
         self._wait()
         length = f" with --steps {self.steps}" if self.steps != self._steps_at_start else ""  # as steered
+        length += " instead of --epochs" if length and self.settings.epochs is not None else ""
         again = f"run the same command{length} to resume"
         by = self._stopped_by or self.interrupt.requested or "another process"
         self.log.write(self.step, "event", what=f"interrupted by {by}")

@@ -214,15 +214,17 @@ def test_an_evaluation_on_command_is_not_made_twice_where_one_is_due(tmp_path: P
     assert [row["step"] for row in read_log(tmp_path, "eval")] == [0, 5, 7, 10, 15, 20]
 
 
-def test_the_way_to_resume_a_run_of_another_length_names_it(tmp_path: Path):
+@pytest.mark.parametrize(("epochs", "instead"), [(None, ""), (2.0, " instead of --epochs")])
+def test_the_way_to_resume_a_run_of_another_length_names_it(epochs, instead, tmp_path: Path):
     """The same command says the length that the run began with, and would be refused."""
     told = io.StringIO()
     engine = FakeEngine()
     with running(tmp_path) as inbox:
-        loop = make_loop(tmp_path, engine, console=Console(file=told, width=200), **OPTIONS)
+        options = OPTIONS | {"epochs": epochs}
+        loop = make_loop(tmp_path, engine, console=Console(file=told, width=200), **options)
         steer_at(engine, tmp_path, {2: ["steps=+50"], 4: ["stop"]})
         assert dataclasses.replace(loop, inbox=inbox).run() == EXIT_SAVED
-    assert "saved step 5; run the same command with --steps 150 to resume" in told.getvalue()
+    assert f"saved step 5; run the same command with --steps 150{instead} to resume" in told.getvalue()
 
 
 def test_a_recorded_steering_is_applied_again_at_the_same_steps(tmp_path: Path):
