@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from core.checkpoint.manifest import CARD
@@ -15,7 +16,14 @@ from core.folders import write_atomically
 from eval.results import all_tasks, figures, protocol, shown, table
 
 HEADING = "## Evaluation with lm-evaluation-harness"
-SECTION = re.compile(rf"^{HEADING}\n\n(?:\|.*\n?)*", re.MULTILINE)
+COLUMNS = ("task", "metric", "value", "protocol")
+BLANKS, LINE = r"[^\S\n]*", r".*(?:\n|\Z)"
+HEADER = rf"{BLANKS}\|{BLANKS}".join(("", *COLUMNS, ""))
+SECTION = re.compile(
+    rf"^({HEADING}{BLANKS}(?:\n|\Z)(?:(?!#|{HEADER}){LINE})*)((?={HEADER})(?:{BLANKS}\|{LINE})*)?",
+    re.MULTILINE,
+)
+"""The heading and what is written below it, up to the table or the next heading; then the table, if any."""
 
 
 def check_card(folder: Path) -> ModelCard:
@@ -25,8 +33,9 @@ def check_card(folder: Path) -> ModelCard:
         raise UserError(f"--card: {path} is not there: export the model again for its card")
     try:
         return ModelCard.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--card: the front matter of {path} cannot be read: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())  # YAML's takes several lines
+        raise UserError(f"--card: the front matter of {path} cannot be read: {why}") from None
 
 
 def update_card(folder: Path, content: dict[str, Any]) -> None:
@@ -48,8 +57,14 @@ def update_card(folder: Path, content: dict[str, Any]) -> None:
         for task, entry in tasks.items()
         for metric, value, stderr in figures(entry)
     ]
-    section = f"{HEADING}\n\n{table(('task', 'metric', 'value', 'protocol'), rows)}\n"
-    text, n_earlier = SECTION.subn(lambda _: section, card.text)
+    results = table(COLUMNS, rows)
+
+    def in_place(section: re.Match[str]) -> str:
+        before, earlier = section.groups()
+        end = "\n" if earlier else before[len(before.rstrip()) :] or "\n"
+        return f"{before.rstrip()}\n\n{results}{end}"
+
+    text, n_earlier = SECTION.subn(in_place, card.text)
     if not n_earlier:
-        text = f"{text.rstrip()}\n\n{section}"
+        text = f"{text.rstrip()}\n\n{HEADING}\n\n{results}\n"
     write_atomically(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")
