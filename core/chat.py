@@ -282,11 +282,7 @@ class ChatFormat:
         named = [turn._replace(content=PLACEHOLDER.format(place)) for place, turn in enumerate(turns)]
         first, *rest = PLACEHOLDERS.split(self._render(named, asks))
         said = [turns[int(place)].content for place in rest[::2]]
-        pattern = re.escape(first)
-        for content, after in zip(said, rest[1::2], strict=True):
-            forms = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
-            pattern += f"({'|'.join(map(re.escape, forms))}){re.escape(after)}"
-        found = re.fullmatch(pattern, text)
+        found = find_contents(text, first, said, rest[1::2])
         if found is None:
             spells = next(turn.content for turn in turns if self._spelled.search(turn.content))
             raise UserError(
@@ -294,11 +290,38 @@ class ChatFormat:
                 f"remove it from {spells[:40]!r}"
             )
         places = []
-        for number, content in enumerate(said, 1):
-            begin = found.start(number) - content.find(found[number])  # of the content, were it not stripped
+        for content, begin in zip(said, found, strict=True):
             spelled = self._spelled.finditer(content)
             places += [(begin + token.start(), begin + token.end()) for token in spelled]
         return places
+
+
+def find_contents(text: str, first: str, said: Sequence[str], after: Sequence[str]) -> list[int] | None:
+    """Where in a text each content begins, or would, were it not stripped; None where they do not make it up.
+
+    Args:
+        first: what the template writes before the first of them.
+        said: the contents in the order of the text, which has each as it is, or stripped on any side.
+        after: what the template writes behind each of them.
+    """
+    # The places up to which the contents so far may reach, each with the one before and the content's begin:
+    # few, where the ways to them double with every content that could be stripped or not.
+    places, steps = [len(first)] if text.startswith(first) else [], []
+    for content, behind in zip(said, after, strict=True):
+        step: dict[int, tuple[int, int]] = {}
+        for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())):
+            for place in places:
+                if text.startswith(form + behind, place):
+                    step.setdefault(place + len(form + behind), (place, place - content.find(form)))
+        steps.append(step)
+        places = list(step)
+    if len(text) not in places:
+        return None
+    found, place = [], len(text)
+    for step in reversed(steps):
+        place, begin = step[place]
+        found.append(begin)
+    return found[::-1]
 
 
 def render(template: str, where: str, turns: Sequence[Turn], asks: bool, marks: Mapping[str, str]) -> str:

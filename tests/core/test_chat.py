@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.chat import ChatFormat, folder_template, open_chat
+from core.chat import ChatFormat, find_contents, folder_template, open_chat
 from core.data.conversations import Conversation, Turn
 from core.errors import UserError
 from core.special_tokens import named_in
@@ -234,3 +234,42 @@ def test_new_rows_are_the_mean_of_those_that_had_a_token():
         np.testing.assert_allclose(
             wider[8:], np.repeat(table[:8].mean(0, dtype=np.float64)[None], 4, 0), 1e-6
         )
+
+
+def test_what_is_said_is_found_as_a_search_of_all_ways_finds_it():
+    rng = random.Random(0)
+
+    def drawn_text(longest: int) -> str:
+        return "".join(rng.choice(" \nab") for _ in range(rng.randint(0, longest)))
+
+    n_found = 0
+    for _ in range(5000):
+        n = rng.randint(1, 4)
+        first, said, after = (
+            drawn_text(1),
+            [drawn_text(3) for _ in range(n)],
+            [drawn_text(1) for _ in range(n)],
+        )
+        forms = [(content, content.strip(), content.lstrip(), content.rstrip()) for content in said]
+        text = first + "".join(rng.choice(form) + behind for form, behind in zip(forms, after, strict=True))
+        text = text[: -rng.randint(1, 2)] if rng.random() < 0.3 else text
+        pattern = re.escape(first) + "".join(
+            f"({'|'.join(map(re.escape, form))}){re.escape(behind)}"
+            for form, behind in zip(forms, after, strict=True)
+        )
+        found = find_contents(text, first, said, after)
+        assert (found is None) == (re.fullmatch(pattern, text) is None)
+        if found is not None:
+            n_found += 1
+            for content, begin in zip(said, found, strict=True):  # where nothing was stripped
+                core = content.strip()
+                place = begin + content.find(core)
+                assert text[place : place + len(core)] == core
+    assert n_found > 3000
+
+
+def test_contents_that_could_be_stripped_in_many_ways_take_no_time():
+    """Each of these pairs can be read in two ways: all of them in 2^60."""
+    said, after, text = ["q\n", "\na"] * 60, ["\n", ""] * 60, "q\n\na" * 60
+    assert find_contents(text, "", said, after) is not None
+    assert find_contents(f"{text}b", "", said, after) is None
