@@ -14,10 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from core.checkpoint.manifest import Manifest
+from core.checkpoint.manifest import MANIFEST, Manifest, load_manifest
+from core.checkpoint.steps import step_path
 from core.cli import command as command_line
 from core.config import ModelConfig
 from core.errors import UserError
+from core.folders import write_atomically
 from core.progress import Activity
 from core.run.cadence import Agreement, Due, choose_cadence, find_due, sample_length
 from core.run.commands import Steering
@@ -28,7 +30,7 @@ from core.run.log import END, HALT, NoLog, RunLog
 from core.run.phases import phase_limits
 from core.run.reports import Reports
 from core.run.settings import TrainingSettings
-from core.run.steering import Command, Record, Steered
+from core.run.steering import LASTING, Command, Record, Steered
 from core.run.steering_queue import Inbox
 from core.run.trace import Trace
 from core.sampling import Sampling, require_room
@@ -176,6 +178,8 @@ class Loop:
             require_room([self.tokenizer.begin(command.value)], self._context)
 
     def _act(self, command: Command) -> None:
+        if command.name in LASTING and self._saved_step == self.step:
+            self._amend_checkpoint()
         if command.name == "steps":
             self._change_steps(self._steering.now.steps)
         elif command.name == "save":
@@ -197,6 +201,22 @@ class Loop:
         self.manifest = dataclasses.replace(self.manifest, config=self.manifest.config | {"run": run})
         self._cadence = choose_cadence(self.settings, steps)
         self._progress.total = self.end
+
+    def _amend_checkpoint(self) -> None:
+        """Records what has just been steered in the checkpoint of this very step, which was saved before it (at
+        a pause, or where the run has resumed): whoever grows it goes on as the run would."""
+        self._wait()
+        path = step_path(self.checkpoints, self.step) / MANIFEST
+        if self.inbox and path.is_file():
+            manifest = load_manifest(path.parent)
+            run = manifest.config["run"] | {"steps": self._steering.now.steps}
+            manifest = dataclasses.replace(
+                manifest, steering=self._steered_so_far(), config=manifest.config | {"run": run}
+            )
+            write_atomically(path, manifest.to_json())
+
+    def _steered_so_far(self) -> list[Record] | None:
+        return [record for record in self._steering.records if record["step"] <= self.step] or None
 
     def _wait_for_continue(self) -> None:
         """The folder stays locked, and the state is saved: a run that is killed now loses nothing."""
@@ -343,7 +363,7 @@ class Loop:
             tokens=self.cursor * self._context,
             data={**self.manifest.data, "cursor": self.cursor},
             health=self._health.record(),
-            steering=[record for record in self._steering.records if record["step"] <= self.step] or None,
+            steering=self._steered_so_far(),
         )
         with Activity(f"saving step {self.step}"):
             self.engine.save(manifest)

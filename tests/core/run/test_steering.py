@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from core.checkpoint.manifest import Manifest
+from core.checkpoint.manifest import MANIFEST, Manifest, load_manifest
+from core.checkpoint.steps import step_path
 from core.errors import UserError
 from core.run.commands import Steering
 from core.run.folder import lock_folder, write_config
@@ -290,6 +291,29 @@ def test_a_paused_run_is_saved_and_waits_for_continue_or_an_interrupt(tmp_path: 
         thread.join(30)
     assert codes == [EXIT_SAVED] and engine.controls[4][0] == 0.005
     assert [m.step for m in engine.saved] == [4, 9]
+
+
+def test_what_is_steered_at_a_saved_step_is_in_its_checkpoint(tmp_path: Path, monkeypatch):
+    """Else growing it would go on at the old rate, and resuming it at the new one."""
+    engine, checkpoints = FakeEngine(), tmp_path / "checkpoints"
+
+    def write_saved() -> None:
+        for manifest in engine.saved:
+            folder = step_path(checkpoints, manifest.step)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MANIFEST).exists():
+                (folder / MANIFEST).write_text(manifest.to_json())
+
+    monkeypatch.setattr(engine, "wait", write_saved)  # until then it is under way
+    with running(tmp_path) as inbox:
+        loop = make_loop(tmp_path, engine, **OPTIONS)
+        steer_at(engine, tmp_path, {3: ["save", "lr=0.5x", "steps=+50"], 4: ["lr=0.1x"], 6: ["stop"]})
+        assert dataclasses.replace(loop, inbox=inbox).run() == EXIT_SAVED
+    found = load_manifest(step_path(checkpoints, 4))
+    assert found.steering == [Record(step=4, command="lr=0.5x"), Record(step=4, command="steps=150")]
+    assert found.config["run"]["steps"] == 150
+    assert dataclasses.replace(found, steering=None, config=engine.saved[0].config) == engine.saved[0]
+    assert len(load_manifest(step_path(checkpoints, 7)).steering) == 3
 
 
 def test_of_two_processes_the_second_follows_the_first_at_the_same_step(tmp_path: Path, monkeypatch):
