@@ -203,8 +203,8 @@ class Loop:
         self._progress.total = self.end
 
     def _amend_checkpoint(self) -> None:
-        """Records what has just been steered in the checkpoint of this very step, which was saved before it (at
-        a pause, or where the run has resumed): whoever grows it goes on as the run would."""
+        """Records what has just been steered in the checkpoint of this step, which was saved before it (at a
+        pause, or where the run has resumed): whoever grows it goes on as the run would."""
         self._wait()
         path = step_path(self.checkpoints, self.step) / MANIFEST
         if self.inbox and path.is_file():
