@@ -19,8 +19,9 @@ FOLDED = 16  # characters: no text is folded to fewer, nor a number within it
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Standard output, or nothing; lines are never cut to a width where it is not a terminal."""
-    return Console(quiet=quiet, soft_wrap=not sys.stdout.isatty())
+    """Standard output, or nothing; lines are never cut to a width where it is not a terminal. Brackets are
+    text: a path may have them."""
+    return Console(quiet=quiet, soft_wrap=not sys.stdout.isatty(), markup=False)
 
 
 class Table:

@@ -83,3 +83,10 @@ def test_cells_are_no_markup():
 def test_a_quiet_console_prints_nothing(capsys: pytest.CaptureFixture):
     table_of([NAME], ["1"]).print(make_console(quiet=True))
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["runs/lr[a]", "runs/x[/y]", "runs/[bold]"])
+def test_brackets_are_printed_as_they_are(path: str, capsys):
+    """As markup they vanish, or end a finished run with a traceback."""
+    make_console().print(f"loss curve: {path}/loss_curve.png", highlight=False)
+    assert capsys.readouterr().out == f"loss curve: {path}/loss_curve.png\n"
