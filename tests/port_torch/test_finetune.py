@@ -565,7 +565,7 @@ def test_refusals(finished, folders, data, tmp_path: Path, monkeypatch):
             (folders["gpt"], "--data", data, "--out", out, "--lora-rank", "2", "--lora-targets", "gate"),
             "'gate', which this model does not have: its MLP is gelu",
         ),
-        (run_arguments("gpt", folders, data, finished["llama"]), "started with --lora-dropout 0.2, not None"),
+        (run_arguments("gpt", folders, data, finished["llama"]), "has --lora-dropout 0.2, not None"),
         (
             (*run_arguments("llama", folders, data, finished["llama"]), "--validation", "0.1"),
             "--validation 0.2",
