@@ -138,20 +138,20 @@ def jump(old: OptimizerConfig, old_steps: int, new: OptimizerConfig, steps: int,
     """How the rate would jump if a run, after `step` updates under `old`, continued under `new`.
 
     Rates are compared as fractions of their peaks, so that another peak is no jump; with the rate that the
-    old schedule would have had next, so that its own slope is none. A warmup that begins just here was asked
-    for by name and is none either, nor is a re-warming, beyond which the schedules must agree.
+    old schedule had last and the one that it would have had next, so that its own slope is none. A warmup
+    that begins just here was asked for by name and is none either, nor is a re-warming, beyond which the
+    schedules must agree.
     """
     if step == 0 or (new.schedule_start == step and old.schedule_start != step):
         return None
     rewarms = new.rewarm > 0 and new.rewarm_at == step and (old.rewarm, old.rewarm_at) != (new.rewarm, step)
     if rewarms:
         old, new = (dataclasses.replace(config, rewarm=0) for config in (old, new))
-    expected, after = (
-        learning_rate(config, step, n) / config.lr for config, n in ((old, old_steps), (new, steps))
-    )
-    if abs(after - expected) <= JUMP:
+    before, expected = (learning_rate(old, at, old_steps) / old.lr for at in (step - 1, step))
+    after = learning_rate(new, step, steps) / new.lr
+    if min(before, expected) - JUMP <= after <= max(before, expected) + JUMP:
         return None
-    return Jump(step, learning_rate(old, step - 1, old_steps) / old.lr, after)
+    return Jump(step, before, after)
 
 
 def require_continuous(old: dict[str, Any], new: dict[str, Any], step: int, where: Path) -> None:

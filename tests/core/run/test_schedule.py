@@ -61,6 +61,7 @@ def test_constant_is_where_the_rates_before_and_after_are_the_peak(optim):
         (change(WSD, decay=0.0), 100, change(WSD, decay=0.0), 200, 100),  # never decayed
         (change(WSD, final_lr=1.0), 100, change(WSD, final_lr=1.0), 200, 100),
         (WSD, 100, change(WSD, warmup=50), 100, 60),
+        (change(COSINE, warmup=10), 12, change(COSINE, warmup=10), 14, 12),  # as the last update had it
         (WSD, 100, WSD, 7, 0),  # nothing was trained
     ],
 )
