@@ -60,7 +60,7 @@ class JaxEngine:
         frozen: the model's parameters, where those of the state are adapters.
         """
         self.state = state
-        self.alone = not are_several()
+        self.alone, self.lag = not are_several(), 1
         self.device = Device(mesh.devices.flat[0].device_kind, mesh.size)
         self.heldout: Sequence[str] = list(evaluator.heldout)
         self._config, self._mesh, self._step, self._frozen = config, mesh, step, frozen

@@ -92,6 +92,9 @@ class Engine(Protocol):
 
     alone: bool
     """Whether this process is the only one of the run."""
+    lag: int
+    """Updates that may be under way while the metrics of the one before are read; 0 where `dispatch` returns
+    only when an update is made: read later, it would seem to take no time."""
     device: Device
     heldout: Sequence[str]
     """Names of the held-out sets."""

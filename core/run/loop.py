@@ -36,7 +36,6 @@ from core.run.trace import Trace
 from core.sampling import Sampling, require_room
 from core.tokenizer import Tokenizer
 
-METRICS_LAG = 1  # steps that may be under way while the metrics of the one before are read
 LISTEN = 0.2  # seconds between two looks for a command while a run is paused
 
 
@@ -138,7 +137,7 @@ class Loop:
                     self._read_metrics(leave=0)
                     self._trace.begin()
                 self._dispatch()
-                self._read_metrics(leave=METRICS_LAG)
+                self._read_metrics(leave=self.engine.lag)
             self._read_metrics(leave=0)
         except Halted as halted:
             self._save()

@@ -69,6 +69,7 @@ class TorchEngine:
         """
         self.train_step, self._ranks = train_step, train_step.ranks
         self.alone = self._ranks.size == 1
+        self.lag = 1 if self._ranks.device.type == "cuda" else 0
         self.device = Device(device_name(self._ranks), self._ranks.size)
         self.heldout: Sequence[str] = [one.name for one in heldout]
         self._grad_accum_steps, self._rows, self._tasks = grad_accum_steps, rows, tasks

@@ -64,8 +64,8 @@ class FakeEngine:
     heldout = ("valid",)
     device = Device("cpu", 1)
 
-    def __init__(self, refused: int | None = None, alone: bool = True):
-        self.alone, self.refused = alone, refused
+    def __init__(self, refused: int | None = None, alone: bool = True, lag: int = 1):
+        self.alone, self.refused, self.lag = alone, refused, lag
         self.calls: list[tuple] = []
         self.saved: list[Manifest] = []
         self.before: dict[int, Callable[[], None]] = {}  # what happens while an update is dispatched
@@ -192,6 +192,26 @@ def test_what_is_printed_of_a_run(tmp_path: Path, monkeypatch):
         "step 6/10: loss 4.4000, 0:00:06 of updates left", "step 9/10: loss 4.1000, 0:00:00 of updates left",
         "evaluating valid 1/1 windows: 0:01:40",
     ]  # fmt: skip
+
+
+def test_the_rate_of_two_updates_that_are_made_as_they_are_dispatched(tmp_path: Path, monkeypatch):
+    """The second takes 2 s; its metrics, read behind the end, would seem to take none."""
+    clock, engine = SimpleNamespace(now=0.0), FakeEngine(lag=0)
+    monkeypatch.setattr("core.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("core.progress._Display._run", lambda display: None)
+    dispatch = engine.dispatch
+
+    def slow_dispatch(batch, step, *rest):
+        clock.now += 2 if step else 30
+        return dispatch(batch, step, *rest)
+
+    engine.dispatch = slow_dispatch
+    make_loop(tmp_path, engine, steps=2, end=2).run()
+    tokens = BATCH * MODEL.context
+    assert [row["tokens_per_second"] for row in read_log(tmp_path, "train")] == [
+        round(tokens / 30),
+        tokens / 2,
+    ]
 
 
 def test_a_part_of_a_run_says_of_how_many_steps(tmp_path: Path):
