@@ -50,7 +50,8 @@ def test_a_steered_run_is_the_same_to_the_bit_when_its_record_is_resumed(engine,
     """From its own checkpoint, and from one of a run that was killed before it saved what was steered."""
     module, whole, killed = MODULES[engine], cache / f"steered-{engine}", cache / f"killed-{engine}"
     command = (*settings_of(engine), "--data", text, "--out")
-    run_here(*command, whole, module=module, moment="step 2/12", then=lambda: send(whole, STEERING))
+    moment = "step 2/12" if engine == "JAX" else "step 3/12"  # in JAX another update is under way then
+    run_here(*command, whole, module=module, moment=moment, then=lambda: send(whole, STEERING))
     assert read_record(whole) == [{"step": 4, "command": text} for text in STEERING]
     assert [step for step, _, _ in losses(whole)] == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
     rates = {row["step"]: row["lr"] for row in read_log(whole, "train")}
