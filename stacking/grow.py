@@ -65,7 +65,7 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     started = time.monotonic()
     console = make_console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     config = cli.parse(GrowConfig, prog="python -m stacking.grow")
     growth = decide(config)
     say(growth.plan.picture())

@@ -206,7 +206,7 @@ class _Deal:
         self._say(f"{problem or 'done'}: {job.name} ({to_go})")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, highlight=False)
 
 
 class Processes:

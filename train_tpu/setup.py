@@ -238,7 +238,7 @@ def say_notes(
     notes = (check_room(config.optim, steps), describe_dtype(config.dtype, out))
     for note in (*notes, describe_replication(model, shape)):
         if note:
-            console.print(f"note: {note}", markup=False, highlight=False)
+            console.print(f"note: {note}", highlight=False)
 
 
 def without_process(config: JaxSettings) -> JaxSettings:

@@ -49,7 +49,7 @@ def run(setup: Setup, report: bool = True) -> int:
     if config.show_sharding:
         describe_layout(abstract_state(setup.step, mesh), mesh).print(console)
         return EXIT_FINISHED
-    say = functools.partial(console.print, markup=False, highlight=False)
+    say = functools.partial(console.print, highlight=False)
     with contextlib.ExitStack() as stack:
         tasks = open_tasks(setup)
         if tasks:
@@ -140,7 +140,7 @@ def report_end(setup: Setup) -> None:
     out, console = setup.out, setup.console
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
     console.print(f"loss curve: {plot_curve(out)}{samples}", highlight=False)
-    console.print(setup.commands(), highlight=False, markup=False, soft_wrap=True)
+    console.print(setup.commands(), highlight=False, soft_wrap=True)
 
 
 def open_tasks(setup: Setup) -> Any:
@@ -160,7 +160,7 @@ def starting_state(setup: Setup) -> tuple[TrainState, Manifest, str]:
     """The state to start from: resumed, made of another checkpoint's parameters, or fresh. With its manifest
     (and so its counters), and in words where it comes from."""
     manifest = setup.new_manifest()
-    say = functools.partial(setup.console.print, markup=False, highlight=False)
+    say = functools.partial(setup.console.print, highlight=False)
     step_dir = setup.find_start(processes, say)
     if step_dir:
         old = load_manifest(step_dir)

@@ -49,7 +49,7 @@ class Reports:
 
     def say(self, text: str) -> None:
         """Prints it as it is."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self, done: InFlight, metrics: Metrics, end: int) -> None:
         """An update whose metrics have just been read, of a run that ends at update `end`."""

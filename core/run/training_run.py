@@ -164,7 +164,7 @@ def run_loop(
         write_record(run.out, steering)
     with contextlib.closing(log), contextlib.closing(inbox) if inbox else contextlib.nullcontext():
         if log.notice:
-            console.print(log.notice, markup=False, highlight=False)
+            console.print(log.notice, highlight=False)
         device = engine.device
         log.write(manifest.step, "event", what=how, device=device.kind, n=device.n, **event)
         return Loop(

@@ -43,7 +43,7 @@ class Losses(nn.Module):
 
     def __init__(self, decoder: Decoder, z_loss: float, compiled: bool = False):
         """compiled: by torch.compile, in three parts. All layers are the same code, so that one compilation
-        serves them all; that of the whole model takes some five times as long (docs/LOG.md)."""
+        serves them all; that of the whole model takes up to three times as long (docs/LOG.md)."""
         super().__init__()
         self.decoder, self.z_loss, self.compiled = decoder, z_loss, compiled
         self._begin, self._layer, self._loss = Decoder.begin, Block.forward, Decoder.loss

@@ -47,7 +47,7 @@ def train(job: Job, ranks: Distributed) -> int:
         interrupt = stack.enter_context(Interrupt())
         train_step = make_train_step(job, ranks)
         if model_alone(out):
-            console.print(f"the run in {out} has finished; its model: {out / FOLDER}", markup=False)
+            console.print(f"the run in {out} has finished; its model: {out / FOLDER}")
             return EXIT_FINISHED
         with Activity("making the state to start from", console=console):
             manifest, how = starting_state(job, train_step, console)
@@ -55,7 +55,7 @@ def train(job: Job, ranks: Distributed) -> int:
             if ranks.first:
                 write_result(job, find_step(out), manifest)
             made = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
-            console.print(made, markup=False)
+            console.print(made)
             return EXIT_FINISHED
         job.require_profile(manifest.step)
         load_kernels(config, ranks)
@@ -99,7 +99,7 @@ def train(job: Job, ranks: Distributed) -> int:
 
 def enter_folder(job: Job, stack: contextlib.ExitStack, console: Console) -> None:
     """Makes the run folder or checks the one to resume, and holds it as long as the stack is open."""
-    say = functools.partial(console.print, markup=False, highlight=False)
+    say = functools.partial(console.print, highlight=False)
     stack.enter_context(hold_folder(job.out, say))
     check_run_folder(job.out, job.record, job.config.allow_change, job.defaults)
 
@@ -147,8 +147,8 @@ def announce(
     config = job.config
     describe(job, train_step.ranks, train_step.recorded).print(console)
     if note := check_room(config.optim, job.steps):
-        console.print(f"note: {note}", markup=False, highlight=False)
-    console.print(how, markup=False, highlight=False)
+        console.print(f"note: {note}", highlight=False)
+    console.print(how, highlight=False)
     if grad_accum_steps != config.grad_accum_steps:
         console.print(
             f"out of memory with {rows // config.grad_accum_steps} sequences at once: continuing with "
@@ -169,7 +169,6 @@ def report_end(job: Job, console: Console) -> None:
         f"the model: {folder}, a folder for transformers, proved by its logits\n{adapters}"
         f"next: {command_to_try(folder, manifest)}",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 
@@ -212,7 +211,7 @@ def starting_state(job: Job, train_step: TrainStep, console: Console) -> tuple[M
     """The manifest of the state that the train_step then has, and in words where that comes from."""
     out, ranks = job.out, train_step.ranks
     manifest = job.new_manifest(lineage=job.lineage, code=code_version() | {"torch": torch.__version__})
-    say = functools.partial(console.print, markup=False, highlight=False)
+    say = functools.partial(console.print, highlight=False)
     step_dir = job.find_start(ranks, say)
     if step_dir is None:
         source = f"the parameters of {job.lineage[-1]['path']}" if job.lineage else "random parameters"

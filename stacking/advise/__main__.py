@@ -45,7 +45,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the arms are told, too
     config = cli.parse(AdviseConfig, prog="python -m stacking.advise")
     console = make_console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     run = config.run if config.run.name else config.run.resolve()
     out = run.with_name(f"{run.name}-advice") if config.out is None else config.out
     asked = {name: getattr(config, name) for name in ASKED}

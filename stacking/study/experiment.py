@@ -44,7 +44,7 @@ START = 30.0  # seconds that a process is expected to take besides its updates, 
 
 def run_study(config: StudyConfig, console: Console) -> None:
     """Trains what is missing of a study within its budget, and reports on what is there."""
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     name = Path(config.study).stem
     out = config.out or Path("studies") / name
     path = config.results or out / "results.json"

@@ -137,7 +137,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 def print_report(report: dict[str, Any]) -> None:
     """The report for people."""
     console = make_console()
-    say = functools.partial(console.print, markup=False, highlight=False)
+    say = functools.partial(console.print, highlight=False)
     settings, parts = report["settings"], report["grad_accum_steps"]
     say(
         f"{report['preset']} ({report['parameters']:,} parameters) on {report['chips']} chips of "

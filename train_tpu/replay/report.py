@@ -22,7 +22,7 @@ def replay(recorded: Recorded, dataset: Data, tokenizer: Tokenizer) -> int:
     console = make_console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
 
     setup = open_setup(recorded, dataset, tokenizer, console)
     replayed = make_again(recorded, setup)

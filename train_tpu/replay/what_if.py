@@ -31,7 +31,7 @@ def run_branch(branch: Branch, dataset: Data, tokenizer: Tokenizer) -> int:
     console = make_console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
 
     recorded = dataclasses.replace(branch.recorded, config=branch.config)
     setup = open_setup(recorded, dataset, tokenizer, console)
