@@ -99,6 +99,7 @@ struct Op<LAUNCHER, NAME> {
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    cudaGetLastError();  // an earlier call's, which was raised: the launcher would take it for its own
     const cudaError_t error = LAUNCHER(static_cast<cudaStream_t>(stream), arguments...);
     STD_TORCH_CHECK(error == cudaSuccess, "mtlm::", NAME, ": ", cudaGetErrorString(error));
   }

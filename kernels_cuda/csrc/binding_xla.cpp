@@ -81,6 +81,7 @@ class Arrays {
 template <typename Launch>
 ffi::Error run(Launch launch) {
   try {
+    cudaGetLastError();  // an earlier call's, which was returned: the launcher would take it for its own
     const cudaError_t error = launch();
     return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
   } catch (const std::exception& error) {

@@ -341,7 +341,8 @@ cudaError_t forward(cudaStream_t stream, Forward a, const View& residual, const 
   a.residual = rows_of(residual, "residual", residual, residual_type);
   a.weight = weight.data, a.eps = static_cast<float>(eps);
   a.normed = normed.out(), a.rstd = rstd.out<float>();
-  const bool whole = aligned(a.weight, 16) && vectors(a.branch, type) && vectors(a.residual, residual_type);
+  const bool whole = aligned(a.weight, 16) && aligned(a.normed, 16) && aligned(a.sum, 16) && vectors(a.branch, type) &&
+                     vectors(a.residual, residual_type);
   dispatch_norm(type, residual_type, whole, d, [&](auto x, auto r, auto width) {
     using X = decltype(x);
     using R = decltype(r);
@@ -404,8 +405,8 @@ cudaError_t rms_norm_backward_into(cudaStream_t stream, View d_normed, std::opti
                       d_sum ? rows_of(*d_sum, "d_sum", x, residual_type) : none,
                       rows_of(x, "x", x, residual_type), rstd.as<float>(), weight.data, d_x.out(),
                       two ? d_branch.out() : nullptr, partials.out<float>(), d_weight.out()};
-  const bool whole = aligned(a.weight, 16) && vectors(a.d_normed, type) && vectors(a.x, residual_type) &&
-                     vectors(a.d_sum, residual_type);
+  const bool whole = aligned(a.weight, 16) && aligned(a.d_x, 16) && aligned(a.d_branch, 16) &&
+                     vectors(a.d_normed, type) && vectors(a.x, residual_type) && vectors(a.d_sum, residual_type);
   const auto grid = static_cast<unsigned>(blocks);
   cudaError_t error = cudaSuccess;
   const auto launch = [&](auto x, auto r, auto width) {
@@ -425,7 +426,7 @@ cudaError_t rms_norm_backward_into(cudaStream_t stream, View d_normed, std::opti
   if (rows > 0) dispatch_norm(type, residual_type, whole, d, launch);
   if (error == cudaSuccess) error = cudaGetLastError();
   if (error != cudaSuccess || d == 0) return error;
-  return launch_add_partials<WARPS>(stream, a.partials, blocks, d, a.d_weight, w.is_bf16);
+  return launch_add_partials<WARPS>(stream, a.partials, rows > 0 ? blocks : 0, d, a.d_weight, w.is_bf16);
 }
 
 }  // namespace mtlm

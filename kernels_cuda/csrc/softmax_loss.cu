@@ -227,7 +227,9 @@ cudaError_t softmax_loss_(cudaStream_t stream, Out logits, View targets, Out tot
   const int64_t rows = logits.sizes[0], vocab = logits.sizes[1];
   REQUIRE(vocab <= MOST_BLOCKS, "logits has ", vocab, " columns; at most ", MOST_BLOCKS);
   const bool is_int64 = targets.type == Type::int64;
-  check(targets, "targets", logits, {rows}, is_int64 ? Type::int64 : Type::int32);
+  REQUIRE(is_int64 || targets.type == Type::int32, "targets must be int64, in JAX also int32, not ",
+          name_of(targets.type));
+  check(targets, "targets", logits, {rows}, targets.type);
   check(total, "total", logits, {rows}, Type::float32);
   check(nll, "nll", logits, {rows}, Type::float32);
   const Type type = float_type(logits, "logits");

@@ -83,6 +83,13 @@ def test_a_target_that_is_none_is_nan_and_a_nan_stays_in_its_row():
     assert not gradient[[0, 3]].isnan().any()
 
 
+def test_targets_of_other_types_are_refused():
+    logits, total, nll = torch.zeros(2, 8, device="cuda"), *torch.zeros(2, 2, device="cuda")
+    targets = torch.zeros(2, device="cuda", dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="targets must be int64, in JAX also int32, not another type"):
+        torch.ops.mtlm.softmax_loss_(logits, targets, total, nll, 0.0, True)
+
+
 def test_more_than_2_to_the_31_elements():
     rows = 2**31 // 32000 + 100
     logits = torch.empty(rows, 32000, device="cuda", dtype=torch.bfloat16).normal_()

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from kernels_cuda.ops.rms_norm import add_rms_norm
 from kernels_cuda.registry import reference
-from tests.kernels_cuda.gpu import STRIDES, assert_as_good, assert_equal_bits, run_twice, strided, wide
+from tests.kernels_cuda.gpu import (
+    POISON,
+    STRIDES,
+    assert_as_good,
+    assert_equal_bits,
+    run_twice,
+    strided,
+    wide,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +112,40 @@ def test_weight_at_an_odd_address():
     expected = forward_and_backward(torch.ops.mtlm, *given)
     given[2] = strided(given[2], "offset")
     assert_as_good(forward_and_backward(torch.ops.mtlm, *given), expected, exact(*given, rounded=expected[1]))
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_results_at_odd_addresses(types: str):
+    """Where accesses of 16 bytes would fault."""
+    given = inputs(33, 768, TYPES[types])
+    residual, branch, weight, d_normed, d_sum = given
+    expected = forward_and_backward(torch.ops.mtlm, *given)
+    got = [strided(torch.full_like(t, POISON), "offset") for t in expected]
+    normed, total, d_x, d_branch, d_weight, alone, rstd, alone_rstd = got
+    partials = torch.empty(5, 768, device="cuda")
+    ops = torch.ops.mtlm
+    ops.add_rms_norm_into(residual, branch, weight, EPS, normed, total, rstd)
+    saved = expected[1], expected[6]
+    ops.rms_norm_backward_into(d_normed, d_sum, *saved, weight, d_x, d_branch, d_weight, partials)
+    ops.rms_norm_into(residual, weight, EPS, alone, alone_rstd)
+    assert_as_good(got, expected, exact(*given, rounded=expected[1]), types)
+
+
+def test_without_rows_the_weights_gradient_is_zero():
+    """Whatever is in the partial sums, of which JAX always gives a row."""
+    x, weight = torch.empty(0, 768, device="cuda"), torch.ones(768, device="cuda")
+    d_weight, partials = torch.full_like(weight, POISON), torch.full((3, 768), POISON, device="cuda")
+    torch.ops.mtlm.rms_norm_backward_into(x, None, x, x[:, 0], weight, x.clone(), x, d_weight, partials)
+    assert not d_weight.any()
+
+
+def test_an_error_is_told_once():
+    """A row whose gradient no block has shared memory for is refused; what comes after it is not."""
+    x, weight = torch.ones(1, 2**17, device="cuda"), torch.ones(2**17, device="cuda")
+    with pytest.raises(RuntimeError, match="rms_norm_backward_into: invalid argument"):
+        torch.ops.mtlm.rms_norm_backward(x, None, x, torch.ones(1, device="cuda"), weight, False)
+    given = inputs(4, 768, TYPES["bf16"])
+    assert torch.isfinite(torch.ops.mtlm.add_rms_norm(*given[:3], EPS)[0]).all()
 
 
 def test_expanded_gradients():
