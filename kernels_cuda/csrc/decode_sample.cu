@@ -36,7 +36,7 @@ struct DecodeEmbedding {
   const void* table;        // [vocabulary, d] bfloat16
   const void* learned;      // [positions, d] bfloat16 or null
   void* x;                  // [batch, d] bfloat16
-  int batch, d;
+  int d;
 };
 
 struct DecodeSample {
@@ -46,7 +46,7 @@ struct DecodeSample {
   int64_t* position;     // [batch], moved on by one, at most to `last`
   int64_t* token;        // [batch]: the draws
   int64_t last;
-  int batch, vocab;
+  int vocab;
 };
 
 __global__ void embed(const __grid_constant__ DecodeEmbedding a) {
@@ -351,7 +351,7 @@ cudaError_t decode_embed_(cudaStream_t stream, View token, View position, View t
   check(token, "token", x, {batch}, Type::int64);
   check(position, "position", x, {batch}, Type::int64);
   const DecodeEmbedding a = {token.as<int64_t>(), position.as<int64_t>(), table.data,
-                             learned ? learned->data : nullptr, x.out(), batch, static_cast<int>(d)};
+                             learned ? learned->data : nullptr, x.out(), static_cast<int>(d)};
   return launch_chained(embed, a, batch, 256, 1, stream);
 }
 
@@ -365,8 +365,9 @@ cudaError_t decode_sample_(cudaStream_t stream, View logits, View real, View who
   check(whole, "whole", logits, {3}, Type::int64);
   check(position, "position", logits, {batch}, Type::int64);
   check(token, "token", logits, {batch}, Type::int64);
-  const DecodeSample a = {logits.as<float>(),     real.as<float>(), whole.as<int64_t>(), position.out<int64_t>(),
-                          token.out<int64_t>(), last,             batch,               static_cast<int>(vocab)};
+  const DecodeSample a = {logits.as<float>(),      real.as<float>(),      whole.as<int64_t>(),
+                          position.out<int64_t>(), token.out<int64_t>(), last,
+                          static_cast<int>(vocab)};
   const bool held = vocab <= 4 * THREADS * GROUPS;
   return launch_chained(held ? sample<true> : sample<false>, a, batch, THREADS, 1, stream);
 }

@@ -11,7 +11,7 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
 }
 
 // To column x and row y of a matrix go 16 x 64 results, by the next of the epilogue's pieces: value(i) is a pair of
-// neighbours, four pairs for each two of the eight columns that `place` takes together.
+// neighbours, four pairs for each two of the eight chunks of 16 bytes that `place` takes together.
 template <typename E, typename Value>
 __device__ __forceinline__ void store(E& epilogue, const CUtensorMap* map, int x, int y, Value value) {
   const uint32_t piece = epilogue.pieces + epilogue.written++ % E::PIECES * PIECE_BYTES;

@@ -8,7 +8,7 @@
 // the device. Bytes per row: 4 vocab in bfloat16 (one read, one write); 2 vocab without gradients.
 //
 // A block takes a row and keeps it in shared memory: 32000 bfloat16 logits are 62.5 KiB, so three blocks share a
-// multiprocessor of a Hopper, and while one waits for its row another writes. Rows too long for that (113 thousand
+// multiprocessor of a Hopper, and while one waits for its row another writes. Rows too long for that (115,000
 // bfloat16 logits on a Hopper) and unaligned ones are read twice. Sums are float32, over lanes, warps and threads in
 // a fixed order: equal from run to run, and a row's results depend on that row alone.
 #include "common.cuh"
@@ -206,7 +206,7 @@ cudaError_t typed(const SoftmaxLoss& a, int64_t rows, int64_t vocab, cudaStream_
     row_read_twice<T, 1><<<grid, THREADS, 0, stream>>>(a, vocab);
     return cudaGetLastError();
   }
-  if (vocab * size > shared_memory() - 1024) {  // 1 KiB of it belongs to the system, some to the sums over a block
+  if (vocab * size > shared_memory() - 1024) {  // some of it is for the sums over a block
     row_read_twice<T, 16 / size><<<grid, THREADS, 0, stream>>>(a, vocab);
     return cudaGetLastError();
   }
