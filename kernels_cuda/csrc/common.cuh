@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
 
 #include "op.h"
@@ -152,6 +153,19 @@ inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount);
 
 // Bytes of shared memory that a block may ask for.
 inline int shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Launches a kernel with so many bytes of dynamic shared memory. The most that it may ask for is one number per device,
+// for all threads of the process: another's call must not come in between.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with_shared(void (*kernel)(Parameters...), unsigned blocks, int threads, int bytes,
+                               cudaStream_t stream, const Arguments&... arguments) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<blocks, threads, bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 

@@ -419,8 +419,7 @@ cudaError_t rms_norm_backward_into(cudaStream_t stream, View d_normed, std::opti
       });
     } else {
       const auto shared = static_cast<int>(d * sizeof(float));
-      error = cudaFuncSetAttribute(backward_any<X, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-      if (error == cudaSuccess) backward_any<X, R><<<grid, THREADS, shared, stream>>>(a, w, rows, d);
+      error = launch_with_shared(backward_any<X, R>, grid, THREADS, shared, stream, a, w, rows, d);
     }
   };
   if (rows > 0) dispatch_norm(type, residual_type, whole, d, launch);

@@ -211,11 +211,7 @@ cudaError_t typed(const SoftmaxLoss& a, int64_t rows, int64_t vocab, cudaStream_
     return cudaGetLastError();
   }
   const int shared = static_cast<int>(vocab * size);
-  const cudaError_t error =
-      cudaFuncSetAttribute(row_in_shared<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  row_in_shared<T><<<grid, THREADS, shared, stream>>>(a, static_cast<int>(vocab));
-  return cudaGetLastError();
+  return launch_with_shared(row_in_shared<T>, grid, THREADS, shared, stream, a, static_cast<int>(vocab));
 }
 
 }  // namespace

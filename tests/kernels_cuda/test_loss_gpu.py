@@ -1,5 +1,7 @@
 """The loss on a GPU: the pass over logits, and the whole of head and loss."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +100,42 @@ def test_more_than_2_to_the_31_elements():
     total, nll = torch.empty(2, rows, device="cuda")
     torch.ops.mtlm.softmax_loss_(logits, targets, total, nll, 0.0, True)
     assert_equal_bits([total[-3:], nll[-3:], logits[-3:]], last)
+
+
+@pytest.mark.parametrize("vocab", [32000, 512])
+def test_a_recorded_pass_is_the_same_after_another_size(vocab: int):
+    """What the kernel may have of shared memory is set in every call."""
+    logits = torch.randn(64, vocab, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(vocab, (64,), device="cuda")
+    expected = softmax_loss(torch.ops.mtlm, logits, targets, 0.0, True)
+    x, (total, nll) = logits.clone(), torch.empty(2, 64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.mtlm.softmax_loss_(x, targets, total, nll, 0.0, True)
+    for other in (64, 65536):
+        more = torch.zeros(2, other, device="cuda", dtype=torch.bfloat16)
+        softmax_loss(torch.ops.mtlm, more, targets[:2] % 64, 0.0, True)
+        x.copy_(logits)
+        graph.replay()
+        assert_equal_bits([total, nll, x], expected)
+
+
+def test_threads_with_rows_of_other_lengths():
+    """Each sets what the kernel may have of shared memory, and launches before another one sets it."""
+
+    def run(vocab: int) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            logits = torch.empty(4, vocab, device="cuda", dtype=torch.bfloat16)
+            targets = torch.zeros(4, dtype=torch.int64, device="cuda")
+            total, nll = torch.empty(2, 4, device="cuda")
+            for _ in range(2000):
+                torch.ops.mtlm.softmax_loss_(logits.zero_(), targets, total, nll, 0.0, True)
+            return nll.cpu()
+
+    sizes = (32000, 64)
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        for vocab, nll in zip(sizes, pool.map(run, sizes), strict=True):
+            torch.testing.assert_close(nll, torch.full((4,), vocab).log())
 
 
 def head(
