@@ -1,6 +1,5 @@
 """How a kernel's result is judged: against float64 from the same inputs, beside plain PyTorch's error."""
 
-import gc
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -105,6 +104,11 @@ def run_twice(function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     return first
 
 
+def fresh_leaves(values: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of the same values: what autograd keeps of a leaf is tied to the stream it was first used on."""
+    return [t.detach().requires_grad_() for t in values]
+
+
 def assert_equal_on_a_stream_and_in_a_graph(step: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     """A step gives the same bits on another stream and replayed by a CUDA graph; returns them."""
     expected = step()
@@ -114,7 +118,6 @@ def assert_equal_on_a_stream_and_in_a_graph(step: Callable[[], Sequence[Tensor]]
         on_stream = step()
     stream.synchronize()
     assert_equal_bits(on_stream, expected)
-    gc.collect()  # a graph of autograd that is left over would tie the leaves to the stream it ran on
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
