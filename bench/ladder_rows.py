@@ -153,7 +153,9 @@ def torch_way(way: str, piece: Piece, size: int, device: str) -> tuple[Call, Any
 
     function = torch.no_grad()(piece.torch)
     if way == "compile":
-        function = torch.compile(function, dynamic=False)
+        # Anew: torch.compile keeps eight versions of one code, and runs others as they are without a word.
+        torch.compiler.reset()
+        function = torch.compile(function, dynamic=False, fullgraph=True)
     if way != "graph":
         return function, x, wait
     held = x.clone()

@@ -1,5 +1,6 @@
 """`bench.ladder`: both libraries compute the same, and the command runs and reports."""
 
+import functools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import ladder
-from bench.ladder_rows import PIECES, example
+from bench.ladder_rows import PIECES, example, torch_way
 from tests.train_tpu.processes import refusal_here
 
 
@@ -18,6 +19,23 @@ def test_both_compute_the_same(piece: str):
     x = example(1024)
     ours = PIECES[piece].torch(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(ours, jax.jit(PIECES[piece].jax)(x), rtol=2e-5, atol=2e-5)
+
+
+def test_every_piece_and_size_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """More of them in one process than the eight versions that torch.compile keeps of one code."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        compiled.append(inputs[0].numel())
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    sizes = (256, 512)
+    for piece in PIECES.values():
+        for size in sizes:
+            function, x, _ = torch_way("compile", piece, size, "cpu")
+            function(x)
+    assert compiled == len(PIECES) * [*sizes]
 
 
 @pytest.mark.slow
