@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.checkpoint.manifest import MANIFEST, load_manifest
-from core.checkpoint.steps import find_step, list_steps
+from core.checkpoint.steps import find_step, list_steps, run_folder
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
 from core.hub_models import is_hub_name, origin, parse_hub_name
@@ -33,11 +33,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def results_folder(path: Path) -> Path:
-    """Default folder of results: eval/step-N in the run, or FOLDER-eval next to a folder; for a model of the
-    Hugging Face Hub NAME-eval in the working directory, as no one looks for it in the cache."""
+    """Default folder of results: eval/step-N in the run, or FOLDER-eval next to a folder or a checkpoint that
+    lies in no run; for a model of the Hugging Face Hub NAME-eval in the working directory, as no one looks
+    for it in the cache."""
     if is_checkpoint(path):
-        step_dir = find_step(path)
-        return step_dir.absolute().parent.parent / "eval" / f"step-{load_manifest(step_dir).step}"
+        step_dir = find_step(path).absolute()
+        run = run_folder(step_dir)
+        if run != step_dir:
+            return run / "eval" / f"step-{load_manifest(step_dir).step}"
+        path = step_dir
     if published := origin(path):
         return Path(f"{parse_hub_name(Path(published)).repository.partition('/')[2]}-eval").absolute()
     return path.absolute().with_name(f"{path.absolute().name}-eval")

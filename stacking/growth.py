@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoint.manifest import Manifest, load_manifest
-from core.checkpoint.steps import find_step, tokenizer_carriers
+from core.checkpoint.steps import find_step, run_folder, tokenizer_carriers
 from core.config import PRESETS, ModelConfig
 from core.console import Table
 from core.errors import UserError
@@ -177,8 +177,3 @@ def default_out(step_dir: Path) -> Path:
     """The folder of the run that a step belongs to, with -grown appended to its name."""
     run = run_folder(step_dir)
     return run.with_name(f"{run.name}-grown")
-
-
-def run_folder(step_dir: Path) -> Path:
-    """RUN of RUN/checkpoints/STEP; a step that lies elsewhere stands for itself."""
-    return step_dir.parent.parent if step_dir.parent.name == "checkpoints" else step_dir

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from core.checkpoint.checkpointer import flatten, nest, read_leaves, save_tree, stored
 from core.checkpoint.manifest import Manifest, code_version, differing_leaves, sync_path
 from core.checkpoint.manifest import verify as verify_files
-from core.checkpoint.steps import step_path
+from core.checkpoint.steps import run_folder, step_path
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.data.batches import train_batches
@@ -34,7 +34,7 @@ from core.run.folder import data_name, recorded_run, write_config
 from core.run.log import carry_log
 from core.run.settings import flatten as flatten_settings
 from core.sharding import make_mesh
-from stacking.growth import Growth, run_folder
+from stacking.growth import Growth
 from stacking.transform import grow_leaf, parameter_of
 from train_tpu.config import RunConfig
 from train_tpu.step import StepConfig, abstract_state

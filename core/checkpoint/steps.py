@@ -107,9 +107,20 @@ def find_step(path: Path) -> Path:
     )
 
 
+def run_folder(step_dir: Path) -> Path:
+    """RUN of RUN/checkpoints/STEP; a checkpoint that lies elsewhere, as an imported one, stands for itself.
+
+    Always a path that ends in a name.
+    """
+    if step_dir.absolute().parent.name != "checkpoints":
+        return step_dir
+    given = step_dir.parent.parent
+    return given if given.name not in ("", "..") else step_dir.resolve().parent.parent
+
+
 def tokenizer_carriers(step_dir: Path) -> tuple[Path, Path]:
     """The folders that may carry the tokenizer of a checkpoint: itself and its run's."""
-    return step_dir, step_dir.absolute().parent.parent
+    return step_dir, run_folder(step_dir)
 
 
 def newest_intact(path: Path) -> tuple[Path, list[tuple[Path, str]]]:

@@ -267,6 +267,14 @@ def test_parameters_alone_grow_and_train(cache, text, imported, grow_here, tmp_p
     assert load_manifest(find_step(tmp_path / "run")).lineage[0]["operation"] == "grow"
 
 
+def test_a_checkpoint_is_found_from_within_its_run(grow_here, base, monkeypatch, capsys):
+    """Its run has a name there, too: the default --out is made of it."""
+    for folder, path in ((base, "."), (base / "checkpoints", find_step(base).name)):
+        monkeypatch.chdir(folder)
+        assert grow_here(path, "--schedule", "restart", "--steps", "24", "--dry-run") == 0
+        assert f"{base.name}-grown" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(grow_here, base, trunk, tmp_path, capsys):
     before = sorted(base.rglob("*"))
     assert grow_here(trunk, "--dry-run", "--out", tmp_path / "new") == 0
