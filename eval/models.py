@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.checkpoint.checkpointer import restore_params
-from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, recorded_hash
-from core.checkpoint.steps import find_step, tokenizer_carriers
+from core.checkpoint.manifest import EXPORT_MANIFEST, NEW_RUN, Manifest, load_manifest, recorded_hash
+from core.checkpoint.steps import find_step, run_folder, tokenizer_carriers
 from core.compilation_cache import keep_compiled
 from core.config import ModelConfig
 from core.errors import UserError
@@ -58,7 +58,7 @@ def _open_checkpoint(path: Path, dtype: str, given: str | None) -> Model:
     tokenizer = load_tokenizer_of(manifest.tokenizer, tokenizer_carriers(step_dir), str(step_dir), given)
     params = restore_params(step_dir, abstract_params(config))
     backend = FlaxBackend(config, params, dtype)
-    known = _known(step_dir.absolute().parent.parent.name, config, manifest)
+    known = _known(run_folder(step_dir).name, config, manifest)
     identity = known | {"kind": "checkpoint", "sha256": recorded_hash(step_dir)}
     return Model(backend, tokenizer, identity, results_folder(step_dir))
 
@@ -105,15 +105,17 @@ def _known(name: str, config: ModelConfig, manifest: Manifest) -> dict[str, Any]
 
 
 def _training(manifest: Manifest) -> dict[str, Any] | None:
-    """By what eval.compare tells recipes from seeds: seed, fingerprints of the data, and all other settings
-    that change losses; None for a model that was not trained here."""
+    """By what eval.compare tells recipes from seeds: seed, fingerprints of the data, the checkpoint or folder
+    that it began with, and all other settings that change losses; None for a model not trained here."""
     if "run" not in manifest.config or manifest.data is None:
         return None
     run = resolved(current_names(manifest.config["run"]))
     sources = manifest.data.get("mixture", {}).get("sources", {"": manifest.data["fingerprint"]})
+    began = [entry.get("path") for entry in manifest.lineage if entry["operation"] in (*NEW_RUN, "grow")]
     return {
         "seed": run.pop("seed"),
         "data": sorted(sources.values()),
+        "began_with": began[-1] if began else None,
         "settings": {name: value for name, value in run.items() if name not in FREE_SETTINGS},
     }
 

@@ -63,6 +63,7 @@ def recipe_report(folders: list[Path], contents: list[Record], n_a: int, seen: S
     columns = ("A", "B", "B - A", "95% interval", "p", "df", "from seeds", "seeds needed", "protocol")
     return "\n\n".join([
         *_recipes(names, contents, n_a),
+        *_common_starts(names, contents),
         table(("task", "metric", *columns), rows),
         *measured_differently(shared, tasks),
         *(f"Not compared: {reason}." for reason in not_compared),
@@ -118,6 +119,19 @@ def _recipes(names: Sequence[str], contents: Sequence[Record], n_a: int) -> list
             line += f". They differ in more than the seed: {', '.join(differing)}"
         lines.append(line)
     return lines
+
+
+def _common_starts(names: Sequence[str], contents: Sequence[Record]) -> list[str]:
+    """A sentence for every model that several runs began with: its seed is one, however many theirs are."""
+    runs: dict[str, list[str]] = {}
+    for name, content in zip(names, contents, strict=True):
+        if start := _training(content).get("began_with"):
+            runs.setdefault(start, []).append(name)
+    return [
+        f"{', '.join(found)} all began with {start}: how much they would vary with another start is not in "
+        "the interval."
+        for start, found in runs.items() if len(found) > 1
+    ]  # fmt: skip
 
 
 def _require_one_protocol(task: str, names: Sequence[str], entries: Sequence[Record]) -> None:

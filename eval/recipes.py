@@ -34,8 +34,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from core.errors import UserError
-
 LEVEL, POWER = 0.05, 0.8
 MOST_SEEDS = 10**6
 POINTS = 32  # of each distribution of estimated variances
@@ -52,6 +50,8 @@ class Noise(NamedTuple):
     questions: Numbers
     """W / N: what remains however many runs there are."""
     n_questions: int
+    least: tuple[Numbers, Numbers] = (0.0, 0.0)
+    """M / N: V is never estimated to be less."""
 
     def of_seeds(self, runs: tuple[int, int]) -> tuple[Numbers, Numbers]:
         """The parts of seeds in the variance of the difference, with so many runs of each recipe."""
@@ -103,7 +103,8 @@ class Noise(NamedTuple):
             return float(difference != 0)
         quantiles = (np.arange(POINTS) + 0.5) / POINTS
         estimates = stats.chi2.ppf(quantiles, n - 1) / (n - 1)
-        estimated = self._replace(seeds=(self.seeds[0] * estimates[:, None], self.seeds[1] * estimates))
+        seeds = (self.seeds[0] * estimates[:, None], self.seeds[1] * estimates)
+        estimated = self._replace(seeds=tuple(map(np.maximum, seeds, self.least)))
         needed = estimated.critical(runs) * estimated.stderr(runs)
         return float(stats.norm.sf((needed - abs(difference)) / stderr).mean())
 
@@ -147,31 +148,29 @@ def noise_of(
     The score of a run is sum(values) / sum(weights).
     """
     n = len(weights)
-    seeds, residuals, means = [], [], []
+    seeds, least, residuals, means = [], [], [], []
     for values in (a, b):
         runs = values.shape[-2]
         scores = values.sum(-1) / weights.sum()
         linear = (values - scores[..., None] * weights) / weights.mean()  # of each run the sum is 0
         means.append(linear.mean(-2))
         residual = ((linear - means[-1][..., None, :]) ** 2).sum((-2, -1)) / ((runs - 1) * (n - 1))
-        seeds.append(np.maximum(scores.var(-1, ddof=1), residual / n))
+        least.append(residual / n)
+        seeds.append(np.maximum(scores.var(-1, ddof=1), least[-1]))
         residuals.append(residual / runs)
     between = (means[1] - means[0]).var(-1, ddof=1)
-    return Noise((seeds[0], seeds[1]), np.maximum(between - sum(residuals), 0) / n, n)
+    questions = np.maximum(between - sum(residuals), 0) / n
+    return Noise((seeds[0], seeds[1]), questions, n, (least[0], least[1]))
 
 
 def compare_recipes(
     a: Float[np.ndarray, "A N"], b: Float[np.ndarray, "B N"], weights: Float[np.ndarray, " N"] | None = None
 ) -> Difference:
-    """Compares two recipes by the values of their runs on the same N questions.
+    """Compares two recipes by the values of their runs on the same N questions, at least two.
 
     weights: bytes of the questions, where scores are ratios of sums.
 
-    Raises:
-        UserError: there is but one question.
     """
-    if a.shape[1] < 2:
-        raise UserError("one question does not show how much questions vary: evaluate with a larger --limit")
     weights = np.ones(a.shape[1]) if weights is None else weights
     noise, runs = noise_of(a, b, weights), (len(a), len(b))
     scores = [values.sum(1) / weights.sum() for values in (a, b)]

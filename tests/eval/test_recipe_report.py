@@ -83,6 +83,20 @@ def test_what_differs_besides_the_seed_is_said(tmp_path: Path, monkeypatch, caps
     assert "B: b0, b1, older. Their results do not record how they were trained" in capsys.readouterr().out
 
 
+def test_runs_that_began_with_one_model_are_named(tmp_path: Path, monkeypatch, capsys):
+    """Their seeds are several, that of what they began with is one, and its noise shows nowhere."""
+    arguments: list[Path | str] = []
+    for side in "ab":
+        arguments.append(f"--{side}")
+        for seed in (0, 1):
+            start = "base/checkpoints/00000010" if side == "b" else f"base{seed}/checkpoints/00000010"
+            known = training(seed) | {"began_with": start}
+            arguments.append(results(tmp_path, f"{side}{seed}", [1, 0, seed, 1], training=known))
+    compare(monkeypatch, *arguments)
+    said = [line for line in capsys.readouterr().out.splitlines() if "all began with" in line]
+    assert len(said) == 1 and said[0].startswith("b0, b1 all began with base/checkpoints/00000010: ")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Prepared data that has two of the questions, and was asked for all of them."""
@@ -112,9 +126,16 @@ def test_questions_in_the_training_text_are_left_out(tmp_path: Path, data: Path,
     right = right_of(arguments[1])[kept], right_of(arguments[5])[kept]
     assert f"| {int((right[0] > right[1]).sum())} / {int((right[0] < right[1]).sum())} |" in text
     assert "task: 2 of 40 questions share" in text and "The table of scores has all questions." in text
-    known = recipes(tmp_path / "known", texts=texts, training=training(0, data=fingerprint))
+    told = {"training": training(0, data=fingerprint), "lineage": ["grow"]}
+    known = recipes(tmp_path / "known", texts=texts, **told)
     compare(monkeypatch, known[1], known[5], "--without-overlap", data)
-    assert "was trained on data" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "was trained on data" not in text and "began with" not in text
+    tuned = results(
+        tmp_path, "tuned", right_of(known[1]).tolist(), texts=texts, **told | {"lineage": ["train"]}
+    )
+    compare(monkeypatch, known[1], tuned, "--without-overlap", data)
+    assert "tuned began with the parameters of another model: " in capsys.readouterr().out
     results(tmp_path / "other", "a0", right_of(known[1]).tolist(), texts=texts)
     compare(monkeypatch, known[1], tmp_path / "other/a0", "--without-overlap", data)
     assert "What a0 was trained on is not recorded in its results.\n" in capsys.readouterr().out
@@ -206,7 +227,7 @@ def test_equal_recipes_need_no_seeds_and_empty_results_are_named(tmp_path: Path,
     assert cells(capsys.readouterr().out)[4:10] == ["0.00 ± 0.00", "0.00 to 0.00", "1.000", "2.0", "", ""]
     (a0 / "questions/task.jsonl").write_text("")
     with pytest.raises(
-        UserError, match=r"task.jsonl cannot be read \(it is empty\): evaluate the model again"
+        UserError, match=r"task.jsonl cannot be read \(it is empty\): remove it and evaluate the"
     ):
         compare(monkeypatch, "--a", a0, a1, "--b", b0, b1)
 

@@ -181,26 +181,36 @@ def test_a_part_that_is_left_out_is_seen():
     assert covered(*of_questions, questions=0.0) < 0.9
 
 
-def test_as_many_seeds_as_are_said_to_be_needed_find_the_difference():
+@pytest.mark.parametrize(
+    ("truth", "difference"),
+    [
+        (Truth((0.1, 0.1), 0.8, 0.5), 0.25),
+        # Runs that vary by their answers alone: V is never estimated below that part, nor W below 0.
+        (Truth((0.0, 0.0), 0.0, 0.5), 0.07),
+        (Truth((0.0, 0.0), 0.5, 0.5), 0.09),
+    ],
+)
+def test_as_many_seeds_as_are_said_to_be_needed_find_the_difference(truth: Truth, difference: float):
     """The chance to find it with that many runs and with one less, by simulation.
 
     The plan takes the variance of questions as known, which 400 of them make so to 7%: what is needed moves
     by less than that, and the chance to both sides alike. 0.01 are left for it.
     """
     rng = np.random.default_rng(12)
-    truth, n, difference = Truth((0.1, 0.1), 0.8, 0.5), 400, 0.25
-    seeds = truth.seeds[0] ** 2 + truth.residual**2 / n
-    noise = Noise((seeds, seeds), truth.recipe_on_question**2 / n, n)
+    n, draws = 400, 4000
+    least = truth.residual**2 / n
+    seeds = truth.seeds[0] ** 2 + least
+    noise = Noise((seeds, seeds), truth.recipe_on_question**2 / n, n, (least, least))
     needed = noise.seeds_needed(difference)
     assert needed is not None and needed > 3
     assert noise.power(difference, needed) >= 0.8 > noise.power(difference, needed - 1)
     for runs in (needed, needed - 1):
-        a, b = draw(rng, truth, (runs, runs), n, (1000,))
+        a, b = draw(rng, truth, (runs, runs), n, (draws,))
         seen = noise_of(a, b, np.ones(n))
         limit = seen.critical((runs, runs)) * seen.stderr((runs, runs))
         found = ((b - a).mean((-2, -1)) + difference > limit).mean()
         assert noise.power(difference, runs) == pytest.approx(
-            found, abs=0.01 + 4 * math.sqrt(0.8 * 0.2 / 1000)
+            found, abs=0.01 + 4 * math.sqrt(0.8 * 0.2 / draws)
         )
 
 
