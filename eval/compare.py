@@ -73,7 +73,7 @@ class Compared(NamedTuple):
 
 
 def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"]) -> Compared:
-    """Compares a score of the same N questions.
+    """Compares a score of the same N questions, at least two.
 
     Right or wrong: McNemar's exact test, which asks only of the questions that one model alone gets right. A
     share (mc2): the paired t-test.
@@ -81,9 +81,8 @@ def compare_values(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N
     from scipy import stats  # slow
 
     difference = second - first
-    n = len(difference)
     mean = float(difference.mean())
-    stderr = float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    stderr = float(difference.std(ddof=1) / math.sqrt(len(difference)))
     if set(np.unique([first, second])) <= {0.0, 1.0}:
         only_second, only_first = int((difference > 0).sum()), int((difference < 0).sum())
         discordant = only_first + only_second
@@ -98,7 +97,8 @@ def compare_pages(
 ) -> Compared:
     """Compares bits per byte of the same N documents, given their bits: the t-test of a ratio of sums.
 
-    The difference is sum(second - first) / sum(bytes); its error that of the linearized ratio over documents.
+    The difference is sum(second - first) / sum(bytes); its error that of the linearized ratio over documents,
+    of which there are at least two.
     """
     from scipy import stats  # slow
 
@@ -113,7 +113,7 @@ def compare_task(
     """Every metric of a task that can be compared question by question, and which questions were left out.
 
     Raises:
-        UserError: the two were not asked the same questions, or all are left out.
+        UserError: the two were not asked the same questions, or fewer than two are left.
     """
     scores, left_out = read_scores([first, second], task, metrics, seen)
     compared = {

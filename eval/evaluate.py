@@ -57,11 +57,11 @@ def evaluate_task(
     questions = {}
     for task, rows in found["samples"].items():
         rolling = loaded["tasks"][task].OUTPUT_TYPE == ROLLING
-        questions[task] = [_question(row, rolling) for row in rows]
+        questions[task] = _questions(rows, rolling)
         record["tasks"][task] = {
             "version": found["versions"][task],
             "shots": found["n-shot"][task],
-            "questions": len(rows),
+            "questions": len(questions[task]),
             "of": found["n-samples"][task]["original"],
             "requests_sha256": _hash([row["question"] for row in questions[task]]),
             "files_sha256": tasks.files(task),
@@ -70,7 +70,7 @@ def evaluate_task(
             "metrics": _metrics(found["results"][task]),
         }
         if rolling:
-            record["tasks"][task] |= _rolling(questions[task], model.bos_nats * len(rows))
+            record["tasks"][task] |= _rolling(questions[task], model.bos_nats * len(questions[task]))
     for group, values in found.get("groups", {}).items():
         record["groups"][group] = {"metrics": _metrics(values)}
     return record, questions
@@ -84,10 +84,23 @@ def _metrics(values: Record) -> Record:
         if not filtered or not isinstance(value, int | float | np.number):
             continue
         stderr = name.endswith("_stderr")
-        label = name.removesuffix("_stderr") + ("" if filtered == "none" else f" ({filtered})")
+        label = _label(name.removesuffix("_stderr"), filtered)
         entry = metrics.setdefault(label, {"value": math.nan, "stderr": None})
         entry["stderr" if stderr else "value"] = float(value)
     return metrics
+
+
+def _label(name: str, filtered: str) -> str:
+    """What a metric, or a text, is called that was taken from an answer by a filter of the harness."""
+    return name if filtered == "none" else f"{name} ({filtered})"
+
+
+def _questions(rows: list[Record], rolling: bool) -> list[Record]:
+    """The questions of a task as scored, each once: the harness gives a row of it for every filter."""
+    questions: dict[int, Record] = {}
+    for row in rows:
+        questions[row["doc_id"]] = questions.get(row["doc_id"], {}) | _question(row, rolling)
+    return list(questions.values())
 
 
 def _question(row: Record, rolling: bool) -> Record:
@@ -104,8 +117,8 @@ def _question(row: Record, rolling: bool) -> Record:
     if all(isinstance(response, tuple | list) for response in responses):
         question["logprobs"] = [response[0] for response in responses]
     else:
-        question["texts"] = responses
-    return question | {metric: row[metric] for metric in row["metrics"] if metric in row}
+        question[_label("texts", row["filter"])] = responses
+    return question | {_label(name, row["filter"]): row[name] for name in row["metrics"] if name in row}
 
 
 def _rolling(questions: list[Record], bos_nats: float) -> Record:

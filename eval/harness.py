@@ -7,7 +7,7 @@ that has no `<s>`, texts begin with nothing, and `</s>` stands before what has n
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -75,6 +75,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether it is the likeliest) of each continuation after its context."""
+        if not all(any(request.args) for request in requests):  # the harness's code fails at it
+            self._refuse_empty()
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -86,7 +88,7 @@ class HarnessModel(TemplateLM):
     def _row(self, context: list[int], targets: list[int]) -> Row:
         """A request as a row; what does not fit loses its beginning, as in the harness, and is counted."""
         if not targets:
-            raise UserError(f"{self.task} has a request with an empty continuation: it cannot be scored")
+            self._refuse_empty()
         if len(targets) > self.max_length:
             raise UserError(
                 f"{self.task} has a continuation of {len(targets)} tokens, longer than the model's context "
@@ -95,6 +97,9 @@ class HarnessModel(TemplateLM):
         whole = (context or [self.prefix_token_id]) + targets
         self.n_truncated += len(whole) > self.max_length + 1
         return Row(whole[-(self.max_length + 1) :][:-1], targets)
+
+    def _refuse_empty(self) -> NoReturn:
+        raise UserError(f"{self.task} has a request with an empty continuation: it cannot be scored")
 
     def _score(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         tokens = sum(len(row.inputs) for row in rows)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -58,8 +59,8 @@ class PerplexityConfig:
     stride: int | None = None
     """Tokens from one overlapping window to the next. Default: 512, or half of a context below 1024."""
     out: Path | None = None
-    """Where perplexity.json goes. Default: eval/step-N in the run, FOLDER-eval next to the folder, or here
-    NAME-eval."""
+    """Where perplexity.json goes. Default: eval/step-N in the run, FOLDER-eval next to a folder or a
+    checkpoint in no run, or here NAME-eval."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
@@ -222,7 +223,7 @@ def main() -> int:
         raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
     path = (config.out or model.results) / "perplexity.json"
     require_place(path.parent)
-    there = read_earlier(path)
+    there = read_earlier(path, model.identity)
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
     found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
@@ -233,10 +234,16 @@ def main() -> int:
     name = config.text.name if config.text else "WikiText-2 test, raw"
     first = "bos" if model.tokenizer.bos is not None else "eos"
     print(report(name, found, model.backend.context, stride, first))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    if name in there and there[name]["sha256"] != sha256:
+        print(
+            f"note: {path} had the perplexities of another text named {name}, which are replaced",
+            file=sys.stderr,
+        )
     there[name] = {
         "model": model.identity,
         "settings": {"dtype": config.dtype, "stride": stride, "context": context},
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": sha256,
         "versions": versions(),
         "perplexities": found,
     }
@@ -245,20 +252,30 @@ def main() -> int:
     return 0
 
 
-def read_earlier(path: Path) -> dict[str, Any]:
+def read_earlier(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The perplexities that a file has already, by the names of their texts; none where there is no file.
 
+    identity: of the model that is measured.
+
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or of another model.
     """
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(there, dict):
             raise ValueError("it is not an object")
+        others = [
+            m for m in (entry["model"] for entry in there.values()) if m["sha256"] != identity["sha256"]
+        ]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and measure again") from None
+    if others:
+        raise UserError(
+            f"{path} holds the perplexities of another model ({others[0]['name']}, sha256 "
+            f"{others[0]['sha256'][:12]}): give another --out"
+        )
     return there
 
 

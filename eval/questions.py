@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from core.checkpoint.manifest import NEW_RUN
 from core.data import overlap
 from core.data.versions import open_version
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from eval.results import RESULTS, Record
+from eval.results import RESULTS, Record, questions_file
 from eval.settings import results_folder
 
 
@@ -55,13 +56,13 @@ def read_questions(folder: Path, task: str) -> dict[str, Record]:
     Raises:
         UserError: they are not there, or damaged.
     """
-    path = folder / "questions" / f"{task}.jsonl"
+    path = questions_file(folder, task)
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not rows:
             raise ValueError("it is empty")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate the model again") from None
+        raise UserError(f"{path} cannot be read ({error}): remove it and evaluate the model again") from None
     questions: dict[str, Record] = {}
     for row in rows:
         key, n = row["question"], 0
@@ -75,7 +76,7 @@ class Seen:
     """Evaluation items that stand in training text, by what prepared data records of it."""
 
     notes: list[str]
-    """Models that were trained on other data, or on data that is not known, as sentences."""
+    """Models that were trained on other data, too, or on data that is not known, as sentences."""
 
     def __init__(self, paths: Sequence[Path], contents: Sequence[Record]) -> None:
         """Opens prepared data; contents: results of the models that were trained on it.
@@ -96,6 +97,11 @@ class Seen:
                 self.notes.append(
                     f"{name} was trained on data that is not in {self.paths} (fingerprint "
                     f"{min(other)[:12]}): what stands in that is not left out."
+                )
+            if any(operation in NEW_RUN for operation in content["model"].get("lineage", [])):
+                self.notes.append(
+                    f"{name} began with the parameters of another model: what stands in the text that this "
+                    f"was trained on is left out only where it stands in {self.paths}, too."
                 )
         records = []
         for dataset in opened:
@@ -150,7 +156,7 @@ def read_scores(
     were left out, "" without `seen`.
 
     Raises:
-        UserError: the models were not asked the same questions, or all of them are left out.
+        UserError: the models were not asked the same questions, or fewer than two are left.
     """
     first, *others = read = [read_questions(folder, task) for folder in folders]
     for folder, rows in zip(folders[1:], others, strict=True):
@@ -171,6 +177,11 @@ def read_scores(
         first = {name: row for name, row in first.items() if name not in left_out}
         if not first:
             raise UserError(f"every question of {task} shares {overlap.N} words in a row with {seen.paths}")
+    if len(first) < 2:
+        raise UserError(
+            f"{task} has one question to compare, and one question does not show how much questions vary: "
+            "evaluate with a larger --limit"
+        )
     rows_of = [[rows[name] for name in first] for rows in read]
     scores = {}
     for metric in metrics:

@@ -53,22 +53,52 @@ class Results:
         files: sha256 of the local files of a single task.
         """
         done = self.content["evaluations"].get(name)
-        if done is None or done["settings"] != self.settings:
+        if done is None or done["settings"] != self.settings or "replaced" in done:
             return False
-        return all(entry["files_sha256"] == files(task) for task, entry in done["tasks"].items())
+        return all(
+            entry["files_sha256"] == files(task) and questions_file(self.folder, task).is_file()
+            for task, entry in done["tasks"].items()
+        )
 
     def add(self, name: str, record: Record, questions: dict[str, list[Record]]) -> None:
-        """Takes up a task or group just evaluated, in place of an earlier evaluation of it."""
+        """Takes up a task or group just evaluated, in place of an earlier evaluation of it.
+
+        A group of which one task was evaluated anew under other settings keeps the others, and is no longer
+        taken for evaluated.
+        """
+        evaluations = self.content["evaluations"]
+        if self._forget(name, record["tasks"]):  # before their questions are replaced
+            write_atomically(self.folder / RESULTS, json.dumps(self.content, indent=1) + "\n")
         for task, rows in questions.items():
             text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
-            write_atomically(self.folder / "questions" / f"{task}.jsonl", text)
+            write_atomically(questions_file(self.folder, task), text)
         stamp = {
             "settings": self.settings,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
-        self.content["evaluations"][name] = stamp | record
+        evaluations[name] = stamp | record
         write_atomically(self.folder / RESULTS, json.dumps(self.content, indent=1) + "\n")
+
+    def _forget(self, name: str, tasks: Record) -> bool:
+        """Forgets what is there of tasks that were evaluated anew; whether there was anything."""
+        evaluations = self.content["evaluations"]
+        forgotten = evaluations.pop(name, None) is not None
+        for other, done in list(evaluations.items()):
+            replaced = [
+                task
+                for task in done["tasks"].keys() & tasks.keys()
+                if done["settings"] != self.settings
+                or done["tasks"][task]["files_sha256"] != tasks[task]["files_sha256"]
+            ]
+            if not replaced:
+                continue
+            forgotten = True
+            left = {task: entry for task, entry in done["tasks"].items() if task not in replaced}
+            evaluations[other] = done | {"tasks": left, "groups": {}, "replaced": sorted(replaced)}
+            if not left:
+                del evaluations[other]
+        return forgotten
 
     def finish(self) -> None:
         """Writes table and plot of everything in the folder."""
@@ -90,6 +120,11 @@ def read_results(folder: Path) -> Record:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not of this version's format ({FORMAT}): remove it and evaluate again")
     return content
+
+
+def questions_file(folder: Path, task: str) -> Path:
+    """Where a folder of results keeps the scored questions of a task."""
+    return folder / "questions" / f"{task}.jsonl"
 
 
 def versions() -> Record:
@@ -198,17 +233,25 @@ def markdown(content: Record) -> str:
                 )
                 for task, entry in tasks.items()
                 for metric, value, stderr in figures(entry)
+            ]
+            + [
+                (f"{group} (group)", metric, shown(metric, value, stderr), "", "", "")
+                for evaluation in content["evaluations"].values()
+                for group, entry in evaluation["groups"].items()
+                for metric, value, stderr in figures(entry)
             ],
         ),
     ]
     rolling = {task: entry for task, entry in tasks.items() if "bos_nats" in entry}
     for task, entry in rolling.items():
-        lines.append(
-            f"{task}: {entry['words']:,} words and {entry['bytes']:,} bytes of the original text. As the "
-            "harness does with a tokenizer that adds bos, P(bos | bos) is scored once per document; "
-            f"without it {entry['word_perplexity_without_bos']:.2f} per word, "
-            f"{entry['bits_per_byte_without_bos']:.4f} bits per byte."
-        )
+        said = f"{task}: {entry['words']:,} words and {entry['bytes']:,} bytes of the original text."
+        if entry["bos_nats"]:
+            said += (
+                " As the harness does with a tokenizer that adds bos, P(bos | bos) is scored once per "
+                f"document; without it {entry['word_perplexity_without_bos']:.2f} per word, "
+                f"{entry['bits_per_byte_without_bos']:.4f} bits per byte."
+            )
+        lines.append(said)
     lines += ["## Compared with published figures", published_table({model["name"]: tasks}), NOTE]
     return "\n\n".join(lines) + "\n"
 
@@ -229,13 +272,15 @@ def published_table(models: dict[str, dict[str, Record]]) -> str:
     for name, tasks in models.items():
         cells = [pair(*(tasks[t]["metrics"].get(m, {}).get("value") for m in ("acc", "acc_norm")), 100)
                  if t in tasks else "" for t in columns]  # fmt: skip
-        protocols = sorted({protocol(tasks[t]).split(", ", 1)[1] for t in columns if t in tasks})
+        shown_tasks = [tasks[t] for t in (*columns, "wikitext") if t in tasks]
+        protocols = sorted({protocol(entry).split(", ", 1)[1] for entry in shown_tasks})
+        harness = sorted({f"lm-eval {entry['settings']['lm_eval']}" for entry in shown_tasks})
         rows.append(
             (
                 f"**{name}**",
                 *cells,
                 wikitext(tasks),
-                f"lm-eval {versions()['lm_eval']}, {'; '.join(protocols)}",
+                f"{', '.join(harness)}, {'; '.join(protocols)}",
             )
         )
     for row in PUBLISHED:

@@ -37,8 +37,8 @@ class EvalConfig:
     """A folder with the data of tasks (arc/, openbookqa/, truthfulqa/, wikitext-2-raw/, piqa/, winogrande/,
     lambada/, blimp/). Other tasks, and all without it, get theirs from the Hugging Face hub."""
     out: Path | None = None
-    """Where the results go. Default: eval/step-N in the run, FOLDER-eval next to the folder, or here
-    NAME-eval."""
+    """Where the results go. Default: eval/step-N in the run, FOLDER-eval next to a folder or a checkpoint in
+    no run, or here NAME-eval."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. float32 is exact on every device; bfloat16 is faster on a GPU or TPU."""
     device: Device = "auto"
@@ -117,6 +117,9 @@ def report(name: str, record: Record, context: int) -> None:
         texts = [f"{metric} {shown(metric, value, stderr)}" for metric, value, stderr in figures(entry)]
         n, seconds = entry["questions"], record["seconds"]
         print(f"{task}: {', '.join(texts)} ({n:,} questions, {seconds:.0f} s)")
+    for group, entry in record["groups"].items():
+        texts = [f"{metric} {shown(metric, value, stderr)}" for metric, value, stderr in figures(entry)]
+        print(f"{group}: {', '.join(texts)} (the group)")
     if record["truncated"]:
         print(
             f"{name}: {record['truncated']} requests were longer than the context of {context} tokens and "

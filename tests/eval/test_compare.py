@@ -147,6 +147,14 @@ def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path: Path) -> None:
     assert "number of tests: 1," in text
 
 
+@pytest.mark.parametrize("metric", ["acc", "perplexity"])
+def test_one_question_is_not_compared(tmp_path: Path, metric: str) -> None:
+    """It shows no spread: a t-test of it had p = 0."""
+    folders = [results(tmp_path, name, [right], metric) for name, right in (("a", 0), ("b", 1))]
+    with pytest.raises(UserError, match=r"one question does not show .* larger --limit"):
+        report(folders, [read_results(folder) for folder in folders])
+
+
 def test_of_a_perplexity_the_logarithms_are_compared(tmp_path: Path) -> None:
     """The harness keeps the log-probability of each answer, of which perplexity is exp(-mean)."""
     a = results(tmp_path, "a", [-1.0, -2.0, -3.5], "perplexity")

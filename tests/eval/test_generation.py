@@ -71,6 +71,13 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(model, hf):
     assert model.n_truncated == 1
 
 
+@pytest.mark.parametrize("context", ["", "Rain"])
+def test_an_empty_continuation_is_refused(model, context: str):
+    pair = Instance("loglikelihood", {}, (context, ""), 0)
+    with pytest.raises(UserError, match="empty continuation"):
+        model.loglikelihood([pair])
+
+
 def test_no_room_is_refused(model):
     context = model.max_length
     with pytest.raises(UserError, match=f"asks for {context} new tokens"):

@@ -106,11 +106,15 @@ def test_the_command(made: Made, sets: Sets, text, tmp_path: Path, monkeypatch, 
     path.write_text(text, encoding="utf-8")
     other = tmp_path / "other.txt"
     other.write_text("Another text.", encoding="utf-8")
-    for name in (other, path):
+    renamed = tmp_path / "elsewhere/some.txt"
+    renamed.parent.mkdir()
+    renamed.write_text("A third text.", encoding="utf-8")
+    for name in (other, renamed, path):
         arguments = ["--text", name, "--device", "cpu", "--out", tmp_path / "out", "--stride", "100"]
         monkeypatch.setattr("sys.argv", ["perplexity", str(made.folder), *map(str, arguments)])
         assert perplexity.main() == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert said.count("had the perplexities of another text named some.txt, which are replaced") == 1
     content = json.loads((tmp_path / "out/perplexity.json").read_text())
     assert list(content) == ["other.txt", "some.txt"]
     entry = content["some.txt"]
@@ -132,7 +136,21 @@ def test_the_command(made: Made, sets: Sets, text, tmp_path: Path, monkeypatch, 
         )
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a":', b"[]", b"null", b"\xff", None])
+def test_another_model_s_are_kept(made: Made, tmp_path: Path, monkeypatch):
+    """As eval.run does: those of a text of the same name were replaced by another model's."""
+    there = tmp_path / "perplexity.json"
+    there.write_text(json.dumps({"a.txt": {"model": {"name": "other", "sha256": "0" * 64}}}))
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(perplexity, "measure", lambda *_: pytest.fail("scored first"))
+    arguments = ("--text", tmp_path / "a.txt", "--device", "cpu", "--out", tmp_path)
+    monkeypatch.setattr("sys.argv", ["perplexity", str(made.folder), *map(str, arguments)])
+    before = there.read_bytes()
+    with pytest.raises(UserError, match=r"perplexities of another model \(other, sha256 0+\): give another"):
+        perplexity.main()
+    assert there.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a":', b'{"a": 1}', b"[]", b"null", b"\xff", None])
 def test_what_could_not_be_kept_is_refused_before_anything_is_scored(
     made: Made, tmp_path: Path, monkeypatch, content: bytes | None
 ):

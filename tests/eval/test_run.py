@@ -16,10 +16,15 @@ from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.data.overlap import text_key
 from core.errors import UserError
 from eval import run
-from eval.results import plot, read_results
+from eval.compare import compare_task
+from eval.models import open_model
+from eval.questions import evaluated_folder
+from eval.results import Results, markdown, plot, read_results
 from port_torch.folder import open_folder
 from tests.eval.conftest import KINDS, Made, make
 from tests.eval.small_sets import Sets, write_sets
+from tests.models import random_params
+from tests.port_torch.folders import write_checkpoint
 from tests.train_tpu.processes import refusal, start
 from tests.train_tpu.processes import run as run_process
 
@@ -92,6 +97,14 @@ def test_results(folder: Path, sets: Sets, capsys):
     assert f"| wikitext | word_perplexity | {value:.2f} |" in page
     assert f"{truncated} truncated" in page and "scored once per document" in page and "GPT-2 124M" in page
     assert (out / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+    # Of a tokenizer without bos, evaluated with another version of the harness.
+    wikitext = content["evaluations"]["wikitext"]
+    wikitext["tasks"]["wikitext"]["bos_nats"] = 0.0
+    wikitext["settings"]["lm_eval"] = "0.0.1"
+    other = markdown(content)
+    assert "bytes of the original text" in other and "scored once per document" not in other
+    assert f"| lm-eval 0.0.1, lm-eval {metadata.version('lm_eval')}, 0-shot" in other
 
     before = (out / "results.json").read_bytes()
     command(*arguments)
@@ -167,6 +180,64 @@ def test_other_data_are_evaluated_anew(folder: Path, sets: Sets, tmp_path: Path,
     (entry,) = read_results(tmp_path / "o")["evaluations"]["openbookqa"]["tasks"].values()
     assert entry["questions"] == 6
     assert entry["files_sha256"] == {"openbookqa/test.jsonl": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def evaluated(metrics: dict, **tasks: int) -> tuple[dict, dict]:
+    """The record of an evaluation of so many questions of each task, and the questions."""
+    entries = {
+        task: {
+            "version": 1.0, "shots": 0, "questions": n, "of": n, "files_sha256": {}, "chance": None,
+            "metrics": {"acc": {"value": 1.0, "stderr": None}},
+        }
+        for task, n in tasks.items()
+    }  # fmt: skip
+    questions = {task: [{"question": f"{i}", "acc": 1.0} for i in range(n)] for task, n in tasks.items()}
+    return {"seconds": 1.0, "truncated": 0, "tasks": entries, "groups": metrics}, questions
+
+
+def test_a_task_of_a_group_evaluated_otherwise_leaves_the_group_unfinished(tmp_path: Path):
+    """Its questions are gone, so what the group has of it goes, too; the group's other tasks stay."""
+    model, group = {"name": "m", "sha256": "1", "kind": "folder"}, {"both": {"metrics": {}}}
+
+    def opened(limit: int | None) -> Results:
+        return Results(tmp_path, model, {"limit": limit, "dtype": "float32"})
+
+    opened(None).add("both", *evaluated(group, one=5, two=5))
+    opened(None).add("one", *evaluated({}, one=5))  # alike: both stay
+    assert all(opened(None).has(name, lambda task: {}) for name in ("both", "one"))
+    opened(2).add("one", *evaluated({}, one=2))
+    left = read_results(tmp_path)["evaluations"]
+    assert {name: list(entry["tasks"]) for name, entry in left.items()} == {"both": ["two"], "one": ["one"]}
+    assert left["both"]["groups"] == {} and left["one"]["tasks"]["one"]["questions"] == 2
+    assert not opened(None).has("both", lambda task: {}) and opened(2).has("one", lambda task: {})
+    opened(None).add("both", *evaluated(group, one=5, two=5))
+    left = read_results(tmp_path)["evaluations"]
+    assert (
+        list(left) == ["both"] and left["both"]["groups"] == group and opened(None).has("both", lambda t: {})
+    )
+
+
+def test_what_is_said_to_be_evaluated_again_is(tmp_path: Path):
+    """Questions that were lost are asked again; eval.compare says what to do with damaged ones."""
+    results = Results(tmp_path, {"name": "m", "sha256": "1"}, {})
+    results.add("one", *evaluated({}, one=5))
+    (tmp_path / "questions/one.jsonl").write_text("{")
+    with pytest.raises(
+        UserError, match=r"one\.jsonl cannot be read .*: remove it and evaluate the model again"
+    ):
+        compare_task(tmp_path, tmp_path, "one", ["acc"])
+    (tmp_path / "questions/one.jsonl").unlink()
+    assert not results.has("one", lambda task: {})
+
+
+def test_a_checkpoint_in_no_run_has_its_results_next_to_it(tmp_path: Path, monkeypatch):
+    """An imported one: they went two folders up, and were called after that."""
+    config = KINDS["gpt"][0]
+    write_checkpoint(tmp_path / "a/b/mine", config, random_params(config))
+    monkeypatch.chdir(tmp_path / "a/b")
+    opened = open_model(Path("mine"), "float32")
+    assert opened.results == tmp_path / "a/b/mine-eval" and opened.identity["name"] == "mine"
+    assert evaluated_folder(Path("mine")) == opened.results
 
 
 def test_results_of_another_model_are_kept(folder: Path, small: Made, sets: Sets, tmp_path: Path):
