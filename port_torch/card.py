@@ -8,12 +8,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from core.checkpoint.manifest import CHANGE, Manifest
+from core.checkpoint.steps import run_folder
 from core.config import ModelConfig
 from core.data.mixture import describe_phases, phases_of
 from core.hub_models import PREFIX, parse_hub_name
 from core.run.log import read_log
 from core.tokenizer import Tokenizer
 from core.tokenizer_json import as_library
+from port_torch.folder import EXPORT_FORMAT
 from port_torch.hf_config import STOCK, stock_type
 from port_torch.tuned import converses, tuned_in, tuning
 
@@ -48,12 +50,14 @@ def model_card(
         )
         for row in held_out for metric in METRICS
     ]  # fmt: skip
-    base = base_model(manifest)
+    base, imported = base_model(manifest), imported_from(manifest)
     made = "trained from scratch with MTLM."
     if base:
         made = f"made with MTLM from [{base}](https://huggingface.co/{base}), whose license applies."
+    elif imported:
+        made = f"made with MTLM from weights that were imported (`{imported}`), whose license applies."
     data = ModelCardData(
-        license=None if base else LICENSE,
+        license=LICENSE if is_ours(manifest) else None,
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -87,9 +91,21 @@ def base_model(manifest: Manifest) -> str | None:
     return parse_hub_name(Path(published[-1])).repository if published else None
 
 
+def imported_from(manifest: Manifest) -> str | None:
+    """What others made of which the parameters come from, as it may be published; None: nothing."""
+    imports = [entry for entry in manifest.lineage if entry["operation"] == "import"]
+    foreign = [entry["path"] for entry in imports if entry.get("format") != EXPORT_FORMAT]
+    return shown_path(foreign[-1]) if foreign else None
+
+
+def is_ours(manifest: Manifest) -> bool:
+    """Whether MTLM trained the parameters from random ones, so that its license applies."""
+    return base_model(manifest) is None and imported_from(manifest) is None
+
+
 def held_out_scores(step_dir: Path, step: int) -> list[dict[str, Any]]:
     """The last evaluation of every held-out set at `step`, from the log of the run that saved `step_dir`."""
-    rows = read_log(step_dir.absolute().parent.parent, "eval")
+    rows = read_log(run_folder(step_dir), "eval")
     scores = {row["split"]: row for row in rows if row["step"] == step}
     return [row for row in scores.values() if all(isinstance(row.get(metric), float) for metric in METRICS)]
 
@@ -209,5 +225,10 @@ def shown_path(path: str) -> str:
 
 
 def _table(rows: Iterator[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
-    lines = [header, ("---",) * len(header), *rows]
+    lines = [header, ("---",) * len(header), *(map(_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A text in a table: on one line, and without ending its cell."""
+    return (text if text.isprintable() else json.dumps(text, ensure_ascii=False)).replace("|", r"\|")

@@ -22,7 +22,7 @@ from core.progress import Activity
 from core.special_tokens import join_name, split_name
 from core.tokenizer import Tokenizer
 from port_torch import hf
-from port_torch.card import base_model, shown_path
+from port_torch.card import is_ours, shown_path
 from port_torch.folder import CONFIG, INDEX, WEIGHTS, save_tensors
 from port_torch.hf_config import hf_config, stock_type
 from port_torch.hf_tokenizer import opens_with_auto_tokenizer, write_tokenizer
@@ -106,7 +106,7 @@ def write_rest(
             file=sys.stderr,
         )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    if base_model(manifest) is None:  # else the base model's license applies
+    if is_ours(manifest):  # else the license of what it was made from applies
         shutil.copy(LICENSE, folder)
     exported = dataclasses.replace(manifest, kind="params", files={})
     seal(folder, without_local_paths(exported), EXPORT_MANIFEST)

@@ -21,6 +21,8 @@ from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, v
 from core.errors import UserError
 from core.hub_models import CONFIG, INDEX, PICKLES, WEIGHTS, is_content_of
 
+EXPORT_FORMAT = "mtlm-export"
+"""What the lineage calls an export of ours that was imported."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -137,10 +139,15 @@ def weights_hash(folder: Path, verified: Manifest | None = None) -> str:
 
 def require_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
     """A UserError if a tensor is of another type than those read here, or holds NaN or infinity."""
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES.values():
-        raise UserError(f"{name} in {where} is of {tensor.dtype}: only {', '.join(DTYPES.values())} are read")
+    require_type(str(tensor.dtype).removeprefix("torch."), name, where)
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name} in {where} has NaN or infinite values: these weights are unusable")
+
+
+def require_type(dtype: str, name: str, where: Path) -> None:
+    """A UserError if a tensor's type is none of those that are read, which float32 holds exactly."""
+    if dtype not in DTYPES.values():
+        raise UserError(f"{name} in {where} is of type {dtype}: only {', '.join(DTYPES.values())} are read")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -220,9 +227,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             for name in opened.keys():  # noqa: SIM118 (it is not a dict)
                 part = opened.get_slice(name)
                 if part.get_dtype() not in DTYPES:
+                    how = "as they were before they were quantized"
+                    if part.get_dtype() == "F64":
+                        how = "after converting them to float32"
                     raise UserError(
                         f"{name} in {file} is of type {part.get_dtype()}: only float32, bfloat16 and "
-                        "float16 are read; give the weights as they were before they were quantized"
+                        f"float16 are read; give the weights {how}"
                     )
                 tensors[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()], file)
     except (SafetensorError, OSError) as error:

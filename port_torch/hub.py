@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from core.cli import shell_quoted
 from core.errors import UserError
 
 
@@ -17,7 +18,7 @@ def push(folder: Path, name: str, private: bool, dry_run: bool) -> None:
             stays as it is.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    by_hand = f"hf upload {name} {folder}{' --private' if private else ''}"
+    by_hand = f"hf upload {name} {shell_quoted(str(folder))}{' --private' if private else ''}"
     if dry_run:
         print(f"would upload to {name}{', private' if private else ''}:")
         for path in files:

@@ -5,12 +5,12 @@ from pathlib import Path
 from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.config import ModelConfig
 from core.errors import UserError
-from port_torch.folder import CONFIG
+from port_torch.folder import CONFIG, EXPORT_FORMAT
 from port_torch.formats.imported import Imported
 from port_torch.formats.llama import read_params
 from port_torch.model_folder import open_model
 
-NAME = "mtlm-export"
+NAME = EXPORT_FORMAT
 
 
 def recognizes(path: Path) -> bool:

@@ -37,6 +37,7 @@ LAYER_TENSORS = {  # leaf -> the original's name within a layer, and the part of
     "mlp/down/kernel": ("mlp.w3", None),
 }
 ROTATED = ("attn/q/kernel", "attn/k/kernel")
+PICKLED = pickle.PROTO  # the first byte of every pickle that PyTorch has written
 
 
 def recognizes(path: Path) -> bool:
@@ -88,8 +89,12 @@ def split_halves(rows: Float[np.ndarray, "D E"], n_heads: int) -> Float[np.ndarr
 
 def _state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of the model, by their names without what wrappers (compile, DDP) put before them."""
+    with path.open("rb") as file:
+        pickled = file.read(1) == PICKLED
     try:
         zipped = zipfile.is_zipfile(path)
+        if not zipped and not pickled:  # a page of a website, or what Git has of a large file
+            raise ValueError("it is neither a zip archive nor a pickle")
         if zipped and (bad := zipfile.ZipFile(path).testzip()):
             raise UserError(f"{path} was changed: {bad} in it does not match its checksum; copy it again")
         # Mapped, so that memory holds what is read of it, and not an optimizer's state.
@@ -99,7 +104,9 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds more than tensors and plain values, and opening such a file can run arbitrary "
             f"code, so it is not opened: save its state_dict alone, `torch.save(model.state_dict(), FILE)`"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle ends in whatever its bytes happen to say
         raise UserError(f"{path} is not a whole file of PyTorch's ({error}): copy it again") from error
     tensors = _named_tensors(content)
     for inner in ("model", "model_state_dict", "state_dict"):

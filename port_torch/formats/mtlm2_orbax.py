@@ -14,7 +14,7 @@ from jaxtyping import Float
 from core.checkpoint.checkpointer import flatten
 from core.config import ModelConfig
 from core.errors import UserError
-from port_torch.folder import require_finite, require_tensors
+from port_torch.folder import require_finite, require_tensors, require_type
 from port_torch.formats.imported import Imported, assemble
 
 NAME = "mtlm2-orbax"
@@ -109,8 +109,10 @@ def _load(item: Path) -> dict[str, np.ndarray]:
     # Learned positions are a table or a bare parameter, with or without an axis for the batch.
     if "pos_emb/embedding" in arrays:
         arrays["pos_emb"] = arrays.pop("pos_emb/embedding")
-    if "pos_emb" in arrays and arrays["pos_emb"].ndim == 3:
+    if "pos_emb" in arrays and arrays["pos_emb"].ndim == 3 and len(arrays["pos_emb"]) == 1:
         arrays["pos_emb"] = arrays["pos_emb"][0]
+    for name, array in arrays.items():
+        require_type(array.dtype.name, name, item)
     return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
 
 

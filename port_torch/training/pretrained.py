@@ -20,7 +20,7 @@ class Pretrained(NamedTuple):
     chat_template: str | None
     """The folder's own."""
     lineage: list[dict[str, Any]]
-    """The folder's own, and this start from it, with the hash of its weights."""
+    """The folder's own, or an import where it is not ours; and this start from it, with its weights' hash."""
 
 
 def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pretrained:
@@ -38,7 +38,7 @@ def open_pretrained(folder: Path, operation: str, tokenizer: str | None) -> Pret
     decoder = load(folder)
     manifest = export_manifest(folder)  # verified by `load`
     found = folder_tokenizer(folder, manifest, tokenizer, decoder.config.vocab_size)
-    before = manifest.lineage if manifest else []
-    sha256 = weights_hash(folder, manifest)
-    entry = {"operation": operation, "path": origin(folder) or str(folder), "sha256": sha256}
+    known = {"path": origin(folder) or str(folder), "sha256": weights_hash(folder, manifest)}
+    before = manifest.lineage if manifest else [{"operation": "import"} | known]
+    entry = {"operation": operation} | known
     return Pretrained(decoder, found, folder_template(folder), [*before, entry])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -264,10 +265,12 @@ def test_dry_run_and_upload(tmp_path: Path, monkeypatch, capsys):
             raise failures[-1]
 
     monkeypatch.setattr("port_torch.hub.HfApi", Api)
-    run_here(monkeypatch, source, tmp_path / "out", "--push-to-hub", "me/model", "--dry-run")
+    out = tmp_path / "the model"
+    run_here(monkeypatch, source, out, "--push-to-hub", "me/model", "--dry-run")
     said = capsys.readouterr().out
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert not uploads and f"{size:,}  model.safetensors" in said and "hf upload me/model" in said
+    size = (out / "model.safetensors").stat().st_size
+    assert not uploads and f"{size:,}  model.safetensors" in said
+    assert shlex.split(said.strip().rpartition("upload them: ")[2]) == ["hf", "upload", "me/model", str(out)]
     with pytest.raises(UserError, match=r"is complete, but was not uploaded \(no route to host\)"):
         run_here(monkeypatch, source, tmp_path / "two", "--push-to-hub", "me/model")
     assert uploads == [("me/model", None, True), tmp_path / "two"] and names_in(tmp_path / "two") >= NAMES

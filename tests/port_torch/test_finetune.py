@@ -428,6 +428,8 @@ def test_the_card_says_how_a_model_was_tuned(
     assert ("apply_chat_template" in card) is ("apply_chat_template" in expected) and "/home" not in card
     other = of(manifest=manifest, tokenizer=load_tokenizer(str(bpe_file(tmp_path, ["<|endoftext|>"]))))
     assert "ends with `<|endoftext|>`" in other and "puts `<|endoftext|>` before" in other
+    odd = {"form": "prompt", "example": "a | b?\nA:"}
+    assert r'| example | "a \| b?\nA:" |' in of(manifest=dataclasses.replace(manifest, lineage=[start | odd]))
     further = [*manifest.lineage, {"operation": "init_from", "path": "b"}]
     assert "not tuned to follow" in of(manifest=dataclasses.replace(manifest, lineage=further))
 

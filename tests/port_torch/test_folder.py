@@ -193,7 +193,9 @@ def test_other_things_are_refused(tmp_path):
     (folder / "config.json").write_text("{}")
     refuse(folder, "holds neither model.safetensors nor")
     save_file({"x": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors")
-    refuse(folder, "x in .* is of type I8: .* quantized")
+    refuse(folder, "x in .* is of type I8: .* before they were quantized")
+    save_file({"x": torch.ones(2, dtype=torch.float64)}, folder / "model.safetensors")
+    refuse(folder, "x in .* is of type F64: .* after converting them to float32")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import port_torch.convert
 import port_torch.generate
 import port_torch.import_checkpoint
 import port_torch.train
@@ -81,7 +82,22 @@ def test_what_starts_from_a_name_says_its_commit(cached: Path):
     manifest = dataclasses.replace(manifest_of(CONFIG), lineage=lineage)
     card = model_card("tuned", CONFIG, manifest, [], load_tokenizer("bytes"))
     assert "base_model: me/tiny\n" in card and "license:" not in card and f"path {NAME}" in card
+    assert "from scratch" not in card
     assert "license: mit" in model_card("ours", CONFIG, manifest_of(CONFIG), [], load_tokenizer("bytes"))
+
+
+def test_what_others_made_is_not_said_to_be_ours(folder: Path, tmp_path: Path, monkeypatch):
+    """A folder of this machine: what is exported of it has its license, whatever that is, and not ours."""
+    started = open_pretrained(folder, "finetune", None).lineage
+    assert call(monkeypatch, port_torch.import_checkpoint, folder, tmp_path / "base") == 0
+    imported = load_manifest(tmp_path / "base").lineage
+    for lineage in (started, imported):
+        manifest = dataclasses.replace(manifest_of(CONFIG), lineage=lineage)
+        card = model_card("tuned", CONFIG, manifest, [], load_tokenizer("bytes"))
+        assert "license:" not in card and "from scratch" not in card and str(folder.parent) not in card
+        assert f"from weights that were imported (`{folder.name}`), whose license applies" in card
+    call(monkeypatch, port_torch.convert, tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out/LICENSE").exists()
 
 
 @pytest.mark.slow

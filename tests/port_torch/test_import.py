@@ -30,6 +30,7 @@ from core.model import abstract_params, forward, head_table
 from core.run.log import read_log
 from core.run.settings import model_config
 from core.tokenizer import load_tokenizer, tokenizer_record
+from port_torch.card import held_out_scores
 from port_torch.hf_tokenizer import write_tokenizer
 from port_torch.import_checkpoint import main
 from port_torch.model import load
@@ -141,6 +142,15 @@ def stock_llama(folder: Path, **settings) -> transformers.LlamaForCausalLM:
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def test_the_scores_of_a_run_around_a_checkpoint_are_not_its_own(tmp_path: Path):
+    """An imported checkpoint that happens to lie two folders below a log, whose step 0 is another model's."""
+    row = {"step": 0, "kind": "eval", "split": "valid", "tokens": 1}
+    scores = {"nll": 2.0, "bits_per_byte": 1.0, "perplexity": 7.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row | scores) + "\n")
+    assert held_out_scores(tmp_path / "checkpoints/00000000", 0) == [row | scores]
+    assert held_out_scores(tmp_path / "imports/base", 0) == []
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,23 @@ def test_mtlm1_changed_bytes_are_noticed(weights, tmp_path):
         mtlm1_torch.read(path, n_heads=HEADS)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 123\n",
+        b"<!DOCTYPE html><html>",
+        b"",
+        b"\x80\x02.",  # a pickle of nothing: its end finds an empty stack
+        bytes(range(255, 0, -1)),
+    ],
+)
+def test_mtlm1_what_is_no_file_of_pytorch_is_called_that(tmp_path, content):
+    """Not one that would run code: that sends its owner to look for what is not there."""
+    (tmp_path / "original.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"original\.pt is not a whole file of PyTorch's \(.*\): copy it"):
+        mtlm1_torch.read(tmp_path / "original.pt")
+
+
 # MTLM2
 
 
@@ -220,11 +237,29 @@ def save_changed(state, change, folder: Path) -> Path:
         ),
         (lambda p: p["head"].update({"kernel": jnp.zeros((D, VOCAB))}), "all zeros, as if its file"),
         (lambda p: p.pop("pos_emb"), "pos_emb is missing"),
+        (
+            lambda p: p.update({"pos_emb": jnp.ones((2, CONTEXT, D))}),  # of which the second would be lost
+            "pos_emb is missing or has not 2 axes",
+        ),
+        (
+            lambda p: p["head"].update({"kernel": jnp.ones((D, VOCAB), jnp.int8)}),
+            "head/kernel in .* is of type int8: only float32, bfloat16, float16",
+        ),
     ],
 )
 def test_mtlm2_refusals(state, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
         mtlm2_orbax.read(save_changed(state, change, tmp_path))
+
+
+@pytest.mark.slow
+def test_mtlm2_in_a_narrower_type_is_read_exactly(state, tmp_path):
+    def narrow(params: dict) -> None:
+        params["head"]["kernel"] = params["head"]["kernel"].astype(jnp.bfloat16)
+
+    imported = mtlm2_orbax.read(save_changed(state, narrow, tmp_path))
+    expected = state.params["head"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(imported.params["head"]["kernel"], expected)
 
 
 def test_mtlm2_a_file_that_is_gone(checkpoint, tmp_path):
