@@ -29,12 +29,13 @@ PREFIX = "hf:"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LICENSE = "LICENSE"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What is downloaded beside config.json and weights; the last three lie in exports of ours.
 OTHERS = (
     *TOKENIZERS, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-    "generation_config.json", "mtlm_manifest.json", "mtlm_tokenizer.json", "LICENSE",
+    "generation_config.json", "mtlm_manifest.json", "mtlm_tokenizer.json", LICENSE,
 )  # fmt: skip
 SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 PART = r"\w(?:[\w.-]*\w)?"

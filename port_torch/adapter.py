@@ -24,6 +24,7 @@ from port_torch.folder import (
     read_header,
     read_json,
     require_finite,
+    require_own_files,
     require_tensors,
     weights_hash,
 )
@@ -69,6 +70,7 @@ def open_adapter(path: Path) -> Adapter:
         raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder of adapters")
     if not (path / CONFIG).exists():
         raise UserError(f"{path} has no {CONFIG}: give a folder of adapters, such as a LoRA run's `adapter`")
+    require_own_files(path)
     manifest = export_manifest(path)
     if manifest:
         verify(path, EXPORT_MANIFEST)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.errors import UserError
-from core.hub_models import CONFIG, INDEX, PICKLES, WEIGHTS, is_content_of
+from core.hub_models import CONFIG, INDEX, LICENSE, OTHERS, PICKLES, WEIGHTS, is_content_of
 
 EXPORT_FORMAT = "mtlm-export"
 """What the lineage calls an export of ours that was imported."""
@@ -74,6 +74,7 @@ def open_folder(path: Path) -> Folder:
     """
     if not path.is_dir():
         raise UserError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder")
+    require_own_files(path)
     manifest = export_manifest(path)
     if manifest:
         verify(path, EXPORT_MANIFEST)
@@ -213,6 +214,13 @@ def inside(folder: Path, name: str) -> Path:
     if there and not target.is_file():
         raise UserError(f"{file} is not a file: copy the folder again from its source")
     return file
+
+
+def require_own_files(folder: Path) -> None:
+    """A UserError if a file that is read by its name, whoever reads it, lies elsewhere (`inside`)."""
+    for name in (CONFIG, *OTHERS):
+        if name != LICENSE:  # not read
+            inside(folder, name)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

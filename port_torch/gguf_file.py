@@ -9,6 +9,7 @@ and Qwen3 rotate as ours.
 """
 
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ LARGEST = {Type.F16: 65504.0, Type.Q8_0: 127 * 65504.0}
 """The largest weight that a type has: a block of q8_0 is whole numbers up to 127 times a float16."""
 ROTATED = ("layers/attn/q", "layers/attn/k")
 ROPE_FREQS = "rope_freqs.weight"
+CARD_HEADER = re.compile(r"\A\s*---\n.*?\n---[ \t]*(?:\n|\Z)", re.DOTALL)
+"""The YAML of a card, whose comments look like headings of Markdown."""
 
 
 class Planned(NamedTuple):
@@ -191,7 +194,8 @@ def add_origin(writer: gguf.GGUFWriter, folder: Path, n_params: int) -> None:
     """Name, license and base model, as far as the folder's card or its place in the Hub's cache says them."""
     card, file, name = {}, inside(folder, "README.md"), folder.absolute().name
     if file.is_file():
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = CARD_HEADER.sub("", text).splitlines()
         name = next((line[2:].strip() for line in lines if line.startswith("# ")), name)
         try:
             card = metadata_load(file) or {}

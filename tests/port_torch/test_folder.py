@@ -115,8 +115,13 @@ def test_an_index_does_not_lead_out_of_the_folder(sharded, outside):
     refuse(sharded, "which lies outside of it: it is not opened")
 
 
-@pytest.mark.parametrize("name", ["b.safetensors", "config.json"])
+READ = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "config.json", "generation_config.json", *READ])
 def test_a_link_does_not_lead_out_of_the_folder(sharded, name):
+    if not (sharded / name).exists():
+        (sharded / name).write_text("{}")
     (sharded / name).rename(sharded.parent / name)
     (sharded / name).symlink_to(sharded.parent / name)
     refuse(sharded, "is a link to .* outside of its folder")

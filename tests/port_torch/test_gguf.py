@@ -218,7 +218,9 @@ def test_what_it_says(tmp_path: Path):
     """Name, license, tokens that end a text, the template; how to run it."""
     config, folder = KINDS["llama"], tmp_path / "folder"
     write_model(folder, config, bos_token_id=0)
-    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: them/base\n---\n\n# my model\n\ntext\n")
+    (folder / "README.md").write_text(
+        "---\n# see the spec:\nlicense: mit\nbase_model: them/base\n---\n\n# my model\n\ntext\n"
+    )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     said = run_here(folder, tmp_path / "a.gguf", module="port_torch.gguf")[0]
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
@@ -234,6 +236,11 @@ def test_what_it_says(tmp_path: Path):
         "tokenizer.chat_template": None,
     }  # fmt: skip
     assert {name: value(reader, name) for name in keys} == keys
+
+    (folder / "README.md").write_text("---\n# a: [\nb: [\n---\n# my model\n")
+    said = run_here(folder, tmp_path / "c.gguf", module="port_torch.gguf")[1]
+    assert "is not YAML" in said
+    assert value(gguf.GGUFReader(tmp_path / "c.gguf"), "general.name") == "my model"
 
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config_file = folder / "tokenizer_config.json"
