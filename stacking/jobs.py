@@ -140,10 +140,9 @@ class _Deal:
         try:
             while self._todo or self._running:
                 self._start(processes)
-                if not self._running:
-                    if not self._todo:
-                        break
-                    raise RuntimeError(f"jobs need what is no job: {list(self._todo)}")
+                if not self._running:  # what is left does not fit, and nothing that ends will change that
+                    self._leave(*self._todo)
+                    break
                 ended = wait(self._running, max(0.0, self._budget.seconds_left()), FIRST_COMPLETED).done
                 for future in ended:
                     self._end(future)
@@ -164,26 +163,30 @@ class _Deal:
             raise
 
     def _start(self, processes: "Processes") -> None:
-        """Starts what can start now, in order, and leaves out what cannot end within the budget."""
+        """Starts what can start now, in order. What cannot end within the budget waits: how long it takes may
+        be known better once another has ended."""
         for name, job in list(self._todo.items()):
             if any(need in self.failed for need in job.needs):
                 self.failed[name] = f"needs {job.needs[0]}"
                 del self._todo[name]
-            elif any(need in self.left for need in job.needs):
-                self._leave(name)
             elif job.done():  # a run that it needs was halted by its guard
                 self._done += job.cost
                 del self._todo[name]
                 job.after(0.0)
-            elif self._slots and not {*self._todo, *(j.name for j, _ in self._running.values())}.intersection(
-                job.needs
-            ):
-                if not self._budget.take(job):
-                    self._leave(name)
-                    continue
+            elif self._slots and not self._unfinished().intersection(job.needs) and self._budget.take(job):
                 del self._todo[name]
-                gpu = self._slots.pop(0)
+                gpu = self._idlest()
                 self._running[self.pool.submit(processes.run, job, gpu)] = job, gpu
+
+    def _unfinished(self) -> set[str]:
+        return {*self._todo, *(job.name for job, _ in self._running.values())}
+
+    def _idlest(self) -> str | None:
+        """Takes a free place, on the GPU with the fewest jobs: two never share one while another idles."""
+        busy = [gpu for _, gpu in self._running.values()]
+        gpu = min(self._slots, key=busy.count)
+        self._slots.remove(gpu)
+        return gpu
 
     def _leave(self, *names: str) -> None:
         for name in names:
@@ -223,9 +226,13 @@ class Processes:
         """Runs a job on a GPU; None, or what went wrong in a few words, and the seconds that it took."""
         log = self._out / "logs" / f"{job.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        job.before()
         began = time.monotonic()
         with log.open("ab") as output:
+            try:
+                job.before()
+            except (UserError, OSError) as error:  # of this job alone
+                output.write(f"{error}\n".encode())
+                return str(error), 0.0
             process = self._start(job, gpu, output)
             if process is None:
                 return "stopped", 0.0

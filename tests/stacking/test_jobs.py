@@ -108,6 +108,34 @@ def test_jobs_are_dealt_to_the_gpus_in_turn(tmp_path, monkeypatch):
     assert shown == ["0 false 0.45"] * 2 + ["3 false 0.45"] * 2
 
 
+def test_what_does_not_fit_waits_until_it_is_known_how_long_it_takes(tmp_path):
+    """The first job shows that the second, expected to take longer than there is, does not."""
+    first = make_job(tmp_path, "a")
+    second = make_job(tmp_path, "b", seconds=lambda: 1.0 if first.done() else 90.0)
+    assert run([second, first], tmp_path, budget=Budget(minutes=1.0)) and second.done()
+
+
+def test_two_jobs_share_a_gpu_only_when_none_is_idle(tmp_path):
+    """Both places of GPU 0 become free first; what starts then still finds GPU 1 idle."""
+    deal = stacking.jobs._Deal({}, tmp_path, ["0", "0", "1", "1"], Budget(), make_console())
+    taken = []
+    for name in "abcd":
+        taken.append(deal._idlest())
+        deal._running[name] = make_job(tmp_path, name), taken[-1]
+    deal.pool.shutdown()
+    assert sorted(taken[:2]) == ["0", "1"] and sorted(taken) == ["0", "0", "1", "1"]
+
+
+def test_a_job_that_cannot_be_prepared_fails_alone(tmp_path):
+    def missing() -> None:
+        raise FileNotFoundError("no such checkpoint")
+
+    jobs = [make_job(tmp_path, "a", before=missing), make_job(tmp_path, "b")]
+    with pytest.raises(UserError, match=r"1 job failed, first a \(no such checkpoint\)"):
+        run(jobs, tmp_path)
+    assert (tmp_path / "b.zip").exists()
+
+
 def test_gpus_that_are_asked_for_must_be_there():
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2"}) == ("1", "2")
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2"}, (2,)) == ("2",)
