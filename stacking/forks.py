@@ -1,5 +1,6 @@
 """Forks: runs that continue from a checkpoint of another one under other settings, and how they ended."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -55,9 +56,9 @@ def is_finished(folder: Path, steps: int) -> bool:
     return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
 
 
-def is_halted(folder: Path) -> bool:
-    """Whether the guard ended a run, and nobody has started it again."""
+def is_halted(folder: Path, end: float = math.inf) -> bool:
+    """Whether the guard ended a run, before it had made `end` updates, and nobody has started it again."""
     if not (folder / "metrics.jsonl").is_file():
         return False
     events = read_log(folder, "event")
-    return bool(events) and events[-1]["what"] == HALT
+    return bool(events) and events[-1]["what"] == HALT and events[-1]["step"] <= end

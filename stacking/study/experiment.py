@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from core.errors import UserError
 from core.folders import require_place
 from core.run.data import open_data
 from core.run.folder import lock_folder
-from core.run.log import read_log
+from core.run.log import CARRIED, read_log
 from stacking.jobs import Budget, run_jobs, visible_gpus
 from stacking.study import growth, saturation, tuning
 from stacking.study.config import StudyConfig
@@ -31,6 +32,7 @@ from stacking.study.results import (
     data_text,
     open_results,
     read_results,
+    require_same_folder,
     require_same_runs,
     require_same_text,
     speed,
@@ -73,18 +75,25 @@ def run_study(config: StudyConfig, console: Console) -> None:
     with lock_folder(out):
         if any(run.name not in results.runs for run in leaves):
             results.begin()
-        while True:
-            runs = make_runs(out, leaves, results, clock, texts)
-            whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
-            leaves = open_runs(definition, results)
-            if not config.keep_weights:
-                runs.remove_weights([*leaves, *coming(definition, results)])
-            if not whole:
-                say("the budget is spent: the same command trains the rest")
-            if not whole or all(run.name in results.runs for run in leaves):
-                break
+        try:
+            while True:
+                runs = make_runs(out, leaves, results, clock, texts, config.keep_weights)
+                whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
+                leaves = open_runs(definition, results)
+                if not config.keep_weights:
+                    runs.remove_weights([*leaves, *coming(definition, results)])
+                if not whole:
+                    say("the budget is spent: the same command trains the rest")
+                if not whole or all(run.name in results.runs for run in leaves):
+                    break
+        except UserError:  # of one run: the others have ended, and what they say is not held back
+            report(results, say)
+            raise
+    report(results, say)
 
-    # 3. What the results say; a study that was stopped early may have nothing to compare yet.
+
+def report(results: Results, say: Callable[[str], None]) -> None:
+    """Says what the results say; a study that was stopped early may have nothing to compare yet."""
     try:
         say(write_report(results))
     except UserError as error:
@@ -100,12 +109,23 @@ def open_runs(definition: Definition, results: Results) -> list[Run]:
 
 
 def coming(definition: Definition, results: Results) -> list[Run]:
-    """What will be wanted later, as far as that is known."""
-    return growth.later(definition, results) if definition.kind == "growth" else []
+    """What may be wanted later."""
+    return growth.possible(definition, results) if definition.kind == "growth" else []
 
 
-def make_runs(out: Path, leaves: list[Run], results: Results, clock: "Clock", texts: dict[str, Text]) -> Runs:
-    """The runs as jobs that keep their results; those that ended while nobody looked are kept at once."""
+def make_runs(
+    out: Path,
+    leaves: list[Run],
+    results: Results,
+    clock: "Clock",
+    texts: dict[str, Text],
+    keep_weights: bool,
+) -> Runs:
+    """The runs as jobs that keep their results; those that ended while nobody looked are kept at once.
+
+    Raises:
+        UserError: in the folder of one that has not ended lies another run.
+    """
 
     def after(run: Run, seconds: float) -> None:
         folder = runs.folder(run)
@@ -114,12 +134,15 @@ def make_runs(out: Path, leaves: list[Run], results: Results, clock: "Clock", te
         entry = summarize(run, folder, texts[text_key(run.settings)], halted)
         before = results.runs.get(run.name, {}).get("seconds", 0)  # of a trunk, up to an earlier branch
         results.add(run, entry | {"seconds": round(before + seconds, 1)})
+        if not (run.keep or keep_weights):  # nothing comes from it: the disk may be small
+            runs.remove_weights_of(run.name)
 
     runs = Runs(out, leaves, lambda run: run.name in results.runs and not run.keep, after, clock.seconds)
-    for leaf in leaves:
-        if leaf.name not in results.runs and (
-            runs.is_done(leaf, leaf.steps) or runs.has_halted(leaf, leaf.steps)
-        ):
+    todo = [leaf for leaf in leaves if leaf.name not in results.runs]
+    for run in {run.name: run for leaf in todo for run in leaf.ancestry}.values():
+        require_same_folder(run, runs.folder(run), texts[text_key(run.settings)])
+    for leaf in todo:
+        if runs.is_done(leaf, leaf.steps) or runs.has_halted(leaf, leaf.steps):
             after(leaf, 0.0)
     return runs
 
@@ -134,31 +157,46 @@ class Clock:
         """FLOP/s of one process, by the kind of run."""
         self._ratios: dict[str, float] = {}
         """The same as parts of what is expected."""
-        self._start = START
+        self._starts: dict[tuple[str, bool], float] = {}
+        """Seconds of a process besides its updates, by the kind of run and whether it is a trunk, which does
+        not read all held-out text at its end. The newest of a kind holds: the first one compiles."""
+        self._longest_start: float | None = None
 
     def measure(self, run: Run, seconds: float, folder: Path) -> None:
         """Takes note of a process that has made updates of a run in `seconds`."""
         firsts = [row["step"] for row in read_log(folder, "event") if row["what"] == "first update"]
-        rows = read_log(folder, "train")
-        if not seconds or not firsts or not rows:
+        if not seconds or not firsts:
             return
-        rate = speed(rows[-200:])
-        updates = sum(row["step"] >= firsts[-1] for row in rows)
+        # Not those of the model that it was grown from, or of a process before.
+        own = [row for row in read_log(folder, "train") if CARRIED not in row and row["step"] >= firsts[-1]]
+        rate = speed(own[-200:])
+        if rate is None:
+            return
         self._measured[_kind(run)] = measured = rate * run.model.flops_per_token()
         expected = self._expected(run)
         if expected is not None:
             self._ratios[_kind(run)] = measured / expected
-        self._start = max(0.0, seconds - updates * run.settings.batch_tokens / rate)
+        updates = len(own) * run.settings.batch_tokens / rate
+        self._starts[_kind(run), bool(run.keep)] = start = max(0.0, seconds - updates)
+        self._longest_start = max(start, self._longest_start or 0.0)
 
     def seconds(self, run: Run, flops: float) -> float | None:
         """What a process is expected to take for so many FLOPs of a run."""
-        known = self._measured.get(_kind(run), self._expected(run))
+        kind = _kind(run)
+        known = self._measured.get(kind, self._expected(run))
+        if known is None and self._measured:
+            known = statistics.fmean(self._measured.values())
         if known is None:
-            rates = self._measured.values()
-            return self._start + flops * len(rates) / sum(rates) if rates else None
-        if _kind(run) not in self._measured and self._ratios:
-            known *= sum(self._ratios.values()) / len(self._ratios)
-        return self._start + flops / known
+            return None
+        if kind not in self._measured and self._ratios:  # the median: one guess may be far off
+            known *= statistics.median(self._ratios.values())
+        return self._start(kind, bool(run.keep)) + flops / known
+
+    def _start(self, kind: str, trunk: bool) -> float:
+        """Of this kind; else of its trunks, or of what comes off them; else of the one that took longest to
+        compile."""
+        unknown = START if self._longest_start is None else self._longest_start
+        return self._starts.get((kind, trunk), self._starts.get((kind, not trunk), unknown))
 
     def _expected(self, run: Run) -> float | None:
         """FLOP/s that the study expects of a process; None where it says nothing."""
@@ -229,7 +267,7 @@ def describe(
         f"{definition.name} ({definition.kind}): {len(todo)} of {len(leaves)} runs to do, {flops:.3g} FLOPs"
         f"{minutes}; on {where}, {at_once} at a time{' on each' if len(gpus) > 1 else ''}"
     ]
-    if later := coming(definition, results):
+    if later := growth.later(definition, results) if definition.kind == "growth" else []:
         flops, seconds = cost(later, clock)
         minutes = "" if seconds is None else f", about {seconds / 60 / at_once:.0f} minutes of one GPU"
         lines.append(f"then {len(later)} runs, which depend on what these find: {flops:.3g} FLOPs{minutes}")

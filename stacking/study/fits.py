@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,59 +20,75 @@ class Optimum:
     is_minimum: bool
     """False where the parabola opens downwards: then nothing else holds."""
 
-    def is_inside(self, tried: Collection[float]) -> bool:
-        """Whether the minimum lies between the rates that were tried."""
-        return self.is_minimum and min(tried) < self.rate < max(tried)
+    def is_inside(self, losses: Mapping[float, float]) -> bool:
+        """Whether the minimum is bracketed: it lies between the rates that came to a loss, and the best of
+        them between worse ones. At an edge nothing shows that the loss rises again.
+
+        losses: by rate.
+        """
+        low, high = min(losses), max(losses)
+        return self.is_minimum and low < self.rate < high and low < min(losses, key=losses.get) < high
 
 
-def fit_optimum(points: list[tuple[float, float]]) -> Optimum | None:
-    """The best rate by a parabola in log2 of the rate, by least squares.
+def fit_optimum(points: list[tuple[float, float, int]]) -> Optimum | None:
+    """The best rate by a parabola in log2 of the rate, by least squares; each seed may lie higher or lower as
+    a whole, since not every rate has every seed.
 
     Args:
-        points: (rate, loss), of several seeds too; those more than two octaves from the best are left out.
+        points: (rate, loss, seed); those more than two octaves from the best are left out.
 
     Returns:
-        None for fewer than three rates.
+        None for fewer than three rates, or where no seed ties them together.
     """
-    points = [(math.log2(rate), loss) for rate, loss in points if math.isfinite(loss)]
+    points = [(math.log2(rate), loss, seed) for rate, loss, seed in points if math.isfinite(loss)]
     if not points:
         return None
     best = min(points, key=lambda point: point[1])[0]
-    x, y = np.array([point for point in points if abs(point[0] - best) <= WITHIN + 1e-9]).T
-    if len(np.unique(x)) < 3:
+    x, y, seed = np.array([point for point in points if abs(point[0] - best) <= WITHIN + 1e-9]).T
+    x0, seeds = x - best, np.unique(seed)
+    design = np.column_stack([x0, x0**2, *(seed == one for one in seeds)]).astype(float)
+    if len(np.unique(x)) < 3 or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
-    x0 = x - best
-    design = np.stack([np.ones_like(x0), x0, x0**2], axis=1)
-    (a, b, c), *_ = np.linalg.lstsq(design, y, rcond=None)
+    fitted, *_ = np.linalg.lstsq(design, y, rcond=None)
+    b, c = fitted[:2]
     if c <= 0:
         return Optimum(2**best, math.nan, None, False)
     place, error = -b / (2 * c), None
-    spare = len(x) - 3
+    spare = len(x) - design.shape[1]
     if spare:
-        variance = float(((design @ (a, b, c) - y) ** 2).sum() / spare)
-        covariance = variance * np.linalg.inv(design.T @ design)
-        slope = np.array([0.0, -1 / (2 * c), b / (2 * c**2)])  # of the place in a, b and c
+        variance = float(((design @ fitted - y) ** 2).sum() / spare)
+        covariance = variance * np.linalg.inv(design.T @ design)[:2, :2]
+        slope = np.array([-1 / (2 * c), b / (2 * c**2)])  # of the place in b and c
         error = math.sqrt(slope @ covariance @ slope)
-    return Optimum(float(2 ** (best + place)), float(a - b**2 / (4 * c)), error, True)
+    level = float(np.mean(fitted[2:]))
+    return Optimum(float(2 ** (best + place)), level - float(b**2 / (4 * c)), error, True)
 
 
-def fit_powers(points: list[tuple[dict[str, float], float]]) -> dict[str, tuple[float, float]] | None:
-    """The powers of a product that gives the values of `points`, each with its standard error.
-
-    None where the points do not determine them and leave a residual; what does not vary has no power.
-    """
-    if not points:
-        return None
-    names = [name for name in points[0][0] if len({at[name] for at, _ in points}) > 1]
+def fit_powers(points: list[tuple[dict[str, float], float]]) -> dict[str, tuple[float, float]] | str:
+    """The powers of a product that gives the values of `points`, each with its standard error; what does not
+    vary has no power. Or, in words, why the points do not determine them and leave a residual."""
+    names = [name for name in points[0][0] if len({at[name] for at, _ in points}) > 1] if points else []
+    if not names:
+        return "they must differ in size or length"
     design = np.array([[1.0, *(math.log(at[name]) for name in names)] for at, _ in points])
     spare = len(points) - design.shape[1]
-    if not names or spare < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
-        return None
+    if spare < 1:
+        return f"powers of {' and '.join(names)} take {len(names) + 2}"
+    together = _together(design[:, 1:] - design[:, 1:].mean(axis=0), names)
+    if together:
+        return f"{' and '.join(together)} differ together"
     y = np.log([value for _, value in points])
     fitted, *_ = np.linalg.lstsq(design, y, rcond=None)
     variance = float(((design @ fitted - y) ** 2).sum() / spare)
     errors = np.sqrt(np.diag(variance * np.linalg.inv(design.T @ design)))
     return {name: (float(fitted[i + 1]), float(errors[i + 1])) for i, name in enumerate(names)}
+
+
+def _together(design: np.ndarray, names: list[str]) -> list[str]:
+    """The variables, centred columns of `design`, whose powers cannot be told from each other's."""
+    _, values, directions = np.linalg.svd(design)
+    moved = np.abs(directions[values <= 1e-9 * values[0]]).max(axis=0, initial=0.0)
+    return [name for name, part in zip(names, moved, strict=True) if part > 1e-6]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +146,14 @@ def effective(tokens: np.ndarray, distinct: np.ndarray, passes: float | np.ndarr
 
 def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law | None:
     """The law by least squares: every power and number of passes on a grid that narrows, floor and scale for
-    each in closed form. None for fewer points than parameters.
+    each in closed form. None where the points determine none: fewer than its parameters, or than three
+    lengths, or losses that do not fall.
 
     The number of passes is fitted only where some tokens are repeated.
     """
     repeats = bool((tokens > distinct).any())
-    if len(losses) < 3 + repeats:
+    different = len(np.unique(np.stack([tokens, np.maximum(tokens / distinct, 1)]), axis=1).T)
+    if different < 3 + repeats or len(np.unique(tokens)) < 3:
         return None
     unit = float(tokens.min())
     low, high = np.array([0.02, math.log(0.5)]), np.array([2.0, math.log(1000.0)])
@@ -151,6 +169,8 @@ def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law
         center, width = np.array([power, math.log(best) if repeats else 0.0]), (high - low) / 6
         low, high = np.maximum(center - width, [0.005, -3.0]), center + width
     scale = float(scales[i, j])
+    if scale <= 0:
+        return None
     floor = float(losses.mean() - scale * x[i, j].mean())
     law = Law(floor, scale, power, best, unit)
     spare = len(losses) - 3 - repeats

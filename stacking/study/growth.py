@@ -33,7 +33,7 @@ from stacking.plan import Operator, make_plan
 from stacking.schedule import parse_schedule
 from stacking.study.definition import Definition, Settings, open_settings
 from stacking.study.results import Results
-from stacking.study.runs import Run
+from stacking.study.runs import TRUNK, Run
 
 OPTIONS = {"grow_at", "ops", "factor", "grow_schedule", "early"}
 SCRATCH, SMALL = "scratch", "small"
@@ -106,8 +106,22 @@ def runs(definition: Definition, results: Results) -> list[Run]:
 def later(definition: Definition, results: Results) -> list[Run]:
     """What will come after them, as if the first rate were every arm's best: what it costs is known."""
     target = open_target(definition)
+    return [run for run in _rest(target, definition, results, 1) if run.name not in results.runs]
+
+
+def possible(definition: Definition, results: Results) -> list[Run]:
+    """What may come after them, whichever rates turn out to be best."""
+    target = open_target(definition)
+    return _rest(target, definition, results, len(target.lrs))
+
+
+def _rest(target: Target, definition: Definition, results: Results, rates: int) -> list[Run]:
+    """The runs of the parts that have not begun, those at best rates at each of the first `rates`."""
     reached = _reached(target, results, definition.heldout)
-    parts = [part for arms in target.turns for part in (_tuning(target, arms), _final(target, arms, {}))]
+    parts = []
+    for arms in target.turns:
+        finals = [_final(target, arms, dict.fromkeys(arms, lr)) for lr in target.lrs[:rates]]
+        parts += [_tuning(target, arms), [run for final in finals for run in final]]
     known = {run.name for run in _unique(reached)}
     return [run for run in _unique(parts[len(reached) :]) if run.name not in known]
 
@@ -197,18 +211,16 @@ def _decayed(target: Target, arm: str, at: int, seed: int, lr: float, lengths: A
 
 def _trunk(target: Target, arm: str, at: int, seed: int, lr: float) -> Run:
     place = f"seed-{seed}/lr-{lr:g}"
-    # A schedule so long that its own decay begins after the last fork.
-    steps = 2 * max(max(target.lengths(*one)) for one in target.arms)
     labels = {"arm": arm, "grown_at": at, "seed": seed, "lr": lr, "trunk": True}
     forks = {target.decay_start(n) for n in target.lengths(arm, at)}
     if arm in (SCRATCH, SMALL):
         settings = target.settings if arm == SCRATCH else target.small
         keep = forks | (set(target.grow_at) if arm == SMALL else set())
         one = _with(settings, lr, seed)
-        return Run(f"{place}/{arm}/trunk", one, steps, labels, keep=tuple(sorted(keep)))
+        return Run(f"{place}/{arm}/trunk", one, TRUNK, labels, keep=tuple(sorted(keep)))
     grow = ("--op", arm, "--factor", str(target.factor), "--schedule", target.grow_schedule)
     return Run(
-        f"{place}/{arm}-at-{at}/trunk", _with(target.settings, lr, seed), steps, labels,
+        f"{place}/{arm}-at-{at}/trunk", _with(target.settings, lr, seed), TRUNK, labels,
         source=_trunk(target, SMALL, 0, seed, lr), at=at, grow=grow, keep=tuple(sorted(forks)),
     )  # fmt: skip
 

@@ -50,7 +50,17 @@ class Arm:
     @property
     def name(self) -> str:
         """As it stands in the table."""
-        return f"{self.op} at {self.grown_at}" if self.grown_at else self.op
+        return arm_name(self.op, self.grown_at)
+
+    def there(self, flops: float) -> Point | None:
+        """Its decayed run of so many FLOPs; None while there is none. Lengths are whole updates: within half
+        of one."""
+        return next((p for p in self.decayed if abs(p.flops - flops) <= 0.51 * self.flops_per_step), None)
+
+
+def arm_name(op: str, at: int) -> str:
+    """An arm in words; at: its step of growth, or 0."""
+    return f"{op} at {at}" if at else op
 
 
 def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
@@ -68,7 +78,7 @@ def read_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
     seeds = {arm.seed for arm in chosen if arm.op == SCRATCH}
     chosen = [arm for arm in chosen if arm.seed in seeds]
     if not chosen:
-        if any(which.startswith(f"{SCRATCH} ") for which in halted):
+        if any(which.startswith(f"{SCRATCH},") for which in halted):
             raise UserError(f"the guard halted scratch in every seed of {results.path}: give a smaller lr")
         raise UserError(f"{results.path} holds no decayed scratch run yet: train more of the study")
     order = {SCRATCH: 0, SMALL: 1}
@@ -89,7 +99,7 @@ def _all_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
             if entry["labels"].get("trunk"):
                 continue
             if entry["halted"]:
-                halted.append(f"{op} at {at}, seed {seed}, peak lr {lr:g}, was halted by the guard")
+                halted.append(f"{arm_name(op, at)}, seed {seed}, peak lr {lr:g}, was halted by the guard")
             else:
                 decayed.append(Point(entry["steps"], entry["flops"], as_floats(entry["losses"])[heldout]))
                 equal = decayed[-1] if entry["labels"]["equal_tokens"] else equal
@@ -102,21 +112,23 @@ def _all_arms(results: Results, heldout: str) -> tuple[list[Arm], list[str]]:
 
 def _best_rates(arms: list[Arm]) -> tuple[dict[tuple[str, int], float], list[str]]:
     """The best rate of every (operator, step of growth), tuned at equal tokens on the seed with the most
-    rates; and in words which of them are at the edge of the rates tried."""
+    rates; and in words which of them are at the edge of the rates tried, or lack some."""
     losses: dict[tuple[str, int], dict[int, dict[float, float]]] = {}
     for arm in arms:
         if arm.equal_tokens is not None and math.isfinite(arm.equal_tokens.loss):
             tried = losses.setdefault((arm.op, arm.grown_at), {}).setdefault(arm.seed, {})
             tried[arm.lr] = arm.equal_tokens.loss
+    tuned = {arm: max(seeds.values(), key=len) for arm, seeds in losses.items()}
+    most = sorted(max((set(tried) for tried in tuned.values()), key=len, default=set()))
     rates, edges = {}, []
-    for (op, at), seeds in losses.items():
-        tried = max(seeds.values(), key=len)
+    for (op, at), tried in tuned.items():
+        name = arm_name(op, at)
         rates[op, at] = rate = min(tried, key=tried.get)
+        if missing := [f"{lr:g}" for lr in most if lr not in tried]:
+            edges.append(f"{name} has no loss at {', '.join(missing)} yet, where others do")
         if len(tried) > 1 and rate in (min(tried), max(tried)):
             where = "below" if rate == min(tried) else "above"
-            edges.append(
-                f"{op} at {at} was best at the edge of its rates, {rate:g}: its best may lie {where}"
-            )
+            edges.append(f"{name} was best at the edge of its rates, {rate:g}: its best may lie {where}")
     return rates, edges
 
 
@@ -155,9 +167,8 @@ def make_table(arms: list[Arm]) -> str:
             cells[5] = ""
             rows.append("| " + " | ".join([*cells, *[""] * 3]) + " |")
             continue
-        longer = {
-            arm.seed: arm.decayed[-1] for arm in group if arm.decayed[-1].flops > arm.equal_tokens.flops
-        }
+        longer = {arm.seed: arm.there(scratch[arm.seed].flops) for arm in group}
+        longer = {seed: point for seed, point in longer.items() if point is not None}
         cells += _losses(longer, scratch)
         saved = []
         for arm in (arm for arm in group if arm.seed in longer):
@@ -183,11 +194,8 @@ def at_equal_flops(arms: list[Arm]) -> list[str]:
         for rival in (SCRATCH, SMALL):
             differences = []
             for arm in (arm for arm in arms if arm.op == rival and arm.seed in group):
-                flops = group[arm.seed].flops
-                # Lengths are whole updates: within half of one.
-                near = 0.51 * arm.flops_per_step
-                there = [point for point in arm.decayed if abs(point.flops - flops) <= near]
-                differences += [group[arm.seed].loss - point.loss for point in there[:1]]
+                point = arm.there(group[arm.seed].flops)
+                differences += [] if point is None else [group[arm.seed].loss - point.loss]
             cells.append(
                 (_spread(differences, "{:+.4f}") if differences else "") + _few(len(differences), len(group))
             )
@@ -260,7 +268,8 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
         group = [arm for arm in arms if arm.name == name]
         at = group[0].grown_at
         line = LINES[growth_steps.index(at) % len(LINES)] if at else "-"
-        whole = [arm for arm in group if len(arm.decayed) == max(len(one.decayed) for one in group)]
+        longest = max(([point.steps for point in arm.decayed] for arm in group), key=len)
+        whole = [arm for arm in group if [point.steps for point in arm.decayed] == longest]
         few = f" ({len(whole)} of {len(scratch)} seeds finished)" if len(whole) < len(scratch) else ""
         mean = np.mean([[(p.flops / unit, p.loss) for p in arm.decayed] for arm in whole], axis=0)
         color = COLORS[group[0].op]

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from types import ModuleType
 
+from core.errors import UserError
 from core.folders import write_atomically, write_picture
 from stacking.study import growth_report, saturation, tuning
 from stacking.study.results import PICTURE, TABLE, Results
@@ -20,6 +21,12 @@ def write_report(results: Results) -> str:
     if not ended:
         return f"{path} holds no run with a loss yet, so there is nothing to report"
     heldout = record["heldout"] or next(iter(ended[0]["losses"]))
+    for name, entry in results.runs.items():
+        if heldout not in entry.get("losses", {heldout}):
+            raise UserError(
+                f"{path} has {name} without a loss on {heldout}, on which the study compares runs: name a "
+                "set as heldout that all have, or remove that run from the file"
+            )
     kind = REPORTS[record["kind"]]
     table = f"{kind.table(results, heldout)}\n\n{len(ended)} runs; {describe_sessions(results)}"
     tables, picture = path.with_suffix(TABLE), path.with_suffix(PICTURE)

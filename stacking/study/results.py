@@ -13,12 +13,18 @@ from core.checkpoint.manifest import code_version
 from core.errors import UserError
 from core.figures import require_json
 from core.folders import write_atomically
+from core.run.folder import read_config
 from core.run.log import CARRIED, read_log
+from core.run.settings import AUTOMATIC, FREE_SETTINGS, FROM_PRESET, MIXTURE, ONCE, flatten
 from stacking.study.definition import Definition
 from stacking.study.runs import Run
 
 TABLE, PICTURE = ".md", ".png"
 """With which the report's files end; they have the name of the results otherwise."""
+UNCOMPARED = {
+    *AUTOMATIC, *ONCE, *FROM_PRESET, "vocab_size", "preset", "steps", "epochs", "rewarm", "rewarm_at", "mesh",
+}  # fmt: skip
+"""Settings that a folder of the same run may have otherwise, as a grown one's, or that its model tells."""
 POINTS = 40  # of a run's training loss that are kept
 
 
@@ -134,12 +140,38 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
         entry = results.runs.get(run.name)
         if entry is None:
             continue
-        for name, value in run.identity.items():
-            if entry.get(name) != value:
+        own = run.identity
+        old, new = (
+            one["settings"] | {name: one.get(name) for name in own if name != "settings"}
+            for one in (entry, own)
+        )
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
                 raise UserError(
-                    f"{results.path} has {run.name} with {name} {entry.get(name)}, and the study asks for "
-                    f"{value}: rename the run in the study, or give another --results"
+                    f"{results.path} has {run.name} with {name} {old.get(name)}, and the study asks for "
+                    f"{new.get(name)}: rename the run in the study, or give another --results"
                 )
+
+
+def require_same_folder(run: Run, folder: Path, text: Text) -> None:
+    """Refuses the folder of a run in which another one lies: of the study before it was changed, say."""
+    record = read_config(folder) if folder.is_dir() else None
+    if record is None:
+        return
+    own = flatten(run.settings.config)
+    names = own.keys() & record["run"].keys() - FREE_SETTINGS - UNCOMPARED
+    old = {name: record["run"][name] for name in names} | {"model": record["model"]}
+    new = {name: own[name] for name in names} | {"model": dataclasses.asdict(run.model)}
+    if not run.keep:
+        old["steps"], new["steps"] = record["run"]["steps"], run.steps
+    if MIXTURE not in record["data"]:
+        old["text"], new["text"] = record["data"]["fingerprint"], text.fingerprint
+    for name in sorted(new):
+        if old[name] != new[name]:
+            raise UserError(
+                f"{folder} holds a run with {name} {old[name]}, and the study asks for {new[name]}: remove "
+                "that folder, or give another --out"
+            )
 
 
 def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint.steps import list_steps, step_path
+from core.checkpoint.steps import delete_step, list_steps, step_path
 from core.config import ModelConfig
+from core.run.folder import lock_folder
 from stacking.forks import NEVER, fork, is_finished, is_halted
 from stacking.jobs import Job
 from stacking.study.definition import Settings
 
+TRUNK = 10**9
+"""Steps of a trunk's schedule: its own decay begins after every branch, also one that a study gets later."""
 # What a study does not need of its runs: samples, and checkpoints on the way but against an interruption.
 QUIET = {"prompts": (), "sample_every": 0, "save_every": NEVER, "save_minutes": 3, "keep_last": 1}
 
@@ -82,63 +85,77 @@ class Runs:
         """The run folder."""
         return self.out / run.name
 
+    def saved(self, run: Run) -> list[int]:
+        """The steps of its checkpoints."""
+        return list_steps(self.folder(run) / "checkpoints")
+
     def is_done(self, run: Run, end: int) -> bool:
         """Whether a run has come to `end` updates."""
-        folder = self.folder(run)
-        return end in list_steps(folder / "checkpoints") if run.keep else is_finished(folder, end)
+        return end in self.saved(run) if run.keep else is_finished(self.folder(run), end)
 
     def has_halted(self, run: Run, end: int) -> bool:
         """Whether its guard ended it, or one that it comes from, before `end`."""
         if self.is_done(run, end):
             return False
-        if is_halted(self.folder(run)):
+        if is_halted(self.folder(run), end):
             return True
-        return (
-            run.source is not None and not self.folder(run).exists() and self.has_halted(run.source, run.at)
-        )
+        return run.source is not None and not self.saved(run) and self.has_halted(run.source, run.at)
 
     def jobs(self) -> list[Job]:
         """What must be done for the leaves that have not ended, each after what it needs."""
         return [job for leaf in self.leaves if not self._ended(leaf) for job in self._jobs(leaf, leaf.steps)]
 
     def _jobs(self, run: Run, end: int) -> list[Job]:
-        made = self._jobs(run.source, run.at) if run.source else []
+        derives = run.source is not None and not self._can_resume(run, end)
+        made = self._jobs(run.source, run.at) if derives else []
         earlier = [step for step in self._wanted(run) if step < end]
         if earlier:  # one process at a time trains a trunk
             made += self._jobs(run, earlier[-1])
         out = self.folder(run)
-        if run.grow is not None and not earlier:
+        if derives and run.grow is not None and not earlier:
             step = step_path(self.folder(run.source) / "checkpoints", run.at)
             made.append(
                 Job(
                     name=f"{run.name}@grow",
                     command=("stacking.grow", str(step), *run.grow, "--out", str(out)),
-                    done=lambda: out.exists() or self.has_halted(run.source, run.at),
+                    done=lambda: self._can_resume(run, end) or self.has_halted(run, end),
                     needs=(made[-1].name,),
                     cost=0,
+                    before=lambda: self._go_back(run, end),
                 )
             )
         begun = max((run.at, *earlier))
-        cost = run.flops(end) - run.flops(begun)
         arguments: tuple[str, ...] = ()
         if run.source is None:
             arguments = run.settings.arguments(**QUIET, steps=run.steps)
         if run.keep:
             arguments += ("--keep-steps", *map(str, run.keep), "--stop-at", str(end))
-        forks = run.source is not None and run.grow is None
         made.append(
             Job(
                 name=f"{run.name}@{end}",
                 command=("train_tpu.run", *arguments, "--out", str(out)),
-                done=lambda: self.is_done(run, end) or self.has_halted(run, end) or self._ended(run),
+                done=lambda: (
+                    all(self.is_done(run, step) for step in (*earlier, end))
+                    or self.has_halted(run, end)
+                    or self._ended(run)
+                ),
                 needs=tuple(job.name for job in made[-1:]),
-                cost=cost,
-                before=lambda: self._fork(run) if forks else None,
+                cost=run.flops(end) - run.flops(begun),
+                before=lambda: self._prepare(run, end),
                 after=lambda seconds: self._after(run, seconds),
-                seconds=lambda: self._seconds(run, cost),
+                seconds=lambda: self._seconds(run, self._left(run, begun, end)),
             )
         )
         return made
+
+    def _can_resume(self, run: Run, end: int) -> bool:
+        """Whether a run has a checkpoint from which it can come to `end`."""
+        return any(step <= end for step in self.saved(run))
+
+    def _left(self, run: Run, begun: int, end: int) -> int:
+        """FLOPs of a process that takes a run to `end`, from its newest checkpoint or from `begun`."""
+        saved = [step for step in self.saved(run) if begun < step <= end]
+        return run.flops(end) - run.flops(max(saved, default=begun))
 
     def _wanted(self, run: Run) -> list[int]:
         """The steps of a trunk from which something continues that has not ended."""
@@ -151,15 +168,38 @@ class Runs:
         }
         return sorted(found)
 
-    def _fork(self, run: Run) -> None:
-        fork(self.folder(run.source), run.at, self.folder(run), {"steps": run.steps})
+    def _prepare(self, run: Run, end: int) -> None:
+        """Makes a run's folder one that a process can take to `end`."""
+        self._go_back(run, end)
+        if run.source is not None and run.grow is None:
+            fork(self.folder(run.source), run.at, self.folder(run), {"steps": run.steps})
+        if run.source is not None and not self.saved(run):
+            raise RuntimeError(f"{run.name} would begin with random parameters instead of {run.source.name}")
+
+    def _go_back(self, run: Run, end: int) -> None:
+        """Removes the checkpoints of a run after `end`, as of a trunk that is to branch where it did not; and
+        its folder, if nothing is left in it to continue from: without the state that it derives from it
+        would begin with random parameters."""
+        folder, saved = self.folder(run), self.saved(run)
+        beyond = [step for step in saved if step > end]
+        nothing = len(beyond) == len(saved)
+        if folder.exists() and (beyond or (nothing and run.source is not None)):
+            with lock_folder(folder):
+                for step in beyond:
+                    delete_step(step_path(folder / "checkpoints", step))
+                if nothing:
+                    shutil.rmtree(folder)
 
     def remove_weights(self, leaves: list[Run]) -> None:
-        """Removes the checkpoints that none of `leaves`, the runs that are wanted now, needs any more."""
+        """Removes the checkpoints that none of `leaves`, the runs that are or may be wanted, still needs."""
         needed = {run.name for leaf in leaves if not self._ended(leaf) for run in leaf.ancestry}
         trained = {run.name for leaf in self.leaves for run in leaf.ancestry}
         for name in trained - needed:
-            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
+            self.remove_weights_of(name)
+
+    def remove_weights_of(self, name: str) -> None:
+        """Removes the checkpoints of one run."""
+        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
 
 
 def require_names(runs: Collection[Run]) -> None:

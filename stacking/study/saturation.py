@@ -4,6 +4,7 @@ A block [[runs]] is a trunk (its lists are axes, as in tuning) with `tokens_per_
 decayed runs; all parameters count, embeddings included. The shortest of all blocks are trained first.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from core.run.schedule import decay_steps
 from stacking.study.definition import Definition, combinations, open_settings
 from stacking.study.fits import Law, fit_law
 from stacking.study.results import Results, as_floats
-from stacking.study.runs import Run
+from stacking.study.runs import TRUNK, Run
 
 LENGTHS = "tokens_per_parameter"
 FAR = 350  # tokens per parameter: the 14B of train_tpu/recipes/mtlm2.sh
@@ -58,8 +59,7 @@ def _branches(block: str, name: str, given: dict[str, Any], lengths: list[float]
         )
     labels = {"block": block, "seed": settings.config.seed}
     keep = tuple(sorted(set(starts)))
-    # A schedule so long that its own decay begins after the last branch.
-    trunk = Run(f"{name}/trunk", settings, 2 * max(steps), {**labels, "trunk": True}, keep=keep)
+    trunk = Run(f"{name}/trunk", settings, TRUNK, {**labels, "trunk": True}, keep=keep)
     return [
         (x, Run(f"{name}/decayed-{x:g}", settings, n, {**labels, LENGTHS: x}, source=trunk, at=start))
         for x, n, start in zip(lengths, steps, starts, strict=True)
@@ -71,16 +71,28 @@ def ends(results: Results) -> list[dict[str, Any]]:
     return [e for e in results.runs.values() if LENGTHS in e["labels"] and not e["halted"]]
 
 
-def sizes(results: Results) -> dict[int, list[dict[str, Any]]]:
-    """The decayed runs of each number of parameters."""
-    found: dict[int, list[dict[str, Any]]] = {}
+def models(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The decayed runs of each model, over all its lengths, texts and seeds, by its number of parameters and
+    the settings in which models of that size differ."""
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for entry in ends(results):
-        found.setdefault(entry["model"]["parameters"], []).append(entry)
-    return found
+        given = {name: value for name, value in entry["settings"].items() if name != "seed"}
+        alike = found.setdefault(entry["model"]["parameters"], {})
+        alike.setdefault(repr(sorted(given.items())), []).append(entry)
+    named = {}
+    for size, alike in found.items():
+        settings = [entries[0]["settings"] for entries in alike.values()]
+        names = dict.fromkeys(name for given in settings for name in given if name != "seed")
+        differ = [name for name in names if len({repr(given.get(name)) for given in settings}) > 1]
+        for given, entries in zip(settings, alike.values(), strict=True):
+            words = [f"{name} {given[name]}" for name in differ if name in given]
+            named[", ".join([f"{size:,} parameters", *words])] = entries
+    return named
 
 
 def fit(entries: list[dict[str, Any]], heldout: str) -> Law | None:
-    """The law of one size of model, over all its lengths and texts."""
+    """The law of one model, over all its lengths and texts."""
+    entries = [entry for entry in entries if math.isfinite(as_floats(entry["losses"])[heldout])]
     return fit_law(
         np.array([entry["tokens"] for entry in entries], float),
         np.array([entry["distinct_tokens"] for entry in entries], float),
@@ -89,39 +101,44 @@ def fit(entries: list[dict[str, Any]], heldout: str) -> Law | None:
 
 
 def table(results: Results, heldout: str) -> str:
-    """Every decayed run, and the law of each size."""
+    """Every decayed run, and the law of each model."""
     sets = list(dict.fromkeys(name for entry in ends(results) for name in entry["losses"]))
     lines = [
         "| runs | seed | tokens per parameter | tokens | passes over the text | FLOPs | "
         f"{' | '.join(sets)} | the law's {heldout} |",
         "|" + "---|" * (7 + len(sets)),
     ]
-    laws = {size: fit(entries, heldout) for size, entries in sizes(results).items()}
+    laws = {name: fit(entries, heldout) for name, entries in models(results).items()}
+    law_of = {id(entry): laws[name] for name, entries in models(results).items() for entry in entries}
     for entry in ends(results):
         tokens, distinct, losses = entry["tokens"], entry["distinct_tokens"], as_floats(entry["losses"])
-        law = laws[entry["model"]["parameters"]]
+        law = law_of[id(entry)]
         expected = (
             "" if law is None else f"{float(law.loss(np.array([tokens]), np.array([distinct]))[0]):.4f}"
         )
         cells = [
-            entry["labels"]["block"], str(entry["labels"]["seed"]), f"{entry['labels'][LENGTHS]:g}",
+            entry["from"].removesuffix("/trunk"), str(entry["labels"]["seed"]),
+            f"{entry['labels'][LENGTHS]:g}",
             f"{tokens / 1e6:.1f}M", f"{tokens / distinct:.2f}", f"{entry['flops']:.3g}",
-            *(f"{losses[name]:.4f}" for name in sets), expected,
+            *(f"{losses[name]:.4f}" if name in losses else "" for name in sets), expected,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Decayed runs; nats per token; the law is fitted to {heldout}."]
-    for size, law in laws.items():
-        lines.append(_describe(size, law, sizes(results)[size]))
+    for name, law in laws.items():
+        lines.append(_describe(name, law, models(results)[name]))
     return "\n".join(lines)
 
 
-def _describe(size: int, law: Law | None, entries: list[dict[str, Any]]) -> str:
+def _describe(name: str, law: Law | None, entries: list[dict[str, Any]]) -> str:
     if law is None:
-        return f"\n{size:,} parameters: {len(entries)} runs are too few for the law."
+        return (
+            f"\n{name}: {len(entries)} runs determine no law. That takes losses that fall over "
+            "three lengths at least, and a fourth run where tokens are repeated."
+        )
     floor, scale, power, passes = [*(law.errors or []), None, None, None, None][:4]
-    far = FAR * size
+    far = FAR * entries[0]["model"]["parameters"]
     text = (
-        f"\n{size:,} parameters, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
+        f"\n{name}, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
         f"({_said(law.scale, scale)}) (T / {law.unit / 1e6:.3g}M)^-({_said(law.power, power)}), T: effective "
         f"tokens. Extrapolated to {FAR} new tokens per parameter ({far / 1e9:.3g}B): "
         f"{_said(float(law.loss(np.array([far]), np.array([far]))[0]), law.error(far, far))}."
@@ -147,14 +164,14 @@ def _said(value: float, error: float | None) -> str:
 
 
 def plot(results: Results, heldout: str, axes: Any) -> None:
-    """Decayed losses over tokens, and the law of each size and text."""
-    for i, (size, entries) in enumerate(sizes(results).items()):
+    """Decayed losses over tokens, and the law of each model and text."""
+    for i, (name, entries) in enumerate(models(results).items()):
         law = fit(entries, heldout)
         for j, distinct in enumerate(sorted({entry["distinct_tokens"] for entry in entries}, reverse=True)):
             group = [entry for entry in entries if entry["distinct_tokens"] == distinct]
             tokens = np.array([entry["tokens"] for entry in group], float)
             losses = [as_floats(entry["losses"])[heldout] for entry in group]
-            label = f"{size / 1e6:.0f}M parameters, {distinct / 1e6:.0f}M distinct tokens"
+            label = f"{name}, {distinct / 1e6:.0f}M distinct tokens"
             axes.plot(tokens, losses, "osD^v"[j % 5], color=f"C{i}", label=label)
             if law is not None:
                 x = np.geomspace(tokens.min(), tokens.max(), 100)

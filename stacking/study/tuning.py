@@ -6,16 +6,29 @@ seed are one row: the best rate tried, and the minimum of a parabola in log2 of 
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from core.errors import UserError
+from core.run.settings import FREE_SETTINGS
 from stacking.study.definition import Definition, combinations, open_settings
 from stacking.study.fits import Optimum, fit_optimum, fit_powers
 from stacking.study.results import Results, as_floats
 from stacking.study.runs import Run
 
 ALONG = ("lr", "seed")
+RULED = (
+    "preset",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "d_mlp",
+    "batch",
+    "grad_accum_steps",
+    "steps",
+    "optimizer",
+)
+"""Settings whose effect on the best rate the rule is to say, or that have none."""
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999",
@@ -82,8 +95,19 @@ def by_rate(group: list[dict[str, Any]], heldout: str) -> dict[float, list[float
 
 def optimum(group: list[dict[str, Any]], heldout: str) -> Optimum | None:
     """The fitted best rate of a group."""
-    points = [(rate, loss) for rate, losses in by_rate(group, heldout).items() for loss in losses]
-    return fit_optimum(points)
+    return fit_optimum(
+        [
+            (entry["lr"], as_floats(entry["losses"])[heldout], entry["seed"])
+            for entry in group
+            if not entry["halted"]
+        ]
+    )
+
+
+def means(group: list[dict[str, Any]], heldout: str) -> dict[float, float]:
+    """The mean loss of a group's seeds at each rate that came to one."""
+    rates = by_rate(group, heldout)
+    return {rate: statistics.fmean(losses) for rate, losses in rates.items() if losses}
 
 
 def table(results: Results, heldout: str) -> str:
@@ -96,16 +120,16 @@ def table(results: Results, heldout: str) -> str:
         rates = by_rate(group, heldout)
         cells = [label(group, names), f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.4g}M"]
         cells.append(" ".join(f"{rate:g}" for rate in rates))
-        means = {rate: statistics.fmean(losses) for rate, losses in rates.items() if losses}
-        if means:
-            best = min(means, key=means.get)
-            cells += [f"{best:g}", _spread(rates[best]), *_fitted(optimum(group, heldout), means)]
+        if found := means(group, heldout):
+            best = min(found, key=found.get)
+            cells += [f"{best:g}", _spread(rates[best]), *_fitted(optimum(group, heldout), found)]
         else:
             cells += ["all halted", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"\n{heldout}: nats per token; after ± the largest distance of a seed from the mean. Fitted: the "
-        "minimum of a parabola in log2 of the rate; its standard error, as a factor, from four runs on.\n"
+        "minimum of a parabola in log2 of the rate, each seed at a level of its own; its standard error, as "
+        "a factor, where there are runs to spare.\n"
     )
     return "\n".join([*lines, *_rules(ended, heldout), "", *_all_runs(ended)])
 
@@ -122,36 +146,55 @@ def _spread(losses: list[float]) -> str:
     return f"{mean:.4f} ± {max(abs(loss - mean) for loss in losses):.4f} ({len(losses)} seeds)"
 
 
-def _fitted(fit: Optimum | None, tried: Collection[float]) -> list[str]:
+def _fitted(fit: Optimum | None, tried: Mapping[float, float]) -> list[str]:
     if fit is None:
         return ["needs three rates", ""]
     if not fit.is_minimum:
         return ["no minimum: widen the grid", ""]
     error = "" if fit.error is None else f", to a factor of {2**fit.error:.2f}"
-    outside = "" if fit.is_inside(tried) else ", outside the rates tried"
-    return [f"{fit.rate:.2e}{error}{outside}", f"{fit.loss:.4f}"]
+    where = ""
+    if not min(tried) < fit.rate < max(tried):
+        where = ", outside the rates tried"
+    elif not fit.is_inside(tried):
+        where = ", but the best tried is at an edge"
+    return [f"{fit.rate:.2e}{error}{where}", f"{fit.loss:.4f}"]
 
 
 def _rules(ended: list[list[dict[str, Any]]], heldout: str) -> list[str]:
-    """For each optimizer how the best rate moves with size, batch and length, by the minima inside their
-    grids."""
+    """For each optimizer how the best rate moves with size, batch and length, by the bracketed minima of runs
+    that have all else in common; or why they do not say."""
     lines = []
     for optimizer in dict.fromkeys(group[0]["optimizer"] for group in ended):
-        points = []
+        alike: dict[str, list[tuple[dict[str, float], float]]] = {}
         for group in ended:
             fit, first = optimum(group, heldout), group[0]
-            if first["optimizer"] == optimizer and fit and fit.is_inside(by_rate(group, heldout)):
+            if first["optimizer"] == optimizer and fit and fit.is_inside(means(group, heldout)):
                 sizes = {name: first["model"][name] for name in ("width", "layers")}
-                points.append(({**sizes, "batch": first["batch"], "tokens": tokens_of(first)}, fit.rate))
-        fitted = fit_powers(points)
-        if fitted is None:
-            lines.append(
-                f"{optimizer}: {len(points)} fitted minima inside their grids; they determine no rule yet."
-            )
+                at = {**sizes, "batch": first["batch"], "tokens": tokens_of(first)}
+                alike.setdefault(_all_else(first), []).append((at, fit.rate))
+        points = max(alike.values(), key=len, default=[])
+        others = sum(map(len, alike.values())) - len(points)
+        apart = f" ({others} of runs with other settings left out)" if others else ""
+        said, powers = f"{optimizer}, {len(points)} bracketed minima{apart}", fit_powers(points)
+        if isinstance(powers, str):
+            lines.append(f"{said}: no rule yet, {powers}.")
             continue
-        powers = ", ".join(f"{name}^({power:.2f} ± {error:.2f})" for name, (power, error) in fitted.items())
-        lines.append(f"{optimizer}: best rate ~ {powers}; of {len(points)} fitted minima.")
+        middle = statistics.geometric_mean(rate for _, rate in points)
+        factors = [f"{middle:.3g}"]
+        for name, (power, error) in powers.items():
+            unit = statistics.geometric_mean(at[name] for at, _ in points)
+            factors.append(f"({name} / {unit:.4g})^({power:.2f} ± {error:.2f})")
+        lines.append(f"{said}: best rate = {' '.join(factors)}.")
     return lines
+
+
+def _all_else(entry: dict[str, Any]) -> str:
+    """What the settings of a run say but for rate, seed, size, batch and length; its warmup in sequences."""
+    given = entry["settings"]
+    rest = {name: value for name, value in given.items() if name not in {*ALONG, *RULED, *FREE_SETTINGS}}
+    if "warmup" in given:
+        rest["warmup"] = given["warmup"] * entry["batch"]
+    return repr(sorted(rest.items()))
 
 
 def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
@@ -162,7 +205,8 @@ def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
     for entry in entries:
         losses, speed = as_floats(entry.get("losses", {})), entry["tokens_per_second"]
         cells = [entry["name"], f"{entry['lr']:g}", str(entry["seed"])]
-        cells += [f"{losses[name]:.4f}" if name in losses else "halted" for name in sets]
+        missing = "halted" if entry["halted"] else ""
+        cells += [f"{losses[name]:.4f}" if name in losses else missing for name in sets]
         cells += [str(entry["skipped"]), "" if speed is None else f"{speed:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -183,15 +227,13 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
         dots = [(rate, loss) for rate, losses in rates.items() for loss in losses]
         axes.plot(*zip(*dots, strict=True), ".", color=style["color"], alpha=0.6)
         fit = optimum(group, heldout)
-        if fit is not None and fit.is_inside(rates):
+        if fit is not None and fit.is_inside(means(group, heldout)):
             axes.plot(fit.rate, fit.loss, "*", color=style["color"], markersize=13, markeredgecolor="white")
     axes.set_xscale("log")
     ticks = round_rates(*axes.get_xlim())
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
     axes.minorticks_off()
-    axes.set(
-        xlabel="peak learning rate", title="Loss over peak rate; stars: fitted minima inside their grids"
-    )
+    axes.set(xlabel="peak learning rate", title="Loss over peak rate; stars: bracketed minima")
 
 
 def round_rates(low: float, high: float) -> list[float]:

@@ -1,10 +1,12 @@
 """Studies: what a file may say, in which order its runs are trained, and what is made of their results."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,10 +22,11 @@ from core.checkpoint.steps import list_steps, step_path
 from core.console import make_console
 from core.errors import UserError
 from core.run.folder import write_config
-from core.run.log import END, HALT, read_log
+from core.run.log import CARRIED, END, HALT, read_log
+from core.run.settings import flatten, given_value
 from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, fits, report, saturation, tuning
+from stacking.study import experiment, fits, growth, growth_report, report, saturation, tuning
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
@@ -66,7 +69,7 @@ class FakeTraining:
     """Stands for `run_jobs`: every job is done at once, with a loss that is a function of its run."""
 
     def __init__(self, monkeypatch, loss: Callable[[Run], float], most: int = 10**9) -> None:
-        self.loss, self.most, self.made = loss, most, []
+        self.loss, self.most, self.made, self.commands = loss, most, [], {}
         monkeypatch.setattr(experiment, "run_jobs", self)
         monkeypatch.setattr(experiment, "Runs", self._keep)
         self._runs = None
@@ -77,26 +80,37 @@ class FakeTraining:
 
     def __call__(self, jobs: list[Job], out: Path, *_) -> bool:
         by_name = {run.name: run for leaf in self._runs.leaves for run in leaf.ancestry}
-        for job in {job.name: job for job in jobs}.values():
+        named = {job.name: job for job in jobs}
+        self.commands |= {name: list(job.command) for name, job in named.items()}
+        for job in named.values():
             if job.done():
                 continue
             if len(self.made) == self.most:
                 return False
-            assert set(job.needs) <= set(self.made), f"{job.name} before {job.needs}"
+            assert all(named[need].done() for need in job.needs), f"{job.name} before {job.needs}"
             name, _, end = job.name.rpartition("@")
             job.before()
             self._train(by_name[name], out / name, end)
             self.made.append(job.name)
             assert job.done(), job.name
             job.after(1.0)
+            assert by_name[name].keep or not (out / name / "checkpoints").exists()  # which nothing needs
         return True
 
     def _train(self, run: Run, folder: Path, end: str) -> None:
+        assert end != "grow" or not folder.exists(), "--out exists already"
         if not (folder / "config.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_config(folder, {"run": {}, "tokenizer": {}, "data": {"fingerprint": ""}, "model": {}})
+            text = experiment.open_texts([run], None, folder)[experiment.text_key(run.settings)]
+            settings = flatten(run.settings.config) | {"steps": run.steps}
+            record = {"run": settings, "tokenizer": {}, "model": dataclasses.asdict(run.model)}
+            write_config(folder, record | {"data": {"fingerprint": text.fingerprint}})
+        saved = folder / "checkpoints"
         if end == "grow":
+            step_path(saved, run.at).mkdir(parents=True)
             return
+        assert all(step <= int(end) for step in list_steps(saved)), "already beyond --stop-at"
+        assert run.source is None or list_steps(saved), "would begin with random parameters"
         loss, step = self.loss(run), int(end)
         figures = {"bits_per_byte": loss, "tokens": 1, "tokens_per_second": 100.0}
         rows = [
@@ -105,10 +119,9 @@ class FakeTraining:
         ]
         if math.isinf(loss):
             rows = [{"step": 1, "kind": "event", "what": HALT}]
-        elif run.keep:
-            step_path(folder / "checkpoints", step).mkdir(parents=True)
         else:
-            rows.append({"step": step, "kind": "event", "what": END})
+            step_path(folder / "checkpoints", step).mkdir(parents=True)
+            rows += [] if run.keep else [{"step": step, "kind": "event", "what": END}]
         with (folder / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -198,10 +211,116 @@ def test_saturation_trains_the_shortest_first_and_fits_the_law(text_of_a_study, 
     page = (tmp_path / "out/results.md").read_text()
     assert "loss = 2.5 ± " in page and "one standard error" in page and "only as many runs" not in page
     # Through as many points as it has parameters a law passes anyhow.
-    entries = saturation.sizes(results)[28_896][:4]
-    said = saturation._describe(28_896, saturation.fit(entries, "valid"), entries)
+    entries = saturation.models(results)["28,896 parameters"][:4]
+    said = saturation._describe("28,896 parameters", saturation.fit(entries, "valid"), entries)
     assert "There are only as many runs as the law has parameters" in said
     assert "±" not in said and "one standard error" not in said
+
+
+def test_a_trunk_goes_back_to_where_it_is_to_branch(text_of_a_study, tmp_path):
+    """What branches off further on waits for that: checkpoints there are removed and made again. A trunk that
+    its guard halted has only halted what comes after."""
+    study = study_file(
+        tmp_path, "saturation", 'name = "a"\ntokens_per_parameter = [0.15, 0.2]\n', text_of_a_study
+    )
+    definition = read_definition(str(study), None)
+    leaves = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))
+    runs = RUNS(tmp_path, leaves, lambda _: False, lambda *_: None, lambda *_: None)
+    trunk, folder = leaves[0].source, tmp_path / "a/trunk"
+    for step in (18, 30, 36):
+        step_path(folder / "checkpoints", step).mkdir(parents=True)
+    (folder / "config.json").touch()
+    jobs = {job.name: job for job in runs.jobs()}
+    assert not jobs["a/trunk@27"].done() and not jobs["a/trunk@36"].done()
+    assert jobs["a/decayed-0.2@45"].needs == ("a/trunk@36",) and jobs["a/trunk@36"].needs == ("a/trunk@27",)
+    jobs["a/trunk@27"].before()
+    assert list_steps(folder / "checkpoints") == [18]
+    for step in (27, 36):
+        step_path(folder / "checkpoints", step).mkdir()
+    assert jobs["a/trunk@27"].done() and jobs["a/trunk@36"].done()
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 40, "kind": "event", "what": HALT}) + "\n")
+    assert runs.has_halted(trunk, 44) and not runs.has_halted(trunk, 39)
+    (tmp_path / leaves[1].name).mkdir()  # of which the weights have been removed
+    shutil.rmtree(folder / "checkpoints")
+    assert runs.has_halted(dataclasses.replace(leaves[1], at=44), 45) and not runs.has_halted(leaves[1], 45)
+
+
+@pytest.mark.parametrize("more", ["0.15", "0.05, 0.15", "0.8", "0.05, 0.15, 0.3, 0.8"])
+def test_a_study_of_saturation_gets_more_lengths(text_of_a_study, tmp_path, monkeypatch, more):
+    """Also such as branch off where the trunk has been already, or went no further."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    lengths = 'name = "a"\ntokens_per_parameter = [0.1, 0.2, 0.4'
+    study = study_file(tmp_path, "saturation", f"{lengths}]\n", text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out")
+    first = FakeTraining(monkeypatch, law, most=4)
+    run_study(config, make_console())
+    assert first.made[-1] == "a/decayed-0.2@45"
+    study_file(tmp_path, "saturation", f"{lengths}, {more}]\n", text_of_a_study)
+    second = FakeTraining(monkeypatch, law)
+    run_study(config, make_console())
+    # It goes back no further than it has to.
+    ends = [int(name.rpartition("@")[2]) for name in second.made if "trunk" in name]
+    assert ends == sorted(ends) and min(ends) == {"0.8": 72, "0.15": 27}.get(more, 9)
+    assert len(read_results(tmp_path / "out/results.json").losses("a/decayed-0.4")) == 1
+    assert len(second.made) == 2 * (1 + more.count(",") + 1)
+    # A trunk with other --steps would be refused.
+    steps = [given_value(one.commands["a/trunk@72"], "--steps") for one in (second, first)]
+    assert steps[0] == steps[1]
+
+
+def test_a_run_in_the_folder_of_another_is_refused(text_of_a_study, tmp_path, monkeypatch):
+    """Its results are not in the file that is given now, and it has ended: only its folder tells."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    changes = {"lr 0.01": "lr = 0.02", "batch 4": "lr = 0.01\nbatch = 8", "model": "lr = 0.01\nn_layers = 3"}
+    for (old, new), kind in itertools.product(changes.items(), ("tuning", "saturation")):
+        out = tmp_path / kind / old
+        given = "steps = 12" if kind == "tuning" else "tokens_per_parameter = [0.1]"
+        study = study_file(tmp_path, kind, f'name = "a"\n{given}\nlr = 0.01\n', text_of_a_study)
+        FakeTraining(monkeypatch, parabola)
+        run_study(StudyConfig(str(study), out=out), make_console())
+        study_file(
+            tmp_path, kind, f'name = "a"\n{given}\n{new}\n'.replace("batch = 4\n", ""), text_of_a_study
+        )
+        content = study.read_text()
+        if "batch = 8" in new:
+            study.write_text(content.replace("batch = 4\n", "", 1))
+        other = StudyConfig(str(study), out=out, results=tmp_path / f"{kind}-{old}.json")
+        with pytest.raises(UserError, match=f"holds a run with {old}.*and the study asks for"):
+            run_study(other, make_console())
+
+
+def test_a_study_of_saturation_with_two_rates_and_texts_with_other_heldout_sets(tmp_path):
+    """A law for each rate; a set that a text lacks is left blank, and one to compare on is not."""
+    runs = {}
+    for lr, few, length in itertools.product((1e-3, 2e-3), (False, True), (1, 2, 4)):
+        loss = 2 + lr + 1 / length
+        runs[f"{lr}-{few}-{length}"] = {
+            "labels": {"block": "a", "seed": 0, saturation.LENGTHS: length}, "halted": False,
+            "settings": {"lr": lr}, "from": f"a/lr-{lr:g}/trunk", "model": {"parameters": 1000},
+            "tokens": 1000.0 * length, "distinct_tokens": 9000.0, "flops": 1.0,
+            "losses": {"valid": loss} if few else {"valid": loss, "books": loss},
+        }  # fmt: skip
+    results = SimpleNamespace(runs=runs, path=tmp_path / "a.json", record={"heldout": "books"})
+    page = saturation.table(results, "valid")
+    assert "| a/lr-0.001 | 0 | 1 | 0.0M | 0.11 | 1 | 3.0010 |  | 3.0010 |" in page
+    assert "1,000 parameters, lr 0.001, 6 runs: loss = 2.001" in page
+    assert "1,000 parameters, lr 0.002, 6 runs: loss = 2.002" in page
+    with pytest.raises(UserError, match=r"has 0.001-True-1 without a loss on books"):
+        report.write_report(results)
+
+
+def test_a_run_that_fails_does_not_hold_back_the_report(text_of_a_study, tmp_path, monkeypatch):
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    training = FakeTraining(monkeypatch, parabola, most=3)
+
+    def fail(*arguments: object) -> bool:
+        training(*arguments)
+        raise UserError("1 job failed")
+
+    monkeypatch.setattr(experiment, "run_jobs", fail)
+    with pytest.raises(UserError, match="1 job failed"):
+        run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    assert "3 runs; trained on" in (tmp_path / "out/results.md").read_text()
 
 
 def test_the_law_is_found_again():
@@ -225,29 +344,93 @@ def test_the_law_is_found_again():
         ([float(one.loss(*far)[0]) for one in noisy], [one.error(1e9, 1e9) for one in noisy]),
     ):
         assert math.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.35)
-    assert (
-        fits.fit_law(tokens[:3], distinct[:3], tokens[:3]) is not None
-    )  # nothing repeated: three parameters
-    assert fits.fit_law(tokens[5:8], distinct[5:8], tokens[5:8]) is None
+    falling = 1 / tokens
+    assert fits.fit_law(tokens[:3], distinct[:3], falling[:3])  # nothing repeated: three parameters
+    assert fits.fit_law(tokens[5:8], distinct[5:8], falling[5:8]) is None
+    # Two lengths on two texts, or three seeds of one length, are no three lengths; rising losses no law.
+    assert fits.fit_law(tokens[[0, 1, 5, 6]], distinct[[0, 1, 5, 6]], falling[[0, 1, 5, 6]]) is None
+    assert fits.fit_law(tokens[[0, 0, 0]], distinct[[0, 0, 0]], np.array([3.0, 3.1, 3.2])) is None
+    assert fits.fit_law(tokens[:3], distinct[:3], tokens[:3]) is None
 
 
 def test_the_best_rate_is_that_of_a_parabola():
-    points = [(2.0**x, 1 + (x + 6.3) ** 2) for x in (-8, -7, -6, -5)]
+    points = [(2.0**x, 1 + (x + 6.3) ** 2, 0) for x in (-8, -7, -6, -5)]
     fit = fits.fit_optimum(points)
     assert fit.rate == pytest.approx(2**-6.3) and fit.loss == pytest.approx(1) and fit.error < 1e-6
     assert fits.fit_optimum(points[:3]).error is None
     assert fits.fit_optimum(points[:2]) is None
     # A rate far off lies on no parabola: it is left out.
-    assert fits.fit_optimum([*points, (2.0**-3, 99.0)]).rate == pytest.approx(2**-6.3)
-    assert not fits.fit_optimum([(1, 1.0), (2, 2.0), (4, 2.5)]).is_minimum
+    assert fits.fit_optimum([*points, (2.0**-3, 99.0, 0)]).rate == pytest.approx(2**-6.3)
+    assert not fits.fit_optimum([(1, 1.0, 0), (2, 2.0, 0), (4, 2.5, 0)]).is_minimum
     # The error is that of repeated draws.
     rng = np.random.default_rng(0)
-    drawn = [fits.fit_optimum([(r, y + 0.05 * rng.normal()) for r, y in points]) for _ in range(300)]
+    drawn = [fits.fit_optimum([(r, y + 0.05 * rng.normal(), 0) for r, y, _ in points]) for _ in range(300)]
     spread = np.std([math.log2(one.rate) for one in drawn])
     rms = math.sqrt(np.mean([one.error**2 for one in drawn]))
     assert rms == pytest.approx(
         spread, rel=0.25
     )  # the spread of 300 is known to 4%, with one spare point each
+
+
+def test_a_seed_that_lies_lower_does_not_move_the_best_rate():
+    """Seed 0 has every rate, seed 1, which lies higher by more than the rates differ, those in the middle."""
+    points = [(2.0**x, 1 + 0.01 * (x + 6.3) ** 2, 0) for x in (-8, -7, -6, -5)]
+    points += [(rate, loss + 0.05, 1) for rate, loss, _ in points[1:3]]
+    fit = fits.fit_optimum(points)
+    assert fit.rate == pytest.approx(2**-6.3) and fit.error < 1e-6
+    assert fit.loss == pytest.approx(1.025)  # the mean of both seeds' minima
+    # One rate of each seed ties nothing together.
+    assert fits.fit_optimum([(2.0**x, 1 + x**2, x) for x in (-1, 0, 1)]) is None
+
+
+def test_a_minimum_is_bracketed_by_rates_that_came_to_a_loss():
+    def inside(losses: dict[float, float]) -> bool:
+        return fits.fit_optimum([(rate, loss, 0) for rate, loss in losses.items()]).is_inside(losses)
+
+    assert inside({1: 1.2, 2: 1.0, 4: 1.1})
+    falling = {1: 1.2, 2: 1.02, 4: 1.0}
+    fit = fits.fit_optimum([(rate, loss, 0) for rate, loss in falling.items()])
+    assert 2 < fit.rate < 4 and not inside(falling)  # nothing shows that it rises again
+    assert not inside({1: 1.2, 2: 1.0, 4: 0.9})
+
+
+def entry_of(lr: float, loss: float, **given) -> dict:
+    """A run's results, as far as tuning's report reads them."""
+    n = {"width": 64, "layers": 2, "batch": 4, "steps": 100, **given}
+    settings = {name: value for name, value in n.items() if name not in ("width", "layers", "halted")}
+    return {
+        "name": f"{lr}", "settings": settings | {"d_model": n["width"], "n_layers": n["layers"]},
+        "steps": n["steps"], "fingerprint": "", "lr": lr, "seed": 0, "batch": n["batch"], "skipped": 0,
+        "tokens_per_second": None, "optimizer": "muon", "halted": n.get("halted", False),
+        "model": {"context": 8, "width": n["width"], "layers": n["layers"]}, "losses": {"valid": loss},
+    }  # fmt: skip
+
+
+def grid(best: float, **given) -> list[dict]:
+    """Three rates with their minimum at `best`, the middle one."""
+    return [entry_of(best * 2**x, 3 + x**2, **given) for x in (-1, 0, 1)]
+
+
+def test_the_rule_says_what_it_is_of_or_why_there_is_none():
+    def rule(*grids: list[dict]) -> str:
+        return tuning._rules(tuning.groups(SimpleNamespace(entries=[*itertools.chain(*grids)])), "valid")[0]
+
+    widths = [grid(0.01 * 2**-n, width=64 * 2**n) for n in range(3)]  # rate ~ 1 / width
+    assert rule(*widths[:2]) == "muon, 2 bracketed minima: no rule yet, powers of width take 3."
+    said = rule(*widths)
+    assert said == "muon, 3 bracketed minima: best rate = 0.005 (width / 128)^(-1.00 ± 0.00)."
+    # A decay of its own moves the best rate: it is another rule's.
+    assert "3 bracketed minima (1 of runs with other settings left out)" in rule(
+        *widths, grid(0.08, width=512, decay=0.5)
+    )
+    # Batches have the same warmup where it is as many sequences.
+    batches = [grid(0.01 * 2**n, batch=4 * 2**n, warmup=80 // 2**n) for n in range(3)]
+    assert rule(*batches) == "muon, 3 bracketed minima: no rule yet, powers of batch and tokens take 4."
+    # A rate that the guard halted brackets nothing.
+    halted = [entry_of(0.01, 3.2), entry_of(0.02, 3.02), entry_of(0.04, 3.0), entry_of(0.08, 9, halted=True)]
+    assert rule(halted).startswith("muon, 0 bracketed minima")
+    page = tuning.table(SimpleNamespace(entries=halted), "valid")
+    assert "| 0.04 | 3.0000 | 3.08e-02, but the best tried is at an edge |" in page
 
 
 @pytest.mark.parametrize(
@@ -316,9 +499,10 @@ def test_powers_are_fitted_where_they_are_determined():
     fitted = fits.fit_powers(points)
     assert fitted["width"] == (pytest.approx(-0.5), pytest.approx(0, abs=1e-6))
     assert fitted["tokens"][0] == pytest.approx(-0.25)
-    assert fits.fit_powers(points[:3]) is None and fits.fit_powers([]) is None
-    same = [({"width": 192 * n, "tokens": n}, 1.0) for n in (1, 2, 3, 4)]  # width and tokens move together
-    assert fits.fit_powers(same) is None
+    assert fits.fit_powers(points[:3]) == "powers of width and tokens take 4"
+    assert fits.fit_powers([]) == "they must differ in size or length"
+    same = [({"width": 192 * n, "layers": n % 2 + 1, "tokens": n}, 1.0) for n in (1, 2, 3, 4, 5)]
+    assert fits.fit_powers(same) == "width and tokens differ together"
 
 
 def growth_loss(run: Run) -> float:
@@ -364,6 +548,57 @@ def test_growth_tunes_every_arm_and_then_decays_it_where_the_others_are(
     assert len(training.made) == len(set(training.made))
 
 
+ONE_SEED = GROWTH.replace("[0, 1]", "0").replace("[0.01, 0.02]", "[0.01, 0.02, 0.04]")
+
+
+def test_what_a_best_rate_may_need_outlives_a_budget(text_of_a_study, tmp_path, monkeypatch):
+    """Stopped after each job in turn, a study trains what it does at once: the best rate is not the first,
+    and until it is known no trunk may go."""
+    study = study_file(tmp_path, "growth", ONE_SEED, text_of_a_study)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "report", lambda *_: None)
+        whole = FakeTraining(patch, growth_loss)
+        run_study(StudyConfig(str(study), out=tmp_path / "whole"), make_console())
+        made: list[str] = []
+        while len(made) < len(whole.made):
+            one = FakeTraining(patch, growth_loss, most=1)
+            run_study(StudyConfig(str(study), out=tmp_path / "parts"), make_console())
+            assert one.made, made
+            made += one.made
+    assert sorted(made) == sorted(whole.made) and len(set(made)) == len(made)
+    assert not list((tmp_path / "parts").rglob("checkpoints"))
+
+
+def test_a_grown_run_that_lost_its_weights_is_grown_again(text_of_a_study, tmp_path, monkeypatch):
+    """It is not trained from random parameters: its folder is still there, and says nothing of its origin."""
+    study = study_file(tmp_path, "growth", ONE_SEED, text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out")
+    FakeTraining(monkeypatch, growth_loss)
+    run_study(config, make_console())
+    path, lost = tmp_path / "out/results.json", "seed-0/lr-0.02/stack-at-10/decayed-44"
+    record = json.loads(path.read_text())
+    del record["runs"][lost]
+    path.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "out" / lost)
+    again = FakeTraining(monkeypatch, growth_loss)
+    run_study(config, make_console())
+    trunk = lost.replace("decayed-44", "trunk")
+    assert again.made == ["seed-0/lr-0.02/small/trunk@10", f"{trunk}@grow", f"{trunk}@35", f"{lost}@44"]
+
+
+def test_what_comes_later_is_not_what_there_is(text_of_a_study, tmp_path, monkeypatch):
+    """A study at one rate, all of it trained, is then given three."""
+    monkeypatch.setattr(experiment, "report", lambda *_: None)
+    one = ONE_SEED.replace("[0.01, 0.02, 0.04]", "0.01")
+    config = StudyConfig(str(study_file(tmp_path, "growth", one, text_of_a_study)), out=tmp_path / "out")
+    FakeTraining(monkeypatch, growth_loss)
+    run_study(config, make_console())
+    definition = read_definition(str(study_file(tmp_path, "growth", ONE_SEED, text_of_a_study)), None)
+    results = read_results(tmp_path / "out/results.json")
+    later = growth.later(definition, results)
+    assert later and all(run.labels["arm"] == "random" and run.labels["lr"] != 0.01 for run in later)
+
+
 def test_an_arm_without_a_finite_loss_at_any_rate_has_no_best():
     runs = [
         Run(f"{arm}-{lr:g}", None, 40, {"arm": arm, "grown_at": 0, "lr": lr})
@@ -407,6 +642,34 @@ def test_the_table_of_growth_pairs_seeds_and_says_what_is_missing():
     assert row == "| stack at 40 | 0.800 | 3.2000 ± 0.1000 | -0.1000 ± 0.0000 | -0.0500 (1 of 2 seeds) |"
 
 
+def test_a_study_of_growth_that_is_not_finished_says_nothing_it_does_not_know(tmp_path):
+    """The small model is decayed at fewer FLOPs than scratch's so far, and one arm was tuned at one rate."""
+    unfinished = [ARMS[0], arm("small", 0, [(100, 50.0, 3.6), (130, 65.0, 3.2)]), ARMS[3]]
+    rows = {line.split(" | ")[0].strip("| "): line for line in make_table(unfinished).splitlines()}
+    assert rows["small"].endswith("| 3.6000 | +0.6000 | 0.500 |  |  |  |")
+    found = {}
+    for op, rates in (("scratch", (1e-3,)), ("stack", (1e-3, 2e-3, 4e-3))):
+        for lr in rates:
+            found[f"{op}-{lr}"] = {
+                "labels": {"arm": op, "grown_at": 40 * (op == "stack"), "seed": 0, "lr": lr,
+                           "equal_tokens": True},
+                "halted": False, "steps": 100, "flops": 100.0, "losses": {"valid": 3 + abs(lr - 2e-3)},
+                "batch": 1, "model": {"parameters": 1, "flops_per_token": 3, "context": 1},
+            }  # fmt: skip
+    page = growth_report.table(SimpleNamespace(runs=found, path=tmp_path), "valid")
+    assert "scratch has no loss at 0.002, 0.004 yet, where others do." in page
+    assert "stack at 40 has no loss" not in page
+    # Lines go through the means of seeds that have been decayed at the same lengths.
+    axes = Figure().subplots()
+    seeds = [arm("scratch", 0, [(80, 80.0, 3.2), (100, 100.0, 3.0)]),
+             arm("scratch", 1, [(100, 100.0, 3.2), (120, 120.0, 3.1)])]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth_report, "read_arms", lambda *_: (seeds, []))
+        growth_report.plot(None, "valid", axes)
+    assert axes.lines[0].get_ydata().tolist() == [3.2, 3.0]
+    assert axes.lines[0].get_label() == "scratch (1 of 2 seeds finished)"
+
+
 def test_flops_are_read_off_between_decayed_runs_only():
     points = [(1e3, 4.0), (1e4, 3.0), (1e5, 2.5)]
     assert flops_to_reach(points, 3.5) == (pytest.approx(10**3.5), "=")
@@ -420,20 +683,66 @@ def test_curves_are_thinned_to_means():
     assert thinned([(0, 1.0)]) == [[0, 1.0]] and thinned([]) == []
 
 
+def log_of_updates(folder: Path, first: int, n: int, rate: float, before: list[dict] | None = None) -> Path:
+    """A run folder with the log of a process that made `n` updates at `rate` tokens per second."""
+    folder.mkdir(exist_ok=True)
+    figures = {"kind": "train", "loss": 1.0, "nll": 1.0, "tokens": 1, "tokens_per_second": rate}
+    rows = [*(before or []), {"step": first, "kind": "event", "what": "first update"}]
+    rows += [{"step": first + i, **figures} for i in range(n)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def test_the_clock_tells_the_start_from_the_updates(text_of_a_study, tmp_path):
-    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), None)
-    one = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))[0]
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    study.write_text(study.read_text() + '[[runs]]\nname = "b"\nsteps = 12\nn_layers = 3\n')
+    definition = read_definition(str(study), None)
+    runs = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))
+    one, other = runs[0], runs[-1]
     clock = Clock(None)
     assert clock.seconds(one, 1e9) is None
-    rows = [{"step": 0, "kind": "event", "what": "first update"}]
-    rows += [
-        {"step": i, "kind": "train", "loss": 1.0, "nll": 1.0, "tokens": 1, "tokens_per_second": 64}
-        for i in range(10)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clock.measure(one, 25.0, tmp_path)
     # Ten updates of 128 tokens at 64 tokens/s take 20 s, so the start took 5; twice as many take 45.
+    clock.measure(one, 25.0, log_of_updates(tmp_path / "a", 0, 10, 64))
     assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(45)
+    # The next one starts faster, since nothing is to be compiled; another kind of run is, again.
+    clock.measure(one, 21.0, log_of_updates(tmp_path / "a", 0, 10, 64))
+    assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(41)
+    assert clock.seconds(other, 20 * one.settings.flops_per_step) == pytest.approx(45)
+    clock.measure(other, 29.0, log_of_updates(tmp_path / "b", 0, 10, 64))
+    assert clock.seconds(other, 20 * other.settings.flops_per_step) == pytest.approx(49)
+    assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(41)
+    # What a model was grown from, and a process before on another machine, ran at other speeds.
+    figures = {"kind": "train", "loss": 1.0, "nll": 1.0, "tokens": 1, "tokens_per_second": 6400}
+    grown = [{CARRIED: 50, "step": i, **figures} for i in range(50)]
+    before = [{"step": 50 + i, **figures} for i in range(50)]
+    clock.measure(one, 25.0, log_of_updates(tmp_path / "a", 100, 10, 64, [*grown, *before]))
+    assert clock.seconds(one, 20 * one.settings.flops_per_step) == pytest.approx(45)
+
+
+def test_one_wrong_guess_does_not_change_what_is_expected_of_others(text_of_a_study, tmp_path):
+    """Of four kinds, which the study expects to reach 1e6 FLOP/s alone and so half of that as one of two, two
+    reach that and one three times as much: the fourth is expected to reach it."""
+    blocks = [f'name = "{n}"\nsteps = 12\nn_layers = {n}\nflops_per_second = 1e6\n' for n in (2, 3, 4, 5)]
+    study = study_file(tmp_path, "tuning", "[[runs]]\n".join(blocks), text_of_a_study)
+    definition = read_definition(str(study), None)
+    runs = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))
+    clock = Clock(2)
+    assert clock.seconds(runs[3], 1e6) == pytest.approx(2 + experiment.START)
+    for one, times in zip(runs[:3], (1, 3, 1), strict=True):
+        rate = times * 5e5 / one.model.flops_per_token()
+        updates = 10 * one.settings.batch_tokens / rate
+        clock.measure(one, updates + 7, log_of_updates(tmp_path / one.name, 0, 10, rate))
+    assert clock.seconds(runs[3], 1e6) == pytest.approx(2 + 7)
+
+
+def test_of_an_interrupted_run_only_the_rest_is_expected(text_of_a_study, tmp_path):
+    definition = read_definition(str(study_file(tmp_path, "tuning", TUNING, text_of_a_study)), None)
+    (one, *_) = experiment.open_runs(definition, open_results(tmp_path / "results.json", definition))
+    runs = RUNS(tmp_path, [one], lambda _: False, lambda *_: None, lambda _, flops: flops)
+    (job,) = runs.jobs()
+    assert job.seconds() == one.flops(12)
+    step_path(tmp_path / one.name / "checkpoints", 9).mkdir(parents=True)
+    assert job.seconds() == one.flops(12) - one.flops(9)
 
 
 def test_a_mixture_is_one_value(text_of_a_study, tmp_path, monkeypatch, capsys):
@@ -553,6 +862,9 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
     assert "has a/lr-0.01/seed-0 with steps 12, and the study asks for 13" in refused(
         "tuning", TUNING.replace("12", "13")
+    )
+    assert "has a/lr-0.01/seed-0 with window 4, and the study asks for 8" in refused(
+        "tuning", TUNING + "window = 8\n"
     )
     assert "holds a study of tuning, not of growth" in refused("growth", GROWTH)
     (tmp_path / "out/results.json").write_text("{")
