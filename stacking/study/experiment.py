@@ -63,7 +63,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
     at_once = config.jobs if config.jobs is not None else 2 if gpus else 1
     budget = Budget(config.minutes, config.flops)
     clock = Clock(at_once if gpus or config.dry_run else None)
-    for line in describe(definition, leaves, results, config, clock, at_once, gpus):
+    for line in describe(definition, leaves, results, config, out, clock, at_once, gpus):
         say(line)
     if config.dry_run:
         list_runs(leaves, out, results, clock, say)
@@ -254,6 +254,7 @@ def describe(
     leaves: list[Run],
     results: Results,
     config: StudyConfig,
+    out: Path,
     clock: Clock,
     at_once: int,
     gpus: tuple[str, ...],
@@ -275,7 +276,21 @@ def describe(
     limits += [f"{config.flops:.3g} FLOPs"] if config.flops is not None else []
     if limits:
         lines.append(f"budget: {' and '.join(limits)}; what cannot end within it is left for another time")
+    if config.minutes is not None:
+        jobs = {job.name: job for job in plan(leaves, out, results, clock).jobs() if not job.done()}
+        taken = {name: job.seconds() or 0.0 for name, job in jobs.items()}
+        if long := [name for name, seconds in taken.items() if seconds > 60 * config.minutes]:
+            fewer = ", or fewer --jobs" if at_once > 1 else ""
+            lines.append(
+                f"{len(long)} of {len(jobs)} processes are expected to take longer than all of it and are "
+                f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more --minutes{fewer}"
+            )
     return lines
+
+
+def plan(leaves: list[Run], out: Path, results: Results, clock: Clock) -> Runs:
+    """The runs as jobs that are not started."""
+    return Runs(out, leaves, lambda run: run.name in results.runs, lambda *_: None, clock.seconds)
 
 
 def cost(todo: list[Run], clock: Clock) -> tuple[float, float | None]:
@@ -301,6 +316,5 @@ def list_runs(
         if seconds is not None and known != "done":
             known += f", {seconds:.0f} s"
         say(f"  {run.name}: {run.steps:,} steps, {known}")
-    runs = Runs(out, leaves, lambda run: run.name in results.runs, lambda *_: None, clock.seconds)
-    if jobs := runs.jobs():
+    if jobs := plan(leaves, out, results, clock).jobs():
         say(f"first command: {cli.command(*jobs[0].command)}")

@@ -125,7 +125,7 @@ def _best_rates(arms: list[Arm]) -> tuple[dict[tuple[str, int], float], list[str
         name = arm_name(op, at)
         rates[op, at] = rate = min(tried, key=tried.get)
         if missing := [f"{lr:g}" for lr in most if lr not in tried]:
-            edges.append(f"{name} has no loss at {', '.join(missing)} yet, where others do")
+            edges.append(f"{name} has no loss at {', '.join(missing)}, where others do")
         if len(tried) > 1 and rate in (min(tried), max(tried)):
             where = "below" if rate == min(tried) else "above"
             edges.append(f"{name} was best at the edge of its rates, {rate:g}: its best may lie {where}")

@@ -58,7 +58,7 @@ def groups(results: Results) -> list[list[dict[str, Any]]]:
     """The runs that have ended, those together that differ in peak rate and seed alone."""
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in results.entries:
-        given = {k: v for k, v in entry["settings"].items() if k not in ALONG}
+        given = {k: v for k, v in entry["settings"].items() if k not in (*ALONG, "steps")}
         key = repr((sorted(given.items()), entry["steps"], entry["fingerprint"]))
         found.setdefault(key, []).append(entry)
     return list(found.values())

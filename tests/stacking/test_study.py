@@ -657,7 +657,7 @@ def test_a_study_of_growth_that_is_not_finished_says_nothing_it_does_not_know(tm
                 "batch": 1, "model": {"parameters": 1, "flops_per_token": 3, "context": 1},
             }  # fmt: skip
     page = growth_report.table(SimpleNamespace(runs=found, path=tmp_path), "valid")
-    assert "scratch has no loss at 0.002, 0.004 yet, where others do." in page
+    assert "scratch has no loss at 0.002, 0.004, where others do." in page
     assert "stack at 40 has no loss" not in page
     # Lines go through the means of seeds that have been decayed at the same lengths.
     axes = Figure().subplots()
@@ -879,6 +879,18 @@ def test_the_first_command_can_be_typed(text_of_a_study, tmp_path, monkeypatch, 
     assert command.main() == 0
     typed = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert Path(typed[-1]).parts[:-1] == (*tmp_path.parts, "o", "a b", "lr-0.01")
+
+
+def test_what_no_call_of_these_minutes_can_train_is_named(text_of_a_study, tmp_path, capsys):
+    """A run of 8.5e8 FLOPs takes 170 s and 30 to start at 1e7 FLOP/s shared by two, alone 115 s."""
+    study = study_file(tmp_path, "tuning", TUNING + "flops_per_second = 1e7\n", text_of_a_study)
+    study.write_text(study.read_text().replace("steps = 12", "steps = 36"))
+    for jobs, minutes, long in ((2, 3.0, True), (1, 3.0, False), (2, 4.0, False)):
+        config = StudyConfig(str(study), out=tmp_path / "out", jobs=jobs, minutes=minutes, dry_run=True)
+        run_study(config, make_console())
+        said = capsys.readouterr().out
+        words = "8 of 8 processes are expected to take longer than all of it and are not started"
+        assert (words in said) == long and ("or fewer --jobs" in said) == long
 
 
 @pytest.mark.slow
