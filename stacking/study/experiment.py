@@ -280,10 +280,10 @@ def describe(
         jobs = {job.name: job for job in plan(leaves, out, results, clock).jobs() if not job.done()}
         taken = {name: job.seconds() or 0.0 for name, job in jobs.items()}
         if long := [name for name, seconds in taken.items() if seconds > 60 * config.minutes]:
-            fewer = ", or fewer --jobs" if at_once > 1 else ""
             lines.append(
                 f"{len(long)} of {len(jobs)} processes are expected to take longer than all of it and are "
-                f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more --minutes{fewer}"
+                f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more --minutes"
+                f"{', or fewer --jobs' if at_once > 1 else ''}"
             )
     return lines
 

@@ -73,15 +73,19 @@ def fit_powers(points: list[tuple[dict[str, float], float]]) -> dict[str, tuple[
     design = np.array([[1.0, *(math.log(at[name]) for name in names)] for at, _ in points])
     spare = len(points) - design.shape[1]
     if spare < 1:
-        return f"powers of {' and '.join(names)} take {len(names) + 2}"
+        return f"powers of {_all(names)} take {len(names) + 2}"
     together = _together(design[:, 1:] - design[:, 1:].mean(axis=0), names)
     if together:
-        return f"{' and '.join(together)} differ together"
+        return f"{_all(together)} differ together"
     y = np.log([value for _, value in points])
     fitted, *_ = np.linalg.lstsq(design, y, rcond=None)
     variance = float(((design @ fitted - y) ** 2).sum() / spare)
     errors = np.sqrt(np.diag(variance * np.linalg.inv(design.T @ design)))
     return {name: (float(fitted[i + 1]), float(errors[i + 1])) for i, name in enumerate(names)}
+
+
+def _all(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _together(design: np.ndarray, names: list[str]) -> list[str]:

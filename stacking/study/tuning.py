@@ -175,7 +175,8 @@ def _rules(ended: list[list[dict[str, Any]]], heldout: str) -> list[str]:
         points = max(alike.values(), key=len, default=[])
         others = sum(map(len, alike.values())) - len(points)
         apart = f" ({others} of runs with other settings left out)" if others else ""
-        said, powers = f"{optimizer}, {len(points)} bracketed minima{apart}", fit_powers(points)
+        minima = f"{len(points)} bracketed minim{'um' if len(points) == 1 else 'a'}"
+        said, powers = f"{optimizer}, {minima}{apart}", fit_powers(points)
         if isinstance(powers, str):
             lines.append(f"{said}: no rule yet, {powers}.")
             continue
