@@ -277,15 +277,28 @@ def describe(
     if limits:
         lines.append(f"budget: {' and '.join(limits)}; what cannot end within it is left for another time")
     if config.minutes is not None:
-        jobs = {job.name: job for job in plan(leaves, out, results, clock).jobs() if not job.done()}
-        taken = {name: job.seconds() or 0.0 for name, job in jobs.items()}
-        if long := [name for name, seconds in taken.items() if seconds > 60 * config.minutes]:
+        whole, fewer = 60 * config.minutes, ", or fewer --jobs" if at_once > 1 else ""
+        taken = job_seconds(plan(leaves, out, results, clock))
+        if long := [name for name, seconds in taken.items() if seconds > whole]:
             lines.append(
-                f"{len(long)} of {len(jobs)} processes are expected to take longer than all of it and are "
-                f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more --minutes"
-                f"{', or fewer --jobs' if at_once > 1 else ''}"
+                f"{len(long)} of {len(taken)} processes are expected to take longer than all of it and are "
+                f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more "
+                f"--minutes{fewer}"
+            )
+        alone = {leaf.name: job_seconds(plan([leaf], out, results, clock)) for leaf in todo}
+        chains = {name: sum(one.values()) for name, one in alone.items() if not {*one}.intersection(long)}
+        if long := [name for name, seconds in chains.items() if seconds > whole]:
+            lines.append(
+                f"{len(long)} of {len(todo)} runs take longer than it with the trunks that they come from, "
+                f"such as {long[0]} ({chains[long[0]] / 60:.1f} minutes): keep --out for the next call, "
+                f"which would train those trunks again without it, or give more --minutes{fewer}"
             )
     return lines
+
+
+def job_seconds(runs: Runs) -> dict[str, float]:
+    """What each job that is not done is expected to take."""
+    return {job.name: job.seconds() or 0.0 for job in runs.jobs() if not job.done()}
 
 
 def plan(leaves: list[Run], out: Path, results: Results, clock: Clock) -> Runs:

@@ -891,6 +891,19 @@ def test_what_no_call_of_these_minutes_can_train_is_named(text_of_a_study, tmp_p
         said = capsys.readouterr().out
         words = "8 of 8 processes are expected to take longer than all of it and are not started"
         assert (words in said) == long and ("or fewer --jobs" in said) == long
+    # Each of the two processes fits into it, and both do not: 0.6 and 0.4 of 128 s, and twice 30.
+    runs = f"{SATURATION}flops_per_second = 1.66e7\ndecay = 0.4\n".replace(
+        "[0.1, 0.2, 0.05, 0.4, 0.8]", "[0.4]"
+    )
+    study = study_file(tmp_path, "saturation", runs, text_of_a_study)
+    for minutes, long in ((2.5, True), (3.5, False)):
+        config = StudyConfig(str(study), out=tmp_path / "out", minutes=minutes, dry_run=True)
+        run_study(config, make_console())
+        said = capsys.readouterr().out
+        words = (
+            "1 of 1 runs take longer than it with the trunks that they come from, such as a/decayed-0.4 (3.1"
+        )
+        assert (words in said) == long and "longer than all of it" not in said
 
 
 @pytest.mark.slow
