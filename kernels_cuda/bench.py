@@ -48,7 +48,7 @@ def print_table(rows: list["Row"]) -> None:
             times = "" if ours is None else f"  ours {row.milliseconds / ours:5.2f}x"
             print(
                 f"  {row.implementation:<26}{row.milliseconds * 1e3:9.1f} us  {row.rate:7.2f} {row.unit:<8}"
-                f"{row.of_ceiling:6.1%}{times}{extra}"
+                f"{row.of_ceiling:6.1%}{times}{extra}{'  with time of the host' if row.host else ''}"
             )
 
 
@@ -87,7 +87,6 @@ def main() -> None:
     require_json(config.json)
     require_picture(config.plot)
     import torch  # slow, as what is timed
-    import torch._functorch.config
 
     from kernels_cuda import library
     from kernels_cuda.bench_tasks import TASKS, Clock, ceilings, measure
@@ -95,7 +94,7 @@ def main() -> None:
     if unknown := [task for task in config.tasks if task not in TASKS]:
         raise UserError(f"unknown task {unknown[0]!r}: there are {', '.join(TASKS)}")
     library.load("cuda")
-    torch._functorch.config.donated_buffer = False  # a compiled backward pass is timed many times over
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not uncompiled without a word
     clock = Clock(config.calls)
     copy, product = ceilings(clock)
     device = torch.cuda.get_device_name()
@@ -109,7 +108,8 @@ def main() -> None:
             rows.append(measure(clock, task, implementation, function, copy, product))
         torch._dynamo.reset()
     print_table(rows)
-    facts = {"device": device, "torch": torch.__version__, "copy": copy, "product": product}
+    facts = {"device": device, "torch": torch.__version__, "calls": config.calls}
+    facts |= {"copy": copy, "product": product}
     write_json(config.json, {**facts, "rows": [asdict(row) for row in rows]})
     if config.plot:
         plot(rows, config.plot, device)

@@ -6,8 +6,10 @@ Each timing is a median, with the L2 cache overwritten before every call.
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch._functorch.config as compiled_gradients
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +23,10 @@ from kernels_cuda.registry import reference
 
 EPS = 1e-6
 BF16 = torch.bfloat16
+DEVICE = "cuda"
+CYCLES = 2_000_000
+"""That the GPU sleeps before a call: a millisecond, more than an autograd call takes most hosts."""
+MOST_CYCLES = 16 * CYCLES
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Row:
     of_ceiling: float
     extra_gib: float | None = None
     """Memory beyond inputs and results at the highest point, where that matters."""
+    host: bool = False
+    """Whether the time holds some of the host's (see `Timing`)."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +57,57 @@ class Task:
     """Bytes of results, where memory is measured."""
 
 
+class Timing(NamedTuple):
+    """The median of some calls."""
+
+    milliseconds: float
+    host: bool
+    """The GPU began a call before the host had queued it, however long it slept: the call waits for the GPU
+    itself, or launching it takes longer than the GPU computes."""
+
+
 class Clock:
     """Medians of GPU times with a cold L2 cache."""
 
     def __init__(self, calls: int):
         self.calls = calls
-        self.cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        self.cache = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
 
-    def __call__(self, function: Callable[[], object]) -> float:
-        """Milliseconds of a call. The GPU sleeps before it, so that the host has queued it when it begins."""
+    def __call__(self, function: Callable[[], object]) -> Timing:
+        """Times calls. The GPU sleeps before each, until the host has queued it."""
         for _ in range(3):
             function()
-        times = []
+        cycles, (milliseconds, late) = CYCLES, self._timed(function, CYCLES)
+        while late and cycles < MOST_CYCLES:
+            cycles *= 4
+            milliseconds, late = self._timed(function, cycles)
+        return Timing(milliseconds, late)
+
+    def _timed(self, function: Callable[[], object], cycles: int) -> Timing:
+        times, late = [], 0
         for _ in range(self.calls):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.cache.zero_()
-            torch.cuda._sleep(2_000_000)  # cycles: a millisecond, more than an autograd call takes the host
+            torch.cuda._sleep(cycles)
             begin.record()
             function()
+            late += begin.query()  # the GPU sleeps no longer
             end.record()
             times.append((begin, end))
         torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in times)
+        # The median is of calls in time, where most are.
+        return Timing(
+            statistics.median(begin.elapsed_time(end) for begin, end in times), late > 0.25 * self.calls
+        )
 
 
 def ceilings(clock: Clock) -> tuple[float, float]:
     """TB/s of a copy, read and written, and TFLOP/s of a bfloat16 product of 8192^3, on random values."""
-    x = torch.randn(2**30, device="cuda", dtype=BF16)
+    x = torch.randn(2**30, device=DEVICE, dtype=BF16)
     y = torch.empty_like(x)
-    copy = 2 * x.nbytes / clock(lambda: y.copy_(x)) / 1e9
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-    return copy, 2 * 8192**3 / clock(lambda: a @ b) / 1e9
+    copy = 2 * x.nbytes / clock(lambda: y.copy_(x)).milliseconds / 1e9
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    return copy, 2 * 8192**3 / clock(lambda: a @ b).milliseconds / 1e9
 
 
 Made = Iterator[tuple[Task, str, Callable[[], object]]]
@@ -92,23 +120,28 @@ def passes(
     forward: int,
     backward: int,
 ) -> Made:
-    """Forward and backward of each way; the gradients of its outputs are random."""
-    for implementation, way in ways.items():
-        yield Task(f"{name} forward", bytes=forward), implementation, way
-        outputs = way()
-        gradients = [torch.randn_like(out) for out in outputs]
+    """Forward and backward of each way; the gradients of its outputs are random.
 
-        def back(outputs=outputs, gradients=gradients):
-            torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+    One forward pass has many backward passes, so while these are timed, compiled ones may not overwrite what
+    they were given, as they otherwise do.
+    """
+    with compiled_gradients.patch(donated_buffer=False):
+        for implementation, way in ways.items():
+            yield Task(f"{name} forward", bytes=forward), implementation, way
+            outputs = way()
+            gradients = [torch.randn_like(out) for out in outputs]
 
-        yield Task(f"{name} backward", bytes=backward), implementation, back
+            def back(outputs=outputs, gradients=gradients):
+                return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+            yield Task(f"{name} backward", bytes=backward), implementation, back
 
 
 def norms(rows: int, d: int, residual_type: torch.dtype) -> Made:
     """Residual addition and norm; a float32 residual with a bfloat16 branch is what autocast makes."""
-    residual = torch.randn(rows, d, device="cuda", dtype=residual_type, requires_grad=True)
-    branch = torch.randn(rows, d, device="cuda", dtype=BF16, requires_grad=True)
-    weight = torch.ones(d, device="cuda", dtype=residual_type, requires_grad=True)
+    residual = torch.randn(rows, d, device=DEVICE, dtype=residual_type, requires_grad=True)
+    branch = torch.randn(rows, d, device=DEVICE, dtype=BF16, requires_grad=True)
+    weight = torch.ones(d, device=DEVICE, dtype=residual_type, requires_grad=True)
 
     def plain(residual, branch, weight):
         return reference.add_rms_norm(residual, branch, weight, EPS)[:2]
@@ -121,8 +154,8 @@ def norms(rows: int, d: int, residual_type: torch.dtype) -> Made:
         "mtlm": lambda: add_rms_norm(residual, branch, weight, EPS),
         "torch formula": lambda: plain(residual, branch, weight),
         "torch F.rms_norm": lambda: fused(residual, branch, weight),
-        "torch.compile": bind(torch.compile(plain, dynamic=False), residual, branch, weight),
-        "torch.compile F.rms_norm": bind(torch.compile(fused, dynamic=False), residual, branch, weight),
+        "torch.compile": bind(compile_whole(plain), residual, branch, weight),
+        "torch.compile F.rms_norm": bind(compile_whole(fused), residual, branch, weight),
     }
     if residual_type == BF16 and (liger := liger_norm()) is not None:
         ways["liger"] = lambda: liger.apply(branch, residual, weight, EPS, 0.0, "llama", False)
@@ -135,8 +168,8 @@ def norms(rows: int, d: int, residual_type: torch.dtype) -> Made:
 
 def norm_alone(rows: int, d: int) -> Made:
     """The norm without an addition, as peers are usually compared."""
-    x = torch.randn(rows, d, device="cuda", dtype=BF16, requires_grad=True)
-    weight = torch.ones(d, device="cuda", dtype=BF16, requires_grad=True)
+    x = torch.randn(rows, d, device=DEVICE, dtype=BF16, requires_grad=True)
+    weight = torch.ones(d, device=DEVICE, dtype=BF16, requires_grad=True)
 
     def plain(x, weight):
         return (F.rms_norm(x, (d,), weight, EPS),)
@@ -144,7 +177,7 @@ def norm_alone(rows: int, d: int) -> Made:
     ways = {
         "mtlm": lambda: (rms_norm(x, weight, EPS),),
         "torch F.rms_norm": lambda: plain(x, weight),
-        "torch.compile": bind(torch.compile(plain, dynamic=False), x, weight),
+        "torch.compile": bind(compile_whole(plain), x, weight),
     }
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Liger
@@ -158,10 +191,10 @@ def norm_alone(rows: int, d: int) -> Made:
 def rotations(tokens: int, heads: int, k: int) -> Made:
     """Rotary embedding of q and k, in place on packed qkv; backward also packs the three gradients."""
     b, s = tokens // 1024, 1024
-    qkv = torch.randn(b, s, 3, heads, k, device="cuda", dtype=BF16)
-    angle = torch.rand(1, s, k // 2, device="cuda")
+    qkv = torch.randn(b, s, 3, heads, k, device=DEVICE, dtype=BF16)
+    angle = torch.rand(1, s, k // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
-    gradients = [torch.randn(b, heads, s, k, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
+    gradients = [torch.randn(b, heads, s, k, device=DEVICE, dtype=BF16).transpose(1, 2) for _ in range(3)]
 
     def forward(qkv):
         return rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
@@ -172,11 +205,11 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     task = Task(f"rotary {tokens}x{heads}x{k} forward", bytes=8 * tokens * heads * k)
     yield task, "mtlm", lambda: torch.ops.mtlm.rotary_(qkv[:, :, 0], qkv[:, :, 1], cos, sin, False)
     yield task, "torch", lambda: forward(qkv)
-    yield task, "torch.compile", bind(torch.compile(forward, dynamic=False), qkv)
+    yield task, "torch.compile", bind(compile_whole(forward), qkv)
     task = Task(f"rotary {tokens}x{heads}x{k} backward, packed", bytes=12 * tokens * heads * k)
     yield task, "mtlm", lambda: torch.ops.mtlm.rotary_pack(*gradients, cos, sin, True)
     yield task, "torch", lambda: backward(*gradients)
-    yield task, "torch.compile", bind(torch.compile(backward, dynamic=False), *gradients)
+    yield task, "torch.compile", bind(compile_whole(backward), *gradients)
 
 
 def swiglu_mlps(n: int, d: int, f: int) -> Made:
@@ -201,8 +234,8 @@ def mlps(
     name: str, ours: Callable, plain: Callable, n: int, d: int, shapes: tuple[tuple[int, ...], ...]
 ) -> Made:
     """An MLP forward and backward, of n rows and parameters of these shapes."""
-    x = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
-    weights = [torch.randn(shape, device="cuda", dtype=BF16) / d**0.5 for shape in shapes]
+    x = torch.randn(n, d, device=DEVICE, dtype=BF16, requires_grad=True)
+    weights = [torch.randn(shape, device=DEVICE, dtype=BF16) / d**0.5 for shape in shapes]
     inputs = (x, *(w.requires_grad_() for w in weights))
     gradient = torch.randn_like(x)
     task = Task(name, operations=6 * n * sum(w.numel() for w in weights if w.dim() == 2))
@@ -212,14 +245,14 @@ def mlps(
 
     yield task, "mtlm", both(ours)
     yield task, "torch", both(plain)
-    yield task, "torch.compile", both(torch.compile(plain, dynamic=False))
+    yield task, "torch.compile", both(compile_whole(plain))
 
 
 def losses(n: int, d: int, vocab: int) -> Made:
     """Head and cross-entropy, forward and backward, mean loss."""
-    hidden = torch.randn(n, d, device="cuda", dtype=BF16, requires_grad=True)
-    table = (torch.randn(vocab, d, device="cuda", dtype=BF16) * 0.02).requires_grad_()
-    targets = torch.randint(vocab, (n,), device="cuda")
+    hidden = torch.randn(n, d, device=DEVICE, dtype=BF16, requires_grad=True)
+    table = (torch.randn(vocab, d, device=DEVICE, dtype=BF16) * 0.02).requires_grad_()
+    targets = torch.randint(vocab, (n,), device=DEVICE)
     task = Task(
         f"linear + cross-entropy {n}x{d}x{vocab}",
         operations=6 * n * d * vocab,
@@ -234,7 +267,7 @@ def losses(n: int, d: int, vocab: int) -> Made:
 
     yield task, "mtlm", both(lambda h, t: linear_cross_entropy(h, t, targets).total / n)
     yield task, "torch", both(plain)
-    yield task, "torch.compile", both(torch.compile(plain, dynamic=False))
+    yield task, "torch.compile", both(compile_whole(plain))
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     except ImportError:
@@ -245,9 +278,9 @@ def losses(n: int, d: int, vocab: int) -> Made:
 
 def softmax_pass(rows: int, vocab: int) -> Made:
     """The loss's own pass over a chunk of logits."""
-    logits = torch.randn(rows, vocab, device="cuda", dtype=BF16)
-    targets = torch.randint(vocab, (rows,), device="cuda")
-    total, nll = torch.empty(2, rows, device="cuda")
+    logits = torch.randn(rows, vocab, device=DEVICE, dtype=BF16)
+    targets = torch.randint(vocab, (rows,), device=DEVICE)
+    total, nll = torch.empty(2, rows, device=DEVICE)
     task = Task(f"softmax loss in place {rows}x{vocab}", bytes=4 * rows * vocab)
     yield task, "mtlm", lambda: torch.ops.mtlm.softmax_loss_(logits, targets, total, nll, 0.0, True)
 
@@ -258,7 +291,7 @@ def updates(parameters: int) -> Made:
     shapes = [(parameters // 2**20 * 2**20 // 8 // 768, 768), *(of_layer * 24)]
 
     def made(make):
-        params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+        params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         for p in params:
             p.grad = torch.randn_like(p)
         return make(params).step
@@ -268,6 +301,11 @@ def updates(parameters: int) -> Made:
     yield task, "mtlm", made(lambda p: AdamW(p, lr=1e-3))
     yield task, "torch foreach", made(lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True))
     yield task, "torch fused", made(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+
+
+def compile_whole(function: Callable) -> Callable:
+    """torch.compile for one shape; what it cannot compile as one graph is an error."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def bind(function: Callable, *arguments: Tensor) -> Callable[[], object]:
@@ -304,7 +342,7 @@ TASKS: dict[str, Callable[[], Made]] = {
 def measure(clock: Clock, task: Task, implementation: str, function, copy: float, product: float) -> Row:
     """Times one way; memory where the task names its results."""
     extra = None
-    milliseconds = clock(function)
+    milliseconds, host = clock(function)
     if task.results:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -313,4 +351,4 @@ def measure(clock: Clock, task: Task, implementation: str, function, copy: float
         extra = (torch.cuda.max_memory_allocated() - before - task.results) / 2**30
     work, ceiling, unit = (task.bytes, copy, "TB/s") if task.bytes else (task.operations, product, "TFLOP/s")
     rate = work / milliseconds / 1e9
-    return Row(task.name, implementation, milliseconds, rate, unit, rate / ceiling, extra)
+    return Row(task.name, implementation, milliseconds, rate, unit, rate / ceiling, extra, host)
