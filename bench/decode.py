@@ -51,7 +51,7 @@ class DecodeBenchConfig:
     prompt: int = 32
     new: int = 256
     calls: int = 3
-    """Timed calls of ours and of plain PyTorch's graph; the median counts. The slower ones are timed once."""
+    """Timed calls of every way, after one that compiles and captures; the median counts."""
     peers: bool = True
     """Whether Hugging Face's generate is timed too; compiling it takes a minute."""
     sampled: bool = True
@@ -144,17 +144,18 @@ def graphed(model: Decoder) -> Call:
     return call
 
 
-def hugging_face(config: ModelConfig, **how: str) -> Call:
-    """Its class of the same shape with its generate."""
-    model = stock_model(config, use_cache=True).to("cuda", torch.bfloat16).eval()
+def hugging_face(config: ModelConfig, device: str = "cuda", **how: str) -> Call:
+    """Its class of the same shape with its generate; a call gives the texts, prompts included."""
+    model = stock_model(config, use_cache=True).to(device, torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None  # no text ends early, and nothing looks for its end
 
     @torch.inference_mode()
-    def call(prompts: list[list[int]], new: int) -> None:
-        ids = torch.tensor(prompts, device="cuda")
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0, **how,
-        )  # fmt: skip
+    def call(prompts: list[list[int]], new: int) -> torch.Tensor:
+        ids = torch.tensor(prompts, device=device)
+        mask = torch.ones_like(ids)
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **how
+        )
 
     return call
 
@@ -187,14 +188,15 @@ def bytes_per_step(config: ModelConfig, batch: int, mean_length: float) -> float
 
 def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
     """All rows; plain PyTorch before the kernels are loaded, which the mirror would use."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not uncompiled without a word
     names, batches = config.preset or ["mtlm1-200m"], config.batch or [1, 64]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
-    def add(name: str, batch: int, way: str, call: Call, calls: int) -> None:
+    def add(name: str, batch: int, way: str, call: Call) -> None:
         shape = preset(name)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(shape.vocab_size, (batch, config.prompt), generator=generator).tolist()
-        times = [t / config.new for t in seconds(call, prompts, config.new, calls)]
+        times = [t / config.new for t in seconds(call, prompts, config.new, config.calls)]
         step = statistics.median(times)
         moved = bytes_per_step(shape, batch, config.prompt + config.new / 2) / step
         rows.append(
@@ -219,22 +221,24 @@ def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
             )
         model = random_model(shape)
         for batch in batches:
-            add(name, batch, "plain PyTorch", eager(model), 1)
-            add(name, batch, "plain PyTorch, CUDA graph", graphed(model), config.calls)
+            add(name, batch, "plain PyTorch", eager(model))
+            add(name, batch, "plain PyTorch, CUDA graph", graphed(model))
             for way, how in HUGGING_FACE.items() if config.peers and stock_type(shape) else ():
                 try:
-                    add(name, batch, way, hugging_face(shape, **how), 1)
-                except Exception as error:  # a peer's affair: it is left out
-                    print(f"{way} failed: {error!r}"[:300], file=sys.stderr)
+                    add(name, batch, way, hugging_face(shape, **how))
+                except Exception as error:  # a peer's affair: the others are measured
+                    failed = {"model": name, "batch": batch, "way": way, "failed": f"{error!r}"[:300]}
+                    rows.append(failed)
+                    print(f"{way} failed: {failed['failed']}", file=sys.stderr)
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
     library.load("cuda")
     for name in names:
         generator = Generator(random_model(preset(name)))
         for batch in batches:
-            add(name, batch, "ours", ours(generator, GREEDY), config.calls)
+            add(name, batch, "ours", ours(generator, GREEDY))
             if config.sampled:
-                add(name, batch, "ours, sampled", ours(generator, SAMPLED), config.calls)
+                add(name, batch, "ours, sampled", ours(generator, SAMPLED))
             if config.profile:
                 profile(generator, batch, config.prompt, config.new, config.profile / f"{name}-{batch}.txt")
     order = {(name, batch): i for i, (name, batch) in enumerate((n, b) for n in names for b in batches)}
@@ -287,6 +291,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         ("batch", "us per step", "spread", "tokens/s", "TB/s", "of copy", "ours"),
     )
     for row in rows:
+        if "failed" in row:
+            table.add_row(row["model"], row["way"], str(row["batch"]), "failed")
+            continue
         of_ours = [
             r for r in rows if r["way"] == "ours" and (r["model"], r["batch"]) == (row["model"], row["batch"])
         ]
@@ -310,7 +317,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         len(panels), 1, figsize=(8, 2.2 * len(panels)), layout="constrained", squeeze=False
     )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
-        of_panel = [row for row in rows if (row["model"], row["batch"]) == panel]
+        of_panel = [row for row in rows if (row["model"], row["batch"]) == panel and "failed" not in row]
         ways, rates = ([row[name] for row in of_panel] for name in ("way", "tokens/s"))
         draw_rates(axis, ways, rates, f"{panel[0]}, batch {panel[1]}: tokens/s, {device}")
     write_picture(figure, path, dpi=120)
@@ -330,7 +337,8 @@ def main() -> None:
     print(f"{facts}; prompts of {config.prompt} tokens and {config.new} new ones, bfloat16")
     rows = measure(config, copy)
     print_table(rows)
-    write_json(config.json, {"facts": facts, "rows": rows})
+    asked = {"prompt": config.prompt, "new": config.new, "calls": config.calls}
+    write_json(config.json, {"facts": facts, **asked, "rows": rows})
     if config.plot:
         plot(rows, config.plot, device)
 

@@ -15,19 +15,22 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.plain_torch import GPT
 from bench.row_process import Row, in_process, print_row, taken_row
+from bench.torch_row import compiled_facts, refuse_fallbacks
 from bench.train import BATCH
-from bench.train_rows import WARM_UP, Make, Step, ours, peer, random_batches, timed
+from bench.train_rows import Make, Step, ours, peer, random_batches, timed
+from bench.updates import WARM_UP
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.data.sequences import Rows
 from core.errors import UserError, run_command
 from core.figures import require_json, write_json
+from kernels_cuda.bench_tasks import compile_whole
 from port_torch.model import Decoder
 from port_torch.training.distributed import Distributed, open_distributed
 from port_torch.training.pretraining import fresh_decoder
@@ -78,21 +81,28 @@ def plain_ddp(mirror: Decoder, batches: list[Rows], device: torch.device) -> Ste
     model: nn.Module = GPT(mirror.config).take_weights(mirror).to(device)
     if dist.is_initialized():
         model = DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
-    return peer(model, torch.compile(model), batches, device)
+        return peer(model, torch.compile(model), batches, device)
+    return peer(model, compile_whole(model), batches, device)
 
 
 def plain_fsdp2(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
-    """`bench.plain_torch`, block by block compiled and cut over the processes."""
+    """`bench.plain_torch`, block by block compiled and cut over the processes.
+
+    As is usual, weights are gathered in bfloat16, and gradients are added up in float32. Inputs stay as they
+    are: the angles of rotation would lose their last digits.
+    """
     model = GPT(mirror.config).take_weights(mirror).to(device)
+    gathered = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        block.compile()
-        fully_shard(block)
-    fully_shard(model)
+        block.compile(dynamic=False)
+        fully_shard(block, mp_policy=gathered)
+    fully_shard(model, mp_policy=gathered)
     return peer(model, model, batches, device)
 
 
 def measure_torch(way: Way, model: ModelConfig, batch: int, steps: int) -> Row | None:
     """A row, measured by rank 0 of its processes; None on the others."""
+    refuse_fallbacks(cuda=True)
     with open_distributed("cuda") as ranks:
         made: dict[str, Make] = {
             "torch": ours("cuda", compiled=True, ranks=ranks),
@@ -113,7 +123,13 @@ def measure_torch(way: Way, model: ModelConfig, batch: int, steps: int) -> Row |
         if not ranks.first:
             return None
         peak = torch.cuda.max_memory_allocated() / 2**30
-        return {"milliseconds": statistics.median(times), "peak_gib": peak, "first_loss": first, "loss": last}
+        return {
+            "milliseconds": statistics.median(times),
+            "peak_gib": peak,
+            "first_loss": first,
+            "loss": last,
+            **compiled_facts(),
+        }
 
 
 def mean_over(loss: Tensor, ranks: Distributed, ours: bool) -> float:
@@ -131,7 +147,7 @@ def measure_jax(way: Way, case: str, model: ModelConfig, batch: int, steps: int)
 
     config = StepBenchConfig(steps=steps)
     shape = MeshShape(**{way.removeprefix("jax-"): jax.device_count()})
-    row = measure_step(config, case, model, batch, "auto/preset", shape)
+    row = measure_step(config, case, model, batch, "cuda/preset", shape)
     names = {"milliseconds": "ms", "peak_gib": "peak", "first_loss": "first_loss", "loss": "loss"}
     return {name: row[of_step] for name, of_step in names.items()}
 
@@ -147,10 +163,11 @@ def run_row(config: DevicesBenchConfig, row: str) -> Row | None:
 
 def in_processes(case: str, way: Way, gpus: int, argv: list[str]) -> Row:
     """See `bench.row_process.in_process`."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
     of_jax = way.startswith("jax")
-    if not of_jax:
-        environment["JAX_PLATFORMS"] = "cpu"  # JAX only draws the first weights
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
+        "JAX_PLATFORMS": "cuda" if of_jax else "cpu",  # in PyTorch's rows it only draws the first weights
+    }
     return in_process("bench.devices", f"{case}/{way}", argv, environment, 1 if of_jax else gpus)
 
 

@@ -7,6 +7,7 @@ another choice is the likeliest, with the two choices' distance (a tie inside th
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from bench.row_process import compiled_anew
 from core import checks, cli
 from core.console import Table
 from core.errors import UserError, run_command
@@ -86,13 +88,13 @@ def measure(config: EvalBenchConfig, row: str, dtype: str) -> dict[str, Any]:
 
 
 def in_process(argv: list[str], row: str, dtype: str) -> dict[str, Any]:
-    """A row in a process of its own, with its wall-clock seconds from start to end. One that fails has said
-    why: this one ends with its exit code."""
+    """A row in a process of its own that finds nothing compiled, with its seconds from start to end. One that
+    fails has said why: this one ends with its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "row.json"
         started = time.monotonic()
         command = [sys.executable, "-m", "bench.eval", "--row", row, dtype, str(dump), *argv]
-        done = subprocess.run(command, check=False)
+        done = subprocess.run(command, env=os.environ | compiled_anew(folder), check=False)
         if done.returncode:
             sys.exit(done.returncode)
         wall = time.monotonic() - started
@@ -101,15 +103,18 @@ def in_process(argv: list[str], row: str, dtype: str) -> dict[str, Any]:
 
 def agreement(ours: dict[str, list], theirs: dict[str, list]) -> str:
     """How far two rows' log-probabilities agree, in words."""
-    largest, differing = 0.0, []
+    largest, differing, numbers = 0.0, [], True
     for task, questions in ours.items():
         for number, (a, b) in enumerate(zip(questions, theirs[task], strict=True)):
             distance = np.abs(np.subtract(a, b)).max()
+            numbers &= bool(np.isfinite(distance))
             if len(a) == 1:  # a page: relative to its length
                 distance = distance / abs(b[0])
             largest = max(largest, distance)
             if np.argmax(a) != np.argmax(b):
                 differing.append(f"{task} {number} ({abs(b[np.argmax(a)] - b[np.argmax(b)]):.1e})")
+    if not numbers:
+        return "a log-probability that is no finite number: nothing is compared"
     others = f"; another choice on {len(differing)}: {', '.join(differing[:6])}" if differing else ""
     return f"largest difference {largest:.1e}{others or '; the same choice on every question'}"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bench.row_process import Row
+from bench.torch_row import compiled_facts, refuse_fallbacks, require_liger
 from core.chat import open_chat
 from core.checkpoint.manifest import Manifest
 from core.config import preset
@@ -128,11 +129,14 @@ def make_model(config: "FinetuneBenchConfig", folder: Path) -> Row:
 
 
 def measure_ours(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
-    """The updates of `port_torch.finetune` with its defaults, without its evaluations."""
+    """The updates of `port_torch.finetune` with its defaults, without its evaluations.
+
+    Without our kernels the row fails on a GPU.
+    """
     n = WARM_UP + config.steps
     command = FinetuneConfig(
         init_from=folder / MODEL, data=folder / ROWS, out=folder / way, steps=n, batch=config.batch,
-        device=config.device, validation=0.0,
+        device=config.device, validation=0.0, kernels="cuda" if config.device == "cuda" else "auto",
     )  # fmt: skip
     clock, counted, losses, pending = Clock(config.device), [], [], []
     with open_distributed(config.device) as ranks:
@@ -169,6 +173,9 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
 
     how, cuda, optim = TRL[way], config.device == "cuda", MirrorOptimizerConfig()
     attention = how.attention
+    compiles = how.compiled or attention == "flex_attention"  # the latter is compiled by transformers
+    if compiles:
+        refuse_fallbacks(cuda=False)  # what its masks are given to is TRL's choice
     if attention == "by_lengths":
         transformers.AttentionInterface.register(attention, flash if cuda else flash_by_sdpa)
         transformers.AttentionMaskInterface.register(attention, no_mask)
@@ -193,7 +200,7 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
         use_liger_kernel=how.liger and cuda,
         torch_compile=how.compiled,
         # One length for all batches, or each would be compiled anew.
-        pad_to_multiple_of=config.batch * context if how.compiled else None,
+        pad_to_multiple_of=config.batch * context if compiles else None,
         model_init_kwargs={"attn_implementation": attention, "dtype": how.dtype},
         save_strategy="no",
         report_to="none",
@@ -216,6 +223,8 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
         train_dataset=datasets.load_dataset("json", data_files=str(folder / ROWS), split="train"),
         callbacks=[Marks()],
     )
+    if settings.use_liger_kernel:
+        require_liger(trainer.model, loss=False)  # TRL turns Liger's loss off and computes its own
     collate = trainer.data_collator
 
     def collate_counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -224,7 +233,8 @@ def measure_trl(config: "FinetuneBenchConfig", way: str, folder: Path) -> Row:
 
     trainer.data_collator = collate_counted
     trainer.train()
-    return clock.row(counted, float(losses[0]), float(losses[-1]))
+    row = clock.row(counted, float(losses[0]), float(losses[-1]))
+    return row | compiled_facts() if compiles else row
 
 
 def flash(

@@ -41,6 +41,18 @@ class LadderConfig:
                 raise UserError(f"--sizes must be multiples of {WIDTH}, not {size}")
 
 
+def facts_of(library: str, device: str) -> dict[str, str]:
+    """The library's version; of PyTorch's process also the device."""
+    if library == "jax":
+        import jax
+
+        return {"jax": jax.__version__}
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"torch": torch.__version__, "device": name}
+
+
 def rows_of(library: str, config: LadderConfig) -> list[dict[str, Any]]:
     """All figures of one library, which this process then holds the device with."""
     return [
@@ -91,26 +103,27 @@ def plot(rows: list[dict[str, Any]], path: Path, config: LadderConfig) -> None:
 
 def main() -> None:
     """Measures each library in its process and prints the table."""
-    library, argv = taken_row(sys.argv[1:])
+    library, argv = taken_row(sys.argv[1:])  # "torch" or "jax"
     config = cli.parse(LadderConfig, argv, prog="python -m bench.ladder")
     if library:
-        print_row({"rows": rows_of(library, config)})
+        print_row({"facts": facts_of(library, config.device), "rows": rows_of(library, config)})
         return
     require_json(config.json)
     require_picture(config.plot)
     if config.device == "cuda":
         require_gpu("bench.ladder", "--device cpu")
-    rows = []
+    report: dict[str, Any] = {"rows": []}
     for name in ("torch", "jax"):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         measured = in_process("bench.ladder", name, argv, os.environ | {"JAX_PLATFORMS": config.device})
         if "failed" in measured:
             raise UserError(f"the process that measures {name} failed: {measured['failed']}")
-        rows += measured["rows"]
-    print_table(rows, config)
-    write_json(config.json, rows)
+        report |= measured["facts"]
+        report["rows"] += measured["rows"]
+    print_table(report["rows"], config)
+    write_json(config.json, report)
     if config.plot:
-        plot(rows, config.plot, config)
+        plot(report["rows"], config.plot, config)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ PIECES = {
 WAYS = {
     "torch": "PyTorch, eager",
     "compile": "torch.compile",
-    "graph": "PyTorch, CUDA graph",  # with a copy of the result to where the next call reads it
+    "graph": "CUDA graph and a copy",  # of the result, to where the next call reads it
     "jax": "JAX, jit",
     "jax-eager": "JAX, no jit",
 }
@@ -151,11 +151,12 @@ def torch_way(way: str, piece: Piece, size: int, device: str) -> tuple[Call, Any
         if device == "cuda":
             torch.cuda.synchronize()
 
-    function = torch.no_grad()(piece.torch)
+    function = piece.torch  # nothing requires a gradient; a no_grad around each call would be timed, too
     if way == "compile":
-        # Anew: torch.compile keeps eight versions of one code, and runs others as they are without a word.
-        torch.compiler.reset()
-        function = torch.compile(function, dynamic=False, fullgraph=True)
+        from kernels_cuda.bench_tasks import compile_whole
+
+        torch.compiler.reset()  # torch.compile keeps eight versions of one code
+        function = compile_whole(function)
     if way != "graph":
         return function, x, wait
     held = x.clone()

@@ -19,7 +19,7 @@ from core.data.batches import Data, train_batches
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset, write_manifest
 from core.data.mixture import Mixture, Phase
 from core.data.packing import write_splits
-from core.errors import run_command
+from core.errors import UserError, run_command
 from core.tokenizer import id_dtype
 
 
@@ -33,16 +33,19 @@ class LoaderConfig:
     """Batch sizes to measure, in windows."""
     seconds: float = 5.0
     """How long to read at each batch size."""
-    windows: int = 20_000
-    """Size of the dataset of random tokens."""
-    context: int = 1024
-    """Its context."""
+    windows: int | None = None
+    """Size of the dataset of random tokens. Default: 20,000."""
+    context: int | None = None
+    """Its context. Default: 1,024."""
 
     def __post_init__(self) -> None:
         checks.positive(seconds=self.seconds)
         for batch in self.batches:
             checks.counts(batches=batch)
-        checks.counts(**checks.fields(self, "windows", "context"))
+        random = checks.fields(self, "windows", "context")
+        checks.counts(**random)
+        if self.data is not None and (given := [name for name, value in random.items() if value is not None]):
+            raise UserError(f"--{given[0]} is of random tokens, and {self.data} has its own: leave it out")
 
 
 def random_dataset(folder: Path, windows: int, context: int) -> Dataset:
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.data:
             dataset = open_dataset(config.data)
         else:
-            dataset = random_dataset(Path(folder), config.windows, config.context)
+            dataset = random_dataset(Path(folder), config.windows or 20_000, config.context or 1024)
         title = f"loader alone, context {dataset.context}, {len(os.sched_getaffinity(0))} cores"
         table = Table((), ("batch", "sources", "M tokens/s", "batches/s", "longest wait, ms"), title=title)
         counts = (("a", 2800), ("b", 1000), ("c", 200))

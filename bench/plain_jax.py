@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bench.updates import LR
 from core.config import ModelConfig
 
 
@@ -21,7 +22,7 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
     if c.mlp not in ("swiglu", "gelu"):
         raise ValueError(f"plain JAX has no MLP {c.mlp}")
     n_up = 2 if c.mlp == "swiglu" else 1
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LR))
 
     def init(key):
         def normal(n, *shape):
@@ -38,12 +39,21 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
         }
         if c.qk_norm:
             layers |= {"q_norm": jnp.ones((n, c.head_size)), "k_norm": jnp.ones((n, c.head_size))}
+        if c.biases:
+            layers |= {"o_bias": jnp.zeros((n, d)), "up_bias": jnp.zeros((n, n_up * c.d_mlp))}
+            layers["down_bias"] = jnp.zeros((n, d))
+        if c.biases or c.qkv_biases:
+            layers["qkv_bias"] = jnp.zeros((n, c.q_width + 2 * c.kv_width))
         params = {"embed": normal(4, c.vocab_size, d), "layers": layers, "norm": jnp.ones(d)}
         if c.positions == "learned":
             params["positions"] = normal(5, c.context, d)
         if not c.tied:
             params["head"] = normal(6, d, c.vocab_size)
         return params, optimizer.init(params)
+
+    def linear(x, p, name):
+        y = x @ p[name].astype(x.dtype)
+        return y + p[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in p else y
 
     def norm(x, scale):
         y = x.astype(jnp.float32)
@@ -60,7 +70,7 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
 
     def layer(x, p):
         batch, length, _ = x.shape
-        qkv = norm(x, p["norm1"]) @ p["qkv"].astype(x.dtype)
+        qkv = linear(norm(x, p["norm1"]), p, "qkv")
         parts = jnp.split(qkv, (c.q_width, c.q_width + c.kv_width), -1)
         q, k, v = (t.reshape(batch, length, -1, c.head_size) for t in parts)
         if c.qk_norm:
@@ -68,14 +78,14 @@ def make(config: ModelConfig, attention: str, dtype: str) -> tuple[Callable[...,
         if c.positions == "rope":
             q, k = rope(q), rope(k)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention)
-        x = x + y.reshape(batch, length, -1) @ p["o"].astype(x.dtype)
-        up = norm(x, p["norm2"]) @ p["up"].astype(x.dtype)
+        x = x + linear(y.reshape(batch, length, -1), p, "o")
+        up = linear(norm(x, p["norm2"]), p, "up")
         if c.mlp == "swiglu":
             gate, up = jnp.split(up, 2, -1)
             up = jax.nn.silu(gate) * up
         else:
             up = jax.nn.gelu(up)
-        return x + up @ p["down"].astype(x.dtype), None
+        return x + linear(up, p, "down"), None
 
     def loss(params, tokens):
         x = params["embed"].astype(dtype)[tokens[:, :-1]]

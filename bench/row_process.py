@@ -1,13 +1,16 @@
-"""A row of a benchmark in a process of its own: a fresh allocator, fresh compilations."""
+"""A row of a benchmark in a process of its own: a fresh allocator, and nothing that was compiled before."""
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
 MARK = "ROW "
+COMPILED = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
+"""Where PyTorch, Triton and JAX keep what they have compiled, for the next process."""
 
 
 def print_row(row: Row) -> None:
@@ -20,6 +23,11 @@ def taken_row(argv: list[str]) -> tuple[str | None, list[str]]:
     return (argv[1], argv[2:]) if argv[:1] == ["--row"] else (None, argv)
 
 
+def compiled_anew(folder: str) -> dict[str, str]:
+    """The environment in which nothing is found compiled; folder: a new one."""
+    return {name: f"{folder}/{name.lower()}" for name in COMPILED}
+
+
 def in_process(
     module: str, row: str, argv: Sequence[str], environment: dict[str, str], processes: int = 1
 ) -> Row:
@@ -30,7 +38,9 @@ def in_process(
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else ()), "-m", module, "--row", row, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = environment | compiled_anew(folder)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.rpartition(MARK)[2].split("\n")[0])
     print(done.stderr, file=sys.stderr)

@@ -19,7 +19,9 @@ import tyro
 
 from bench import plain_jax
 from bench.row_process import Row, in_process, print_row, taken_row
+from bench.updates import BATCHES, LR, WARM_UP, token_batches
 from core import checks, cli
+from core.attention import Choice
 from core.config import ModelConfig, preset
 from core.console import Table
 from core.errors import UserError, run_command
@@ -50,15 +52,19 @@ class StepBenchConfig:
     """Default: mtlm2-40m at batch 64 and mtlm1-200m at batch 32, as the peers are measured."""
     batch: int | None = None
     steps: int = 20
-    """Timed steps, after 3 of warming up; the median counts."""
+    """Timed steps, after 5 of warming up; the median counts."""
     kernels: tuple[KernelsOption, ...] = ("auto",)
     """Our rows: with the CUDA kernels, without, or as a run chooses."""
     products: tuple[Products, ...] = ("preset",)
     """Our rows: what makes matrix products on a GPU; preset: as a run chooses."""
     loss_chunk: int | None = None
+    """Our rows."""
     unroll: int | None = None
+    """Our rows; plain JAX unrolls all layers."""
     remat: Literal["none", "dots", "full"] = "none"
+    """Our rows; plain JAX keeps everything."""
     optimizer: Literal["adamw", "muon"] = "adamw"
+    """Our rows; plain JAX has AdamW."""
     context: int | None = None
     deterministic: bool = False
     """Only operations that give the same bits every time (our rows alone)."""
@@ -89,7 +95,8 @@ def measure(
     who: str,
     shape: MeshShape | None = None,
 ) -> dict[str, Any]:
-    """One row: median seconds per step, compile seconds, peak device memory, first and last loss.
+    """One row: median milliseconds per step, seconds to the first, peak device memory, first and last loss;
+    and the device, the attention and the kernels that it ran on.
 
     Args:
         name: of the preset.
@@ -101,19 +108,19 @@ def measure(
         require_deterministic_operations()
     mesh = make_mesh(devices=jax.devices()[:1]) if shape is None else make_mesh(shape)
     kernels, _, products = who.partition("/")
-    chosen = None if who == PLAIN else choose_kernels(kernels, jax.devices()[0]).kernels
-    step_config, attention = choose_step(config.run(name, batch), model, mesh, chosen)
-    if products in PRODUCTS and jax.default_backend() == "gpu":
+    chosen = choose_kernels("xla" if who == PLAIN else kernels, jax.devices()[0])
+    step_config, attention = choose_step(config.run(name, batch), model, mesh, chosen.kernels)
+    if products in PRODUCTS:
+        if jax.default_backend() != "gpu":
+            raise UserError(f"--products {products} is of a GPU, and JAX runs on a {jax.default_backend()}")
         options = tuple(PRODUCTS[products].items())
         step_config = dataclasses.replace(step_config, compiler_options=options)
-    rng = np.random.default_rng(0)
-    rows, ids = (batch, model.context + 1), id_dtype(model.vocab_size)
-    tokens = [rng.integers(0, model.vocab_size, rows, ids) for _ in range(4)]
+    tokens = token_batches(model, batch).astype(id_dtype(model.vocab_size))
     started = time.perf_counter()
     if who != PLAIN:
         compiled = compile_step(step_config, batch, 1, mesh)
         state = fresh_state(step_config, mesh, 0)
-        controls = Controls(np.float32(3e-4), np.float32(8), np.int32(10), np.uint32(0))
+        controls = Controls(np.float32(LR), np.float32(8), np.int32(10), np.uint32(0))
         index = np.arange(batch, dtype=np.uint32)[None]
         batches = [
             jax.device_put(Batch(t[None], np.zeros((1, batch), bool), index), batch_sharding(mesh))
@@ -122,32 +129,31 @@ def measure(
 
         def step(i: int) -> jax.Array:
             nonlocal state
-            state, metrics = compiled(state, batches[i % 4], controls)
+            state, metrics = compiled(state, batches[i % BATCHES], controls)
             return metrics.nll
     else:
-        of_plain = "cudnn" if attention.name == "cudnn" else "xla"
-        init, plain_step = plain_jax.make(model, of_plain, step_config.compute.dtype)
+        init, plain_step = plain_jax.make(model, of_plain(attention), step_config.compute.dtype)
         carry = init(jax.random.key(0))
         batches = [jnp.asarray(t, jnp.int32) for t in tokens]
 
         def step(i: int) -> jax.Array:
             nonlocal carry
-            *carry, loss = plain_step(*carry, batches[i % 4])
+            *carry, loss = plain_step(*carry, batches[i % BATCHES])
             return loss
 
     first_loss = float(step(0))
     compile_seconds = time.perf_counter() - started
     # As a run makes them: the next step is dispatched before this one has ended.
-    warm_up, ends, loss = 3, [], step(0)
-    for i in range(1, warm_up + config.steps):
+    ends, loss = [], step(1)
+    for i in range(2, WARM_UP + config.steps):
         this, loss = loss, step(i)
         this.block_until_ready()
         ends.append(time.perf_counter())
     loss.block_until_ready()
     ends.append(time.perf_counter())
-    median = statistics.median(end - begin for begin, end in itertools.pairwise(ends[warm_up - 1 :]))
+    median = statistics.median(end - begin for begin, end in itertools.pairwise(ends[-config.steps - 1 :]))
     rate = batch * model.context / median
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.devices()[0].memory_stats()  # None of a CPU
     return {
         "rate": rate,
         "ms": median * 1e3,
@@ -155,11 +161,19 @@ def measure(
             rate, model.flops_per_token(), jax.devices()[0].device_kind, mesh.size
         ),
         "compile": compile_seconds,
-        "peak": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "peak": stats["peak_bytes_in_use"] / 2**30 if stats else None,
         "batch": batch,
         "first_loss": first_loss,
         "loss": float(loss),
+        "device": jax.devices()[0].device_kind,
+        "attention": f"jax.nn, {of_plain(attention)}" if who == PLAIN else attention.name,
+        "kernels": "xla" if who == PLAIN else chosen.describe(model, mesh),
     }
+
+
+def of_plain(attention: Choice) -> Literal["cudnn", "xla"]:
+    """What plain JAX's attention is computed by where ours is."""
+    return "cudnn" if attention.name == "cudnn" else "xla"
 
 
 def main() -> None:
@@ -214,13 +228,17 @@ def print_table(rows: list[Row]) -> None:
         base = plain[row["model"]]
         table.add_row(
             row["model"], title(row["step"]), str(row["batch"]), f"{row['ms']:.1f}", f"{row['rate']:,.0f}",
-            "" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['peak']:.1f}", f"{row['compile']:.0f}",
+            "" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            "" if row["peak"] is None else f"{row['peak']:.1f}", f"{row['compile']:.0f}",
             f"{row['first_loss']:.4f} {row['loss']:.4f}", f"{row['rate'] / base:.2f}" if base else "",
         )  # fmt: skip
     table.print()
     for row in rows:
         if "failed" in row:
             print(f"failed: {row['model']}, {title(row['step'])}: {row['failed']}")
+        else:
+            ran = f"{row['device']}; attention: {row['attention']}; kernels: {row['kernels']}"
+            print(f"{row['model']}, {title(row['step'])}: {ran}")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,11 @@ def run_row(config: TrainBenchConfig, row: str) -> Row:
     )
 
 
-def in_process(row: str, argv: list[str]) -> Row:
+def in_process(row: str, argv: list[str], device: str) -> Row:
     """See `bench.row_process.in_process`."""
-    # Elsewhere JAX only draws the first weights.
-    environment = os.environ | ({} if row.partition("/")[2] in JAX else {"JAX_PLATFORMS": "cpu"})
+    # JAX's rows fail where JAX cannot have that device; elsewhere it only draws the first weights.
+    platform = device if row.partition("/")[2] in JAX else "cpu"
+    environment = os.environ | {"JAX_PLATFORMS": platform}
     return row_process.in_process("bench.train", row, argv, environment)
 
 
@@ -198,7 +199,7 @@ def main() -> None:
     ]
     report: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "rows": []}
     if cuda:
-        facts = in_process("ceilings", argv)
+        facts = in_process("ceilings", argv, config.device)
         if "failed" in facts:
             raise UserError(f"the GPU does not run the simplest products: {facts['failed']}")
         report |= facts
@@ -211,7 +212,7 @@ def main() -> None:
     for number, (case, variant) in enumerate(todo, 1):
         named = f"[{number}/{len(todo)}] {case}, {VARIANTS[variant].title}"
         print(f"{named} ...", flush=True)
-        figures = in_process(f"{case}/{variant}", argv)
+        figures = in_process(f"{case}/{variant}", argv, config.device)
         shape = {"batch": config.sequences(case), "context": models[case].context}
         rows.append({"case": case, "variant": variant, **shape, **figures})
         if "failed" not in figures:

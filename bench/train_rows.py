@@ -1,9 +1,7 @@
 """One row of `bench.train`: a way to train, made, warmed up, timed and, where asked for, profiled.
 
 All ways start from the same weights, read the same batches and make the same update: AdamW with the settings
-of `port_torch.train`, matrices decayed, the gradient clipped. The tokens are random, of a fixed seed, and
-frequent as words are (the n-th id 1/n times as often as the first): what there is to learn shows within a few
-steps, and the embedding's gradient has its hot rows.
+of `port_torch.train`, matrices decayed, the gradient clipped (bench/updates.py).
 """
 
 import itertools
@@ -13,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -21,11 +18,14 @@ from torch.profiler import ProfilerActivity
 
 from bench.plain_torch import GPT
 from bench.stock import stock_model
+from bench.torch_row import compiled_facts, refuse_fallbacks, require_liger
+from bench.updates import BATCHES, LR, WARM_UP, token_batches
 from core.config import ModelConfig
 from core.data.sequences import Rows
 from core.errors import UserError
 from core.run.metrics import model_flops_utilization
 from kernels_cuda import library
+from kernels_cuda.bench_tasks import compile_whole
 from port_torch.hf_config import stock_type
 from port_torch.model import Decoder, parameter_name
 from port_torch.names import exported_tensors
@@ -35,11 +35,6 @@ from port_torch.training.pretraining import fresh_decoder
 from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.step import TrainStep
 
-LR = 3e-4
-BATCHES = 4
-"""Different ones, read in turn."""
-WARM_UP = 5
-"""Steps before the clock starts: what is compiled is in the first, and ours is recorded in the third."""
 PROFILED = 3
 
 Optimizer = Literal["adamw", "muon"]
@@ -95,13 +90,17 @@ def plain(narrow: bool) -> Make:
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
         model = GPT(mirror.config, narrow).take_weights(mirror).to(device)
-        return peer(model, torch.compile(model), batches, device)
+        return peer(model, compile_whole(model), batches, device)
 
     return make
 
 
 def hugging_face(compiled: bool, liger: bool) -> Make:
-    """Its class, with labels as its users give them: the last place of a row predicts nothing."""
+    """Its class, with labels as its users give them: the last place of a row predicts nothing.
+
+    Compiled, transformers hands PyTorch's attention a mask (5.23: wherever it is traced), which causal
+    kernels do not take; otherwise it asks for causal attention.
+    """
 
     def make(mirror: Decoder, batches: list[Rows], device: torch.device) -> Step:
         model = stock_mirror(mirror, liger).to(device)
@@ -118,6 +117,8 @@ def stock_mirror(mirror: Decoder, liger: bool) -> nn.Module:
 
         getattr(liger_kernels, f"apply_liger_kernel_to_{stock_type(mirror.config)}")()
     model = stock_model(mirror.config, use_cache=False)
+    if liger:
+        require_liger(model, loss=True)
     leaves, weights = exported_tensors(mirror.config), mirror.state_dict()
     missing, unexpected = model.load_state_dict(
         {name: weights[parameter_name(leaf)] for name, leaf in leaves.items()}, strict=False
@@ -152,9 +153,9 @@ def peer(
 
 
 JAX: dict[str, tuple[str, Optimizer]] = {
-    "ours-jax": ("auto", "adamw"),
+    "ours-jax": ("cuda", "adamw"),
     "ours-jax-xla": ("xla", "adamw"),
-    "ours-jax-muon": ("auto", "muon"),
+    "ours-jax-muon": ("cuda", "muon"),
 }
 """The rows of JAX's step, and which kernels and optimizer each has."""
 VARIANTS = {
@@ -182,6 +183,7 @@ def measure(
 ) -> dict[str, Any]:
     """A row's figures; `profile` is a file to write the kernels' times into."""
     cuda = device.type == "cuda"
+    refuse_fallbacks(cuda)
     step = VARIANTS[variant].make(fresh_decoder(model, 0), random_batches(model, batch), device)
     started = time.perf_counter()
     first_loss = float(step(0))
@@ -207,6 +209,7 @@ def measure(
         "first_step_seconds": first_step,
         "first_loss": first_loss,
         "loss": loss,
+        **compiled_facts(),
     }
     if profile is not None:
         write_profile(step, median, cuda, profile)
@@ -214,7 +217,7 @@ def measure(
 
 
 def measure_jax(variant: str, case: str, model: ModelConfig, batch: int, steps: int) -> dict[str, Any]:
-    """A row of JAX's step, as `bench.step` times it: with weights and tokens of its own."""
+    """A row of JAX's step, as `bench.step` times it."""
     from bench.step import StepBenchConfig
     from bench.step import measure as measure_step
 
@@ -224,17 +227,13 @@ def measure_jax(variant: str, case: str, model: ModelConfig, batch: int, steps: 
     return {
         "milliseconds": row["ms"], "tokens_per_second": row["rate"], "mfu": row["mfu"],
         "peak_gib": row["peak"], "first_step_seconds": row["compile"], "first_loss": row["first_loss"],
-        "loss": row["loss"],
+        "loss": row["loss"], **{name: row[name] for name in ("device", "attention", "kernels")},
     }  # fmt: skip
 
 
 def random_batches(model: ModelConfig, batch: int) -> list[Rows]:
-    """Ids by Zipf's law."""
-    rng = np.random.default_rng(0)
-    share = 1 / np.arange(1, model.vocab_size + 1)
-    size = BATCHES, batch, model.context + 1
-    tokens = rng.choice(model.vocab_size, size, p=share / share.sum())
-    return [Rows(rows[:, :-1], rows[:, 1:], None) for rows in tokens]
+    """The tokens of bench/updates.py as the mirror's loader has them."""
+    return [Rows(rows[:, :-1], rows[:, 1:], None) for rows in token_batches(model, batch)]
 
 
 def timed(step: Step, steps: int, cuda: bool) -> tuple[list[float], float]:

@@ -52,3 +52,49 @@ def test_the_profile_stays_inside_the_cache(tmp_path: Path, monkeypatch: pytest.
 def test_a_batch_of_several_steps_has_no_profile():
     with pytest.raises(UserError, match="--profile looks at one step, of at most 64 rows: --batch 65"):
         decode.DecodeBenchConfig(batch=[1, 65], profile=Path("profile"))
+
+
+def test_every_way_is_timed_as_often_and_a_peer_that_fails_is_in_the_report(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def seconds(call: str, prompts: list[list[int]], new: int, calls: int) -> list[float]:
+        if call == "static":
+            raise RuntimeError("recompiled")
+        asked.append((call, calls))
+        return [1.0] * calls
+
+    def hugging_face(config: ModelConfig, cache_implementation: str = "dynamic") -> str:
+        return cache_implementation
+
+    for name, value in {
+        "preset": lambda name: TINY, "stock_type": lambda config: "llama", "hugging_face": hugging_face,
+        "random_model": lambda config: None, "eager": lambda model: "eager", "graphed": lambda model: "graph",
+        "Generator": lambda model: None, "ours": lambda generator, sampling: "ours", "seconds": seconds,
+        "library": SimpleNamespace(load=lambda kernels: None),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # and put back
+    config = decode.DecodeBenchConfig(preset=["tiny"], batch=[1], new=8, calls=4, sampled=False)
+    rows = decode.measure(config, 1e12)
+    assert asked == [(way, 4) for way in ("eager", "graph", "dynamic", "ours")]
+    assert [row["way"] for row in rows if "failed" in row] == ["HF generate, static cache, compiled"]
+    assert len(rows) == 5 and torch._dynamo.config.fail_on_recompile_limit_hit
+    decode.print_table(rows)
+
+
+@pytest.mark.slow
+def test_hugging_face_generates_so_many_tokens_and_does_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    """It neither looks for the end of a text nor holds it back, which takes it time at every token."""
+    pytest.importorskip("transformers")
+    from transformers import GenerationMixin
+
+    seen, sample = [], GenerationMixin._sample
+
+    def seeing(model: GenerationMixin, *given: object, **more: object) -> torch.Tensor:
+        seen.extend(type(one).__name__ for one in (*more["logits_processor"], *more["stopping_criteria"]))
+        return sample(model, *given, **more)
+
+    monkeypatch.setattr(GenerationMixin, "_sample", seeing)
+    call = decode.hugging_face(TINY, device="cpu")
+    assert call([[3, 4, 5], [6, 7, 8]], 40).shape == (2, 43)
+    assert seen == ["MaxLengthCriteria"]

@@ -61,3 +61,9 @@ def test_a_run_that_fails_has_said_why(capfd: pytest.CaptureFixture):
         train_mirror.run("port_torch.train", "--preset", "mtlm3")
     assert end.value.code == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--windows", "--context"])
+def test_bench_loader(option: str):
+    said = refusal_here("--data", DATA, option, "8", module="bench.loader")
+    assert f"{option} is of random tokens, and {DATA} has its own" in said

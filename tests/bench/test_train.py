@@ -126,9 +126,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     )  # fmt: skip
     in_process = command.in_process
 
-    def run_here(row: str, argv: list[str]) -> command.Row:
-        if row in ("mtlm1-tiny/ours", "mtlm1-tiny/plain"):
-            return in_process(row, argv)
+    def run_here(row: str, argv: list[str], device: str) -> command.Row:
+        if row in ("mtlm1-tiny/ours", "mtlm1-tiny/hf"):
+            return in_process(row, argv, device)
         if row == "mtlm2-tiny/ours":
             return {"failed": "error: our kernels run on a GPU alone"}  # as the other one
         return command.run_row(command.cli.parse(command.TrainBenchConfig, argv, prog="bench"), row)
