@@ -18,11 +18,12 @@ from jaxtyping import Float
 
 from core import cli
 from core.errors import UserError, run_command
-from core.folders import write_atomically
+from core.folders import require_place, write_atomically
 from eval.questions import Seen, evaluated_folder, read_scores
 from eval.ratio import ratio_of_sums
 from eval.recipe_report import recipe_report
 from eval.results import (
+    UNCORRECTED,
     Record,
     all_tasks,
     figures,
@@ -127,6 +128,8 @@ def main() -> int:
     """The command."""
     config = cli.parse(CompareConfig, prog="python -m eval.compare")
     check_models(config)
+    if config.out:
+        require_report(config.out)
     paths = [*config.models, *(config.a or ()), *(config.b or ())]
     folders = [evaluated_folder(path) for path in paths]
     contents = [read_results(folder) for folder in folders]
@@ -140,6 +143,15 @@ def main() -> int:
         write_atomically(config.out, text + "\n")
         print(f"wrote {config.out}")
     return 0
+
+
+def require_report(out: Path) -> None:
+    """A UserError if a comparison cannot be written there, or would replace what is none."""
+    require_place(out.parent)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: name a file")
+    if out.exists() and UNCORRECTED.encode() not in out.read_bytes():
+        raise UserError(f"{out} exists and is no comparison: name another file, or remove it first")
 
 
 def check_models(config: CompareConfig) -> None:

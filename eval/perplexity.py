@@ -28,14 +28,14 @@ import tyro
 from core import checks, cli
 from core.data.text import read_text
 from core.errors import UserError, run_command
-from core.folders import require_place, write_atomically
+from core.folders import write_atomically
 from core.hub_models import local
 from core.progress import Activity
 from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.hub import go_offline_if_unreachable
 from eval.local_data import WIKITEXT_TEST
-from eval.results import table, versions
+from eval.results import PERPLEXITIES, read_perplexities, require_own_results, table, versions
 from eval.settings import Device, require_model
 
 if TYPE_CHECKING:
@@ -221,9 +221,9 @@ def main() -> int:
     stride = min(512, context // 2) if config.stride is None else config.stride
     if stride >= context:
         raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
-    path = (config.out or model.results) / "perplexity.json"
-    require_place(path.parent)
-    there = read_earlier(path, model.identity)
+    folder = config.out or model.results
+    require_own_results(folder, model.identity)
+    there, path = read_perplexities(folder), folder / PERPLEXITIES
     print(describe(model, config.dtype))
     harness = HarnessModel(model.backend, model.tokenizer)
     found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
@@ -250,33 +250,6 @@ def main() -> int:
     write_atomically(path, json.dumps(there, indent=1) + "\n")
     print(f"wrote {path}")
     return 0
-
-
-def read_earlier(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The perplexities that a file has already, by the names of their texts; none where there is no file.
-
-    identity: of the model that is measured.
-
-    Raises:
-        UserError: it is damaged, or of another model.
-    """
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(there, dict):
-            raise ValueError("it is not an object")
-        others = [
-            m for m in (entry["model"] for entry in there.values()) if m["sha256"] != identity["sha256"]
-        ]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and measure again") from None
-    if others:
-        raise UserError(
-            f"{path} holds the perplexities of another model ({others[0]['name']}, sha256 "
-            f"{others[0]['sha256'][:12]}): give another --out"
-        )
-    return there
 
 
 def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int, first: str) -> str:

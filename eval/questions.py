@@ -15,7 +15,7 @@ from core.data import overlap
 from core.data.versions import open_version
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
-from eval.results import RESULTS, Record, questions_file
+from eval.results import RESULTS, Record, all_tasks, questions_file, read_results
 from eval.settings import results_folder
 
 
@@ -59,8 +59,13 @@ def read_questions(folder: Path, task: str) -> dict[str, Record]:
     path = questions_file(folder, task)
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not rows:
-            raise ValueError("it is empty")
+        if any(not isinstance(row, dict) or not isinstance(row.get("question"), str) for row in rows):
+            raise ValueError("it has lines that are no questions")
+        whole = all_tasks(read_results(folder))[task]["questions"]
+        if len(rows) != whole:
+            raise ValueError(f"it has {len(rows)} of {whole} questions")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there any more: evaluate the model again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and evaluate the model again") from None
     questions: dict[str, Record] = {}

@@ -3,6 +3,7 @@
 OUT/results.json           model, settings and versions; every task with its metrics, hashes and counts
 OUT/questions/TASK.jsonl   every question as it was scored, for eval.compare
 OUT/results.md, results.png
+OUT/perplexity.json        of eval.perplexity
 """
 
 import json
@@ -13,14 +14,17 @@ from typing import Any
 
 from core.checkpoint.manifest import code_version, package_versions
 from core.errors import UserError
+from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically, write_picture
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 
 FORMAT = 1
 RESULTS = "results.json"
+PERPLEXITIES = "perplexity.json"
 # What is shown first of a task: harness's metric names.
 ACCURACIES = ("acc", "acc_norm")
 SHOWN = (*ACCURACIES, "exact_match", "perplexity", "word_perplexity", "bits_per_byte")
+UNCORRECTED = "The p values are not corrected for multiple testing"  # every comparison says it
 LOGARITHMIC = ("bits_per_byte", "log perplexity")
 Record = dict[str, Any]
 
@@ -32,20 +36,14 @@ class Results:
         """Opens what is there of the same model.
 
         Raises:
-            UserError: the folder holds the results of another model, or a damaged file, or cannot be written.
+            UserError: see `require_own_results`.
         """
-        require_place(folder)
+        require_own_results(folder, identity)
         self.folder = folder
         self.content: Record = {"format": FORMAT, "model": identity, "evaluations": {}}
         self.settings = settings
         if (folder / RESULTS).exists():
-            there = read_results(folder)
-            if there["model"]["sha256"] != identity["sha256"]:
-                raise UserError(
-                    f"{folder} holds the results of another model ({there['model']['name']}, sha256 "
-                    f"{there['model']['sha256'][:12]}): give another --out"
-                )
-            self.content = there
+            self.content = read_results(folder)
 
     def has(self, name: str, files: Callable[[str], dict[str, str]]) -> bool:
         """Whether that task or group was evaluated under the same settings and on the same data.
@@ -56,7 +54,7 @@ class Results:
         if done is None or done["settings"] != self.settings or "replaced" in done:
             return False
         return all(
-            entry["files_sha256"] == files(task) and questions_file(self.folder, task).is_file()
+            entry["files_sha256"] == files(task) and _count_lines(self.folder, task) == entry["questions"]
             for task, entry in done["tasks"].items()
         )
 
@@ -122,9 +120,59 @@ def read_results(folder: Path) -> Record:
     return content
 
 
+def read_perplexities(folder: Path) -> dict[str, Record]:
+    """The perplexities in a folder, by the names of their texts; none where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / PERPLEXITIES
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there, dict):
+            raise ValueError("it is not an object")
+        for entry in there.values():
+            entry["model"]["sha256"], entry["model"]["name"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and measure again") from None
+    return there
+
+
+def require_own_results(folder: Path, identity: Record) -> None:
+    """Refuses a folder for the results of a model that is not for them.
+
+    Raises:
+        UserError: it holds those of another model or a damaged file, is a run, a model or data, or cannot be
+            written.
+    """
+    require_place(folder)
+    kind = kind_of(folder)
+    if kind is not Kind.OTHER:
+        raise UserError(
+            f"{folder} is {kind.value}, and results have a folder of their own: give another --out"
+        )
+    models = [entry["model"] for entry in read_perplexities(folder).values()]
+    if (folder / RESULTS).exists():
+        models.append(read_results(folder)["model"])
+    for model in models:
+        if model["sha256"] != identity["sha256"]:
+            raise UserError(
+                f"{folder} holds the results of another model ({model['name']}, sha256 "
+                f"{model['sha256'][:12]}): give another --out"
+            )
+
+
 def questions_file(folder: Path, task: str) -> Path:
     """Where a folder of results keeps the scored questions of a task."""
     return folder / "questions" / f"{task}.jsonl"
+
+
+def _count_lines(folder: Path, task: str) -> int | None:
+    """Lines of a task's file of questions; None where there is none."""
+    file = questions_file(folder, task)
+    return file.read_bytes().count(b"\n") if file.is_file() else None
 
 
 def versions() -> Record:
@@ -169,10 +217,7 @@ def p_shown(p: float) -> str:
 
 def multiple_tests(n: int) -> str:
     """What is to be said of n p values."""
-    return (
-        f"The p values are not corrected for multiple testing; number of tests: {n}, of which "
-        f"{0.05 * n:.1f} are expected below 0.05 by chance."
-    )
+    return f"{UNCORRECTED}; number of tests: {n}, of which {0.05 * n:.1f} are expected below 0.05 by chance."
 
 
 def unique_names(names: list[str]) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from core import checks, cli
-from core.errors import run_command
-from core.folder_kinds import Kind, require_kind
+from core.checkpoint.steps import run_folder
+from core.errors import UserError, run_command
+from core.folder_kinds import Kind, kind_of, require_kind
 from core.folders import require_new
 from core.hub_models import local
 
@@ -52,6 +53,12 @@ def main() -> int:
 def check(config: ImportConfig) -> None:
     """Refuses what cannot be done before anything is read."""
     require_new(config.out)
+    run = run_folder(config.out)
+    if run != config.out and kind_of(run) in (Kind.CHECKPOINT, Kind.ADAPTERS):
+        raise UserError(
+            f"{config.out} lies among the checkpoints of the run {run}, which would take it for one of its "
+            "own: choose another folder"
+        )
     require_kind(config.source, "import", Kind.WEIGHTS)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from eval.compare import compare_pages, compare_task, compare_values, report
+from eval.compare import compare_pages, compare_task, compare_values, main, report
 from eval.questions import text_keys
-from eval.results import Results, read_results, unique_names
+from eval.results import Results, questions_file, read_results, unique_names
 
 RNG = np.random.default_rng(5)
 
@@ -169,3 +169,57 @@ def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:
     b["evaluations"] = {}
     with pytest.raises(UserError, match="no task in common"):
         report([tmp_path / "a", tmp_path / "b"], [a, b])
+
+
+def test_only_a_comparison_is_replaced_by_one(tmp_path: Path, monkeypatch, capsys) -> None:
+    """--out may be mistyped: the settings of a run were replaced by a table."""
+    folders = [results(tmp_path, "a", [1] * 4 + [0] * 10), results(tmp_path, "b", [0] * 4 + [1] * 10)]
+    for out in (tmp_path / "config.json", tmp_path / "b.md"):
+        monkeypatch.setattr("sys.argv", ["compare", *map(str, folders), "--out", str(out)])
+        if out.suffix == ".md":
+            assert main() == 0 == main()  # its own is replaced
+            assert "| task | acc |" in out.read_text()
+        else:
+            out.write_text("{}")
+            with pytest.raises(UserError, match="exists and is no comparison: name another file"):
+                main()
+            assert out.read_text() == "{}"
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, folders), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        main()
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: '{"a": 1}\n', "it has lines that are no questions"),
+        (lambda text: "5\n", "it has lines that are no questions"),
+        (lambda text: "".join(text.splitlines(keepends=True)[:5]), "it has 5 of 14 questions"),
+        (lambda text: None, "is not there any more: evaluate the model again"),
+    ],
+)
+def test_damaged_questions_are_named_and_asked_again(tmp_path: Path, damage, said: str) -> None:
+    a = results(tmp_path, "a", [1] * 4 + [0] * 10)
+    b = results(tmp_path, "b", [0] * 4 + [1] * 10)
+    file = questions_file(b, "task")
+    kept = Results(b, read_results(b)["model"], {"dtype": "float32"})
+    assert kept.has("task", lambda task: {})
+    text = damage(file.read_text())
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        compare_task(a, b, "task", ["acc"])
+    assert not kept.has("task", lambda task: {})
+
+
+def test_results_have_a_folder_of_one_model_and_of_nothing_else(tmp_path: Path) -> None:
+    """A run's folder with results of another model stood for that model in comparisons."""
+    identity = {"name": "a", "sha256": "a", "parameters": 1, "kind": "folder"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").touch()
+    with pytest.raises(UserError, match="is a folder of weights for PyTorch, and results have a folder of"):
+        Results(tmp_path / "model", identity, {})
+    (tmp_path / "perplexity.json").write_text(json.dumps({"a.txt": {"model": identity | {"sha256": "b"}}}))
+    with pytest.raises(UserError, match=r"holds the results of another model \(a, sha256 b\)"):
+        Results(tmp_path, identity, {})

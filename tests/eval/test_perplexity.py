@@ -145,7 +145,7 @@ def test_another_model_s_are_kept(made: Made, tmp_path: Path, monkeypatch):
     arguments = ("--text", tmp_path / "a.txt", "--device", "cpu", "--out", tmp_path)
     monkeypatch.setattr("sys.argv", ["perplexity", str(made.folder), *map(str, arguments)])
     before = there.read_bytes()
-    with pytest.raises(UserError, match=r"perplexities of another model \(other, sha256 0+\): give another"):
+    with pytest.raises(UserError, match=r"results of another model \(other, sha256 0+\): give another"):
         perplexity.main()
     assert there.read_bytes() == before
 

@@ -227,7 +227,7 @@ def test_equal_recipes_need_no_seeds_and_empty_results_are_named(tmp_path: Path,
     assert cells(capsys.readouterr().out)[4:10] == ["0.00 ± 0.00", "0.00 to 0.00", "1.000", "2.0", "", ""]
     (a0 / "questions/task.jsonl").write_text("")
     with pytest.raises(
-        UserError, match=r"task.jsonl cannot be read \(it is empty\): remove it and evaluate the"
+        UserError, match=r"task.jsonl cannot be read \(it has 0 of 4 questions\): remove it and"
     ):
         compare(monkeypatch, "--a", a0, a1, "--b", b0, b1)
 

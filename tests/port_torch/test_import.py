@@ -264,6 +264,7 @@ def test_refusals(call, tmp_path):
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
     (changed / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1] + b"\0")
     checkpoint = write_checkpoint(tmp_path / "checkpoint", LLAMA, PARAMS["llama"])
+    step = write_checkpoint(tmp_path / "run/checkpoints/00000005", LLAMA, PARAMS["llama"])
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out"
     for arguments, sentence in (
@@ -271,6 +272,10 @@ def test_refusals(call, tmp_path):
         ((tmp_path, out), "has no known format"),
         ((checkpoint, out), "give it to `train_tpu.run --init-from` as it is"),
         ((folder, checkpoint), "exists already"),
+        (
+            (folder, step.with_name("00000099")),
+            "among the checkpoints of the run .*/run, which would",
+        ),
         ((folder, out, "--n-heads", "2"), "--n-heads is for the original MTLM1"),
         ((folder, out, "--tokenizer", "mistral"), "the tokenizers differ: .*'bytes'.*'mistral'"),
         ((plain, out), "name the model's tokenizer with --tokenizer"),
