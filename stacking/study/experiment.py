@@ -30,6 +30,7 @@ from stacking.study.results import (
     Results,
     Text,
     data_text,
+    distinct_runs,
     open_results,
     read_results,
     require_same_folder,
@@ -37,6 +38,7 @@ from stacking.study.results import (
     require_same_text,
     speed,
     summarize,
+    take_names,
 )
 from stacking.study.runs import Run, Runs, require_names
 
@@ -69,7 +71,8 @@ def run_study(config: StudyConfig, console: Console) -> None:
         list_runs(leaves, out, results, clock, say)
         return
     texts = open_texts(leaves, definition.heldout, out)
-    require_same_text(results, leaves, {run.name: texts[text_key(run.settings)] for run in leaves})
+    leaves = open_runs(definition, results, texts)
+    require_same_text(results, leaves, texts_of(leaves, texts))
 
     # 2. Train. What is to be trained next may depend on the results.
     with lock_folder(out):
@@ -79,7 +82,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
             while True:
                 runs = make_runs(out, leaves, results, clock, texts, config.keep_weights)
                 whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
-                leaves = open_runs(definition, results)
+                leaves = open_runs(definition, results, texts)
                 if not config.keep_weights:
                     runs.remove_weights([*leaves, *coming(definition, results)])
                 if not whole:
@@ -100,12 +103,23 @@ def report(results: Results, say: Callable[[str], None]) -> None:
         say(f"no report yet: {error}")
 
 
-def open_runs(definition: Definition, results: Results) -> list[Run]:
-    """The runs whose results are wanted now."""
+def open_runs(definition: Definition, results: Results, texts: dict[str, Text] | None = None) -> list[Run]:
+    """The runs whose results are wanted now, each once; entries get the names that the study gives them.
+
+    texts: by `text_key`, once they are open.
+    """
     leaves = KINDS[definition.kind].runs(definition, results)
     require_names(leaves)
+    named = None if texts is None else texts_of(leaves, texts)
+    leaves = distinct_runs(leaves, named)
+    take_names(results, leaves, named)
     require_same_runs(results, leaves)
     return leaves
+
+
+def texts_of(leaves: list[Run], texts: dict[str, Text]) -> dict[str, Text]:
+    """The texts of runs and of those that they come from, by their names."""
+    return {run.name: texts[text_key(run.settings)] for leaf in leaves for run in leaf.ancestry}
 
 
 def coming(definition: Definition, results: Results) -> list[Run]:

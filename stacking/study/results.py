@@ -15,9 +15,11 @@ from core.figures import require_json
 from core.folders import write_atomically
 from core.run.folder import read_config
 from core.run.log import CARRIED, read_log
+from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import AUTOMATIC, FREE_SETTINGS, FROM_PRESET, MIXTURE, ONCE, flatten
 from stacking.study.definition import Definition
 from stacking.study.runs import Run
+from train_tpu.config import RunConfig, defaults
 
 TABLE, PICTURE = ".md", ".png"
 """With which the report's files end; they have the name of the results otherwise."""
@@ -25,6 +27,8 @@ UNCOMPARED = {
     *AUTOMATIC, *ONCE, *FROM_PRESET, "vocab_size", "preset", "steps", "epochs", "rewarm", "rewarm_at", "mesh",
 }  # fmt: skip
 """Settings that a folder of the same run may have otherwise, as a grown one's, or that its model tells."""
+CHOSEN = ("optimizer", "lr", "seed", "batch")
+"""Settings that results have of every run, whether the study gives them or its preset."""
 POINTS = 40  # of a run's training loss that are kept
 
 
@@ -71,7 +75,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """The results in a file.
+    """The results in a file, of runs that are in it under several names the first.
 
     Raises:
         UserError: there are none, or they are damaged.
@@ -80,7 +84,11 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} holds no results yet: leave --report out to train, or give --results")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["kind"], record["runs"].items(), record["sessions"]
+        record["kind"], record["sessions"]
+        first: dict[str, str] = {}
+        for name, entry in record["runs"].items():
+            first.setdefault(run_key(entry, entry["fingerprint"]), name)
+        record["runs"] = {name: record["runs"][name] for name in first.values()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or give another --results") from None
     return Results(path, record)
@@ -123,6 +131,76 @@ def data_text(data: str | tuple[str, ...]) -> str:
     return data if isinstance(data, str) else " ".join(data)
 
 
+def _chosen(run: Run) -> dict[str, Any]:
+    config = flatten(run.settings.config)
+    return {name: config[name] for name in CHOSEN}
+
+
+def _begin_entry(run: Run) -> dict[str, Any]:
+    """What an entry has of a run before it is trained."""
+    return {"labels": run.labels, **run.identity, **_chosen(run)}
+
+
+def _resolved(entry: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run by name, those that the study leaves to its preset, too."""
+    given = entry["settings"]
+    preset = given.get("preset", RunConfig.preset)
+    rest = flatten(defaults(preset)) if preset in TRAINING_DEFAULTS else {}  # a report needs no preset
+    own = {name: entry[name] for name in (*CHOSEN, "steps")}
+    return rest | {"preset": preset} | given | own
+
+
+def run_key(entry: dict[str, Any], text: str) -> str:
+    """The same for two entries that are one run, whatever their names. text: what tells theirs."""
+    # A trunk has the settings of its decays, so that its name adds nothing; what is grown is an arm.
+    lineage = [entry.get("at"), entry.get("grow"), *(entry["labels"].get(x) for x in ("arm", "grown_at"))]
+    numbers = json.loads(json.dumps([_resolved(entry), lineage, text]), parse_int=float)  # 1 is 1.0
+    return json.dumps(numbers, sort_keys=True)
+
+
+def _key(run: Run, texts: dict[str, Text] | None) -> str:
+    text = data_text(run.settings.config.data) if texts is None else texts[run.name].fingerprint
+    return run_key(_begin_entry(run), text)
+
+
+def distinct_runs(runs: list[Run], texts: dict[str, Text] | None) -> list[Run]:
+    """Runs without those that are an earlier one under another name.
+
+    texts: by the names of the runs. None: they are not open yet, and are told by the names of their data.
+    """
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(_key(run, texts), run)
+    return list(found.values())
+
+
+def take_names(results: Results, runs: list[Run], texts: dict[str, Text] | None) -> None:
+    """Gives entries that are one of `runs`, or of those that they come from, its name and labels: where the
+    study's file gets a list in place of a value, say, runs that have ended are renamed.
+
+    texts: as in `distinct_runs`.
+    """
+    known: dict[str, list[str]] = {}
+    for name, entry in results.runs.items():
+        text = entry["data"] if texts is None else entry["fingerprint"]
+        known.setdefault(run_key(entry, text), []).append(name)
+    taken: dict[str, Run] = {}
+    for run in {run.name: run for leaf in runs for run in leaf.ancestry}.values():
+        names = known.get(_key(run, texts), [])
+        free = [name for name in names if name not in taken]
+        if free:
+            taken[run.name if run.name in free else free[0]] = run
+    # Another run may have the name: it keeps it, and `require_same_runs` refuses.
+    while clashes := {old for old, run in taken.items() if run.name in results.runs.keys() - taken.keys()}:
+        taken = {old: run for old, run in taken.items() if old not in clashes}
+    results.record["runs"] = {
+        taken[name].name if name in taken else name: (
+            entry | {"labels": taken[name].labels, **taken[name].identity} if name in taken else entry
+        )
+        for name, entry in results.runs.items()
+    }
+
+
 def require_same_text(results: Results, runs: list[Run], texts: dict[str, Text]) -> None:
     """Refuses results of runs that were trained on another text. texts: by the names of the runs."""
     for run in runs:
@@ -141,11 +219,11 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
         if entry is None:
             continue
         own = run.identity
+        lineage = own.keys() - {"settings"}
         old, new = (
-            one["settings"] | {name: one.get(name) for name in own if name != "settings"}
-            for one in (entry, own)
+            _resolved(one) | {name: one.get(name) for name in lineage} for one in (entry, _begin_entry(run))
         )
-        for name in sorted({*old, *new}):
+        for name in sorted({*entry["settings"], *own["settings"], *lineage}):
             if old.get(name) != new.get(name):
                 raise UserError(
                     f"{results.path} has {run.name} with {name} {old.get(name)}, and the study asks for "
@@ -189,10 +267,7 @@ def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any
             "layers": model.n_layers, "width": model.d_model, "context": model.context,
             "flops_per_token": model.flops_per_token(),
         },
-        "optimizer": run.settings.config.optim.optimizer,
-        "lr": run.settings.config.optim.lr,
-        "seed": run.settings.config.seed,
-        "batch": run.settings.config.batch,
+        **_chosen(run),
         "data": data_text(run.settings.config.data),
         **dataclasses.asdict(text),
         "skipped": len(read_log(folder, "skip")),

@@ -184,6 +184,49 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
     assert again.made == []
 
 
+def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_path, monkeypatch):
+    """Defaults spelled out, seeds and lengths added, a block renamed, a text moved: the same runs."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02, 0.04]\n'
+    config = StudyConfig(str(study_file(tmp_path, "tuning", block, text_of_a_study)), out=out)
+    FakeTraining(monkeypatch, parabola)
+    run_study(config, make_console())
+    old = json.loads((out / "results.json").read_text())["runs"]
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(text_of_a_study.read_bytes())
+    steps = block.replace('"a"', '"b"').replace("= 12", "= [12, 24]") + "seed = [0, 1]\nweight_decay = 0.1\n"
+    for changed, data, made in (
+        (block + "seed = 0\n", text_of_a_study, 0),
+        (block + "seed = [0, 1]\n", text_of_a_study, 3),
+        (steps, moved, 6),
+        # Two blocks ask for the same runs.
+        (f"{steps}\n[[runs]]\n" + steps.replace('"b"', '"c"').replace("[12, 24]", "12"), moved, 0),
+    ):
+        study_file(tmp_path, "tuning", changed, data)
+        again = FakeTraining(monkeypatch, parabola)
+        run_study(config, make_console())
+        assert len(again.made) == made, again.made
+        page = (out / "results.md").read_text()
+    results = read_results(out / "results.json").runs
+    assert len(results) == 12 and results["b/steps-12/lr-0.01/seed-0"]["labels"] == {"block": "b"}
+    # The seeds lie 0.005 from their mean.
+    row = "| 0.01 0.02 0.04 | 0.04 | 3.0222 ± 0.0050 (2 seeds) |"
+    assert page.count(row) == 2 and "12 runs; trained on" in page
+    # A file that has copies already.
+    record = json.loads((out / "results.json").read_text())
+    record["runs"] |= old
+    (out / "results.json").write_text(json.dumps(record))
+    run_study(dataclasses.replace(config, report=True), make_console())
+    page = (out / "results.md").read_text()
+    assert page.count(row) == 2 and "12 runs; trained on" in page
+    # The name of one that was another run is refused still.
+    study_file(tmp_path, "tuning", steps.replace("weight_decay = 0.1", "weight_decay = 0.2"), moved)
+    with pytest.raises(
+        UserError, match=r"has b/steps-12/lr-0.01/seed-0 with weight_decay 0.1, and the study"
+    ):
+        run_study(config, make_console())
+
+
 def law(run: Run) -> float:
     tokens = run.steps * run.settings.batch_tokens
     distinct = 96 * 32
@@ -266,6 +309,34 @@ def test_a_study_of_saturation_gets_more_lengths(text_of_a_study, tmp_path, monk
     # A trunk with other --steps would be refused.
     steps = [given_value(one.commands["a/trunk@72"], "--steps") for one in (second, first)]
     assert steps[0] == steps[1]
+
+
+def test_a_rate_added_to_a_study_of_saturation_trains_no_run_again(text_of_a_study, tmp_path, monkeypatch):
+    """Its decays and their trunk are renamed. The same settings on another text are another run."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    out, lengths = tmp_path / "out", "tokens_per_parameter = [0.1, 0.2, 0.4, 0.8]\n"
+    block = f'name = "a"\n{lengths}lr = 0.01\n'
+    config = StudyConfig(str(study_file(tmp_path, "saturation", block, text_of_a_study)), out=out)
+    FakeTraining(monkeypatch, law)
+    run_study(config, make_console())
+    before = (out / "results.md").read_text()
+    two = f"{block.replace('0.01', '[0.01, 0.02]')}seed = [0]\n"
+    study_file(tmp_path, "saturation", two, text_of_a_study)
+    again = FakeTraining(monkeypatch, law)
+    run_study(config, make_console())
+    assert len(again.made) == 8 and all(name.startswith("a/lr-0.02/seed-0/") for name in again.made)
+    results = read_results(out / "results.json").runs
+    assert len(results) == 10 and results["a/lr-0.01/seed-0/decayed-0.8"]["from"] == "a/lr-0.01/seed-0/trunk"
+    page = (out / "results.md").read_text()
+    said = next(line for line in before.splitlines() if "loss = " in line).split(" runs: ")[1]
+    assert f"lr 0.01, 4 runs: {said}" in page and f"lr 0.02, 4 runs: {said}" in page
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_of_a_study.read_text() * 2)
+    second = block.replace('"a"', '"b"') + f'data = "{other}"\n'
+    study_file(tmp_path, "saturation", f"{two}\n[[runs]]\n{second}", text_of_a_study)
+    more = FakeTraining(monkeypatch, law)
+    run_study(config, make_console())
+    assert len(more.made) == 8 and all(name.startswith("b/") for name in more.made)
 
 
 def test_a_run_in_the_folder_of_another_is_refused(text_of_a_study, tmp_path, monkeypatch):
