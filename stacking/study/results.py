@@ -15,11 +15,10 @@ from core.figures import require_json
 from core.folders import write_atomically
 from core.run.folder import read_config
 from core.run.log import CARRIED, read_log
-from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import AUTOMATIC, FREE_SETTINGS, FROM_PRESET, MIXTURE, ONCE, flatten
 from stacking.study.definition import Definition
 from stacking.study.runs import Run
-from train_tpu.config import RunConfig, defaults
+from train_tpu.config import RunConfig
 
 TABLE, PICTURE = ".md", ".png"
 """With which the report's files end; they have the name of the results otherwise."""
@@ -141,20 +140,17 @@ def _begin_entry(run: Run) -> dict[str, Any]:
     return {"labels": run.labels, **run.identity, **_chosen(run)}
 
 
-def _resolved(entry: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a run by name, those that the study leaves to its preset, too."""
-    given = entry["settings"]
-    preset = given.get("preset", RunConfig.preset)
-    rest = flatten(defaults(preset)) if preset in TRAINING_DEFAULTS else {}  # a report needs no preset
-    own = {name: entry[name] for name in (*CHOSEN, "steps")}
-    return rest | {"preset": preset} | given | own
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """What tells a run from others: the settings that its study gives, and those that results have of every
+    run. What it leaves to its preset is not looked up: presets change, and what was trained does not."""
+    return {"preset": RunConfig.preset} | entry["settings"] | {n: entry[n] for n in (*CHOSEN, "steps")}
 
 
 def run_key(entry: dict[str, Any], text: str) -> str:
     """The same for two entries that are one run, whatever their names. text: what tells theirs."""
     # A trunk has the settings of its decays, so that its name adds nothing; what is grown is an arm.
     lineage = [entry.get("at"), entry.get("grow"), *(entry["labels"].get(x) for x in ("arm", "grown_at"))]
-    numbers = json.loads(json.dumps([_resolved(entry), lineage, text]), parse_int=float)  # 1 is 1.0
+    numbers = json.loads(json.dumps([_told(entry), lineage, text]), parse_int=float)  # 1 is 1.0
     return json.dumps(numbers, sort_keys=True)
 
 
@@ -221,7 +217,7 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
         own = run.identity
         lineage = own.keys() - {"settings"}
         old, new = (
-            _resolved(one) | {name: one.get(name) for name in lineage} for one in (entry, _begin_entry(run))
+            _told(one) | {name: one.get(name) for name in lineage} for one in (entry, _begin_entry(run))
         )
         for name in sorted({*entry["settings"], *own["settings"], *lineage}):
             if old.get(name) != new.get(name):

@@ -185,7 +185,7 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
 
 
 def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_path, monkeypatch):
-    """Defaults spelled out, seeds and lengths added, a block renamed, a text moved: the same runs."""
+    """Seeds and lengths added, the default seed spelled out, a block renamed, a text moved: the same runs."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
     out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02, 0.04]\n'
     config = StudyConfig(str(study_file(tmp_path, "tuning", block, text_of_a_study)), out=out)
@@ -194,7 +194,7 @@ def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_pa
     old = json.loads((out / "results.json").read_text())["runs"]
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(text_of_a_study.read_bytes())
-    steps = block.replace('"a"', '"b"').replace("= 12", "= [12, 24]") + "seed = [0, 1]\nweight_decay = 0.1\n"
+    steps = block.replace('"a"', '"b"').replace("= 12", "= [12, 24]") + "seed = [0, 1]\n"
     for changed, data, made in (
         (block + "seed = 0\n", text_of_a_study, 0),
         (block + "seed = [0, 1]\n", text_of_a_study, 3),
@@ -220,10 +220,9 @@ def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_pa
     page = (out / "results.md").read_text()
     assert page.count(row) == 2 and "12 runs; trained on" in page
     # The name of one that was another run is refused still.
-    study_file(tmp_path, "tuning", steps.replace("weight_decay = 0.1", "weight_decay = 0.2"), moved)
-    with pytest.raises(
-        UserError, match=r"has b/steps-12/lr-0.01/seed-0 with weight_decay 0.1, and the study"
-    ):
+    study_file(tmp_path, "tuning", f"{steps}weight_decay = 0.2\n", moved)
+    said = r"has b/steps-12/lr-0.01/seed-0 with weight_decay None, and the study"
+    with pytest.raises(UserError, match=said):
         run_study(config, make_console())
 
 
