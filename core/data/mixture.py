@@ -182,7 +182,7 @@ def _block(counts: Counts, first: int, seed: int) -> tuple[np.ndarray, np.ndarra
     n = [count for _, count in counts]
     digest = hashlib.sha256(f"mixture, seed {seed}, block from {first}".encode()).digest()
     keys = _mixed(np.frombuffer(digest[:8], "<u8") + np.arange(sum(n), dtype=np.uint64))
-    sources = np.repeat(np.arange(len(n)), n)[np.argsort(keys, kind="stable")]
+    sources = np.repeat(np.arange(len(n)), n)[np.argsort(keys)]
     ranks = np.empty(sum(n), np.int64)
     for number, count in enumerate(n):
         ranks[sources == number] = np.arange(count)
@@ -190,7 +190,8 @@ def _block(counts: Counts, first: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood, 2014): 64 bits in which every bit depends on all of the key's.
+    """SplitMix64 (Steele, Lea and Flood, 2014): 64 bits in which every bit depends on all of the key's, and
+    which no two keys have in common.
 
     NumPy's own permutations may differ between its versions.
     """

@@ -126,6 +126,15 @@ def test_bfloat16_hidden_states():
     assert relative(found[0], truth[0]) < 1e-6
 
 
+def test_products_of_bfloat16_are_summed_in_float32():
+    """By what is asked for: on a CPU XLA keeps more precision than that, so the values say nothing."""
+    hidden, table, targets = example()
+    total = lambda h, t: cross_entropy(h, t, targets).total  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden.astype(jnp.bfloat16), table))
+    kinds = re.findall(r"(\w+)\[[0-9,]+\] = dot_general\[.*?preferred_element_type=(\w+)", text, re.DOTALL)
+    assert kinds == [("f32", "float32")] * 3
+
+
 @pytest.mark.parametrize(("n", "sizes"), [
     (9216, (2, 4608)), (9217, (2, 4609)), (16384, (2, 8192)), (8192, (1, 8192)), (100, (1, 100)),
 ])  # fmt: skip

@@ -189,6 +189,16 @@ def test_counts_over_100_000_windows_by_the_loader_itself(mixture, monkeypatch):
                 assert one.records.tolist() == labels[one.first : one.first + batch][rows]
 
 
+def test_a_source_that_is_no_longer_named_is_named_where_it_comes(sources):
+    without = Mixture({name: sources[name] for name in ("books", "wiki")}, SHORT)
+    before = [record_of(without, index, 3) for index in range(85)]
+    assert before == expected_records(SHORT, 85) and not any(name.startswith("code:") for name in before)
+    with pytest.raises(
+        UserError, match="sequence 85 is of the source code, which --data does not name any more"
+    ):
+        record_of(without, 85, 3)
+
+
 def test_one_source_by_name_reads_as_it_does_without_one(sources):
     named = Mixture({"wiki": sources["wiki"]}, (Phase(0, (("wiki", BLOCK),)),))
     for one, other in zip(take(named, 30), take(sources["wiki"], 30), strict=True):

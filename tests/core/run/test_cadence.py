@@ -35,6 +35,13 @@ def test_0_turns_samples_off_and_all_evaluations_but_the_last():
     assert find_due(Cadence(5, 7, 10), 0, last=False, late=True) == Due(True, True, False)
 
 
+def test_a_short_run_does_everything_before_each_update():
+    cadence = choose_cadence(Settings(), 5)
+    assert cadence == Cadence(1, 1, 1)
+    for step in range(1, 5):
+        assert find_due(cadence, step, last=False, late=False) == Due(True, True, True)
+
+
 def saves(n_processes: int, agree_every: int, steps: int) -> list[list[int]]:
     """Steps before which each of some processes saves, a second a step, the clock of each a bit ahead."""
     now = 0.0
@@ -69,3 +76,13 @@ def test_one_that_is_asked_to_stop_stops_all():
         assert agreement.stop
         agreement.saved()
         assert agreement.stop and not agreement.late
+
+
+def test_a_command_that_reaches_one_process_is_taken_by_all_and_once():
+    told, other = Agreement(10, lambda: False, lambda: True), Agreement(10, lambda: False)
+    assert (told.flags().steer, other.flags().steer) == (True, False)
+    for agreement in (told, other):
+        agreement.hear(stop=False, late=False, steer=True)
+        assert agreement.steer
+        agreement.hear(stop=False, late=False, steer=False)
+        assert not (agreement.steer or agreement.stop or agreement.late)

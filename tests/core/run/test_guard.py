@@ -102,6 +102,16 @@ def test_parameters_that_overshoot_while_the_rate_rises_are_mended():
         assert decisions(np.float32(losses), np.float32(norms), 8.0)[-5:] == [False] * 5
 
 
+def test_the_first_update_that_is_judged_has_sixteen_before_it():
+    quiet = np.random.default_rng(3).normal(2, 0.02, 40)
+    for at, refused in ((15, []), (16, [16])):
+        losses = quiet.copy()
+        losses[at] = 9.0
+        for decisions in (decisions_of_jax, decisions_of_torch, decisions_of_numpy):
+            made = decisions(np.float32(losses), np.float32(quiet / 2), 8.0)
+            assert [i for i, ok in enumerate(made) if not ok] == refused
+
+
 def test_a_full_window_has_the_plain_deviation():
     values = np.random.default_rng(1).normal(3, 0.1, WINDOW)
     expected = values.mean() + 8 * values.std()

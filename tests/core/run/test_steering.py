@@ -48,6 +48,8 @@ def running(out: Path, steps: int = 100):
         ("lr=101x", "from 0.01x to 100x"), ("lr=0.001x", "from 0.01x"), ("lr=2", "at most 1"),
         ("lr=2xx", "above 0"), ("guard.sigma=-1", "0 or more"), ("guard.halt_after=0", "1 to 2,147,483,647"),
         ("skip=5:5", "the one after the last"), ("skip=7", "the one after the last"), ("steps=+0", r"\+2000"),
+        ("guard.halt_after=2147483648", "1 to 2,147,483,647"), ("guard.sigma=1e999", "0 or more"),
+        ("skip=5:2147483648", "the one after the last"), ("steps=2147483648", r"\+2000"),
         ("steps=1e3", r"\+2000"), ("sample", "needs a prompt"), ("momentum=1", "not a command"),
         ("lr", "not a command"), ("guard.window=5", "not a command"),
     ],
@@ -55,6 +57,16 @@ def running(out: Path, steps: int = 100):
 def test_what_cannot_be_is_refused_when_it_is_typed_with_its_range(typed: str, said: str):
     with pytest.raises(UserError, match=said):
         parse([typed])
+
+
+@pytest.mark.parametrize(
+    "typed", ["lr=1", "lr=100x", "lr=0.01x", "lr=1e-9", "guard.sigma=0", "guard.halt_after=1",
+              "guard.halt_after=2147483647", "skip=0:1", "skip=5:2147483647", "steps=1", "steps=-1",
+              "steps=2147483647"],
+)  # fmt: skip
+def test_the_ends_of_the_ranges_that_a_refusal_names_are_taken(typed: str):
+    name, value = typed.split("=")
+    assert parse([typed]) == [(name, value)]
 
 
 def test_a_record_gives_the_settings_of_every_update():
