@@ -11,11 +11,12 @@ import pytest
 from core.chat import ChatFormat, find_contents, folder_template, open_chat
 from core.data.conversations import Conversation, Turn
 from core.errors import UserError
+from core.leaves import model_leaves
 from core.special_tokens import named_in
 from core.tokenizer import ByteTokenizer, load_tokenizer, open_tokenizer, tokenizer_record
-from core.vocabulary import with_room, with_rows
+from core.vocabulary import vocabulary_leaves, with_room, with_rows
 from tests.core.test_tokenizer import bpe_file
-from tests.models import GPT
+from tests.models import BOTH, GPT
 
 # As models of the field write them: other tokens, no system, thoughts of earlier answers left out.
 GEMMA = (
@@ -226,7 +227,7 @@ def test_a_tokenizer_that_has_the_tokens_gets_none(tmp_path: Path):
 def test_new_rows_are_the_mean_of_those_that_had_a_token():
     config = with_room(GPT, GPT.vocab_size + 2)
     assert config.vocab_size % 64 == 0 and 0 <= config.vocab_size - GPT.vocab_size - 2 < 64
-    assert with_room(config, config.vocab_size - 1) is config
+    assert with_room(config, config.vocab_size) is config and with_room(GPT, GPT.vocab_size) is GPT
     table = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     for axis, array in ((0, table), (1, table.T)):
         wider = np.moveaxis(with_rows(array, axis, 8, 12), axis, 0)
@@ -234,6 +235,21 @@ def test_new_rows_are_the_mean_of_those_that_had_a_token():
         np.testing.assert_allclose(
             wider[8:], np.repeat(table[:8].mean(0, dtype=np.float64)[None], 4, 0), 1e-6
         )
+
+
+def test_the_mean_of_many_rows_is_rounded_once():
+    table = np.random.default_rng(0).normal(100, 1, (40_000, 2)).astype(np.float32)
+    mean = table.mean(0, dtype=np.longdouble).astype(np.float32)
+    assert np.array_equal(with_rows(table, 0, 40_000, 40_001)[-1], mean)  # a sum in float32 is 1e-4 off
+
+
+@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
+def test_leaves_with_a_row_for_every_id_are_those_as_long_as_the_vocabulary(config):
+    shapes = {leaf.path: leaf.shape(config) for leaf in model_leaves(config)}
+    assert config.vocab_size == 97  # as nothing else is
+    found = {leaf.path: axis for leaf, axis in vocabulary_leaves(config)}
+    assert found == {path: shape.index(97) for path, shape in shapes.items() if 97 in shape}
+    assert len(found) == (1 if config.tied else 2)
 
 
 def test_what_is_said_is_found_as_a_search_of_all_ways_finds_it():

@@ -144,6 +144,12 @@ def test_packing_holds_every_example_once(lengths: list[int]):
     assert sum(2 * (row == 0).sum() > 12 for row in packed.tokens) <= 1  # no two rows would fit into one
 
 
+def test_padding_comes_after_however_many_documents():
+    (documents,) = pack([Example(np.ones(2, np.int32), np.ones(2, np.int32), 2)] * 500, 1024).documents
+    assert documents[:1000].tolist() == [number for number in range(1, 501) for _ in range(2)]
+    assert (documents[1000:] > 500).all()
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_where_documents_begin(parts: int, rows: int, length: int, seed: int):
@@ -171,7 +177,9 @@ def test_an_epoch_holds_every_row_once_in_another_order_each():
 
     def numbers(seed: int, start: int, rows: slice, count: int) -> list[int]:
         batches = packed_batches(packed, seed=seed, batch=2, start=start, rows=rows)
-        return [int(r) for _ in range(count) for r in next(batches).records]
+        read = [next(batches) for _ in range(count)]
+        assert not any(one.bad.any() for one in read)
+        return [int(r) for one in read for r in one.records]
 
     order = numbers(0, 0, slice(0, 2), n)
     assert sorted(order[:n]) == sorted(order[n:]) == list(range(n)) and order[:n] != order[n:]
