@@ -5,7 +5,6 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from core.errors import UserError
@@ -46,20 +45,6 @@ def test_constant_is_where_the_rates_before_and_after_are_the_peak(optim):
         around = {learning_rate(optim, at, 100) for at in (step - 1, step)}
         constant = around == {optim.lr} and optim.schedule == "wsd"
         assert (why_not_constant(optim, step, 100) is None) == constant, step
-
-
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-def test_the_rate_of_every_update_by_interpolation(schedule):
-    """Against straight lines between corners, and half a turn of a cosine, to the end and beyond it."""
-    optim = change(WSD, schedule=schedule, final_lr=0.25)
-    steps = np.arange(105)
-    if schedule == "wsd":
-        falling = np.interp(steps, [80, 100], [2.0, 0.5])
-    else:
-        falling = 1.25 + 0.75 * np.cos(np.interp(steps, [10, 100], [0, np.pi]))
-    truth = np.where(steps < 10, np.interp(steps, [-1, 9], [0, 2.0]), falling)
-    rates = [learning_rate(optim, step, 100) for step in steps.tolist()]
-    assert rates == pytest.approx(truth.tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
