@@ -56,8 +56,8 @@ def grow_leaf(
     leaf: Array,
     plan: Plan,
     *,
-    reset_optimizer: bool = False,
-    fresh: Array | None = None,
+    reset_optimizer: bool,
+    fresh: Array | None,
 ) -> Array:
     """One leaf of `grow`: `names` is its path, `fresh` the newly drawn parameter that it belongs to."""
     if names[0] == "guard":

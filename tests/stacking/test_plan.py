@@ -26,6 +26,7 @@ def plans(draw) -> Plan:
         ("stack", 3, None, "0 1 2 0 1 2", "cccccc"),
         ("stack", 4, 1.5, "0 1 2 3 0 1", "cccccc"),
         ("stack", 2, 4, "0 1 0 1 0 1 0 1", "cccccccc"),
+        ("stack", 1, 64, " ".join("0" * 64), "c" * 64),
         ("interleave", 3, None, "0 0 1 1 2 2", "cccccc"),
         ("interleave", 2, 3, "0 0 0 1 1 1", "cccccc"),
         ("overlap", 4, None, "0 1 2 1 2 3", "cccccc"),
@@ -78,6 +79,25 @@ def test_the_picture_names_every_layer_and_its_source(plan):
     assert numbers == {"new": list(range(plan.n_layers)), "old": list(plan.sources)}
 
 
+def test_the_picture_marks_what_is_no_copy_and_says_how():
+    plan = custom_plan("0-1,2:identity,0-29,3:fresh", 30)  # the third of a line of 24, and the last of two
+    assert plan.picture().splitlines() == [
+        "custom: 30 -> 34 layers (0-1,2:identity,0-29,3:fresh)",
+        "new     0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19 20 21 22 23",
+        "        ▁  ▁  ▁  ▁  ▁  ▁  ▁  ▁  ▂  ▂  ▂  ▂  ▃  ▃  ▃  ▃  ▄  ▄  ▄  ▄  ▅  ▅  ▅  ▅",
+        "old     0  1  2  0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17 18 19 20",
+        "              0",
+        "new    24 25 26 27 28 29 30 31 32 33",
+        "        ▆  ▆  ▆  ▆  ▇  ▇  ▇  ▇  █  ▁",
+        "old    21 22 23 24 25 26 27 28 29  3",
+        "                                   *",
+        "      0: an identity block, its o and down zeroed",
+        "      *: newly drawn",
+    ]
+    assert custom_plan("0:identity,0-29", 30).picture().splitlines()[4] == "        0"
+    assert custom_plan("0-29", 30).picture().count("\n") == 6  # without a line of marks
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -85,6 +105,7 @@ def test_the_picture_names_every_layer_and_its_source(plan):
         (lambda: make_plan("stack", 6, 0.5), "must be at least 1"),
         (lambda: make_plan("stack", 6, -2), "must be at least 1"),
         (lambda: make_plan("stack", 6, float("nan")), "does not fit"),
+        (lambda: make_plan("stack", 6, 65), r"\(and at most 64\) .* as 2 does"),
         (lambda: make_plan("middle", 6, 3), "at most twice the layers, not 18 out of 6"),
         (lambda: make_plan("overlap", 6, 1.5), "an even number, not 9 out of 6"),
         (lambda: custom_plan("0-11,0-12", 12), "'0-12' names layer 12, but the model has 12 layers, 0 to 11"),

@@ -30,6 +30,7 @@ def rates(run: RunConfig) -> list[float]:
         (Schedule("rewarm", 5), 80, 200),
         (Schedule("restart"), 50, 100),
         (Schedule("restart"), 100, 160),
+        (Schedule("restart"), 2, 100),  # before a re-warming that was planned, which is off with it
     ],
 )
 def test_every_schedule_is_the_oracles(schedule, at, steps, warmup):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.optimize
 from matplotlib.figure import Figure
 
 import core.run.data
@@ -419,12 +420,17 @@ def test_the_law_is_found_again():
     assert fits.fit_law(tokens[5:8], distinct[5:8], falling[5:8]) is None
     # Two lengths on two texts, or three seeds of one length, are no three lengths; rising losses no law.
     assert fits.fit_law(tokens[[0, 1, 5, 6]], distinct[[0, 1, 5, 6]], falling[[0, 1, 5, 6]]) is None
+    # Nor do two texts of which neither is repeated tell anything of repetition: 1, 10 and 30M tokens.
+    same = [0, 5, 2, 8]
+    assert fits.fit_law(tokens[same], distinct[same], falling[same]) is None
+    assert fits.fit_law(tokens[same], distinct[same] + [0, 0, -9e7, 0], falling[same]) is None
+    assert fits.fit_law(tokens[[*same, 9]], distinct[[*same, 9]], falling[[*same, 9]]) is not None
     assert fits.fit_law(tokens[[0, 0, 0]], distinct[[0, 0, 0]], np.array([3.0, 3.1, 3.2])) is None
     assert fits.fit_law(tokens[:3], distinct[:3], tokens[:3]) is None
 
 
 def test_the_best_rate_is_that_of_a_parabola():
-    points = [(2.0**x, 1 + (x + 6.3) ** 2, 0) for x in (-8, -7, -6, -5)]
+    points = [(2.0**x, 1 + 0.25 * (x + 6.3) ** 2, 0) for x in (-8, -7, -6, -5)]
     fit = fits.fit_optimum(points)
     assert fit.rate == pytest.approx(2**-6.3) and fit.loss == pytest.approx(1) and fit.error < 1e-6
     assert fits.fit_optimum(points[:3]).error is None
@@ -434,7 +440,7 @@ def test_the_best_rate_is_that_of_a_parabola():
     assert not fits.fit_optimum([(1, 1.0, 0), (2, 2.0, 0), (4, 2.5, 0)]).is_minimum
     # The error is that of repeated draws.
     rng = np.random.default_rng(0)
-    drawn = [fits.fit_optimum([(r, y + 0.05 * rng.normal(), 0) for r, y, _ in points]) for _ in range(300)]
+    drawn = [fits.fit_optimum([(r, y + 0.01 * rng.normal(), 0) for r, y, _ in points]) for _ in range(300)]
     spread = np.std([math.log2(one.rate) for one in drawn])
     rms = math.sqrt(np.mean([one.error**2 for one in drawn]))
     assert rms == pytest.approx(
@@ -571,6 +577,18 @@ def test_powers_are_fitted_where_they_are_determined():
     assert fitted["tokens"][0] == pytest.approx(-0.25)
     assert fits.fit_powers(points[:3]) == "powers of width and tokens take 4"
     assert fits.fit_powers([]) == "they must differ in size or length"
+    # With noise, the errors are those that SciPy has.
+    noisy = [
+        (at, value * math.exp(noise)) for (at, value), noise in zip(points, (0.1, -0.2, 0, 0.1), strict=True)
+    ]
+    noisy.append(({"width": 192, "tokens": 9}, 0.02))
+    x = np.log([(at["width"], at["tokens"]) for at, _ in noisy]).T
+    y = np.log([value for _, value in noisy])
+    powers, covariance = scipy.optimize.curve_fit(lambda x, a, b, c: a + b * x[0] + c * x[1], x, y)
+    found = fits.fit_powers(noisy)
+    assert [found["width"][0], found["tokens"][0]] == pytest.approx(powers[1:], rel=1e-5)
+    errors = np.sqrt(np.diag(covariance))[1:]
+    assert [found["width"][1], found["tokens"][1]] == pytest.approx(errors, rel=1e-5)
     same = [({"width": 192 * n, "layers": n % 2 + 1, "tokens": n}, 1.0) for n in (1, 2, 3, 4, 5)]
     assert fits.fit_powers(same) == "width and tokens differ together"
 

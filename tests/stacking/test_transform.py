@@ -178,3 +178,11 @@ def test_one_update_after_identity_growth_is_that_of_ungrown_training():
 def test_a_plan_for_another_depth_is_refused():
     with pytest.raises(UserError, match=r"layers/attn/k/bias has the shape \[3, 48\].*plan is for 4 layers"):
         grow(random_params(GPT), make_plan("stack", 4))
+
+
+def test_what_there_is_no_rule_for_is_not_guessed():
+    params = random_params(GPT)
+    with pytest.raises(ValueError, match="growing has no rule for opt_state/third/layers/"):
+        grow({"opt_state": {"third": params}}, make_plan("stack", GPT.n_layers))
+    with pytest.raises(ValueError, match=r"draws layers anew, and no new layers/\S+ was given"):
+        grow(params, make_plan("random", GPT.n_layers))
