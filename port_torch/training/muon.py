@@ -34,8 +34,8 @@ class Muon:
         others: AdamW,
         config: OptimizerConfig,
         ranks: Distributed,
-        dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
+        dtype: torch.dtype,
+        compiled: bool,
     ):
         """dtype: of the products. compiled: what is done to each element is one kernel for each matrix."""
         self._others, self._config, self._ranks, self._dtype = others, config, ranks, dtype
@@ -62,13 +62,7 @@ class Muon:
                 p.grad = None
 
     @torch.no_grad()
-    def step(
-        self,
-        *,
-        grad_scale: Tensor | None = None,
-        skip: Tensor | None = None,
-        ranks: Distributed | None = None,
-    ) -> None:
+    def step(self, *, grad_scale: Tensor, skip: Tensor, ranks: Distributed | None = None) -> None:
         """One update, of parameters that all have a gradient, on every rank the same.
 
         Args:
@@ -77,23 +71,20 @@ class Muon:
         """
         self._others.step(grad_scale=grad_scale, skip=skip)
         ranks = ranks or self._ranks
-        device = ranks.device
-        scale = torch.ones((), device=device) if grad_scale is None else grad_scale
-        skipped = torch.zeros((), dtype=torch.bool, device=device) if skip is None else skip
-        self._count += ~skipped
+        self._count += ~skip
         beta, decay = self._config.momentum, self._config.weight_decay
         corrections = [(1 - beta ** (self._count.double() + ahead)).float() for ahead in (1, 0)]
         own = []
         for shape, parameters in self._alike.items():
             share = math.ceil(len(parameters) / ranks.size)
-            stack = torch.empty(share * ranks.size, *shape, dtype=self._dtype, device=device)
+            stack = torch.empty(share * ranks.size, *shape, dtype=self._dtype, device=ranks.device)
             stack[len(parameters) :].zero_()
             for p, place in zip(parameters, stack, strict=False):
-                self._advance(p.grad, self.state[p]["exp_avg"], place, scale, skipped, beta, *corrections)
+                self._advance(p.grad, self.state[p]["exp_avg"], place, grad_scale, skip, beta, *corrections)
             own.append(newton_schulz(stack[ranks.rank * share :][:share]))
         for parameters, update in zip(self._alike.values(), ranks.gather(own), strict=True):
             for p, u in zip(parameters, update, strict=False):
-                self._apply(p, u, self._lr, skipped, decay)
+                self._apply(p, u, self._lr, skip, decay)
 
 
 def advance(

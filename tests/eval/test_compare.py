@@ -51,6 +51,14 @@ def test_no_question_answered_otherwise_is_no_difference() -> None:
     assert (found.p, found.difference, found.stderr) == (1.0, 0.0, 0.0)
 
 
+def test_a_difference_that_is_the_same_everywhere_has_no_noise() -> None:
+    """Where the paired t-test would divide by zero."""
+    shares = np.array([0.25, 0.5, 0.625])
+    for shift, p in ((0.0, 1.0), (0.25, 0.0)):
+        found = compare_values(shares, shares + shift)
+        assert (found.p, found.difference, found.stderr, found.test) == (p, shift, 0.0, "paired t")
+
+
 def test_shares_are_compared_in_pairs() -> None:
     """A small shift under a spread ten times as large is seen, which an unpaired test could not."""
     first = RNG.uniform(0.2, 0.8, 200)

@@ -222,3 +222,10 @@ def test_no_number_of_seeds_makes_up_for_too_few_questions():
     assert noise.seeds_needed(0.999 * limit) is None
     assert noise.seeds_needed(1.01 * limit) is not None
     assert noise.seeds_needed(0.0) is None
+
+
+def test_without_noise_two_runs_find_any_difference():
+    noise = Noise((0.0, 0.0), 0.0, 100)
+    assert [noise.power(difference, 2) for difference in (0.0, 0.1, -0.1)] == [0, 1, 1]
+    assert [noise.p(difference, (2, 3)) for difference in (0.0, 0.1, -0.1)] == [1, 0, 0]
+    assert noise.seeds_needed(0.1) == 2

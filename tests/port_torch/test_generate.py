@@ -107,6 +107,13 @@ def test_draws_have_the_distribution(temperature, top_k, top_p):
         assert chi_square(counts[p > 0], n * p[p > 0]) > 1e-6
 
 
+def test_equal_tokens_have_equal_parts_of_the_random_numbers():
+    """Each part begins where the one before it ends, and has its beginning: 1/4 draws the second of four."""
+    uniform = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.125, 0.375, 0.625, 0.875], dtype=torch.float64)
+    drawn = choose(torch.zeros(8, 4), Sampling(1.0), uniform).tolist()
+    assert sorted(drawn[:4]) == [0, 1, 2, 3] and drawn[4:] == drawn[:4]
+
+
 def test_the_largest_random_number_draws_a_token_that_is_kept():
     scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
     almost_one = torch.tensor([np.nextafter(1.0, 0.0)], dtype=torch.float64)

@@ -21,7 +21,7 @@ from port_torch.export import reader
 from port_torch.finetune import FinetuneConfig
 from port_torch.model import decoder_of, parameter_name
 from port_torch.names import exported_tensors
-from port_torch.training import checkpoint
+from port_torch.training import checkpoint, muon
 from port_torch.training.distributed import Distributed
 from port_torch.training.muon import newton_schulz
 from port_torch.training.settings import MirrorOptimizerConfig
@@ -97,7 +97,7 @@ def test_ranks_share_the_matrices():
         for name, gradient in tensors_of(GPT, random_params(GPT, seed=1)).items():
             parameters[name].grad = gradient
         with FlopCounterMode(display=False) as counter:
-            optimizer.step()
+            optimizer.step(grad_scale=torch.tensor(1.0), skip=torch.tensor(False))
         return parameters, counter.get_total_flops()
 
     def flops(size: int) -> int:
@@ -112,6 +112,18 @@ def test_ranks_share_the_matrices():
         assert computed == flops(3)
     for name, p in alone.items():
         torch.testing.assert_close(shared[name], p, rtol=0, atol=3e-5, msg=name)  # see above, rate 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_of_the_type_that_the_step_computes_in(dtype: torch.dtype, monkeypatch):
+    parameters = dict(decoder_of(GPT, tensors_of(GPT, random_params(GPT))).named_parameters())
+    optimizer = make_optimizer(parameters, OPTIM, ALONE, dtype)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    given: list[torch.dtype] = []
+    monkeypatch.setattr(muon, "newton_schulz", lambda x: given.append(x.dtype) or newton_schulz(x))
+    optimizer.step(grad_scale=torch.tensor(1.0), skip=torch.tensor(False))
+    assert given == [dtype] * 3 and {p.dtype for p in parameters.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("shape", [(64, 192), (192, 64), (64, 64)])
