@@ -15,15 +15,17 @@ import pytest
 import torch
 
 import core.generate
+import port_torch.sampling
 from core.batch_file import mark_of, read_prompts
 from core.cli import shell_quoted
 from core.errors import UserError
 from core.generation import Generator
 from core.model import Compute
 from core.sampling import Sampling
+from port_torch.decoding import Decoding
 from port_torch.generate import main
 from port_torch.model import load
-from port_torch.sampling import choose, stream
+from port_torch.sampling import choose, open_writer, stream
 from tests.models import random_params
 from tests.p_values import chi_square
 from tests.port_torch.folders import SMALL, write_checkpoint, write_export
@@ -105,6 +107,24 @@ def test_draws_have_the_distribution(temperature, top_k, top_p):
     if (p > 0).sum() > 1:
         # One in a million of right samplers would fail this; the seed is fixed.
         assert chi_square(counts[p > 0], n * p[p > 0]) > 1e-6
+
+
+@ONE_KIND
+def test_a_row_draws_the_numbers_of_its_seed_and_place(case, monkeypatch):
+    """To the last bit of float64: NumPy's generators of (seed, row), one number a token."""
+    config, _, model, folder, _ = case
+    given: list[list[float]] = []
+
+    def keep(scores, sampling, uniform):
+        given.append(uniform.tolist())
+        return choose(scores, sampling, uniform)
+
+    monkeypatch.setattr(port_torch.sampling, "choose", keep)
+    complete(model, make_prompts(config.vocab_size)[:2], Sampling(1.0, seed=5), 6, first_row=3)
+    expected = [np.random.default_rng((5, row)).random(6).tolist() for row in (3, 4)]
+    assert given == [list(pair) for pair in zip(*expected, strict=True)]
+    writer = open_writer(folder, Sampling(), 6, Decoding(device="cpu"))
+    assert writer.computed() == {"dtype": "torch.float32", "device": "cpu", "backend": "torch"}
 
 
 def test_equal_tokens_have_equal_parts_of_the_random_numbers():
