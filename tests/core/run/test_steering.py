@@ -21,7 +21,7 @@ from core.run.guard import GuardConfig
 from core.run.interrupt import EXIT_FINISHED, EXIT_KEPT, EXIT_SAVED
 from core.run.log import RunLog, next_step, read_log
 from core.run.schedule import OptimizerConfig, learning_rate
-from core.run.steering import Record, Steered, parse, resumed, settle, steered
+from core.run.steering import Record, Steered, parse, resumed, settle, steered, steered_length
 from core.run.steering_queue import Inbox, answers, holder, read_record, send
 from tests.core.run.test_loop import FakeEngine, batches, events, make_loop
 from tests.port_torch.test_ranks import Meeting
@@ -79,6 +79,14 @@ def test_a_record_gives_the_settings_of_every_update():
     assert rates == [0.01, 0.005, 0.005, 0.0025, 0.004, 0.004 * 10 / 20]  # the decay of the run's 100 steps
     assert [step for step in range(20) if steered(START, records, step).leaves_out(step)] == [6, 7]
     assert [steered(START, records, step).guard.sigma for step in (4, 5)] == [8, 2]
+
+
+def test_the_length_is_the_last_that_was_steered_from_a_step_on():
+    records = [
+        Record(step=3, command="steps=120"), Record(step=5, command="steps=200"),
+        Record(step=5, command="steps=150"), Record(step=9, command="lr=0.5x"),
+    ]  # fmt: skip
+    assert [steered_length(records, since) for since in (0, 3, 4, 5, 6, 9)] == [150] * 4 + [None] * 2
 
 
 def test_other_steps_are_taken_if_no_rate_that_was_used_would_have_been_another():
