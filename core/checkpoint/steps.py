@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from core import checks
 from core.checkpoint.manifest import MANIFEST, Manifest, load_manifest, sync_path, verify
 from core.errors import UserError
 
@@ -42,9 +41,6 @@ class Keep:
     last: int = 2
     every: int | None = None
     steps: Collection[int] = ()
-
-    def __post_init__(self) -> None:
-        checks.counts(keep_last=self.last, keep_every=self.every)
 
 
 def good_steps(folder: Path) -> list[int]:

@@ -17,8 +17,17 @@ import pytest
 
 import core.checkpoint.checkpointer
 from core.checkpoint.checkpointer import Checkpointer, restore, restore_params, save_params
-from core.checkpoint.manifest import Manifest, load_manifest, verify
-from core.checkpoint.steps import Keep, find_step, list_steps, newest_intact, set_aside
+from core.checkpoint.manifest import Manifest, load_manifest, seal, verify
+from core.checkpoint.steps import (
+    Keep,
+    find_start,
+    find_step,
+    leave_newer,
+    list_steps,
+    newest_intact,
+    set_aside,
+    step_path,
+)
 from core.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -295,6 +304,88 @@ def test_falls_back_only_when_told(tmp_path: Path) -> None:
         (folder / f"{step:08d}/state/_METADATA").unlink()
     with pytest.raises(UserError, match=r"none of the 2 checkpoints.*_METADATA is missing"):
         newest_intact(tmp_path)
+
+
+def seal_steps(folder: Path, *steps: int) -> None:
+    """Checkpoints that hold one small file each."""
+    for step in steps:
+        step_path(folder, step).mkdir(parents=True)
+        (step_path(folder, step) / "file").write_text(f"{step}")
+        seal(step_path(folder, step), Manifest("train", step, 8 * step, 64 * step, {}, {}))
+
+
+class Refused(Exception):
+    """A start may refuse what an older checkpoint says."""
+
+
+def test_where_a_start_resumes(tmp_path: Path) -> None:
+    seen, said = [], []
+
+    def start(from_step: int | None = None, fallback: bool = False, check=None) -> Path | None:
+        check = check or (lambda manifest: seen.append(manifest.step))
+        return find_start(tmp_path, from_step, fallback, check, said.append)
+
+    def refuse(manifest: Manifest) -> None:
+        raise Refused
+
+    assert start() is start(fallback=True) is None
+    with pytest.raises(UserError, match=r"--from-step 3 is not there: \S+ holds none"):
+        start(3)
+    seal_steps(tmp_path, 3, 5, 8, 9)
+    with pytest.raises(UserError, match=r"--from-step 4 is not there: \S+ holds steps 3, 5, 8, 9"):
+        start(4)
+    assert (start(), seen) == (step_path(tmp_path, 9), [])
+    assert (start(5), seen) == (step_path(tmp_path, 5), [5])
+    for step in (8, 9):
+        (step_path(tmp_path, step) / "file").write_text("another")
+    assert start() == step_path(tmp_path, 9)  # damaged: opening it says so
+
+    with pytest.raises(Refused):
+        start(fallback=True, check=refuse)
+    assert list_steps(tmp_path) == [3, 5, 8, 9] and not said  # nothing is renamed before that
+    assert start(fallback=True) == step_path(tmp_path, 5) and seen == [5, 5]
+    assert [line.split(":")[0] for line in said] == [
+        f"checkpoint {step:08d} is damaged and now damaged-{step:08d}; resuming from 00000005"
+        for step in (9, 8)
+    ]
+    assert list_steps(tmp_path) == [3, 5]
+    assert start(fallback=True) == step_path(tmp_path, 5) and len(said) == 2
+
+    seal_steps(tmp_path, 9)  # made again, and damaged again
+    with pytest.raises(UserError, match=r"damaged-00000009 exists already: remove it"):
+        set_aside(step_path(tmp_path, 9))
+    assert list_steps(tmp_path) == [3, 5, 9]
+
+
+def test_newer_steps_are_left_under_names_of_their_own(tmp_path: Path) -> None:
+    names: list[list[str]] = []
+    for _ in range(3):
+        seal_steps(tmp_path, *({3, 5, 8} - set(list_steps(tmp_path))))
+        names.append([path.name for path in leave_newer(tmp_path, 4)])
+        assert list_steps(tmp_path) == [3]
+    assert names == [[f"left-0000000{step}{again}" for step in (5, 8)] for again in ("", "-2", "-3")]
+    assert (tmp_path / "left-00000008-3" / "file").read_text() == "8"
+    assert leave_newer(tmp_path, 3) == []
+
+
+def test_a_resumed_run_counts_on_and_says_who_trained_it_before() -> None:
+    """Everything of the older checkpoint but the settings; the other engine is named, once it changes."""
+    grown = {"operation": "grow", "step": 2}
+    old = Manifest(
+        "train", 7, 56, 448, {"lr": 1}, {"name": "old"}, {"cursor": 56}, {"good": True},
+        chat_template="{{ x }}", lineage=[grown], code={"jax": "1"},
+    )  # fmt: skip
+    new = Manifest("train", 0, 0, 0, {"lr": 2}, {"name": "new"}, {"cursor": 0}, code={"jax": "2"})
+    same = dataclasses.replace(
+        new, step=7, sequences=56, tokens=448, health={"good": True}, lineage=[grown], chat_template="{{ x }}"
+    )
+    assert new.resumed_from(old) == same
+    by_torch = dataclasses.replace(new, code={"torch": "3"})
+    change = {"operation": "change_engine", "from": "JAX", "to": "PyTorch", "step": 7, "sequences": 56,
+              "tokens": 448, "code": {"jax": "1"}}  # fmt: skip
+    expected = dataclasses.replace(same, code={"torch": "3"}, lineage=[grown, change])
+    assert by_torch.resumed_from(old) == expected
+    assert old.lineage == [grown]
 
 
 @pytest.mark.parametrize(

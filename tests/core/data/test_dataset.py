@@ -2,6 +2,7 @@ import errno
 import gc
 import itertools
 import json
+import logging
 import os
 import resource
 import sys
@@ -15,7 +16,7 @@ import pytest
 from bench import loader
 from core.data import packing
 from core.data import windows as module
-from core.data.batches import heldout_windows, record_at, train_batches
+from core.data.batches import _import_grain, full_batches, heldout_windows, record_at, train_batches
 from core.data.dataset import Dataset, Split, open_dataset, open_windows, write_manifest
 from core.data.windows import BadRecord
 from core.errors import UserError
@@ -347,6 +348,27 @@ def test_heldout_windows(tmp_path, tokens):
     assert len(heldout_windows(dataset, "held-out", limit=99)[0]) == 10
     with pytest.raises(UserError, match="no split 'valid': it has train, held-out"):
         heldout_windows(dataset, "valid")
+
+
+def test_the_last_batch_is_filled_up_to_the_shape_of_all():
+    values, flags = np.arange(1, 15).reshape(7, 2), np.ones(7, bool)
+    found = list(full_batches(3, values, flags))
+    assert [n for n, _ in found] == [3, 3, 1]
+    assert {(part.shape, mask.shape) for _, (part, mask) in found} == {((3, 2), (3,))}
+    for whole, parts in zip((values, flags), zip(*(parts for _, parts in found), strict=True), strict=True):
+        joined = np.concatenate(parts)
+        assert (joined[:7] == whole).all() and not joined[7:].any() and joined.dtype == whole.dtype
+
+
+def test_importing_grain_leaves_the_log_of_absl_as_it_was():
+    log = logging.getLogger("absl")
+    before = log.level
+    try:
+        log.setLevel(logging.INFO)
+        _import_grain.__wrapped__()
+        assert log.level == logging.INFO
+    finally:
+        log.setLevel(before)
 
 
 def test_closing_ends_the_threads(dataset):
