@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import UserError
 from eval.compare import compare_pages, compare_task, compare_values, main, report
-from eval.questions import text_keys
+from eval.questions import read_scores, text_keys
 from eval.results import Results, questions_file, read_results, unique_names
 
 RNG = np.random.default_rng(5)
@@ -169,6 +169,23 @@ def test_of_a_perplexity_the_logarithms_are_compared(tmp_path: Path) -> None:
     b = results(tmp_path, "b", [-1.0, -1.0, -3.0], "perplexity")
     found, _ = compare_task(a, b, "task", ["perplexity"])
     assert found["log perplexity"].difference == pytest.approx(-0.5)
+
+
+def test_the_bits_of_pages_are_read_from_their_probabilities(tmp_path: Path) -> None:
+    """Pages of 8, 24 and 8 bytes, of which b makes a quarter as many bits as a on the last."""
+    bits = {"a": [8, 48, 32], "b": [8, 48, 8]}
+    for name, of_pages in bits.items():
+        rows = [{"question": f"page {i}", "logprob": -n * math.log(2), "bytes": size}
+                for i, (n, size) in enumerate(zip(of_pages, (8, 24, 8), strict=True))]  # fmt: skip
+        path = questions_file(tmp_path / name, "pages")
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, _ = read_scores([tmp_path / "a", tmp_path / "b"], "pages", ["acc", "bits_per_byte"])
+    assert scores.keys() == {"bits_per_byte"}
+    np.testing.assert_allclose(scores["bits_per_byte"].values, [bits["a"], bits["b"]], rtol=1e-12)
+    assert scores["bits_per_byte"].weights.tolist() == [8, 24, 8]
+    found, _ = compare_task(tmp_path / "a", tmp_path / "b", "pages", ["bits_per_byte"])
+    assert found["bits_per_byte"].difference == pytest.approx(64 / 40 - 88 / 40)
 
 
 def test_models_without_a_task_in_common_are_refused(tmp_path: Path) -> None:

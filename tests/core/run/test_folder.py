@@ -1,5 +1,6 @@
 """Under which settings a run folder is resumed; no process is started."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +28,14 @@ from core.run.folder import (
     settings_of_run,
     write_config,
 )
-from core.run.settings import ModelOverrides, model_config, unflatten
+from core.run.settings import (
+    ModelOverrides,
+    check_records,
+    flatten,
+    model_config,
+    require_same,
+    unflatten,
+)
 from core.run.training_run import TrainingRun
 from core.sharding import make_mesh, resolved_mesh
 from tests.several_devices import ROOT
@@ -90,6 +98,29 @@ def test_more_steps_before_the_decay_are_a_change_by_name(tmp_path):
     with pytest.raises(UserError, match=r"--steps 350, not 700: .*--allow-change steps"):
         resumed(folder, steps=700)
     resumed(folder, "steps", steps=700)
+
+
+def test_a_setting_that_only_one_version_has_is_compared():
+    """A later one's has no value here; what an older record lacks had the default of today."""
+    now = flatten(RunConfig())
+
+    def resume(old: dict, **changes) -> None:
+        require_same(old, now | changes, (), Path("runs/a"), RunConfig())
+
+    older = {name: value for name, value in now.items() if name != "document_mask"}
+    resume(older)
+    with pytest.raises(UserError, match="--document-mask False, not True"):
+        resume(older, document_mask=True)
+    with pytest.raises(UserError, match="--of-later 3, not None"):
+        resume(now | {"of_later": 3})
+
+
+@pytest.mark.parametrize(("record", "is_one"), [
+    (0, True), (-1, False), ("wiki:0", True), ("wiki:-1", False), ("wiki", False), ("5", False),
+])  # fmt: skip
+def test_a_record_is_a_number_or_that_of_a_source(record: int | str, is_one: bool):
+    with contextlib.nullcontext() if is_one else pytest.raises(UserError, match=f"--leave-out.* {record}"):
+        check_records(leave_out=(record,))
 
 
 def test_one_mesh_written_in_two_ways_is_one(tmp_path):
