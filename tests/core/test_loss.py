@@ -89,6 +89,20 @@ def test_value_alone_is_the_same():
     assert relative(sums.total, truth[0]) < 1e-6 and relative(sums.nll, truth[1]) < 1e-6
 
 
+def test_kernels_make_gradients_and_no_evaluation():
+    made: list[tuple[int, ...]] = []
+
+    def softmax_loss(logits, targets, z_loss):
+        made.append(logits.shape)
+        return REFERENCE.softmax_loss(logits, targets, z_loss)
+
+    inputs, kernels = example(), REFERENCE._replace(softmax_loss=softmax_loss)
+    found = cross_entropy(*inputs, chunk=20, kernels=kernels)
+    assert relative(found.total, plain(*inputs)[0]) < 1e-6 and not made
+    chunked(*inputs, chunk=20, kernels=kernels)
+    assert set(made) == {(20, V)}
+
+
 def test_a_table_that_is_used_twice():
     """Tied embeddings: the table's gradient is that of the look-up plus that of the head."""
     _, table, targets = example()

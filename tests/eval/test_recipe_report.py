@@ -139,6 +139,9 @@ def test_questions_in_the_training_text_are_left_out(tmp_path: Path, data: Path,
     results(tmp_path / "other", "a0", right_of(known[1]).tolist(), texts=texts)
     compare(monkeypatch, known[1], tmp_path / "other/a0", "--without-overlap", data)
     assert "What a0 was trained on is not recorded in its results.\n" in capsys.readouterr().out
+    both = [results(tmp_path / "seen", name, [1, 0], texts=[LONG[3], LONG[8]], **told) for name in ("a", "b")]
+    with pytest.raises(UserError, match="every question of task shares 13 words in a row with"):
+        compare(monkeypatch, *both, "--without-overlap", data)
 
 
 @pytest.mark.slow

@@ -115,6 +115,16 @@ def test_a_setting_that_only_one_version_has_is_compared():
         resume(now | {"of_later": 3})
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"from_step": 3, "fallback": True}, "--from-step or --fallback, not both"),
+     ({"steps": 3, "epochs": 1.0}, "--steps or --epochs, not both")],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(given: dict, why: str):
+    with pytest.raises(UserError, match=why):
+        RunConfig(**given)
+
+
 @pytest.mark.parametrize(("record", "is_one"), [
     (0, True), (-1, False), ("wiki:0", True), ("wiki:-1", False), ("wiki", False), ("5", False),
 ])  # fmt: skip

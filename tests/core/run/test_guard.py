@@ -116,6 +116,13 @@ def test_a_full_window_has_the_plain_deviation():
     values = np.random.default_rng(1).normal(3, 0.1, WINDOW)
     expected = values.mean() + 8 * values.std()
     assert float(spike_limit(jnp.float32(values), jnp.ones(WINDOW), 8.0)) == pytest.approx(expected, rel=1e-5)
+    # With a quarter of it filled it is twice as wide; what else stands in it does not count.
+    held = np.arange(WINDOW) < WINDOW // 4
+    few = values[held]
+    expected = few.mean() + 2 * 8 * few.std()
+    for array in (jnp.float32, torch.tensor):
+        limit = spike_limit(array(np.where(held, values, 99)), array(1.0 * held), 8.0)
+        assert float(limit) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_window_is_emptied_when_what_it_measures_changes():

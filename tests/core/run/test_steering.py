@@ -119,6 +119,12 @@ def test_updates_that_are_made_or_beyond_the_end_are_not_left_out(typed: str, sa
         settle(parse([typed])[0], START, 4)
 
 
+@pytest.mark.parametrize("typed", ["skip=4:6", "skip=99:100"])
+def test_the_next_update_and_the_last_may_be_left_out(typed: str):
+    (command,) = parse([typed])
+    assert settle(command, START, 4) == command
+
+
 def test_a_setting_that_a_resume_changes_by_name_holds_from_there_on():
     saved = [Record(step=3, command="lr=0.5x")]
     kept = [*saved, Record(step=6, command="skip=7:8"), Record(step=6, command="lr=0.5x")]
