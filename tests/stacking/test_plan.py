@@ -34,6 +34,8 @@ def plans(draw) -> Plan:
         ("middle", 4, None, "0 1 2 1 2 3", "cccccc"),
         ("middle", 6, 4 / 3, "0 1 2 3 2 3 4 5", "cccccccc"),
         ("middle", 5, 1.2, "0 1 2 2 3 4", "cccccc"),
+        ("middle", 3, 2, "0 1 2 0 1 2", "cccccc"),
+        ("overlap", 3, 2, "0 1 2 0 1 2", "cccccc"),
         ("identity", 3, None, "0 1 2 0 1 2", "ccciii"),
         ("random", 3, None, "0 1 2 0 1 2", "cccfff"),
     ],

@@ -9,7 +9,13 @@ from core.config import preset
 from core.errors import UserError
 from core.run.schedule import OptimizerConfig, learning_rate
 from stacking.growth import training_flops
-from stacking.schedule import Schedule, continue_schedule, parse_schedule, require_safe
+from stacking.schedule import (
+    Schedule,
+    continue_schedule,
+    describe_schedule,
+    parse_schedule,
+    require_safe,
+)
 from tests.stacking import oracle
 from train_tpu.config import RunConfig
 
@@ -74,6 +80,17 @@ def test_what_a_refusal_advises_is_accepted():
     with pytest.raises(UserError, match="give at most rewarm:20"):
         parse_schedule("rewarm:30", 20)
     assert parse_schedule("rewarm:20", 20) == Schedule("rewarm", 20)
+
+
+def test_a_schedule_in_words():
+    assert describe_schedule(WSD) == "wsd of 100 steps, decays in the last 20%"
+    warm = continue_schedule(WSD, 50, Schedule("rewarm", 20), 1000, "runs/x")
+    assert (
+        describe_schedule(warm) == "wsd of 1,000 steps, decays in the last 20%, re-warms from step 50 to 70"
+    )
+    cosine = dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, schedule="cosine"))
+    restarted = continue_schedule(cosine, 60, Schedule("restart"), None, "runs/x")
+    assert describe_schedule(restarted) == "cosine of 40 steps, begun at step 60"
 
 
 def test_the_default_rewarming_fits_what_is_left():

@@ -132,6 +132,9 @@ def test_the_window_is_emptied_when_what_it_measures_changes():
     assert changed_measure(old, manifest(batch=2)) == ["batch"]
     assert changed_measure(old, manifest(z_loss=1e-4)) == ["z_loss"]
     assert changed_measure(old, manifest(fingerprint="g")) == ["data"]
+    older = dataclasses.replace(old, config={"model": {"n_layers": 2}, "run": {"batch": 4}})
+    assert changed_measure(older, manifest(document_mask=False)) == []  # which is what it had
+    assert changed_measure(older, manifest(z_loss=1e-4, document_mask=True)) == ["z_loss", "document_mask"]
     grown = dataclasses.replace(manifest(), config={**manifest().config, "model": {"n_layers": 4}})
     assert changed_measure(old, grown) == ["layers"]
 
@@ -169,6 +172,14 @@ def save(folder: Path, health: Health, step: int, keep_last: int = 2) -> None:
 def see(health: Health, *losses: float, streak: int = 0) -> None:
     for n, loss in enumerate(losses, 1):
         health.see(loss, streak and n)
+
+
+def test_the_level_is_the_mean_of_the_last_eight_that_were_applied(tmp_path: Path):
+    health = Health(tmp_path, manifest())
+    assert health.loss is None
+    see(health, *map(float, range(12)))
+    see(health, 99.0, 99.0, streak=1)
+    assert health.loss == sum(range(4, 12)) / 8
 
 
 def test_three_ruined_starts_leave_the_good_checkpoints(tmp_path: Path):
