@@ -137,6 +137,10 @@ def test_the_report_says_who_is_right_where(tmp_path: Path) -> None:
     assert "| task | acc | 28.57 ± 1.00 | 71.43 ± 1.00 | v1.0, 0-shot, float32 |" in text
     assert "| task | acc | +42.86 ± 25.06 | 4 / 10 | 0.180 | McNemar |" in text
     assert unique_names(["a", "b", "a"]) == ["a [1]", "b", "a [3]"]
+    assert "b against a, on the same questions:" in text and "different settings" not in text
+    folders.append(results(tmp_path, "c", [1] * 14, dtype="bfloat16"))
+    text = report(folders, [read_results(folder) for folder in folders])
+    assert "under different settings (dtype, shots, questions, truncation): task." in text
 
 
 def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path: Path) -> None:

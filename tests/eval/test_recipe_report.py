@@ -209,6 +209,7 @@ def test_the_record_is_sealed_and_records_are_merged(data: Path):
             lambda a: [*a, "{here}/asked"],
             r"asked different questions in task \(0 of 40 and 40 are the same\)",
         ),
+        (lambda a: [a[1]], "give at least two models to compare"),
         (lambda a: [*a, "--without-overlap"], "--without-overlap needs the prepared data"),
         (lambda a: [*a, "--without-overlap", "{here}/no"], "is not a prepared dataset"),
     ],

@@ -71,6 +71,19 @@ def test_the_variance_is_that_of_an_analysis_by_least_squares():
     assert found.spreads == pytest.approx((a.mean(1).std(ddof=1), b.mean(1).std(ddof=1)))
 
 
+def test_of_each_recipe_the_least_is_its_own_residual():
+    """Mean squares of what run and question do not explain in it, over the number of questions."""
+    rng, n = np.random.default_rng(4), 9
+    values = [rng.normal(0, spread, (runs, n)) for spread, runs in ((0.5, 3), (2.0, 4))]
+    expected = []
+    for ours in values:
+        run, question = (places.ravel() for places in np.mgrid[: len(ours), :n])
+        expected.append(rss(dummies(run, question), ours.ravel()) / ((len(ours) - 1) * (n - 1)) / n)
+    noise = noise_of(*values, np.ones(n))
+    assert noise.least == pytest.approx(tuple(expected), rel=1e-9)
+    assert all(of_seeds >= least for of_seeds, least in zip(noise.seeds, noise.least, strict=True))
+
+
 def test_by_seeds_alone_it_is_welchs_t_test():
     """The same on every question: nothing is due to questions."""
     scores = np.array([0.31, 0.35, 0.30]), np.array([0.36, 0.41, 0.44, 0.38])

@@ -468,6 +468,9 @@ def test_a_minimum_is_bracketed_by_rates_that_came_to_a_loss():
     fit = fits.fit_optimum([(rate, loss, 0) for rate, loss in falling.items()])
     assert 2 < fit.rate < 4 and not inside(falling)  # nothing shows that it rises again
     assert not inside({1: 1.2, 2: 1.0, 4: 0.9})
+    rising = {1: 1.0, 2: 1.02, 4: 1.2}
+    fit = fits.fit_optimum([(rate, loss, 0) for rate, loss in rising.items()])
+    assert 1 < fit.rate < 2 and not inside(rising)
 
 
 def entry_of(lr: float, loss: float, **given) -> dict:

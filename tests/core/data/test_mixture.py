@@ -11,7 +11,7 @@ from core.data import batches as module
 from core.data import packing
 from core.data.batches import heldout_windows, record_at, record_of, require_records, train_batches
 from core.data.dataset import Dataset, Split, open_windows, write_manifest
-from core.data.mixture import BLOCK, Mixture, Phase, phase_number, phases_of
+from core.data.mixture import BLOCK, Mixture, Phase, describe_phases, phase_number, phases_of
 from core.data.mixture_options import parse_data, parse_mixture
 from core.data.windows import Windows
 from core.errors import UserError
@@ -187,6 +187,21 @@ def test_counts_over_100_000_windows_by_the_loader_itself(mixture, monkeypatch):
             assert len(read) == 100_800 // batch
             for one in read:
                 assert one.records.tolist() == labels[one.first : one.first + batch][rows]
+
+
+@pytest.mark.parametrize("counts", [(("wiki", BLOCK),), PHASES[0].counts])
+def test_a_run_that_became_a_mixture_counts_from_there(sources, counts):
+    mixture = Mixture({name: sources[name] for name, _ in counts}, (Phase(50, counts),))
+    expected = list(itertools.islice(brute_force(mixture.phases, 3), BLOCK + 9))
+    assert [mixture.place(50 + i, 3) for i in range(BLOCK + 9)] == expected
+    with pytest.raises(UserError, match="sequence 49 was read before its data became a mixture"):
+        mixture.place(49, 3)
+
+
+def test_phases_in_words():
+    phases = (Phase(0, (("a", 3000), ("b", 1000))), Phase(1500, (("b", 4000),)))
+    assert describe_phases(phases) == "a 75%, b 25%; from sequence 1,500 on b 100%"
+    assert describe_phases(phases[1:], 2000) == "from sequence 1,500 of 2,000 on b 100%"
 
 
 def test_a_source_that_is_no_longer_named_is_named_where_it_comes(sources):
