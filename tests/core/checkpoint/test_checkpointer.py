@@ -17,7 +17,8 @@ import pytest
 
 import core.checkpoint.checkpointer
 from core.checkpoint.checkpointer import Checkpointer, restore, restore_params, save_params
-from core.checkpoint.manifest import Manifest, load_manifest, seal, verify
+from core.checkpoint.manifest import Manifest, code_version, load_manifest, seal, verify
+from core.checkpoint.manifest import _git_commit as git_commit
 from core.checkpoint.steps import (
     Keep,
     find_start,
@@ -386,6 +387,23 @@ def test_a_resumed_run_counts_on_and_says_who_trained_it_before() -> None:
     expected = dataclasses.replace(same, code={"torch": "3"}, lineage=[grown, change])
     assert by_torch.resumed_from(old) == expected
     assert old.lineage == [grown]
+
+
+def test_the_commit_that_wrote_a_checkpoint_is_that_of_the_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert git_commit(tmp_path) is None
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == f"{commit}-dirty"
+    assert code_version()["commit"] == git_commit(ROOT)
 
 
 @pytest.mark.parametrize(
