@@ -54,7 +54,7 @@ def test_equal_to_jax(model: ModelConfig):
     state = make_jax_optimizer(OPTIM).init(params)
     update = jax.jit(lambda *arguments: apply_gradients(OPTIM, *arguments))
     for step in range(6):
-        gradients, norm = random_params(model, seed=100 + step, std=0.1), 2.0
+        gradients, norm = random_params(model, seed=100 + step, std=0.1), 2.0 + step  # each clipped otherwise
         lr, ok = 0.01 * (1 + step % 3), step != 2
         for name, gradient in tensors_of(model, gradients).items():
             parameters[name].grad = gradient if ok else torch.full_like(gradient, float("nan"))

@@ -403,7 +403,7 @@ def test_the_commit_that_wrote_a_checkpoint_is_that_of_the_checkout(tmp_path: Pa
     assert git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("2")
     assert git_commit(tmp_path) == f"{commit}-dirty"
-    assert code_version()["commit"] == git_commit(ROOT)
+    assert code_version.__wrapped__()["commit"] == git_commit(ROOT)
 
 
 @pytest.mark.parametrize(
