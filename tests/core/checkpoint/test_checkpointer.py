@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and what is damaged is never opened."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,7 +18,15 @@ import pytest
 
 import core.checkpoint.checkpointer
 from core.checkpoint.checkpointer import Checkpointer, restore, restore_params, save_params
-from core.checkpoint.manifest import Manifest, code_version, load_manifest, seal, verify
+from core.checkpoint.manifest import (
+    EXPORT_MANIFEST,
+    MANIFEST,
+    Manifest,
+    code_version,
+    load_manifest,
+    seal,
+    verify,
+)
 from core.checkpoint.manifest import _git_commit as git_commit
 from core.checkpoint.steps import (
     Keep,
@@ -387,6 +396,22 @@ def test_a_resumed_run_counts_on_and_says_who_trained_it_before() -> None:
     expected = dataclasses.replace(same, code={"torch": "3"}, lineage=[grown, change])
     assert by_torch.resumed_from(old) == expected
     assert old.lineage == [grown]
+
+
+def test_code_that_is_not_run_may_be_missing_from_an_exported_folder(tmp_path: Path) -> None:
+    """transformers' own, which who downloads a folder may leave out; in a checkpoint nothing may be missing."""
+    for name, message in ((EXPORT_MANIFEST, None), (MANIFEST, "modeling.py is missing")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("modeling.py", "weights"):
+            (folder / file).write_text(file)
+        seal(folder, Manifest("params", 1, 8, 64, {}, {}), name)
+        (folder / "modeling.py").unlink()
+        with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+            verify(folder, name)
+        (folder / "weights").unlink()
+        with pytest.raises(UserError, match=r"is missing"):
+            verify(folder, name)
 
 
 def test_the_commit_that_wrote_a_checkpoint_is_that_of_the_checkout(tmp_path: Path) -> None:
