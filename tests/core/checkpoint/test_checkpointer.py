@@ -399,7 +399,7 @@ def test_a_resumed_run_counts_on_and_says_who_trained_it_before() -> None:
 
 
 def test_code_that_is_not_run_may_be_missing_from_an_exported_folder(tmp_path: Path) -> None:
-    """transformers' own, which who downloads a folder may leave out; in a checkpoint nothing may be missing."""
+    """transformers' own, which a download may leave out; of a checkpoint nothing may be missing."""
     for name, message in ((EXPORT_MANIFEST, None), (MANIFEST, "modeling.py is missing")):
         folder = tmp_path / name
         folder.mkdir()
