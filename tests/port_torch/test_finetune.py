@@ -34,7 +34,7 @@ from port_torch.finetune import FinetuneConfig
 from port_torch.folder import weights_hash
 from port_torch.model import load
 from port_torch.train import TrainConfig
-from port_torch.training.batches import document_starts
+from port_torch.training.batches import document_starts, empty_rows
 from port_torch.training.distributed import Distributed
 from port_torch.training.settings import MirrorOptimizerConfig
 from port_torch.training.setup import is_compiled
@@ -168,6 +168,15 @@ def test_where_documents_begin(parts: int, rows: int, length: int, seed: int):
         assert set(found[len(expected) :].tolist()) == {rows * length}  # nothing, and then empty documents
         most = max(most, len(expected))
     assert starts.shape[1] - 1 < 2 * most
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_nothing_have_the_parts_of_those_that_come(packed: bool):
+    """Those by which a step's memory is tried."""
+    parts = empty_rows(2, 8, packed)
+    assert [None if part is None else (part.shape, part.dtype) for part in parts] == [
+        ((2, 8), np.int32), ((2, 8), np.int32), ((2, 8), np.int32) if packed else None
+    ]  # fmt: skip
 
 
 def test_an_epoch_holds_every_row_once_in_another_order_each():

@@ -35,6 +35,7 @@ from core.checkpoint.steps import (
     leave_newer,
     list_steps,
     newest_intact,
+    run_folder,
     set_aside,
     step_path,
 )
@@ -322,6 +323,18 @@ def seal_steps(folder: Path, *steps: int) -> None:
         step_path(folder, step).mkdir(parents=True)
         (step_path(folder, step) / "file").write_text(f"{step}")
         seal(step_path(folder, step), Manifest("train", step, 8 * step, 64 * step, {}, {}))
+
+
+def test_the_run_of_a_checkpoint_has_a_name(tmp_path: Path, monkeypatch) -> None:
+    """Of one that lies in no run's folder of checkpoints it is the checkpoint."""
+    step_dir = tmp_path / "run" / "checkpoints" / "00000001"
+    step_dir.mkdir(parents=True)
+    assert run_folder(step_dir) == tmp_path / "run"
+    assert run_folder(tmp_path / "00000001") == tmp_path / "00000001"
+    for inside, given in (("run", "checkpoints/00000001"), ("run/checkpoints", "00000001"),
+                          ("run/checkpoints", "../checkpoints/00000001")):  # fmt: skip
+        monkeypatch.chdir(tmp_path / inside)
+        assert run_folder(Path(given)) == tmp_path / "run"
 
 
 class Refused(Exception):
