@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from core.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     code_version,
+    digest,
     load_manifest,
     seal,
     verify,
@@ -337,6 +340,30 @@ def test_the_run_of_a_checkpoint_has_a_name(tmp_path: Path, monkeypatch) -> None
         assert run_folder(Path(given)) == tmp_path / "run"
 
 
+def test_sealing_waits_until_all_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    """Files first, then the manifest that says they are whole, and the folders that name them."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    files = [tmp_path / "a", tmp_path / "state" / "b"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(file.name)
+    seal(tmp_path, Manifest("params", 1, 8, 64, {}, {}))
+
+    def inodes(*paths: Path) -> set[int]:
+        return {path.stat().st_ino for path in paths}
+
+    assert set(synced[:2]) == inodes(*files)
+    assert {synced[2]} == inodes(tmp_path / MANIFEST)
+    assert set(synced[3:]) == inodes(tmp_path, tmp_path / "state")
+
+
+def test_a_manifests_hash_does_not_depend_on_the_order_of_its_fields() -> None:
+    expected = hashlib.sha256(b'{"a": {"c": 1, "d": [2]}, "b": null}').hexdigest()
+    assert digest({"b": None, "a": {"d": [2], "c": 1}}) == expected
+    assert digest({"a": {"c": 1, "d": [2]}, "b": None}) == expected
+
+
 class Refused(Exception):
     """A start may refuse what an older checkpoint says."""
 
@@ -432,7 +459,8 @@ def test_the_commit_that_wrote_a_checkpoint_is_that_of_the_checkout(tmp_path: Pa
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert git_commit(tmp_path) is None
+    (tmp_path / "broken" / ".git").mkdir(parents=True)
+    assert git_commit(tmp_path) is git_commit(tmp_path / "broken") is None
     git("init")
     (tmp_path / "file").write_text("1")
     git("add", "file")

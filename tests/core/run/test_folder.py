@@ -32,6 +32,7 @@ from core.run.settings import (
     ModelOverrides,
     check_records,
     flatten,
+    given_value,
     model_config,
     require_same,
     unflatten,
@@ -113,6 +114,18 @@ def test_a_setting_that_only_one_version_has_is_compared():
         resume(older, document_mask=True)
     with pytest.raises(UserError, match="--of-later 3, not None"):
         resume(now | {"of_later": 3})
+
+
+def test_what_0_turns_off_may_be_0():
+    config = RunConfig(eval_every=0, sample_every=0, from_step=0, watch_every=0)
+    assert (config.eval_every, config.sample_every) == (0, 0)
+
+
+def test_a_value_is_found_before_the_command_line_is_parsed():
+    """The last one holds, with a space or =; a value may have a = of its own."""
+    words = ["--preset", "a", "--data", "b=c", "--preset=d", "--tokenizer=e=f"]
+    found = {flag: given_value(words, flag) for flag in ("--preset", "--data", "--tokenizer", "--out")}
+    assert found == {"--preset": "d", "--data": "b=c", "--tokenizer": "e=f", "--out": None}
 
 
 @pytest.mark.parametrize(
