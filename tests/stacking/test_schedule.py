@@ -122,7 +122,7 @@ def test_a_reset_optimizer_needs_a_rate_that_starts_low():
         with pytest.raises(UserError, match=r"full-size updates.*--force"):
             require_safe("reset", schedule, warmup, force=False)
     require_safe("reset", Schedule("rewarm", 5), 0, force=False)
-    require_safe("reset", Schedule("restart"), 10, force=False)
+    require_safe("reset", Schedule("restart"), 1, force=False)
 
 
 def test_a_run_counts_its_own_training_alone():
