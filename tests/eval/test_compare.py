@@ -181,14 +181,13 @@ def test_the_bits_of_pages_are_read_from_their_probabilities(tmp_path: Path) -> 
     for name, of_pages in bits.items():
         rows = [{"question": f"page {i}", "logprob": -n * math.log(2), "bytes": size}
                 for i, (n, size) in enumerate(zip(of_pages, (8, 24, 8), strict=True))]  # fmt: skip
-        path = questions_file(tmp_path / name, "pages")
-        path.parent.mkdir(parents=True)
+        path = questions_file(results(tmp_path, name, [0, 0, 0]), "task")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores, _ = read_scores([tmp_path / "a", tmp_path / "b"], "pages", ["acc", "bits_per_byte"])
+    scores, _ = read_scores([tmp_path / "a", tmp_path / "b"], "task", ["acc", "bits_per_byte"])
     assert scores.keys() == {"bits_per_byte"}
     np.testing.assert_allclose(scores["bits_per_byte"].values, [bits["a"], bits["b"]], rtol=1e-12)
     assert scores["bits_per_byte"].weights.tolist() == [8, 24, 8]
-    found, _ = compare_task(tmp_path / "a", tmp_path / "b", "pages", ["bits_per_byte"])
+    found, _ = compare_task(tmp_path / "a", tmp_path / "b", "task", ["bits_per_byte"])
     assert found["bits_per_byte"].difference == pytest.approx(64 / 40 - 88 / 40)
 
 
