@@ -360,14 +360,16 @@ def test_the_last_batch_is_filled_up_to_the_shape_of_all():
         assert (joined[:7] == whole).all() and not joined[7:].any() and joined.dtype == whole.dtype
 
 
-def test_importing_grain_leaves_the_log_of_absl_as_it_was():
+def test_importing_grain_leaves_the_log_of_absl_and_other_modules_as_they_were():
     log = logging.getLogger("absl")
-    before = log.level
+    before, modules = log.level, dict(sys.modules)
     try:
         log.setLevel(logging.INFO)
         _import_grain.__wrapped__()
         assert log.level == logging.INFO
+        assert all(sys.modules[name] is module for name, module in modules.items())
     finally:
+        sys.modules.update(modules)
         log.setLevel(before)
 
 
