@@ -62,7 +62,7 @@ class Muon:
                 p.grad = None
 
     @torch.no_grad()
-    def step(self, *, grad_scale: Tensor, skip: Tensor, ranks: Distributed | None = None) -> None:
+    def step(self, *, grad_scale: Tensor | None, skip: Tensor, ranks: Distributed | None = None) -> None:
         """One update, of parameters that all have a gradient, on every rank the same.
 
         Args:
@@ -71,6 +71,7 @@ class Muon:
         """
         self._others.step(grad_scale=grad_scale, skip=skip)
         ranks = ranks or self._ranks
+        scale = torch.ones((), device=ranks.device) if grad_scale is None else grad_scale
         self._count += ~skip
         beta, decay = self._config.momentum, self._config.weight_decay
         corrections = [(1 - beta ** (self._count.double() + ahead)).float() for ahead in (1, 0)]
@@ -80,7 +81,7 @@ class Muon:
             stack = torch.empty(share * ranks.size, *shape, dtype=self._dtype, device=ranks.device)
             stack[len(parameters) :].zero_()
             for p, place in zip(parameters, stack, strict=False):
-                self._advance(p.grad, self.state[p]["exp_avg"], place, grad_scale, skip, beta, *corrections)
+                self._advance(p.grad, self.state[p]["exp_avg"], place, scale, skip, beta, *corrections)
             own.append(newton_schulz(stack[ranks.rank * share :][:share]))
         for parameters, update in zip(self._alike.values(), ranks.gather(own), strict=True):
             for p, u in zip(parameters, update, strict=False):

@@ -114,6 +114,19 @@ def test_ranks_share_the_matrices():
         torch.testing.assert_close(shared[name], p, rtol=0, atol=3e-5, msg=name)  # see above, rate 1e-3
 
 
+def test_without_clipping_an_update_is_that_of_a_limit_which_nothing_reaches():
+    tokens = np.random.default_rng(0).integers(GPT.vocab_size, size=(2, GPT.context + 1))
+    rows, updated = Rows(tokens[:, :-1], tokens[:, 1:], None), []
+    for clip in (0.0, 1e9):
+        optim = dataclasses.replace(OPTIM, clip=clip)
+        train_step = make_train_step(decoder_of(GPT, tensors_of(GPT, random_params(GPT))), optim)
+        train_step.update(rows, 1, 0, 0.01)
+        updated.append(train_step.parameters)
+    start = tensors_of(GPT, random_params(GPT))
+    for name, p in updated[0].items():
+        assert torch.equal(p, updated[1][name]) and not torch.equal(p, start[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_of_the_type_that_the_step_computes_in(dtype: torch.dtype, monkeypatch):
     parameters = dict(decoder_of(GPT, tensors_of(GPT, random_params(GPT))).named_parameters())
