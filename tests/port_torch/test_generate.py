@@ -123,10 +123,11 @@ def test_a_row_draws_the_numbers_of_its_seed_and_place(case, monkeypatch):
     complete(model, make_prompts(config.vocab_size)[:2], Sampling(1.0, seed=5), 6, first_row=3)
     expected = [np.random.default_rng((5, row)).random(6).tolist() for row in (3, 4)]
     assert given == [list(pair) for pair in zip(*expected, strict=True)]
-    given.clear()
     writer = open_writer(folder, Sampling(seed=5), 6, Decoding(device="cpu"))
-    list(writer.added([[1, 2]]))
-    assert given[0] == [np.random.default_rng((5, 0)).random()]
+    for write in (lambda: list(writer.added([[1, 2]])), lambda: writer.print(["ab"])):
+        given.clear()
+        write()
+        assert given[0] == [np.random.default_rng((5, 0)).random()]
     assert writer.computed() == {"dtype": "torch.float32", "device": "cpu", "backend": "torch"}
 
 
