@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         if config.data:
             dataset = open_dataset(config.data)
         else:
-            dataset = random_dataset(Path(folder), config.windows or 20_000, config.context or 1024)
+            windows = 20_000 if config.windows is None else config.windows
+            context = 1024 if config.context is None else config.context
+            dataset = random_dataset(Path(folder), windows, context)
         title = f"loader alone, context {dataset.context}, {len(os.sched_getaffinity(0))} cores"
         table = Table((), ("batch", "sources", "M tokens/s", "batches/s", "longest wait, ms"), title=title)
         counts = (("a", 2800), ("b", 1000), ("c", 200))

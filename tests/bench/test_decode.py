@@ -73,12 +73,15 @@ def test_every_way_is_timed_as_often_and_a_peer_that_fails_is_in_the_report(monk
         "library": SimpleNamespace(load=lambda kernels: None),
     }.items():  # fmt: skip
         monkeypatch.setattr(decode, name, value)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # and put back
     config = decode.DecodeBenchConfig(preset=["tiny"], batch=[1], new=8, calls=4, sampled=False)
-    rows = decode.measure(config, 1e12)
+    with torch._dynamo.config.patch(
+        fail_on_recompile_limit_hit=False
+    ):  # and put back: monkeypatch deletes it
+        rows = decode.measure(config, 1e12)
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert asked == [(way, 4) for way in ("eager", "graph", "dynamic", "ours")]
     assert [row["way"] for row in rows if "failed" in row] == ["HF generate, static cache, compiled"]
-    assert len(rows) == 5 and torch._dynamo.config.fail_on_recompile_limit_hit
+    assert len(rows) == 5
     decode.print_table(rows)
 
 

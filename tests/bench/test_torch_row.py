@@ -15,12 +15,14 @@ from tests.models import LLAMA
 
 
 @pytest.fixture
-def fallbacks_refused(monkeypatch: pytest.MonkeyPatch):
+def fallbacks_refused():
     """As in a row's process; torch.compile forgets what it was given, before and after."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # and put back
-    refuse_fallbacks(cuda=False)
-    yield
+    with torch._dynamo.config.patch(
+        fail_on_recompile_limit_hit=False
+    ):  # and put back: monkeypatch deletes it
+        refuse_fallbacks(cuda=False)
+        yield
     torch.compiler.reset()
 
 

@@ -115,13 +115,15 @@ def test_the_command_leaves_gradients_as_users_have_them(monkeypatch: pytest.Mon
     cuda = {"empty_cache": lambda: None, "get_device_name": lambda: "a GPU"}
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # and put back
     monkeypatch.setattr("kernels_cuda.library.load", lambda kernels: None)
     monkeypatch.setattr(bench_tasks, "TASKS", {"task": made})
     monkeypatch.setattr(bench_tasks, "ceilings", lambda clock: (1.0, 1.0))
     timed = itertools.repeat((1.0, True))
     monkeypatch.setattr(bench_tasks, "Clock", lambda calls: lambda function: (function(), next(timed))[1])
     monkeypatch.setattr("sys.argv", ["kernels_cuda.bench"])
-    bench.main()
-    assert seen == [True] and torch._dynamo.config.fail_on_recompile_limit_hit
+    with torch._dynamo.config.patch(
+        fail_on_recompile_limit_hit=False
+    ):  # and put back: monkeypatch deletes it
+        bench.main()
+        assert seen == [True] and torch._dynamo.config.fail_on_recompile_limit_hit
     assert "with time of the host" in capsys.readouterr().out
