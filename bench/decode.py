@@ -19,6 +19,7 @@ import tyro
 from bench.bars import draw_rates
 from bench.gpu import require_gpu
 from bench.stock import stock_model
+from bench.torch_row import refuse_fallbacks
 from core import checks, cli
 from core.config import ModelConfig, preset
 from core.console import Table
@@ -188,7 +189,7 @@ def bytes_per_step(config: ModelConfig, batch: int, mean_length: float) -> float
 
 def measure(config: DecodeBenchConfig, copy: float) -> list[dict[str, Any]]:
     """All rows; plain PyTorch before the kernels are loaded, which the mirror would use."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not uncompiled without a word
+    refuse_fallbacks(cuda=False)
     names, batches = config.preset or ["mtlm1-200m"], config.batch or [1, 64]
     rows: list[dict[str, Any]] = []
 

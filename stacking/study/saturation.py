@@ -108,8 +108,9 @@ def table(results: Results, heldout: str) -> str:
         f"{' | '.join(sets)} | the law's {heldout} |",
         "|" + "---|" * (7 + len(sets)),
     ]
-    laws = {name: fit(entries, heldout) for name, entries in models(results).items()}
-    law_of = {id(entry): laws[name] for name, entries in models(results).items() for entry in entries}
+    found = models(results)
+    laws = {name: fit(entries, heldout) for name, entries in found.items()}
+    law_of = {id(entry): laws[name] for name, entries in found.items() for entry in entries}
     for entry in ends(results):
         tokens, distinct, losses = entry["tokens"], entry["distinct_tokens"], as_floats(entry["losses"])
         law = law_of[id(entry)]
@@ -125,7 +126,7 @@ def table(results: Results, heldout: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Decayed runs; nats per token; the law is fitted to {heldout}."]
     for name, law in laws.items():
-        lines.append(_describe(name, law, models(results)[name]))
+        lines.append(_describe(name, law, found[name]))
     return "\n".join(lines)
 
 
