@@ -21,6 +21,9 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
 FIRST, SECOND = (GPU | {"CUDA_VISIBLE_DEVICES": number} for number in (VISIBLE[0], VISIBLE[-1]))
 WIDE = (*without(without(TINY, "--d-model"), "--n-heads"), "--d-model", "128", "--n-heads", "2")
 EXACT = ("--dtype", "float32", "--batch", "8")
+# At TINY's rate the tenth update runs into gradients four times as large, which multiply rounding by 10 to 100, by
+# chance: what one order of sums makes of it says nothing about another's. At a tenth of the rate none grows.
+STEADY = (*without(WIDE, "--lr"), *EXACT, "--lr", "1e-3")
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 HIGHEST = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not in TensorFloat-32
 
@@ -110,7 +113,7 @@ def test_tuning_on_rows_is_that_of_pytorch(tmp_path):
 def alone(tmp_path_factory) -> Path:
     """The runs `whole` and `parts` of one GPU, which add up the same batches in two orders."""
     folder = tmp_path_factory.mktemp("alone")
-    arguments = (*WIDE, *EXACT, "--data", make_text(folder))
+    arguments = (*STEADY, "--data", make_text(folder))
     run(folder, *arguments, "--out", folder / "whole", environ=FIRST | HIGHEST)
     run(folder, *arguments, "--grad-accum-steps", "4", "--out", folder / "parts", environ=FIRST | HIGHEST)
     return folder
@@ -157,7 +160,7 @@ def test_pytorch_continues_a_run_on_the_same_gpu(tmp_path, optimizer):
 @pytest.mark.two_gpus
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
 def test_two_gpus_make_the_run_of_one(tmp_path, alone, mesh):
-    arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--mesh", mesh)
+    arguments = (*STEADY, "--data", alone / "text.jsonl", "--mesh", mesh)
     out, _ = run(alone, *arguments, "--out", tmp_path / "two", environ=GPU | HIGHEST)
     assert "devices     2 x" in out
     assert_equals_one(tmp_path / "two", alone)
@@ -165,7 +168,7 @@ def test_two_gpus_make_the_run_of_one(tmp_path, alone, mesh):
 
 @pytest.mark.two_gpus
 def test_two_processes_of_a_gpu_each_make_the_run_of_one(tmp_path, alone):
-    arguments = (*WIDE, *EXACT, "--data", alone / "text.jsonl", "--out", tmp_path / "two")
+    arguments = (*STEADY, "--data", alone / "text.jsonl", "--out", tmp_path / "two")
     for more in (("--stop-at", "7"), ()):
         ended = finish(start_two(alone, *arguments, *more, environs=(FIRST | HIGHEST, SECOND | HIGHEST)))
         assert [code for code, _, _ in ended] == [0, 0], ended
