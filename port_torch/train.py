@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> TrainConfig:
     given = TRAINING_DEFAULTS[name]
     muon = given_value(argv, "--optimizer") == "muon"
     lr = given["lr"] if muon else ADAMW_RATES[name]
-    optim = MirrorOptimizerConfig(lr=lr, warmup=given["warmup"])
+    optim = MirrorOptimizerConfig(lr=lr, warmup=given["warmup"], decay=given["decay"])
     default = TrainConfig(preset=name, batch=given["batch"], optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)

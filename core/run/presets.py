@@ -7,17 +7,16 @@ from core.data.batches import Data
 from core.errors import UserError
 
 # What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
-# Muon's. 2e-3 is the best of 1e-3, 2e-3 and 4e-3 on two held-out sets of three; 4e-3 is the highest that was
-# trained to the end of the 40M's two epochs; the 200M was measured at 1e-3 alone and keeps it.
-_TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50}
-_LARGE = {"epochs": 1.0, "batch": 128, "tokenizer": "mistral", "warmup": 100}
+# Muon's. Those of MTLM1 and MTLM2 are for about 2,000 updates on 130M and 261M tokens.
+_TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50, "decay": 0.2}
+_LARGE = {"epochs": 1.0, "batch": 64, "tokenizer": "mistral", "warmup": 200, "decay": 0.4}
 TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-tiny": _TINY,
     "mtlm2-tiny": _TINY,
-    "mtlm1-88m": _LARGE | {"lr": 2e-3},
-    "mtlm1-200m": _LARGE | {"lr": 1e-3},
-    "mtlm2-40m": _LARGE | {"epochs": 2.0, "lr": 4e-3},
-    # As the 200M; not measured.
+    "mtlm1-88m": _LARGE | {"lr": 1.7e-3},
+    "mtlm1-200m": _LARGE | {"lr": 1.7e-3},
+    "mtlm2-40m": _LARGE | {"epochs": 2.0, "batch": 128, "lr": 5.6e-3, "warmup": 100},
+    # Not measured.
     "smollm2-135m": _LARGE | {"lr": 1e-3},
     "smollm2-360m": _LARGE | {"lr": 1e-3},
     "qwen3-0.6b": _LARGE | {"lr": 1e-3},

@@ -21,8 +21,8 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
 FIRST, SECOND = (GPU | {"CUDA_VISIBLE_DEVICES": number} for number in (VISIBLE[0], VISIBLE[-1]))
 WIDE = (*without(without(TINY, "--d-model"), "--n-heads"), "--d-model", "128", "--n-heads", "2")
 EXACT = ("--dtype", "float32", "--batch", "8")
-# At TINY's rate the tenth update runs into gradients four times as large, which multiply rounding by 10 to 100, by
-# chance: what one order of sums makes of it says nothing about another's. At a tenth of the rate none grows.
+# At TINY's rate the tenth update runs into gradients four times as large, which multiply rounding by some 60:
+# what one order of sums makes of it says little about another's. At a tenth of the rate none grows.
 STEADY = (*without(WIDE, "--lr"), *EXACT, "--lr", "1e-3")
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 HIGHEST = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not in TensorFloat-32

@@ -27,7 +27,8 @@
 #                      downloads in Hugging Face's cache (an estimate: 18 files of 2 GB; a file is fetched when
 #                      reading comes to it), which may go once the data is prepared; 1 GB for the run
 #
-# The learning rate is the preset's, 4e-3, measured on 261M tokens at batch 128 (docs/RESULTS.md) and not tuned for these.
+# The learning rate is the preset's, 5.6e-3, measured on 261M tokens at batch 128 (docs/RESULTS.md) and not tuned for
+# these.
 set -euo pipefail
 
 TOKENS=${TOKENS:-14000000000}                           # to train on

@@ -223,10 +223,10 @@ def test_where_no_run_can_be_is_told_before_anything_is_made(tmp_path):
     [
         (
             ["--preset", "mtlm2-40m"],
-            {"n_layers": 11, "biases": True, "epochs": 2.0, "steps": None, "lr": 4e-3},
+            {"n_layers": 11, "biases": True, "epochs": 2.0, "steps": None, "lr": 5.6e-3},
         ),
-        (["--preset", "mtlm1-88m"], {"n_layers": 12, "context": 1024, "epochs": 1.0, "lr": 2e-3}),
-        (["--preset", "mtlm1-200m"], {"n_layers": 24, "lr": 1e-3}),
+        (["--preset", "mtlm1-88m"], {"n_layers": 12, "epochs": 1.0, "batch": 64, "lr": 1.7e-3, "decay": 0.4}),
+        (["--preset", "mtlm1-200m"], {"n_layers": 24, "context": 1024, "lr": 1.7e-3}),
         ([], {"n_layers": 6, "steps": 350, "norm_eps": 1e-6, "scaled_residual_init": False}),
     ],
 )
