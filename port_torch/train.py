@@ -23,19 +23,6 @@ from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import PretrainingSource, given_value, model_config
 from port_torch.training.settings import MirrorOptimizerConfig, TrainerConfig
 
-# Peak learning rates of AdamW; the presets' own are Muon's, which bears higher ones. For the larger presets
-# they are those of the AdamW runs in docs/RESULTS.md; docs/LOG.md has the tiny ones'.
-ADAMW_RATES = {
-    "mtlm1-tiny": 3e-3,
-    "mtlm2-tiny": 3e-3,
-    "mtlm1-88m": 1e-3,
-    "mtlm1-200m": 1e-3,
-    "mtlm2-40m": 1.5e-3,
-    "smollm2-135m": 1e-3,
-    "smollm2-360m": 1e-3,
-    "qwen3-0.6b": 1e-3,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainerConfig, PretrainingSource):
@@ -48,7 +35,7 @@ class TrainConfig(TrainerConfig, PretrainingSource):
 
     init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start from this exported folder, or from hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of
-    random parameters. Of --preset only the defaults of batch, learning rate and warmup are used then."""
+    random parameters. Of --preset only the defaults of batch, rate and schedule are used."""
     tokenizer: str | None = None
     """mistral, bytes or a path to a tokenizer.json (,bos=TOKEN,eos=TOKEN: see train_tpu.prepare). Default:
     the prepared data's or the folder's; else bytes for the tiny presets and mistral for the others."""
@@ -79,13 +66,12 @@ def parse(argv: list[str]) -> TrainConfig:
     name = given_value(argv, "--preset") or TrainConfig.preset
     preset(name)  # refuses an unknown name
     given = TRAINING_DEFAULTS[name]
-    muon = given_value(argv, "--optimizer") == "muon"
-    lr = given["lr"] if muon else ADAMW_RATES[name]
-    optim = MirrorOptimizerConfig(lr=lr, warmup=given["warmup"], decay=given["decay"])
+    optim = MirrorOptimizerConfig(lr=None, warmup=given["warmup"], decay=given["decay"])
     default = TrainConfig(preset=name, batch=given["batch"], optim=optim)
     out = given_value(argv, "--out")
     found = settings_of_run(Path(out) if out else out_folder(default), default, argv)
-    found = found if found.init_from or given_value(argv, "--from") else for_help(found, argv)
+    starts = found.init_from or given_value(argv, "--from")  # then the folder says what the model is
+    found = for_help(found, argv, from_preset=not starts)
     return cli.parse(
         TrainConfig, argv, prog="python -m port_torch.train", default=found, groups=TRAINING_OPTIONS
     )

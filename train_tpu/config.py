@@ -106,5 +106,5 @@ def defaults(name: str) -> RunConfig:
     """The settings of a run of preset `name` where the command line says nothing else."""
     preset(name)  # refuses an unknown name
     given = TRAINING_DEFAULTS[name]
-    optim = OptimizerConfig(lr=given["lr"], warmup=given["warmup"], decay=given["decay"])
+    optim = OptimizerConfig(lr=None, warmup=given["warmup"], decay=given["decay"])
     return RunConfig(preset=name, batch=given["batch"], optim=optim)

@@ -31,6 +31,7 @@ from core.progress import Activity
 from core.run.data import choose_run_tokenizer, open_data
 from core.run.folder import begun_record, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
+from core.run.rates import with_rate
 from core.run.schedule import check_room
 from core.run.settings import model_config
 from core.run.training_run import TrainingRun
@@ -188,11 +189,12 @@ def prepare_run(config: RunConfig) -> Pretraining:
     dataset = processes.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
     require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
+    config, of_rate = with_rate(config, model, steps)
 
     # Devices, and what will compute on them.
     mesh = make_mesh(shape)
     config, step, attention = settle(config, model, mesh, kernels, tokenizer)
-    about = pretraining_rows(config, model, dataset, steps)
+    about = [*pretraining_rows(config, model, dataset, steps), *of_rate]
     table = describe(config, model, about, mesh, step.compute, attention, kernels, config.document_mask)
     table.print(console)
     say_notes(config, model, steps, shape, out, console)

@@ -8,7 +8,8 @@ from core.cli import asks_for_help
 from core.config import preset
 from core.help import Groups
 from core.run.presets import TRAINING_DEFAULTS
-from core.run.settings import FROM_PRESET, model_config
+from core.run.rates import preset_rate
+from core.run.settings import FROM_PRESET, given_value, model_config
 
 TRAINING_OPTIONS: Groups = {
     "options": ("preset", "data", "out", "steps", "batch", "lr"),
@@ -45,17 +46,23 @@ TRAINING_OPTIONS: Groups = {
 }  # fmt: skip
 
 
-def for_help(config: Any, argv: Sequence[str]) -> Any:
+def for_help(config: Any, argv: Sequence[str], from_preset: bool = True) -> Any:
     """`config` as the defaults of a command line: with the preset's own values where help is asked for.
 
     Otherwise what is not given stays None, so that a command can tell it from what is.
+
+    from_preset: whether model and length are the preset's, and not those of what training starts from.
     """
     if not asks_for_help(argv):
         return config
-    model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
-    overrides = dataclasses.replace(config.model, **{name: model[name] for name in FROM_PRESET})
-    shown = dataclasses.replace(config, model=overrides)
-    if shown.steps is None and shown.epochs is None:
-        given = TRAINING_DEFAULTS[config.preset]
+    shown, given = config, TRAINING_DEFAULTS[config.preset]
+    if from_preset:
+        model = dataclasses.asdict(model_config(config, preset(config.preset).vocab_size))
+        overrides = dataclasses.replace(config.model, **{name: model[name] for name in FROM_PRESET})
+        shown = dataclasses.replace(shown, model=overrides)
+    if from_preset and shown.steps is None and shown.epochs is None:
         shown = dataclasses.replace(shown, steps=given.get("steps"), epochs=given.get("epochs"))
+    if shown.optim.lr is None:
+        lr = preset_rate(config.preset, given_value(argv, "--optimizer") or config.optim.optimizer)
+        shown = dataclasses.replace(shown, optim=dataclasses.replace(shown.optim, lr=lr))
     return shown

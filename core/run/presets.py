@@ -6,16 +6,19 @@ from core import checks
 from core.data.batches import Data
 from core.errors import UserError
 
-# What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. The rates are
-# Muon's. Those of MTLM1 and MTLM2 are for about 2,000 updates on 130M and 261M tokens.
-_TINY = {"steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "warmup": 50, "decay": 0.2}
-_LARGE = {"epochs": 1.0, "batch": 64, "tokenizer": "mistral", "warmup": 200, "decay": 0.4}
+# What a preset is trained with if nothing else is said; docs/RESULTS.md has the measurements. lr is Muon's,
+# tuned over so many tokens (rates.py leads to other lengths); adamw_lr is that of AdamW alone (docs/LOG.md).
+_TINY = {
+    "steps": 350, "batch": 16, "tokenizer": "bytes", "lr": 1e-2, "adamw_lr": 3e-3, "warmup": 50, "decay": 0.2,
+}  # fmt: skip
+_LARGE = {"epochs": 1.0, "batch": 64, "tokenizer": "mistral", "adamw_lr": 1e-3, "warmup": 200, "decay": 0.4}
 TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     "mtlm1-tiny": _TINY,
     "mtlm2-tiny": _TINY,
-    "mtlm1-88m": _LARGE | {"lr": 1.7e-3},
-    "mtlm1-200m": _LARGE | {"lr": 1.7e-3},
-    "mtlm2-40m": _LARGE | {"epochs": 2.0, "batch": 128, "lr": 5.6e-3, "warmup": 100},
+    "mtlm1-88m": _LARGE | {"lr": 1.7e-3, "tokens": 130.5e6},
+    "mtlm1-200m": _LARGE | {"lr": 1.7e-3, "tokens": 130.5e6},
+    "mtlm2-40m": _LARGE
+    | {"epochs": 2.0, "batch": 128, "lr": 5.6e-3, "adamw_lr": 1.5e-3, "warmup": 100, "tokens": 261e6},
     # Not measured.
     "smollm2-135m": _LARGE | {"lr": 1e-3},
     "smollm2-360m": _LARGE | {"lr": 1e-3},

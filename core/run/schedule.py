@@ -26,7 +26,7 @@ class OptimizerConfig:
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the layers' weight matrices, AdamW for embeddings, norms, biases and the head.
     adamw: AdamW for everything."""
-    lr: float = 1e-3
+    lr: float | None = 1e-3  # None, until a run's size and length are known: see core/run/rates.py
     """Peak learning rate."""
     adamw_lr_ratio: float = 1.0
     """Muon only: the learning rate of what AdamW updates (embeddings, norms, biases and the head), as a

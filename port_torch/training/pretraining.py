@@ -13,6 +13,7 @@ from core.documents import document_mark
 from core.run.data import choose_run_tokenizer, data_rows, open_data
 from core.run.folder import run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
+from core.run.rates import with_rate
 from core.run.settings import model_config
 from core.sampling import require_room
 from core.tokenizer import require_same, tokenizer_record
@@ -63,6 +64,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
     model, rows = decoder.config, ranks.rows(config.batch)
     require_records(dataset, config.leave_out, "--leave-out")
     steps = count_steps(config, dataset)
+    config, of_rate = with_rate(config, model, steps)
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
         require_room(prompts, model.context)
@@ -92,6 +94,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         table=[
             ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
             *data_rows(config, dataset, steps),
+            *of_rate,
         ],
     )  # fmt: skip
 

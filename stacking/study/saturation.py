@@ -48,6 +48,8 @@ def _branches(block: str, name: str, given: dict[str, Any], lengths: list[float]
             "of its own: prepare them together, as one text"
         )
     optim = settings.config.optim
+    if optim.lr is None:
+        raise UserError(f"runs {block}: give lr: the runs of a trunk differ in length, and all have its rate")
     if optim.schedule != "wsd" or not optim.decay:
         raise UserError(f"runs {block}: decays branch off a trunk, so schedule must be wsd, with a decay")
     steps = [max(2, round(x * settings.model.n_params / settings.batch_tokens)) for x in lengths]

@@ -912,6 +912,8 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "need tokens_per_parameter, a list" in refused("saturation", 'name = "a"\n')
     assert "within the warmup of 4" in refused("saturation", SATURATION.replace("0.05", "0.01"))
     assert "schedule must be wsd" in refused("saturation", SATURATION + 'schedule = "cosine"\n')
+    tuned = 'preset = "mtlm2-40m"\noptimizer = "muon"\n'
+    assert "runs a: give lr" in refused("saturation", SATURATION + tuned)
     assert "cannot be reached by growing by a factor of 3" in refused("growth", GROWTH + "factor = 3\n")
     assert "not settled before step 33" in refused("growth", GROWTH.replace("0.25", "0.75"))
     assert "another decay than scratch" in refused("growth", GROWTH.replace("rewarm:3", "restart"))

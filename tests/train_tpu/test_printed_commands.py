@@ -39,7 +39,7 @@ def test_what_a_run_says_to_do_next(end, monkeypatch, tmp_path):
     """At its end, stopped before its decay, and stopped in it."""
     monkeypatch.chdir(tmp_path)
     run = defaults("mtlm1-tiny")
-    run = dataclasses.replace(run, steps=40, optim=dataclasses.replace(run.optim, warmup=5))
+    run = dataclasses.replace(run, steps=40, optim=dataclasses.replace(run.optim, lr=1e-2, warmup=5))
     lines = next_commands(OUT, run, 40, end).splitlines()
     assert lines[0] == "next:" and len(lines) == 6
     made = {

@@ -38,7 +38,9 @@ def source(fingerprint: str, windows: int = 900) -> Dataset:
 
 def settings(**changes) -> RunConfig:
     mixed = {"data": ("wiki=w", "books=b"), "weights": ("wiki=0.7", "books=0.3"), "steps": 1000}
-    return dataclasses.replace(defaults("mtlm1-tiny"), **(mixed | {"phases": ("0.8", "books=1")} | changes))
+    run = defaults("mtlm1-tiny")
+    run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=1e-2))
+    return dataclasses.replace(run, **(mixed | {"phases": ("0.8", "books=1")} | changes))
 
 
 def start(folder: Path, at: int | None = None, hashes: dict | None = None, **changes) -> tuple[Phase, ...]:

@@ -54,7 +54,7 @@ def record(**changes) -> dict:
     steps = changes.pop("steps", 350)
     overrides = ModelOverrides(**changes.pop("model", {}))
     config = dataclasses.replace(defaults("mtlm1-tiny"), model=overrides)
-    optim = {k: changes.pop(k) for k in list(changes) if hasattr(config.optim, k)}
+    optim = {"lr": 1e-2} | {k: changes.pop(k) for k in list(changes) if hasattr(config.optim, k)}
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim), **changes)
     return run_record(config, model_config(config, 258), steps, TOKENIZER, {"fingerprint": "f" * 64})
 
