@@ -26,8 +26,10 @@ UNCOMPARED = {
     *AUTOMATIC, *ONCE, *FROM_PRESET, "vocab_size", "preset", "steps", "epochs", "rewarm", "rewarm_at", "mesh",
 }  # fmt: skip
 """Settings that a folder of the same run may have otherwise, as a grown one's, or that its model tells."""
-CHOSEN = ("optimizer", "lr", "seed", "batch")
+CHOSEN = ("optimizer", "lr", "seed", "batch", "warmup", "decay", "weight_decay")
 """Settings that results have of every run, whether the study gives them or its preset."""
+FORMER = {"decay": 0.2, "weight_decay": 0.1}
+"""What presets gave when results did not have them yet, until 2026-11-30."""
 POINTS = 40  # of a run's training loss that are kept
 
 
@@ -140,17 +142,19 @@ def _begin_entry(run: Run) -> dict[str, Any]:
     return {"labels": run.labels, **run.identity, **_chosen(run)}
 
 
-def _told(entry: dict[str, Any]) -> dict[str, Any]:
+def told(entry: dict[str, Any]) -> dict[str, Any]:
     """What tells a run from others: the settings that its study gives, and those that results have of every
-    run. What it leaves to its preset is not looked up: presets change, and what was trained does not."""
-    return {"preset": RunConfig.preset} | entry["settings"] | {n: entry[n] for n in (*CHOSEN, "steps")}
+    run. What else it leaves to its preset is not looked up: presets change, and what was trained does not."""
+    given = {"preset": RunConfig.preset} | entry["settings"]
+    warmup = {"warmup": 50 if given["preset"].endswith("-tiny") else 100}
+    return FORMER | warmup | given | {name: entry[name] for name in (*CHOSEN, "steps") if name in entry}
 
 
 def run_key(entry: dict[str, Any], text: str) -> str:
     """The same for two entries that are one run, whatever their names. text: what tells theirs."""
     # A trunk has the settings of its decays, so that its name adds nothing; what is grown is an arm.
     lineage = [entry.get("at"), entry.get("grow"), *(entry["labels"].get(x) for x in ("arm", "grown_at"))]
-    numbers = json.loads(json.dumps([_told(entry), lineage, text]), parse_int=float)  # 1 is 1.0
+    numbers = json.loads(json.dumps([told(entry), lineage, text]), parse_int=float)  # 1 is 1.0
     return json.dumps(numbers, sort_keys=True)
 
 
@@ -217,14 +221,21 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
         own = run.identity
         lineage = own.keys() - {"settings"}
         old, new = (
-            _told(one) | {name: one.get(name) for name in lineage} for one in (entry, _begin_entry(run))
+            told(one) | {name: one.get(name) for name in lineage} for one in (entry, _begin_entry(run))
         )
-        for name in sorted({*entry["settings"], *own["settings"], *lineage}):
+        for name in sorted({*entry["settings"], *own["settings"], *lineage, *CHOSEN}):
             if old.get(name) != new.get(name):
                 raise UserError(
                     f"{results.path} has {run.name} with {name} {old.get(name)}, and the study asks for "
-                    f"{new.get(name)}: rename the run in the study, or give another --results"
+                    f"{new.get(name)}: {_remedy(run, name, old)}rename the run in the study, or give another "
+                    "--results"
                 )
+
+
+def _remedy(run: Run, name: str, old: dict[str, Any]) -> str:
+    """What a study can say to get the run that there is, where it leaves a setting to its preset."""
+    left = name in CHOSEN and name not in run.settings.given
+    return f"write {name} = {json.dumps(old[name])} into the study, " if left else ""
 
 
 def require_same_folder(run: Run, folder: Path, text: Text) -> None:
@@ -243,8 +254,8 @@ def require_same_folder(run: Run, folder: Path, text: Text) -> None:
     for name in sorted(new):
         if old[name] != new[name]:
             raise UserError(
-                f"{folder} holds a run with {name} {old[name]}, and the study asks for {new[name]}: remove "
-                "that folder, or give another --out"
+                f"{folder} holds a run with {name} {old[name]}, and the study asks for {new[name]}: "
+                f"{_remedy(run, name, old)}remove that folder, or give another --out"
             )
 
 

@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.run.settings import FREE_SETTINGS
 from stacking.study.definition import Definition, combinations, open_settings
 from stacking.study.fits import Optimum, fit_optimum, fit_powers
-from stacking.study.results import Results, as_floats
+from stacking.study.results import CHOSEN, Results, as_floats, told
 from stacking.study.runs import Run
 
 ALONG = ("lr", "seed")
@@ -58,8 +58,8 @@ def groups(results: Results) -> list[list[dict[str, Any]]]:
     """The runs that have ended, those together that differ in peak rate and seed alone."""
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in results.entries:
-        given = {k: v for k, v in entry["settings"].items() if k not in (*ALONG, "steps")}
-        key = repr((sorted(given.items()), entry["steps"], entry["fingerprint"]))
+        alike = {k: v for k, v in told(entry).items() if k not in ALONG}
+        key = repr((sorted(alike.items()), entry["fingerprint"]))
         found.setdefault(key, []).append(entry)
     return list(found.values())
 
@@ -71,13 +71,32 @@ def varied(entries: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if name not in ALONG and len(values[name]) > 1]
 
 
-def label(group: list[dict[str, Any]], names: list[str]) -> str:
-    """What tells a group from the others; names: the settings in which they differ."""
-    given = {name: value for name, value in group[0]["settings"].items() if name in names}
-    words = [str(given.pop("preset"))] if "preset" in given else []
+def labels(groups: list[list[dict[str, Any]]]) -> list[str]:
+    """What tells each group from the others: the settings given in which they differ; and what a preset gave,
+    where others of its length have it otherwise."""
+    names = varied([entry for group in groups for entry in group])
+    firsts = [group[0] for group in groups]
+    words = []
+    for first in firsts:
+        given, own = first["settings"], told(first)
+        twins = [told(other) for other in firsts if _apart(other) == _apart(first)]
+        differ = [name for name in CHOSEN if any(twin.get(name) != own.get(name) for twin in twins)]
+        shown = {name: own[name] for name in differ if name not in (*ALONG, *given)}
+        words.append(_label(shown | {name: value for name, value in given.items() if name in names}))
+    return words
+
+
+def _apart(entry: dict[str, Any]) -> str:
+    """What tells a run but for what presets give."""
+    return repr(sorted((name, repr(value)) for name, value in told(entry).items() if name not in CHOSEN))
+
+
+def _label(given: dict[str, Any]) -> str:
+    words = [str(given["preset"])] if "preset" in given else []
     words += [
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in given.items()
+        if name != "preset"
     ]
     return ", ".join(words) or "all"
 
@@ -112,13 +131,13 @@ def means(group: list[dict[str, Any]], heldout: str) -> dict[float, float]:
 
 def table(results: Results, heldout: str) -> str:
     """The best rates, the rule they would make, and every run."""
-    ended, names = groups(results), varied(results.entries)
+    ended = groups(results)
     columns = ["runs", "steps", "tokens", "rates tried", "best tried", f"{heldout} there", "fitted best rate",
                "loss there"]  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for group in ended:
+    for words, group in zip(labels(ended), ended, strict=True):
         rates = by_rate(group, heldout)
-        cells = [label(group, names), f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.4g}M"]
+        cells = [words, f"{group[0]['steps']:,}", f"{tokens_of(group[0]) / 1e6:.4g}M"]
         cells.append(" ".join(f"{rate:g}" for rate in rates))
         if found := means(group, heldout):
             best = min(found, key=found.get)
@@ -191,11 +210,9 @@ def _rules(ended: list[list[dict[str, Any]]], heldout: str) -> list[str]:
 
 def _all_else(entry: dict[str, Any]) -> str:
     """What the settings of a run say but for rate, seed, size, batch and length; its warmup in sequences."""
-    given = entry["settings"]
+    given = told(entry)
     rest = {name: value for name, value in given.items() if name not in {*ALONG, *RULED, *FREE_SETTINGS}}
-    if "warmup" in given:
-        rest["warmup"] = given["warmup"] * entry["batch"]
-    return repr(sorted(rest.items()))
+    return repr(sorted((rest | {"warmup": given["warmup"] * entry["batch"]}).items()))
 
 
 def _all_runs(ended: list[list[dict[str, Any]]]) -> list[str]:
@@ -219,10 +236,9 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
     counts = [(group, sum(map(bool, by_rate(group, heldout).values()))) for group in groups(results)]
     most = min(2, max((n for _, n in counts), default=1))
     ended = [group for group, n in counts if n >= max(most, 1)]
-    names = varied([entry for group in ended for entry in group])
-    for i, group in enumerate(ended):
+    for i, (words, group) in enumerate(zip(labels(ended), ended, strict=True)):
         rates = {rate: losses for rate, losses in by_rate(group, heldout).items() if losses}
-        words = f"{label(group, names)}, {tokens_of(group[0]) / 1e6:.3g}M tokens"
+        words = f"{words}, {tokens_of(group[0]) / 1e6:.3g}M tokens"
         style = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i // len(COLORS) % 5]}
         axes.plot(list(rates), [statistics.fmean(losses) for losses in rates.values()], label=words, **style)
         dots = [(rate, loss) for rate, losses in rates.items() for loss in losses]

@@ -24,10 +24,11 @@ from core.console import make_console
 from core.errors import UserError
 from core.run.folder import write_config
 from core.run.log import CARRIED, END, HALT, read_log
+from core.run.presets import TRAINING_DEFAULTS
 from core.run.settings import flatten, given_value
 from stacking.jobs import Job
 from stacking.study import __main__ as command
-from stacking.study import experiment, fits, growth, growth_report, report, saturation, tuning
+from stacking.study import definition, experiment, fits, growth, growth_report, report, saturation, tuning
 from stacking.study.config import StudyConfig
 from stacking.study.definition import STUDIES, read_definition
 from stacking.study.experiment import Clock, run_study
@@ -222,9 +223,43 @@ def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_pa
     assert page.count(row) == 2 and "12 runs; trained on" in page
     # The name of one that was another run is refused still.
     study_file(tmp_path, "tuning", f"{steps}weight_decay = 0.2\n", moved)
-    said = r"has b/steps-12/lr-0.01/seed-0 with weight_decay None, and the study"
+    said = r"has b/steps-12/lr-0.01/seed-0 with weight_decay 0.1, and the study"
     with pytest.raises(UserError, match=said):
         run_study(config, make_console())
+
+
+def test_a_preset_that_changes_does_not_mix_runs(text_of_a_study, tmp_path, monkeypatch):
+    """What a study leaves to its preset tells runs apart, also in results that do not have it yet."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02]\n'
+    config = StudyConfig(str(study_file(tmp_path, "tuning", block, text_of_a_study)), out=out)
+    FakeTraining(monkeypatch, parabola)
+    run_study(config, make_console())
+    for has_it in (True, False):
+        record = json.loads((out / "results.json").read_text())
+        for entry in () if has_it else record["runs"].values():
+            del entry["decay"], entry["weight_decay"]
+        (out / "results.json").write_text(json.dumps(record))
+        with monkeypatch.context() as patch:
+            patch.setitem(TRAINING_DEFAULTS["mtlm1-tiny"], "decay", 0.4)
+            definition._open.cache_clear()
+            with pytest.raises(
+                UserError, match=r"with decay 0.2, and .* 0.4: write decay = 0.2 into the study"
+            ):
+                run_study(config, make_console())
+            study_file(tmp_path, "tuning", block.replace("0.02", "0.04") + "decay = 0.2\n", text_of_a_study)
+            run_study(config, make_console())
+            assert "| 12 | 0.001536M | 0.01 0.02 0.04 |" in (out / "results.md").read_text()
+            study_file(tmp_path, "tuning", block.replace("[0.01, 0.02]", "[0.08]"), text_of_a_study)
+            run_study(config, make_console())
+            page = (out / "results.md").read_text()
+            assert "| decay 0.4 | 12 | 0.001536M | 0.08 |" in page and "| decay 0.2 | 12 |" in page
+        definition._open.cache_clear()
+        study_file(tmp_path, "tuning", block, text_of_a_study)
+        record = json.loads((out / "results.json").read_text())
+        for name in [name for name in record["runs"] if "0.08" in name]:
+            del record["runs"][name]
+        (out / "results.json").write_text(json.dumps(record))
 
 
 def law(run: Run) -> float:
