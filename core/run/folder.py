@@ -22,6 +22,7 @@ from core.folders import require_place, write_atomically
 from core.run import settings
 from core.run.begun import has_begun, remove_start
 from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
+from core.run.rates import is_derived
 from core.run.schedule import require_continuous
 from core.run.settings import FREE_SETTINGS, MIXTURE
 from core.tokenizer import BUILT_IN, find_tokenizer
@@ -276,6 +277,8 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
         carriers = (folder, *map(Path, data_paths(saved.data)))
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
         saved = dataclasses.replace(saved, tokenizer=own)
+    if not has_begun(folder) and is_derived(record):  # another length may be given now
+        saved = dataclasses.replace(saved, optim=dataclasses.replace(saved.optim, lr=None))
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved
 
 

@@ -13,8 +13,8 @@ from core.run.presets import TRAINING_DEFAULTS
 # that of the nearest of them. docs/RESULTS.md has the minima; the number of layers was not varied alone.
 RULE = {
     "width": (-0.87, 192, 768),
-    "tokens per update": (0.51, 2**16, 2**17),
-    "tokens": (-0.46, 65.0e6, 261.1e6),
+    "batch": (0.51, 2**16, 2**17),  # in tokens
+    "length": (-0.46, 65.0e6, 261.3e6),  # in tokens
 }
 
 
@@ -27,11 +27,23 @@ def with_rate(config: Any, model: ModelConfig, steps: int) -> tuple[Any, list[tu
     lr = peak_rate(name, optimizer, model, config.batch, steps)
     rows, of_preset = [], preset_rate(name, optimizer)
     if lr != of_preset:
-        tokens = steps * config.batch * model.context
-        update = f"{config.batch} x {model.context} per update"
-        how = f"width {model.d_model}, {update}, {tokens:,} tokens"
-        rows.append(("learning rate", f"the preset's {of_preset:g}, by a rule for {how}: {lr:g}"))
+        batch = f"{config.batch} x {model.context}"
+        said = (
+            f"{lr:g}: the preset's {of_preset:g}, by the rule for width {model.d_model}, {batch} per update"
+        )
+        beyond = [
+            what for what, value in place(model, config.batch, steps).items() if not within(what, value)
+        ]
+        edge = f"; beyond what was measured in {' and '.join(beyond)}, so as at its edge" if beyond else ""
+        rows.append(("learning rate", f"{said}, {steps * config.batch * model.context:,} tokens{edge}"))
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr)), rows
+
+
+def is_derived(record: dict[str, Any]) -> bool:
+    """Whether the rate that a run has recorded is what it would have been given without --lr."""
+    run = record["run"]
+    model = ModelConfig(**record["model"])
+    return run["lr"] == peak_rate(run["preset"], run["optimizer"], model, run["batch"], run["steps"])
 
 
 def preset_rate(name: str, optimizer: str) -> float:
@@ -40,7 +52,7 @@ def preset_rate(name: str, optimizer: str) -> float:
 
 
 def has_rule(name: str, optimizer: str) -> bool:
-    """Whether the preset's rate was tuned, at a length from which the rule leads to others."""
+    """Whether the rule leads from the preset's rate to others."""
     return optimizer == "muon" and "tokens" in TRAINING_DEFAULTS[name]
 
 
@@ -50,8 +62,20 @@ def peak_rate(name: str, optimizer: str, model: ModelConfig, batch: int, steps: 
     if not has_rule(name, optimizer):
         return rate
     given, own = TRAINING_DEFAULTS[name], preset(name)
-    here = (model.d_model, batch * model.context, steps * batch * model.context)
-    tuned = (own.d_model, given["batch"] * own.context, given["tokens"])
-    for (power, low, high), now, then in zip(RULE.values(), here, tuned, strict=True):
-        rate *= (min(max(now, low), high) / min(max(then, low), high)) ** power
+    here, there = place(model, batch, steps), place(own, given["batch"], 1) | {"length": given["tokens"]}
+    for what, (power, low, high) in RULE.items():
+        now, then = (min(max(values[what], low), high) for values in (here, there))
+        rate *= (now / then) ** power
     return float(f"{rate:.3g}")
+
+
+def place(model: ModelConfig, batch: int, steps: int) -> dict[str, float]:
+    """What the rule goes by."""
+    tokens = batch * model.context
+    return {"width": model.d_model, "batch": tokens, "length": steps * tokens}
+
+
+def within(what: str, value: float) -> bool:
+    """Whether the rule was measured there."""
+    _, low, high = RULE[what]
+    return low <= value <= high

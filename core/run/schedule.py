@@ -27,7 +27,7 @@ class OptimizerConfig:
     """muon: Muon for the layers' weight matrices, AdamW for embeddings, norms, biases and the head.
     adamw: AdamW for everything."""
     lr: float | None = 1e-3  # None, until a run's size and length are known: see core/run/rates.py
-    """Peak learning rate."""
+    """Peak learning rate. A tuned preset's follows width, batch and length where none is given."""
     adamw_lr_ratio: float = 1.0
     """Muon only: the learning rate of what AdamW updates (embeddings, norms, biases and the head), as a
     multiple of Muon's."""

@@ -452,7 +452,7 @@ def test_its_learning_rates_are_adamws_and_its_help_says_so(tmp_path: Path, monk
         torch_train.parse(["--preset", "mtlm2-40m", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "optimizer is AdamW" in said and "with --optimizer muon both are as in train_tpu.run" in said
-    assert "Peak learning rate. (default: 0.0015)" in said and "(default: None)" not in said
+    assert "where none is given. (default: 0.0015)" in said and "(default: None)" not in said
 
 
 def test_refusals(finished: Path, data32: Path, tmp_path: Path, monkeypatch):

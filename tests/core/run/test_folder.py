@@ -17,7 +17,7 @@ from rich.console import Console
 from core import processes
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import find_step, step_path
-from core.config import ModelConfig
+from core.config import ModelConfig, preset
 from core.errors import UserError
 from core.run.folder import (
     check_run_folder,
@@ -28,6 +28,7 @@ from core.run.folder import (
     settings_of_run,
     write_config,
 )
+from core.run.rates import peak_rate
 from core.run.settings import (
     ModelOverrides,
     check_records,
@@ -216,6 +217,20 @@ def test_where_no_run_can_be_is_told_before_anything_is_made(tmp_path):
     require_folder(tmp_path / "new" / "run")
     require_folder(make_run(tmp_path / "run", 1))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_rate_that_was_derived_is_derived_again_before_the_first_update(tmp_path):
+    """For another length or optimizer; one that was given stays, and so does that of a run that has begun."""
+    config, model = defaults("mtlm2-40m"), preset("mtlm2-40m")
+    derived = peak_rate("mtlm2-40m", "muon", model, config.batch, 496)
+    for lr, found in ((derived, None), (2e-3, 2e-3)):
+        folder = tmp_path / str(lr)
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
+        folder.mkdir()
+        write_config(folder, run_record(config, model, 496, TOKENIZER, {"fingerprint": "f" * 64}))
+        assert command.parse(["--out", str(folder)]).optim.lr == found
+        (folder / "checkpoints" / "00000005").mkdir(parents=True)
+        assert command.parse(["--out", str(folder)]).optim.lr == lr
 
 
 @pytest.mark.parametrize(

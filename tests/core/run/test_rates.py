@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.config import PRESETS, preset
-from core.run.rates import RULE, has_rule, peak_rate, preset_rate, with_rate
+from core.run.rates import has_rule, peak_rate, preset_rate, with_rate
 from stacking.study.fits import fit_optimum
 from train_tpu.config import defaults
 
@@ -51,6 +51,14 @@ def test_the_powers_are_those_of_the_measured_minima():
     steps = 496  # 65M tokens
     assert rate(steps=steps, d_model=192) / rate(steps=steps) == pytest.approx(narrow / at_128, rel=0.1)
     assert rate(64, 2 * steps) / rate(steps=steps) == pytest.approx(at_64 / at_128, rel=0.1)
+    # The preset's own rate, with twice the decay of these runs, lies above what they would give it. A quarter
+    # too high costs 0.002 nats, by their parabolas.
+    for found, best in (
+        (rate(steps=496), at_128),
+        (rate(steps=496, d_model=192), narrow),
+        (rate(64, 992), at_64),
+    ):
+        assert best < found < 1.26 * best
 
 
 def test_longer_runs_have_lower_rates():
@@ -62,7 +70,6 @@ def test_longer_runs_have_lower_rates():
 def test_beyond_what_was_measured_the_rate_is_that_of_its_edge():
     assert rate(steps=100_000) == rate() and rate(steps=10) == rate(steps=480)
     assert rate(1024, 249) == rate() and rate(d_model=96) == rate(d_model=192)
-    assert {"width", "tokens per update", "tokens"} == set(RULE)
 
 
 def test_it_is_muons_and_of_tuned_presets_alone():
@@ -77,5 +84,7 @@ def test_what_is_given_stays_and_what_is_not_is_told():
     given = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=7e-4))
     assert with_rate(given, M40, 100) == (given, [])
     found, rows = with_rate(config, dataclasses.replace(M40, d_model=192), 496)
-    how = "width 192, 128 x 1024 per update, 65,011,712 tokens"
-    assert rows == [("learning rate", f"the preset's 0.0056, by a rule for {how}: {found.optim.lr:g}")]
+    how = "by the rule for width 192, 128 x 1024 per update, 65,011,712 tokens"
+    assert rows == [("learning rate", f"{found.optim.lr:g}: the preset's 0.0056, {how}")]
+    _, ((_, said),) = with_rate(config, dataclasses.replace(M40, d_model=48), 100_000)
+    assert said.endswith("; beyond what was measured in width and length, so as at its edge")
