@@ -440,7 +440,7 @@ def test_a_diverged_run_is_halted_with_its_last_good_state(data32: Path, tmp_pat
 
 
 def test_its_learning_rates_are_adamws_and_its_help_says_so(tmp_path: Path, monkeypatch, capsys):
-    """Muon's rates, which train_tpu.run has, are up to three times as high."""
+    """Muon's rates, which train_tpu.run has, are up to four times as high."""
     monkeypatch.chdir(tmp_path)
     for preset in PRESETS:
         config = torch_train.parse(["--preset", preset])

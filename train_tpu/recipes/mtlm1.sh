@@ -29,7 +29,7 @@
 #                      reading comes to it), which may go once the data is prepared; 6 GB for the runs and exports
 #
 # The learning rate is the 88M's, 1.7e-3 on 130.5M tokens at batch 64, moved by a rule that was measured up to 261M
-# tokens and batch 128 (1.76e-3; docs/RESULTS.md). It was not tuned for these, nor for what the model grows into.
+# tokens and batch 128 (docs/RESULTS.md): here 1.76e-3. It was not tuned for these, nor for what the model grows into.
 # Whether growing pays is in docs/STACKING.md: at equal FLOPs it is better than the 200M from scratch, and at 0.65 tokens per
 # parameter worse than the 88M for longer. At the 69 of this script nobody has compared them.
 set -euo pipefail

@@ -28,7 +28,7 @@
 #                      reading comes to it), which may go once the data is prepared; 1 GB for the run
 #
 # The learning rate is the preset's, 5.6e-3, measured on 261M tokens at batch 128 (docs/RESULTS.md) and not tuned for
-# these.
+# these; fewer tokens or smaller batches move it by a rule.
 set -euo pipefail
 
 TOKENS=${TOKENS:-14000000000}                           # to train on
