@@ -40,10 +40,10 @@ def with_rate(config: Any, model: ModelConfig, steps: int) -> tuple[Any, list[tu
 
 
 def is_derived(record: dict[str, Any]) -> bool:
-    """Whether the rate that a run has recorded is what it would have been given without --lr."""
-    run = record["run"]
-    model = ModelConfig(**record["model"])
-    return run["lr"] == peak_rate(run["preset"], run["optimizer"], model, run["batch"], run["steps"])
+    """Whether the rate that a run has recorded is what the rule would have given it without --lr."""
+    run, model = record["run"], ModelConfig(**record["model"])
+    kind = run["preset"], run["optimizer"]
+    return has_rule(*kind) and run["lr"] == peak_rate(*kind, model, run["batch"], run["steps"])
 
 
 def preset_rate(name: str, optimizer: str) -> float:
