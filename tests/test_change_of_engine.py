@@ -168,9 +168,15 @@ def test_what_cannot_be_continued_is_refused(tmp_path: Path):
     tuned, run = (tmp_path / name for name in ("tuned", "run"))
     shutil.copytree(FIXTURES / "torch", run)
     before = (run / "config.json").read_bytes()
-    for name, old, new in (("batch", "4", "8"), ("optimizer", "adamw", "muon")):
-        _, err = run_here("--out", run, *DATA, f"--{name}", new, expect=2)
-        assert f"has --{name} {old}, not {new}" in err.splitlines()[-1]
+    for name, old, new, more in (
+        ("batch", "4", "8", ()),
+        ("optimizer", "adamw", "muon", ()),
+        ("optimizer", "adamw", "muon", ("--allow-change", "optimizer")),
+    ):
+        _, err = run_here("--out", run, *DATA, f"--{name}", new, *more, expect=2)
+        said = err.splitlines()[-1]
+        assert f"has --{name} {old}, not {new}" in said
+        assert (f"--allow-change {name}" in said) == (name == "batch")
     for module in COMMANDS.values():  # a record from before it could be asked for says nothing of it
         _, err = run_here("--out", run, *DATA, "--document-mask", module=module, expect=2)
         assert "has --document-mask False, not True" in err.splitlines()[-1]

@@ -301,7 +301,8 @@ def require_same(
         free: settings that are not compared.
 
     Raises:
-        UserError: a setting differs and is not named in `allowed`; both values are given.
+        UserError: a setting differs and is not named in `allowed`, or is the optimizer; both values are
+            given.
     """
     unknown = sorted(set(allowed) - set(new) - {MIXTURE})
     if unknown:
@@ -313,7 +314,14 @@ def require_same(
     if "mesh" in new:
         old["mesh"], new["mesh"] = mesh(old["mesh"]), mesh(new["mesh"])
     for name in sorted(set(old) | set(new)):
-        if name in free or name in allowed or old.get(name) == new.get(name):
+        if name in free or old.get(name) == new.get(name):
+            continue
+        if name == "optimizer":
+            raise UserError(
+                f"the run in {where} has --optimizer {old.get(name)}, not {new.get(name)}, and its "
+                "checkpoints hold the state of that alone: give the same value, or another --out"
+            )
+        if name in allowed:
             continue
         flag = name.replace("_", "-")
         raise UserError(
