@@ -18,6 +18,7 @@ import tyro
 
 from bench.bars import draw_rates
 from bench.gpu import require_gpu
+from bench.row_process import exit_code
 from bench.stock import stock_model
 from bench.torch_row import refuse_fallbacks
 from core import checks, cli
@@ -324,7 +325,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     write_picture(figure, path, dpi=120)
 
 
-def main() -> None:
+def main() -> int | None:
     """The command."""
     config = cli.parse(DecodeBenchConfig, prog="python -m bench.decode")
     require_json(config.json)
@@ -342,6 +343,7 @@ def main() -> None:
     write_json(config.json, {"facts": facts, **asked, "rows": rows})
     if config.plot:
         plot(rows, config.plot, device)
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.plain_torch import GPT
-from bench.row_process import Row, in_process, print_row, taken_row
+from bench.row_process import Row, exit_code, in_process, print_row, taken_row
 from bench.torch_row import compiled_facts, refuse_fallbacks
 from bench.train import BATCH
 from bench.train_rows import Make, Step, ours, peer, random_batches, timed
@@ -68,6 +68,7 @@ class DevicesBenchConfig:
     """Write all figures into this file, after every row."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "cases", "ways"))
         checks.counts(**checks.fields(self, "gpus", "steps", "batch"))
 
     def sequences(self, case: str) -> int:
@@ -201,7 +202,7 @@ def print_table(rows: list[Row]) -> None:
             print(f"failed: {row['case']}, {TITLES[row['way']]} on {row['gpus']}: {row['failed']}")
 
 
-def main() -> None:
+def main() -> int | None:
     """Runs every row in processes of its own and prints the table."""
     row, argv = taken_row(sys.argv[1:])
     config = cli.parse(DevicesBenchConfig, argv, prog="python -m bench.devices")
@@ -209,7 +210,7 @@ def main() -> None:
         figures = run_row(config, row)
         if figures is not None:
             print_row(figures)
-        return
+        return None
     there = torch.cuda.device_count()
     gpus = there if config.gpus is None else config.gpus
     if gpus < 2 or gpus > there:
@@ -234,6 +235,7 @@ def main() -> None:
                 device = torch.cuda.get_device_name()
                 write_json(config.json, {"device": device, "torch": torch.__version__, "rows": rows})
     print_table(rows)
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class EvalBenchConfig:
     """Also write the table as JSON."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "dtypes"))
         checks.counts(**checks.fields(self, "batch", "limit"))
 
 

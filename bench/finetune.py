@@ -17,7 +17,7 @@ import tyro
 
 from bench import row_process
 from bench.gpu import require_gpu
-from bench.row_process import Row, print_row, taken_row
+from bench.row_process import Row, exit_code, print_row, taken_row
 from core import checks, cli
 from core.config import preset
 from core.console import Table
@@ -68,6 +68,7 @@ class FinetuneBenchConfig:
     """Write all figures into this file, after every row."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "ways"))
         checks.counts(**checks.fields(self, "steps", "batch", "context"))
 
 
@@ -131,13 +132,13 @@ def check(config: FinetuneBenchConfig) -> None:
         raise UserError(f"Hugging Face has no model like {config.preset}: give --ways ours")
 
 
-def main() -> None:
+def main() -> int | None:
     """Runs every row in a process and prints the table."""
     row, argv = taken_row(sys.argv[1:])
     config = cli.parse(FinetuneBenchConfig, argv, prog="python -m bench.finetune")
     if row:
         print_row(run_row(config, row))
-        return
+        return None
     check(config)
     conversations = read_rows(config.data, chat=True).rows
     with tempfile.TemporaryDirectory() as name:
@@ -167,6 +168,7 @@ def main() -> None:
                 print(f"    {figures['milliseconds']:.1f} ms, {figures['tokens_per_second']:,.0f} tokens/s")
             write_json(config.json, report)
     print_table(report["rows"])
+    return exit_code(report["rows"])
 
 
 if __name__ == "__main__":

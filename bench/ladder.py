@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bench.gpu import require_gpu
 from bench.ladder_rows import PIECES, SIZES, WAYS, WIDTH, measure, ways
 from bench.row_process import in_process, print_row, taken_row
-from core import cli
+from core import checks, cli
 from core.console import Table
 from core.errors import UserError, run_command
 from core.figures import require_json, require_picture, write_json
@@ -36,6 +36,7 @@ class LadderConfig:
     """Draw them into this file."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "sizes", "pieces"))
         for size in self.sizes:
             if size < WIDTH or size % WIDTH:
                 raise UserError(f"--sizes must be multiples of {WIDTH}, not {size}")

@@ -39,6 +39,7 @@ class LoaderConfig:
     """Its context. Default: 1,024."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "batches"))
         checks.positive(seconds=self.seconds)
         for batch in self.batches:
             checks.counts(batches=batch)

@@ -28,6 +28,11 @@ def compiled_anew(folder: str) -> dict[str, str]:
     return {name: f"{folder}/{name.lower()}" for name in COMPILED}
 
 
+def exit_code(rows: Sequence[Row]) -> int:
+    """Of a benchmark with these rows: 1 where one failed, which its table says."""
+    return int(any("failed" in row for row in rows))
+
+
 def in_process(
     module: str, row: str, argv: Sequence[str], environment: dict[str, str], processes: int = 1
 ) -> Row:

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from bench import plain_jax
-from bench.row_process import Row, in_process, print_row, taken_row
+from bench.row_process import Row, exit_code, in_process, print_row, taken_row
 from bench.updates import BATCHES, LR, WARM_UP, token_batches
 from core import checks, cli
 from core.attention import Choice
@@ -72,6 +72,7 @@ class StepBenchConfig:
     """Write all figures into this file, after every row."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "kernels", "products"))
         names = ("batch", "steps", "loss_chunk", "unroll", "context")
         checks.counts(**checks.fields(self, *names))
 
@@ -176,13 +177,13 @@ def of_plain(attention: Choice) -> Literal["cudnn", "xla"]:
     return "cudnn" if attention.name == "cudnn" else "xla"
 
 
-def main() -> None:
+def main() -> int | None:
     """Runs every row in a process and prints the table."""
     row, argv = taken_row(sys.argv[1:])
     config = cli.parse(StepBenchConfig, argv, prog="python -m bench.step")
     if row == PLATFORM:
         print_row({PLATFORM: jax.default_backend()})  # asked apart: JAX holds a GPU's memory from then on
-        return
+        return None
     if row:
         name, _, who = row.partition("/")
         model = preset(name)
@@ -190,7 +191,7 @@ def main() -> None:
             model = dataclasses.replace(model, context=config.context)
         batch = BATCH.get(name, 32) if config.batch is None else config.batch
         print_row(measure(config, name, model, batch, who))
-        return
+        return None
     require_json(config.json)
     environment = dict(os.environ)
     if not config.preset and in_process("bench.step", PLATFORM, argv, environment).get(PLATFORM) == "cpu":
@@ -207,6 +208,7 @@ def main() -> None:
         rows.append({"model": name, "step": who, **figures})
         write_json(config.json, {"jax": jax.__version__, "rows": rows})
     print_table(rows)
+    return exit_code(rows)
 
 
 def title(who: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from bench import row_process
 from bench.bars import draw_rates
 from bench.gpu import require_gpu
-from bench.row_process import Row, print_row, taken_row
+from bench.row_process import Row, exit_code, print_row, taken_row
 from bench.train_rows import JAX, VARIANTS, measure, measure_jax
 from core import checks, cli
 from core.config import ModelConfig, preset
@@ -63,6 +63,7 @@ class TrainBenchConfig:
     """Write where the time of our steps and of plain PyTorch's goes into this folder, one line per kernel."""
 
     def __post_init__(self) -> None:
+        checks.lists(**checks.fields(self, "cases", "variants"))
         checks.counts(**checks.fields(self, "steps", "batch", "context"))
 
     def model(self, case: str) -> ModelConfig:
@@ -176,13 +177,13 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
     write_picture(figure, path, dpi=120)
 
 
-def main() -> None:
+def main() -> int | None:
     """Runs every row in a process and prints the table."""
     row, argv = taken_row(sys.argv[1:])
     config = cli.parse(TrainBenchConfig, argv, prog="python -m bench.train")
     if row:
         print_row(run_row(config, row))
-        return
+        return None
     require_json(config.json)
     require_picture(config.plot)
     if config.profile is not None:
@@ -232,6 +233,7 @@ def main() -> None:
         print(f"goal, {goal['case']}: {goal['goal']}: {verdict}{value}")
     if config.plot:
         plot(rows, config.plot, report["device"])
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ def counts(least: int = 1, most: int = MAX_COUNT, **values: Any) -> None:
     _require(f"must be at most {most:,}", lambda value: value <= most, values)
 
 
+def lists(**values: Any) -> None:
+    """A UserError for a list without values."""
+    for name, value in values.items():
+        if value is not None and not value:
+            raise UserError(f"{option(name)} needs at least one value: give some, or leave it out")
+
+
 def seeds(**values: Any) -> None:
     """A UserError for a value that random keys cannot be made of."""
     _require("must be an integer", lambda value: isinstance(value, numbers.Integral), values)

@@ -20,6 +20,7 @@ RUN, EXPORT, DATA = FIXTURES / "mtlm1", FIXTURES / "mtlm1-export", FIXTURES / "d
         ((EXPORT, "--data-dir", "nowhere"), "--data-dir nowhere is not there"),
         ((EXPORT, "--data-dir", FIXTURES), "the data of wikitext is not there"),
         ((EXPORT, "--data-dir", FIXTURES, "--dtypes", "float16"), "give float32, bfloat16 or both"),
+        ((EXPORT, "--data-dir", FIXTURES, "--dtypes"), "--dtypes needs at least one value: give some"),
     ],
 )
 def test_bench_eval(monkeypatch: pytest.MonkeyPatch, arguments: tuple, why: str):
