@@ -262,8 +262,8 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
     continued by this one. One that has not begun gives its settings to a command line without any of
     `SOURCES`, such as --out alone, and to no other.
     """
-    record = read_config(folder)
-    if record and not has_begun(folder):
+    record, begun = read_config(folder), has_begun(folder)
+    if record and not begun:
         typed = any(settings.given_value(argv, flag) is not None for flag in SOURCES)
         record = None if typed or "preset" not in record["run"] else record
     if not record:
@@ -277,7 +277,7 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
         carriers = (folder, *map(Path, data_paths(saved.data)))
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
         saved = dataclasses.replace(saved, tokenizer=own)
-    if not has_begun(folder) and is_derived(record):  # another length may be given now
+    if not begun and is_derived(saved, ModelConfig(**record["model"])):  # another length may be given now
         saved = dataclasses.replace(saved, optim=dataclasses.replace(saved.optim, lr=None))
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved
 

@@ -18,32 +18,31 @@ RULE = {
 }
 
 
-def with_rate(config: Any, model: ModelConfig, steps: int) -> tuple[Any, list[tuple[str, str]]]:
+def with_rate(config: Any, model: ModelConfig, steps: int | None) -> tuple[Any, list[tuple[str, str]]]:
     """The settings of a run of `steps` updates with a peak rate; and for its table, where that is not the
-    preset's, how it came to be."""
-    if config.optim.lr is not None:
-        return config, []
+    preset's, how it came to be.
+
+    steps: None where they are not known: then a rate that depends on them stays None.
+    """
     name, optimizer = config.preset, config.optim.optimizer
-    lr = peak_rate(name, optimizer, model, config.batch, steps)
-    rows, of_preset = [], preset_rate(name, optimizer)
+    if config.optim.lr is not None or (steps is None and has_rule(name, optimizer)):
+        return config, []
+    lr, of_preset = peak_rate(name, optimizer, model, config.batch, steps), preset_rate(name, optimizer)
+    rows = []
     if lr != of_preset:
-        batch = f"{config.batch} x {model.context}"
-        said = (
-            f"{lr:g}: the preset's {of_preset:g}, by the rule for width {model.d_model}, {batch} per update"
-        )
-        beyond = [
-            what for what, value in place(model, config.batch, steps).items() if not within(what, value)
-        ]
+        here = place(model, config.batch, steps)
+        update = f"{config.batch} x {model.context} per update"
+        sizes = f"width {model.d_model}, {update}, {here['length']:,} tokens"
+        beyond = [what for what, value in here.items() if not within(what, value)]
         edge = f"; beyond what was measured in {' and '.join(beyond)}, so as at its edge" if beyond else ""
-        rows.append(("learning rate", f"{said}, {steps * config.batch * model.context:,} tokens{edge}"))
+        rows.append(("learning rate", f"{lr:g}: the preset's {of_preset:g}, by the rule for {sizes}{edge}"))
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr)), rows
 
 
-def is_derived(record: dict[str, Any]) -> bool:
-    """Whether the rate that a run has recorded is what the rule would have given it without --lr."""
-    run, model = record["run"], ModelConfig(**record["model"])
-    kind = run["preset"], run["optimizer"]
-    return has_rule(*kind) and run["lr"] == peak_rate(*kind, model, run["batch"], run["steps"])
+def is_derived(config: Any, model: ModelConfig) -> bool:
+    """Whether the rate of these settings is what the rule gives them without --lr."""
+    kind = config.preset, config.optim.optimizer
+    return has_rule(*kind) and config.optim.lr == peak_rate(*kind, model, config.batch, config.steps)
 
 
 def preset_rate(name: str, optimizer: str) -> float:
@@ -56,8 +55,9 @@ def has_rule(name: str, optimizer: str) -> bool:
     return optimizer == "muon" and "tokens" in TRAINING_DEFAULTS[name]
 
 
-def peak_rate(name: str, optimizer: str, model: ModelConfig, batch: int, steps: int) -> float:
-    """The rate, to three digits, for updates of `batch` sequences."""
+def peak_rate(name: str, optimizer: str, model: ModelConfig, batch: int, steps: int | None) -> float:
+    """The rate, to three digits, for updates of `batch` sequences; steps: None only where there is no
+    rule."""
     rate = preset_rate(name, optimizer)
     if not has_rule(name, optimizer):
         return rate

@@ -42,7 +42,7 @@ from core.data.text import read_text
 from core.errors import UserError
 from core.run.data import choose_run_tokenizer
 from core.run.presets import TRAINING_DEFAULTS
-from core.run.rates import has_rule, with_rate
+from core.run.rates import with_rate
 from core.run.settings import flatten, given_value, model_config
 from train_tpu.config import RunConfig, defaults
 
@@ -222,8 +222,7 @@ def open_settings(block: str, given: dict[str, Any]) -> Settings:
         raise UserError(f"runs {block}: {error}") from None
     settings = Settings(block, given, config, model_config(config, vocabulary), tokenizer, tokens, speed)
     has_length = tokens is not None or config.steps is not None
-    if has_length or not has_rule(config.preset, config.optim.optimizer):
-        config, _ = with_rate(config, settings.model, settings.steps if has_length else 0)
+    config, _ = with_rate(config, settings.model, settings.steps if has_length else None)
     return dataclasses.replace(settings, config=config)
 
 

@@ -75,13 +75,14 @@ def labels(groups: list[list[dict[str, Any]]]) -> list[str]:
     """What tells each group from the others: the settings given in which they differ; and what a preset gave,
     where others of its length have it otherwise."""
     names = varied([entry for group in groups for entry in group])
-    firsts = [group[0] for group in groups]
+    twins: dict[str, list[dict[str, Any]]] = {}
+    for first, *_ in groups:
+        twins.setdefault(_apart(first), []).append(told(first))
     words = []
-    for first in firsts:
-        given, own = first["settings"], told(first)
-        twins = [told(other) for other in firsts if _apart(other) == _apart(first)]
-        differ = [name for name in CHOSEN if any(twin.get(name) != own.get(name) for twin in twins)]
-        shown = {name: own[name] for name in differ if name not in (*ALONG, *given)}
+    for first, *_ in groups:
+        given, own, others = first["settings"], told(first), twins[_apart(first)]
+        of_preset = [name for name in CHOSEN if name not in (*ALONG, *given)]
+        shown = {n: own[n] for n in of_preset if any(other.get(n) != own.get(n) for other in others)}
         words.append(_label(shown | {name: value for name, value in given.items() if name in names}))
     return words
 

@@ -186,13 +186,19 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
     assert again.made == []
 
 
-def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_path, monkeypatch):
-    """Seeds and lengths added, the default seed spelled out, a block renamed, a text moved: the same runs."""
+def run_fake(monkeypatch, folder: Path, runs: str, text: Path) -> StudyConfig:
+    """A study of tuning in `folder`, trained without pictures."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
-    out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02, 0.04]\n'
-    config = StudyConfig(str(study_file(tmp_path, "tuning", block, text_of_a_study)), out=out)
+    config = StudyConfig(str(study_file(folder, "tuning", runs, text)), out=folder / "out")
     FakeTraining(monkeypatch, parabola)
     run_study(config, make_console())
+    return config
+
+
+def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_path, monkeypatch):
+    """Seeds and lengths added, the default seed spelled out, a block renamed, a text moved: the same runs."""
+    out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02, 0.04]\n'
+    config = run_fake(monkeypatch, tmp_path, block, text_of_a_study)
     old = json.loads((out / "results.json").read_text())["runs"]
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(text_of_a_study.read_bytes())
@@ -228,38 +234,27 @@ def test_a_value_that_becomes_a_list_trains_no_run_again(text_of_a_study, tmp_pa
         run_study(config, make_console())
 
 
-def test_a_preset_that_changes_does_not_mix_runs(text_of_a_study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_preset_that_changes_does_not_mix_runs(text_of_a_study, tmp_path, monkeypatch, has_it):
     """What a study leaves to its preset tells runs apart, also in results that do not have it yet."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
-    out, block = tmp_path / "out", 'name = "a"\nsteps = 12\nlr = [0.01, 0.02]\n'
-    config = StudyConfig(str(study_file(tmp_path, "tuning", block, text_of_a_study)), out=out)
-    FakeTraining(monkeypatch, parabola)
+    monkeypatch.setattr(definition, "_open", definition._open.__wrapped__)  # it keeps what a preset gave
+    block = 'name = "a"\nsteps = 12\nlr = [0.01, 0.02]\n'
+    config = run_fake(monkeypatch, tmp_path, block, text_of_a_study)
+    results, page = (tmp_path / "out" / name for name in ("results.json", "results.md"))
+    record = json.loads(results.read_text())
+    for entry in () if has_it else record["runs"].values():
+        del entry["decay"], entry["weight_decay"]
+    results.write_text(json.dumps(record))
+    monkeypatch.setitem(TRAINING_DEFAULTS["mtlm1-tiny"], "decay", 0.4)
+    with pytest.raises(UserError, match=r"with decay 0.2, and .* 0.4: write decay = 0.2 into the study"):
+        run_study(config, make_console())
+    study_file(tmp_path, "tuning", block.replace("0.02", "0.04") + "decay = 0.2\n", text_of_a_study)
     run_study(config, make_console())
-    for has_it in (True, False):
-        record = json.loads((out / "results.json").read_text())
-        for entry in () if has_it else record["runs"].values():
-            del entry["decay"], entry["weight_decay"]
-        (out / "results.json").write_text(json.dumps(record))
-        with monkeypatch.context() as patch:
-            patch.setitem(TRAINING_DEFAULTS["mtlm1-tiny"], "decay", 0.4)
-            definition._open.cache_clear()
-            with pytest.raises(
-                UserError, match=r"with decay 0.2, and .* 0.4: write decay = 0.2 into the study"
-            ):
-                run_study(config, make_console())
-            study_file(tmp_path, "tuning", block.replace("0.02", "0.04") + "decay = 0.2\n", text_of_a_study)
-            run_study(config, make_console())
-            assert "| 12 | 0.001536M | 0.01 0.02 0.04 |" in (out / "results.md").read_text()
-            study_file(tmp_path, "tuning", block.replace("[0.01, 0.02]", "[0.08]"), text_of_a_study)
-            run_study(config, make_console())
-            page = (out / "results.md").read_text()
-            assert "| decay 0.4 | 12 | 0.001536M | 0.08 |" in page and "| decay 0.2 | 12 |" in page
-        definition._open.cache_clear()
-        study_file(tmp_path, "tuning", block, text_of_a_study)
-        record = json.loads((out / "results.json").read_text())
-        for name in [name for name in record["runs"] if "0.08" in name]:
-            del record["runs"][name]
-        (out / "results.json").write_text(json.dumps(record))
+    assert "| 12 | 0.001536M | 0.01 0.02 0.04 |" in page.read_text()
+    study_file(tmp_path, "tuning", block.replace("[0.01, 0.02]", "[0.08]"), text_of_a_study)
+    run_study(config, make_console())
+    assert "| decay 0.4 | 12 | 0.001536M | 0.08 |" in page.read_text()
+    assert "| decay 0.2 | 12 | 0.001536M | 0.01 0.02 0.04 |" in page.read_text()
 
 
 def law(run: Run) -> float:
