@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from core.data.examples import IGNORE
-from core.ops import Kernels
+from core.ops import Kernels, products_run_on
 from core.sharding import BATCH_AXES, is_parallel, split_axes
 
 
@@ -49,8 +49,8 @@ def cross_entropy(
         mesh: if of several devices, each works on its own rows, and along `tensor` on its own part of
             the vocabulary where that can be divided; the table's gradient is summed over them once.
         kernels: where gradients are made and every device has the whole vocabulary, the softmax runs on
-            them. Logits then have the type of `hidden`, and their gradient replaces them. Without gradients,
-            as in an evaluation, they are float32 all the same.
+            them. Logits then have the type of `hidden`, and their gradient replaces them; on a Hopper GPU
+            they are never stored. Without gradients, as in an evaluation, they are float32 all the same.
     """
     return LossSums(*_sums(hidden, table, targets, z_loss, chunk, mesh, kernels))
 
@@ -124,11 +124,19 @@ def _chunked(hidden, weights, targets, *, with_gradients, z_loss, chunk, kernels
     targets = jnp.pad(targets.reshape(n), (0, padding), constant_values=IGNORE).reshape(-1, chunk)
     zero = jnp.zeros((), jnp.float32)
     size = weights.shape[0]
+    in_product = products_run_on(kernels, hidden, size)
     first = 0 if vocabulary is None else size * jax.lax.axis_index(vocabulary)
 
     def one(carry, rows):
         total, nll, d_table = carry
         h, target = rows
+        if in_product:
+            exps, scale, total_rows, nll_rows = kernels.loss_product(h, weights, target, z_loss)
+            scale = scale[:, None]
+            d_h = (jnp.dot(exps, weights, preferred_element_type=jnp.float32) * scale).astype(h.dtype)
+            scaled = (h * scale).astype(h.dtype)
+            d_table += jnp.dot(exps.T, scaled, preferred_element_type=jnp.float32)
+            return (total + total_rows.sum(), nll + nll_rows.sum(), d_table), d_h
         if kernels is not None:
             d_logits, total_rows, nll_rows = kernels.softmax_loss(jnp.dot(h, weights.T), target, z_loss)
             d_h = jnp.dot(d_logits, weights)

@@ -51,7 +51,10 @@ class Kernels(NamedTuple):
     softmax_loss: Callable[..., tuple[Array, Array, Array]]
     """logits [N, V], targets [N], z_loss -> their gradient, in their memory; total and nll of each row."""
     product_types: tuple[str, ...]
-    """Of matrices that they multiply, with SwiGLU or GELU inside; none on a GPU that lacks what they need."""
+    """Of matrices that they multiply, with something inside; none on a GPU that lacks what they need."""
+    loss_product: Callable[..., tuple[Array, Array, Array, Array]]
+    """x [N, D], head [V, D], targets [N], z_loss -> exps [N, V] and scale [N], whose product is the gradient
+    of the logits; total and nll of each row."""
     swiglu_product: Callable[..., tuple[Array, Array]]
     """x [N, D], weight [D, 2F] of gate and up -> their outputs [N, 2F]; silu(gate) * up, [N, F]."""
     swiglu_product_backward: Callable[..., tuple[Array, Array]]

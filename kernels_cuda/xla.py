@@ -20,11 +20,12 @@ from kernels_cuda.files import Source, find_file
 
 TARGETS = (
     "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "softmax_loss",
-    "swiglu_product", "swiglu_product_backward", "gelu_product", "gelu_product_backward", "adamw",
+    "loss_product", "swiglu_product", "swiglu_product_backward", "gelu_product", "gelu_product_backward",
+    "adamw",
 )  # fmt: skip
 WIDTHS = (64, 128, 384, 512, 576, 768, 960, 1024)  # of rows that rms_norm.cu holds in registers
 PROCESSORS = 132  # of an H100 or H200
-HOPPER = "9.0"  # their architecture, the only one that swiglu.cu and gelu.cu are for
+HOPPER = "9.0"  # their architecture, the only one that swiglu.cu, gelu.cu and loss_product.cu are for
 
 _registered: set[str] = set()  # files whose calls XLA knows
 
@@ -87,6 +88,7 @@ def make(processors: int, hopper: bool) -> Kernels:
         rotary_unpack=_rotary_unpack,
         rotary_pack=_rotary_pack,
         softmax_loss=_softmax_loss,
+        loss_product=_loss_product,
         product_types=("bfloat16",) if hopper else (),
         swiglu_product=_swiglu_product,
         swiglu_product_backward=_swiglu_product_backward,
@@ -150,6 +152,19 @@ def _rotary_pack(q, k, v, angles):
 def _softmax_loss(logits, targets, z_loss):
     results = (_like(logits), _row_values(logits), _row_values(logits))
     return _call("softmax_loss", results, logits, targets, aliases={0: 0}, z_loss=np.float64(z_loss))
+
+
+def _loss_product(hidden, table, targets, z_loss):
+    rows, vocab = hidden.shape[0], table.shape[0]
+    exps = jax.ShapeDtypeStruct((rows, vocab), hidden.dtype)
+    of_rows = _row_values(hidden)
+    # Logits of the targets, and sums over each 128 ids.
+    room = (of_rows, jax.ShapeDtypeStruct((-(-vocab // 128), rows), jnp.float32))
+    results = (exps, of_rows, of_rows, of_rows, *room)
+    exps, total, nll, scale, *_ = _call(
+        "loss_product", results, hidden, table, targets, z_loss=np.float64(z_loss)
+    )
+    return exps, scale, total, nll
 
 
 def _swiglu_product(x, weight):

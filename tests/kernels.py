@@ -64,6 +64,19 @@ def softmax_loss(logits, targets, z_loss):
     return jnp.where(counts[:, None], gradient, 0).astype(logits.dtype), total, nll
 
 
+def loss_product(hidden, table, targets, z_loss):
+    """Relative to the largest logit, as no kernel has it: what is multiplied comes to the same."""
+    x, counts = (hidden @ table.T).astype(jnp.float32), targets != -1
+    top = x.max(-1, keepdims=True)
+    exps = jnp.exp(x - top)
+    lse = logsumexp(x, -1)
+    weight, sums = 1 + 2 * z_loss * lse, exps.sum(-1)
+    exps -= (jnp.arange(x.shape[1]) == targets[:, None]) * (sums / weight)[:, None]
+    nll = jnp.where(counts, lse - x[jnp.arange(len(x)), targets], 0)
+    total = jnp.where(counts, nll + z_loss * lse**2, 0)
+    return exps.astype(hidden.dtype), jnp.where(counts, weight / sums, 0), total, nll
+
+
 def swiglu_product(x, weight):
     gate_up = x @ weight
     return gate_up, swiglu(gate_up)
@@ -122,6 +135,7 @@ REFERENCE = Kernels(
     rotary_pack,
     softmax_loss,
     ("float32", "bfloat16"),
+    loss_product,
     swiglu_product,
     swiglu_product_backward,
     gelu_product,

@@ -122,6 +122,7 @@ OP(rms_norm_backward_into, View, MaybeView, View, View, View, Out, Out, Out, Out
 OP(rotary_, Out, Out, View, View, bool)
 OP(rotary_pack_into, View, View, View, MaybeView, MaybeView, bool, Out)
 OP(softmax_loss_, Out, View, Out, Out, double, bool)
+OP(loss_product_into, View, View, View, double, Out, Out, Out, Out, Out, Out)
 OP(adamw_, Outs, Views, Outs, Outs, Outs, View, View, View, View, double, double, double, double)
 OP(swiglu_product_into, View, View, bool, Out, Out)
 OP(swiglu_product_backward_into, View, View, bool, View, Out, Out)

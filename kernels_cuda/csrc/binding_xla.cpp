@@ -22,6 +22,7 @@ cudaError_t rotary_(cudaStream_t, Out, Out, View, View, bool);
 cudaError_t rotary_pack_into(cudaStream_t, View, View, View, std::optional<View>, std::optional<View>, bool, Out);
 cudaError_t rotary_unpack_into(cudaStream_t, View, std::optional<View>, std::optional<View>, bool, Out, Out, Out);
 cudaError_t softmax_loss_(cudaStream_t, Out, View, Out, Out, double, bool);
+cudaError_t loss_product_into(cudaStream_t, View, View, View, double, Out, Out, Out, Out, Out, Out);
 cudaError_t swiglu_product_into(cudaStream_t, View, View, bool, Out, Out);
 cudaError_t swiglu_product_backward_into(cudaStream_t, View, View, bool, View, Out, Out);
 cudaError_t gelu_product_into(cudaStream_t, View, View, View, bool, Out, Out);
@@ -160,6 +161,15 @@ ffi::Error softmax_loss(cudaStream_t stream, In logits, In targets, Result d_log
   });
 }
 
+ffi::Error loss_product(cudaStream_t stream, In hidden, In table, In targets, Result exps, Result total, Result nll,
+                        Result scale, Result shift, Result partials, double z_loss) {
+  Arrays a;
+  return run([&] {
+    return loss_product_into(stream, a(hidden), a(table), a(targets), z_loss, a(exps), a(total), a(nll), a(scale),
+                             a(shift), a(partials));
+  });
+}
+
 ffi::Error swiglu_product(cudaStream_t stream, In x, In weight, Result gate_up, Result h) {
   Arrays a;
   return run([&] { return swiglu_product_into(stream, a(x), a(weight), true, a(gate_up), a(h)); });
@@ -231,6 +241,8 @@ OP(rotary_unpack, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().RemainingArgs().Ret<I
                       .Attr<bool>("conjugate"));
 OP(softmax_loss, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>()
                      .Attr<double>("z_loss"));
+OP(loss_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>()
+                     .Ret<In>().Ret<In>().Ret<In>().Attr<double>("z_loss"));
 OP(swiglu_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
 OP(swiglu_product_backward, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
 OP(gelu_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());

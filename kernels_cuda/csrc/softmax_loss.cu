@@ -11,7 +11,7 @@
 // multiprocessor of a Hopper, and while one waits for its row another writes. Rows too long for that (115,000
 // bfloat16 logits on a Hopper) and unaligned ones are read twice. Sums are float32, over lanes, warps and threads in
 // a fixed order: equal from run to run, and a row's results depend on that row alone.
-#include "common.cuh"
+#include "targets.cuh"
 
 #include <cuda_pipeline.h>
 
@@ -23,16 +23,6 @@ namespace {
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2_E = 1.4426950408889634f;
-
-// Ids [rows]: int64 as PyTorch has them, int32 as JAX does.
-struct Targets {
-  const void* data;
-  bool is_int64;
-
-  __device__ __forceinline__ int64_t at(int64_t row) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[row] : static_cast<const int32_t*>(data)[row];
-  }
-};
 
 struct SoftmaxLoss {
   void* logits;            // [rows, vocab], replaced by their gradient if `gradients`
@@ -222,14 +212,11 @@ cudaError_t softmax_loss_(cudaStream_t stream, Out logits, View targets, Out tot
   check_rows_contiguous(logits, "logits");
   const int64_t rows = logits.sizes[0], vocab = logits.sizes[1];
   REQUIRE(vocab <= MOST_BLOCKS, "logits has ", vocab, " columns; at most ", MOST_BLOCKS);
-  const bool is_int64 = targets.type == Type::int64;
-  REQUIRE(is_int64 || targets.type == Type::int32, "targets must be int64, in JAX also int32, not ",
-          name_of(targets.type));
-  check(targets, "targets", logits, {rows}, targets.type);
+  const Targets ids = check_targets(targets, logits, rows);
   check(total, "total", logits, {rows}, Type::float32);
   check(nll, "nll", logits, {rows}, Type::float32);
   const Type type = float_type(logits, "logits");
-  const SoftmaxLoss a = {logits.out(),       logits.strides[0],          {targets.data, is_int64}, total.out<float>(),
+  const SoftmaxLoss a = {logits.out(),     logits.strides[0],          ids,      total.out<float>(),
                          nll.out<float>(), static_cast<float>(z_loss), gradients};
   if (rows == 0) return cudaSuccess;
   return type == Type::bfloat16 ? typed<bf16>(a, rows, vocab, stream) : typed<float>(a, rows, vocab, stream);

@@ -2,10 +2,11 @@
 
 The plain formula keeps float32 logits of every token and their gradient: 8 GiB for 32768 tokens and 32,000
 ids. Here logits are made in the type of the product (bfloat16 in training), for as many rows as fit in
-LOGITS_BYTES, and one pass over them makes the losses and puts the gradient where the logits were; two more
-products turn that into the gradients of both inputs. All this happens in the forward pass; the backward pass
-scales what is there. Where nothing is differentiated, as in an evaluation, no gradient is made. Nothing waits
-for the device.
+LOGITS_BYTES, and one pass over them makes the losses and puts the gradient where the logits were; on a Hopper
+GPU their product itself makes it, but for a factor of each row (loss_product.py). Two more products turn
+that into the gradients of both inputs. All this happens in the forward pass; the backward pass scales what
+is there. Where nothing is differentiated, as in an evaluation, no gradient is made. Nothing waits for the
+device.
 
 Shapes: N tokens, D d_model, V vocabulary.
 """
@@ -19,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.torch_version import TorchVersion
 
 from kernels_cuda.ops.softmax_loss import IGNORE
-from kernels_cuda.registry import compute_type, declare, on_kernels, wide_type
+from kernels_cuda.registry import compute_type, declare, on_kernels, products_run_on, wide_type
 
 # Logits held at once: with the table's float32 gradient less than a gibibyte at 32768 x 768 x 32000, in
 # three chunks of 11008 rows. Their product for d_hidden is 258 tiles of 128 x 256, nearly twice the 132
@@ -134,6 +135,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, not rounded from the type in which it is added up."""
+    wide = wide_type(a.dtype)
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else a.to(wide) @ b.to(wide)
+
+
 def _linear_cross_entropy_fake(hidden, table, targets, z_loss, gradients):
     wide = wide_type(hidden.dtype)
     d_hidden = hidden.new_empty(hidden.shape[0] if gradients else 0, hidden.shape[1])
@@ -152,17 +159,26 @@ def _linear_cross_entropy(
     """Sums [2] of total and nll; gradients of `total` by hidden, in its type, and by table, in float32."""
     n, d = hidden.shape
     wide = wide_type(hidden.dtype)
-    losses = hidden.new_empty(2, n, dtype=wide)
+    losses, scales = hidden.new_empty(2, n, dtype=wide), hidden.new_empty(n, dtype=wide)
     d_hidden = hidden.new_empty(n if gradients else 0, d)
     d_table = hidden.new_zeros(table.shape if gradients else (0, d), dtype=wide)
     rows = rows_at_once(n, table.shape[0] * hidden.element_size())
-    targets = targets.contiguous()
+    hidden, targets = hidden.contiguous(), targets.contiguous()
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        weights = table.to(hidden.dtype)
+        weights = table.to(hidden.dtype).contiguous()
+        in_product = gradients and products_run_on(hidden, weights, widths=weights.shape)
         buffer = hidden.new_empty(rows, table.shape[0])
         for begin in range(0, n, max(rows, 1)):
             part = slice(begin, begin + rows)
             h, logits = hidden[part], buffer[: min(rows, n - begin)]
+            if in_product:
+                torch.ops.mtlm.loss_product_(
+                    h, weights, targets[part], logits, losses[0, part], losses[1, part], scales[part], z_loss
+                )
+                scale = scales[part, None]
+                torch.mul(_product(logits, weights), scale, out=d_hidden[part])
+                _add_product(d_table, logits.T, torch.mul(h, scale, out=torch.empty_like(h)))
+                continue
             torch.mm(h, weights.T, out=logits)
             torch.ops.mtlm.softmax_loss_(
                 logits, targets[part], losses[0, part], losses[1, part], z_loss, gradients

@@ -18,12 +18,12 @@ B, S, D, V = 4, 15, 24, 101
 CHUNKS = [1, 7, 20, 59, 60, 8192]  # of 60 rows: those that divide, those that do not, and more than all
 
 
-def example(seed: int = 0, ignored: float = 0.2):
+def example(seed: int = 0, ignored: float = 0.2, vocab: int = V):
     """Hidden states, a table and targets, a fifth of them ignored."""
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((B, S, D)).astype(np.float32)
-    table = rng.standard_normal((V, D)).astype(np.float32)
-    targets = rng.integers(0, V, (B, S)).astype(np.int32)
+    table = rng.standard_normal((vocab, D)).astype(np.float32)
+    targets = rng.integers(0, vocab, (B, S)).astype(np.int32)
     targets[rng.random((B, S)) < ignored] = IGNORE
     return jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(targets)
 
@@ -71,10 +71,12 @@ def test_equals_the_plain_formula(chunk):
 
 
 @pytest.mark.parametrize(
-    "chunk, kernels", [(7, None), (60, None), (7, REFERENCE)], ids=["7", "60", "kernels"]
+    "chunk, kernels, vocab",
+    [(7, None, V), (60, None, V), (7, REFERENCE, V), (7, REFERENCE, V + 3)],
+    ids=["7", "60", "kernels", "inside the product"],
 )
-def test_z_loss_and_an_outer_factor(chunk, kernels):
-    inputs = example()
+def test_z_loss_and_an_outer_factor(chunk, kernels, vocab):
+    inputs = example(vocab=vocab)
     found = chunked(*inputs, z_loss=0.1, scale=-0.37, chunk=chunk, kernels=kernels)
     truth = plain(*inputs, z_loss=0.1, scale=-0.37)
     assert truth[0] > 1.2 * truth[1]  # the z-loss is a real part of it

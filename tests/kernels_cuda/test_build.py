@@ -30,6 +30,7 @@ REGISTERS = {
     "decode_attention": 104,
     "swiglu": 168,  # at entry; its warpgroups exchange them
     "gelu": 168,
+    "loss_product": 168,
 }
 
 

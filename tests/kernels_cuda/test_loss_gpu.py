@@ -9,9 +9,10 @@ from torch import Tensor
 from kernels_cuda.ops import linear_cross_entropy as loss
 from kernels_cuda.ops.softmax_loss import IGNORE
 from kernels_cuda.registry import reference
-from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, run_twice, wide
+from tests.kernels_cuda.gpu import Guarded, assert_as_good, assert_equal_bits, is_hopper, run_twice, wide
 
 pytestmark = pytest.mark.gpu
+needs_hopper = pytest.mark.skipif(not is_hopper(), reason="needs compute capability 9.0")
 
 # One thread's share and less, unaligned, of each preset and tokenizer, more than shared memory holds.
 VOCABULARIES = (1, 7, 8, 259, 4096, 32000, 32001, 65536, 131072)
@@ -136,6 +137,68 @@ def test_threads_with_rows_of_other_lengths():
     with ThreadPoolExecutor(len(sizes)) as pool:
         for vocab, nll in zip(sizes, pool.map(run, sizes), strict=True):
             torch.testing.assert_close(nll, torch.full((4,), vocab).log())
+
+
+def loss_product(
+    implementation, hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float = 1e-4
+) -> list[Tensor]:
+    """Totals, losses and the gradient of the logits, from memory that was poisoned."""
+    guarded = Guarded()
+    rows = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    exps = guarded.like(hidden.new_empty(hidden.shape[0], table.shape[0]))
+    total, nll, scale = (guarded.like(rows) for _ in range(3))
+    implementation.loss_product_(hidden, table, targets, exps, total, nll, scale, z_loss)
+    guarded.check()
+    return [total, nll, exps.to(scale.dtype) * scale[:, None]]
+
+
+def rounded_logits(hidden: Tensor, table: Tensor, targets: Tensor) -> list[Tensor]:
+    """The same by logits and their gradients in bfloat16, as eager PyTorch has them."""
+    logits, (total, nll) = hidden @ table.T, torch.empty(2, len(hidden), device="cuda")
+    reference.softmax_loss_(logits, targets, total, nll, 1e-4, True)
+    return [total, nll, logits.float()]
+
+
+@needs_hopper
+@pytest.mark.parametrize("d", [8, 72, 384, 768])
+@pytest.mark.parametrize("vocab", [8, 136, 1000, 32000])
+def test_the_loss_inside_its_product(vocab: int, d: int):
+    """At every size; some targets so far from the largest logit that their rows are computed again."""
+    for n in (0, 1, 129, 700):
+        hidden, table, targets = head(n, d, vocab, torch.bfloat16, torch.bfloat16)
+        hidden[::13] *= 300
+        got = run_twice(lambda h=hidden, w=table, t=targets: loss_product(torch.ops.mtlm, h, w, t))
+        results = (
+            got,
+            rounded_logits(hidden, table, targets),
+            loss_product(reference, hidden.double(), table.double(), targets),
+        )
+        assert_as_good(*results, f"{n} rows")
+        # Those of usual size alone: beside rounded logits of the others every error would look small.
+        near = torch.arange(n, device="cuda") % 13 != 0
+        assert_as_good(*([t[near] for t in of_rows] for of_rows in results), f"{n} rows, near")
+        assert not got[2][::7].any() and not got[0][::7].any()
+
+
+@needs_hopper
+def test_a_row_of_the_loss_inside_its_product_depends_on_itself_alone():
+    hidden, table, targets = head(600, 384, 32000, torch.bfloat16, torch.bfloat16)
+    hidden[50::100] *= 300
+    whole = loss_product(torch.ops.mtlm, hidden, table, targets)
+    for at in (1, 50, 299, 450, 599):
+        alone = loss_product(torch.ops.mtlm, hidden[at : at + 1].clone(), table, targets[at : at + 1])
+        assert_equal_bits([t[at : at + 1] for t in whole], alone)
+
+
+@needs_hopper
+def test_the_loss_inside_its_product_knows_what_does_not_count():
+    hidden, table, targets = head(5, 64, 136, torch.bfloat16, torch.bfloat16)
+    targets = torch.tensor([3, 136, -2, -1, 6], device="cuda")
+    hidden[4, 5] = torch.nan
+    total, nll, gradient = loss_product(torch.ops.mtlm, hidden, table, targets)
+    assert nll.isnan().tolist() == total.isnan().tolist() == [False, True, True, False, True]
+    assert gradient.isnan().all(1).tolist() == [False, True, True, False, True]
+    assert not gradient[3].any() and not nll[3].any()
 
 
 def head(

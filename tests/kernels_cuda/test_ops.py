@@ -103,6 +103,27 @@ def test_loss_is_torchs_with_ignored_targets_and_z_loss():
         torch.testing.assert_close(torch.autograd.grad(sums[0] / 7, (hidden, table)), expected)
 
 
+def test_the_loss_inside_its_product_is_the_loss(monkeypatch: pytest.MonkeyPatch):
+    """Whole, in chunks, and with targets so far below the largest logit that exp would overflow."""
+    hidden, table, targets = random(600, 8), random(16, 8), torch.arange(600) % 17 - 1
+    hidden[::50] *= 100
+    expected = MTLM.linear_cross_entropy(hidden, table, targets, 0.01, True)
+    monkeypatch.setattr(loss, "products_run_on", lambda *tensors, widths: widths == (16, 8))
+    for fewest in (8192, 256):
+        monkeypatch.setattr(loss, "FEWEST_ROWS", fewest)
+        monkeypatch.setattr(loss, "LOGITS_BYTES", 0)
+        torch.testing.assert_close(MTLM.linear_cross_entropy(hidden, table, targets, 0.01, True), expected)
+
+
+def test_the_loss_inside_its_product_knows_what_does_not_count():
+    hidden, table = random(4, 8), random(16, 8)
+    exps, (total, nll, scale) = torch.zeros(4, 16, dtype=F64), torch.zeros(3, 4, dtype=F64)
+    MTLM.loss_product_(hidden, table, torch.tensor([0, 16, -2, -1]), exps, total, nll, scale, 0.1)
+    for of_rows in (total, nll, scale):
+        assert of_rows.isnan().tolist() == [False, True, True, False] and of_rows[3] == 0
+    assert not exps[1:].any()
+
+
 def test_the_compiler_takes_introducing_the_op_for_a_constant():
     marked = torch.compiler.assume_constant_result(lambda: True)
     assert vars(loss.introduce_to_inductor) == vars(marked) != {}
@@ -194,6 +215,7 @@ def test_ops_keep_pytorchs_contracts():
         "swiglu_product_backward": (x, random(8, 3).float(), random(3, 6).float()),
         "gelu_product": (x, random(6, 8).float(), random(6).float()),
         "gelu_product_backward": (x, random(8, 3).float(), random(3, 3).float()),
+        "loss_product_": (x, random(5, 8).float(), targets, torch.zeros(3, 5), *torch.zeros(3, 3), 0.1),
         "softmax_loss_": (random(3, 5).float(), targets, torch.zeros(3), torch.zeros(3), 0.1, True),
         "linear_cross_entropy": (x, random(5, 8).float(), targets, 0.1, True),
         "adamw_": ([x.clone()], [x], [x * 0], [x * 0], [x.bfloat16()], *scalars, 0.9, 0.95, 1e-8, 0.1),

@@ -210,6 +210,25 @@ def test_softmax_loss(kernels: Kernels, vocab: int, dtype):
     np.testing.assert_array_equal(kept, logits)
 
 
+@pytest.mark.parametrize("rows, d, vocab", [(300, 64, 1000), (3000, 384, 32000)])
+def test_the_loss_in_its_product(kernels: Kernels, rows: int, d: int, vocab: int):
+    if not kernels.product_types:
+        pytest.skip("needs compute capability 9.0")
+    hidden = normal(0, (rows, d), jnp.bfloat16)
+    hidden = hidden.at[::50].multiply(100)  # far from their targets: some are computed again
+    table = normal(1, (vocab, d), jnp.bfloat16, 3 * d**-0.5)
+    targets = jax.random.randint(jax.random.key(2), (rows,), 0, vocab).at[::7].set(-1)
+
+    def passed(ops, hidden, table, targets):
+        exps, scale, total, nll = ops.loss_product(hidden, table, targets, 1e-3)
+        return exps.astype(jnp.float32) * scale[:, None], total, nll
+
+    exact, sums = wide(hidden) @ wide(table).T, torch.empty(2, rows, dtype=torch.float64)
+    target64 = torch.tensor(np.asarray(targets), dtype=torch.int64)
+    reference.softmax_loss_(exact, target64, sums[0], sums[1], 1e-3, True)
+    assert_as_good(kernels, passed, (exact, sums[0], sums[1]), hidden, table, targets)
+
+
 def test_adamw(kernels: Kernels):
     shapes = ((3,), (1000,), (48, 4096), (5, 7, 11))
     values = [[normal(10 * kind + i, shape) for i, shape in enumerate(shapes)] for kind in range(4)]
@@ -354,9 +373,12 @@ def compiled(preset: str, kernels: str, folder: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("preset", ["mtlm1-200m", "mtlm2-40m"])
-def test_calls_are_inside_command_buffers_and_nothing_large_is_copied(preset: str, tmp_path: Path):
+def test_calls_are_inside_command_buffers_and_nothing_large_is_copied(
+    kernels: Kernels, preset: str, tmp_path: Path
+):
     program, launched = compiled(preset, "cuda", tmp_path / "cuda")
-    assert "mtlm_softmax_loss" in program and "mtlm_adamw" in program
+    loss = "loss_product" if kernels.product_types else "softmax_loss"
+    assert f"mtlm_{loss}" in program and "mtlm_adamw" in program
     assert "kCommandBuffer" in launched and "kCustomCall" not in launched, launched
     assert len(launched) <= len(compiled(preset, "xla", tmp_path / "xla")[1])
     for line in program.splitlines():  # neither logits nor parameters and moments
