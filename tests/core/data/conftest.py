@@ -1,5 +1,6 @@
 """Documents are tokenised in threads of this process: starting one takes most of a small test's time."""
 
+import contextlib
 import os
 import threading
 
@@ -26,8 +27,9 @@ class Worker:
             workers.work(source, sink)
 
     def kill(self) -> None:
-        """Its input ends."""
-        self.stdin.close()
+        """Its input ends. What it has not read is lost, as a killed process loses it."""
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
 
     def wait(self) -> int:
         """For its end; its exit code."""
