@@ -2,9 +2,9 @@
 //
 // Two warpgroups take turns: one multiplies its tile while the other's sums go through shared memory to where they
 // belong. A third keeps a ring of stages full, 64 of the inner dimension each. Blocks are pairs along the rows: each
-// loads half of the weights' tile and sends it to both. A block stays and takes every so-many-th tile, along the
-// weights first, so that rows are read once. Sums are float32 and in the order of the inner dimension: a row's
-// results do not depend on what else is in the matrix.
+// loads half of the weights' tile and sends it to both. A block stays and takes every so-many-th tile, in the order of
+// `place_of`. Sums are float32 and in the order of the inner dimension: a row's results do not depend on what else is
+// in the matrix.
 //
 // An epilogue E has, for each warp, `begin`, called before a tile is multiplied, and `finish`, which gets the sums. It
 // says how many STAGES the ring has, how many PIECES of staging and BARRIERS a warp has, how many columns of a result
@@ -20,7 +20,7 @@ namespace mtlm::hopper {
 constexpr int TILE = 128, PAIR = 2, WARPGROUP = 128;
 constexpr int OPERAND_BYTES = TILE * ROW_BYTES, STAGE_BYTES = 2 * OPERAND_BYTES;
 constexpr int PIECE_ROWS = 16, PIECE_BYTES = PIECE_ROWS * ROW_BYTES;  // 16 x 64 elements, a warp's part of a store
-constexpr int M_BLOCKS = TILE / 64, WARPS = 8;
+constexpr int M_BLOCKS = TILE / 64, WARPS = 8, GROUP = 8;
 
 // `Results`: what the epilogue reads or writes.
 template <typename E>
@@ -30,8 +30,22 @@ struct Maps {
 };
 
 struct Sizes {
-  int tiles_n, tiles, k_blocks;  // tiles: of both blocks of a pair
+  int tiles_m, tiles_n, k_blocks;  // tiles: of both blocks of a pair
+
+  __host__ __device__ int tiles() const { return tiles_m * tiles_n; }
 };
+
+struct Place {
+  int m, n;
+};
+
+// The place of the tile that comes `turn`th. GROUP rows of tiles are taken together, one column after another: what
+// the tiles in flight read is then a few MiB, which stay in the L2 cache, also where all weights do not fit there.
+__device__ __forceinline__ Place place_of(Sizes sizes, int turn) {
+  const int first = turn / (GROUP * sizes.tiles_n) * GROUP, rows = min(GROUP, sizes.tiles_m - first);
+  turn -= first * sizes.tiles_n;
+  return {first + turn % rows, turn / rows};
+}
 
 template <typename E>
 constexpr int SHARED_BYTES = E::STAGES * STAGE_BYTES + WARPS * E::PIECES * PIECE_BYTES +
@@ -66,14 +80,15 @@ __device__ __forceinline__ void keep_full(const Maps<E>& maps, Sizes sizes, uint
                                           uint32_t empty) {
   const int rank = blockIdx.x % PAIR, pairs = gridDim.x / PAIR;
   int stage = 0, parity = 1;
-  for (int tile = blockIdx.x / PAIR; tile < sizes.tiles; tile += pairs) {
-    const int row = (tile / sizes.tiles_n * PAIR + rank) * TILE;
+  for (int turn = blockIdx.x / PAIR; turn < sizes.tiles(); turn += pairs) {
+    const Place tile = place_of(sizes, turn);
+    const int row = (tile.m * PAIR + rank) * TILE;
     for (int block = 0; block < sizes.k_blocks; ++block) {
       const uint32_t to = ring + stage * STAGE_BYTES, barrier = full + 8 * stage;
       wait(empty + 8 * stage, parity);
       expect_bytes(barrier, STAGE_BYTES);
       load_box(&maps.a, to, barrier, block * K_BLOCK, row);
-      load_weights<E, BY_COLUMNS>(maps, to + OPERAND_BYTES, barrier, tile % sizes.tiles_n, block * K_BLOCK, rank);
+      load_weights<E, BY_COLUMNS>(maps, to + OPERAND_BYTES, barrier, tile.n, block * K_BLOCK, rank);
       if (++stage == E::STAGES) stage = 0, parity ^= 1;
     }
   }
@@ -89,13 +104,13 @@ __device__ __forceinline__ void take_turns(const Maps<E>& maps, Sizes sizes, E e
     if (thread < PAIR) arrive_in(empty + 8 * stage, thread);
   };
   uint32_t blocks_before = 0;  // of the ring, of both warpgroups
-  int turn = 0;
-  for (int tile = blockIdx.x / PAIR; tile < sizes.tiles; tile += pairs, ++turn, blocks_before += sizes.k_blocks) {
-    if (turn % 2 != group) continue;
-    const int tile_n = tile % sizes.tiles_n;
-    const int row = (tile / sizes.tiles_n * PAIR + rank) * TILE + thread / 32 * PIECE_ROWS;
-    epilogue.begin(maps.results, tile_n, row);
-    if (turn > 0) wait_for_turn(1 + group);
+  const int first = blockIdx.x / PAIR;
+  for (int turn = first, own = 0; turn < sizes.tiles(); turn += pairs, ++own, blocks_before += sizes.k_blocks) {
+    if (own % 2 != group) continue;
+    const Place tile = place_of(sizes, turn);
+    const int row = (tile.m * PAIR + rank) * TILE + thread / 32 * PIECE_ROWS;
+    epilogue.begin(maps.results, tile.n, row);
+    if (own > 0) wait_for_turn(1 + group);
     int stage = blocks_before % E::STAGES, parity = blocks_before / E::STAGES % 2, previous = 0;
     float sums[M_BLOCKS][64];
     for (int block = 0; block < sizes.k_blocks; ++block) {
@@ -116,12 +131,12 @@ __device__ __forceinline__ void take_turns(const Maps<E>& maps, Sizes sizes, E e
       previous = stage;
       if (++stage == E::STAGES) stage = 0, parity ^= 1;
     }
-    if (tile + pairs < sizes.tiles) give_turn(2 - group);
+    if (turn + pairs < sizes.tiles()) give_turn(2 - group);
     wait_for_products<0>();
 #pragma unroll
     for (int m = 0; m < M_BLOCKS; ++m) settle(sums[m]);
     release(previous);
-    epilogue.finish(maps.results, tile_n, row, sums);
+    epilogue.finish(maps.results, tile.n, row, sums);
   }
   if (epilogue.lane == 0) wait_for_stores();
 }
@@ -181,10 +196,11 @@ cudaError_t launch(cudaStream_t stream, const Maps<E>& maps, int64_t rows, int64
   config.gridDim = processors / PAIR * PAIR;
   error = cudaOccupancyMaxActiveClusters(&pairs, kernel, &config);
   if (error != cudaSuccess) return error;
-  const int64_t tiles_n = (width + E::N - 1) / E::N, tiles = (rows + PAIR * TILE - 1) / (PAIR * TILE) * tiles_n;
+  const int64_t tiles_m = (rows + PAIR * TILE - 1) / (PAIR * TILE), tiles_n = (width + E::N - 1) / E::N;
+  const int64_t tiles = tiles_m * tiles_n;
   REQUIRE(rows <= MOST_BLOCKS / 2 && tiles <= MOST_BLOCKS / 2, "a product of [", rows, ", ", width, "] is too large");
   const int k_blocks = static_cast<int>((inner + K_BLOCK - 1) / K_BLOCK);
-  const Sizes sizes{static_cast<int>(tiles_n), static_cast<int>(tiles), k_blocks};
+  const Sizes sizes{static_cast<int>(tiles_m), static_cast<int>(tiles_n), k_blocks};
   config.gridDim = PAIR * static_cast<int>(std::min<int64_t>(pairs, tiles));
   return cudaLaunchKernelEx(&config, kernel, maps, sizes);
 }
