@@ -45,7 +45,8 @@ def model_card(
     tuned, library = tuning(manifest), as_library(tokenizer)
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type="held-out", dataset_name=row["split"],
+            task_type="text-generation", dataset_type="held-out",
+            dataset_name=row["split"], dataset_config=row["split"],  # sets of one type and config are merged
             metric_type=metric, metric_name=METRICS[metric], metric_value=row[metric],
         )
         for row in held_out for metric in METRICS

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import port_torch.convert
 import port_torch.generate
@@ -84,6 +85,18 @@ def test_what_starts_from_a_name_says_its_commit(cached: Path):
     assert "base_model: me/tiny\n" in card and "license:" not in card and f"path {NAME}" in card
     assert "from scratch" not in card
     assert "license: mit" in model_card("ours", CONFIG, manifest_of(CONFIG), [], load_tokenizer("bytes"))
+
+
+def test_every_held_out_set_has_its_own_results_for_the_hub():
+    """As huggingface_hub reads them: sets of one type were merged under the first name."""
+    rows = [
+        {"split": split, "bits_per_byte": nll / 3, "nll": nll, "perplexity": 2**nll}
+        for split, nll in (("wikipedia", 3.0), ("books", 4.0))
+    ]
+    card = model_card("ours", CONFIG, manifest_of(CONFIG), rows, load_tokenizer("bytes"))
+    read = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(card).data.eval_results}
+    metrics = ("bits_per_byte", "nll", "perplexity")
+    assert read == {(row["split"], metric): row[metric] for row in rows for metric in metrics}
 
 
 def test_what_others_made_is_not_said_to_be_ours(folder: Path, tmp_path: Path, monkeypatch):
