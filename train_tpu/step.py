@@ -27,7 +27,7 @@ from core.lora import LoraConfig
 from core.loss import IGNORE, cross_entropy
 from core.model import Compute, Params, abstract_params, forward, head_table, init_params
 from core.ops import Kernels
-from core.run.guard import GuardConfig, can_judge, spike_limit
+from core.run.guard import GuardConfig, can_judge, norm_sigma, spike_limit
 from core.run.schedule import OptimizerConfig
 from core.sharding import (
     BATCH_AXES,
@@ -299,7 +299,7 @@ def _acceptable(guard: Guard, loss: Array, norm: Array, controls: Controls) -> B
     size = guard.losses.shape[0]
     held = (jnp.arange(size) < guard.accepted).astype(jnp.float32)
     spike = loss > spike_limit(guard.losses, held, controls.sigma)
-    spike |= norm > spike_limit(guard.norms, held, controls.sigma)
+    spike |= norm > spike_limit(guard.norms, held, norm_sigma(controls.sigma, guard.streak))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     halted = guard.streak >= controls.halt_after
     judged = can_judge(guard.accepted, size, guard.streak) & (controls.sigma > 0)

@@ -15,6 +15,9 @@ from core.data.mixture import phase_number
 
 EARLY = 16
 """Applied updates from which on the guard judges by what it has seen, before its window is full."""
+DOUBLINGS = 9
+"""How often the gradient norm's limit is doubled at most. With the default sigma it is then 4096
+deviations, 120 times the mean where norms spread by 3%; what is higher is never applied."""
 RECENT = 8
 """Applied updates whose mean loss is the level of a checkpoint."""
 
@@ -29,7 +32,8 @@ class GuardConfig:
     emptied by growth and when batch, data, document mask or z-loss change."""
     sigma: float = 8.0
     """Skip above mean + sigma standard deviations of the window, from 16 updates on; while it fills, sigma is
-    larger by sqrt(window / updates), and of two high updates in a row only the first is skipped. 0 leaves
+    larger by sqrt(window / updates), and of two high updates in a row only the first is skipped. Once it is
+    full, sigma doubles for the gradient norm, not for the loss, with every update skipped in a row. 0 leaves
     only non-finite values."""
     halt_after: int = 10
     """Stop the run (exit code 5) after this many consecutive skipped updates."""
@@ -56,6 +60,22 @@ def spike_limit(window: Any, held: Any, sigma: Any) -> Any:
     mean = (window * held).sum() / n
     spread = ((((window - mean) * held) ** 2).sum() / n) ** 0.5
     return mean + sigma * (window.shape[0] / n) ** 0.5 * spread
+
+
+def norm_sigma(sigma: Any, streak: Any) -> Any:
+    """Standard deviations above the mean beyond which a gradient norm is a spike: doubled by every update
+    skipped in a row.
+
+    A spike belongs to its batch, and the next batch is normal again. Norms that stay high are due to the
+    parameters: where a pass over repeated text begins, they jump while losses fall, and one applied update
+    brings them back, which skipping would put off for ever (docs/LOG.md, "The guard halted a run at the start
+    of a pass"). A loss that stays high means that the run has diverged, so its limit stays.
+
+    Args:
+        sigma: of the loss, and of the norm while no update has been skipped.
+        streak: updates skipped since the last applied one, an integer array.
+    """
+    return sigma * (1 << streak.clip(max=DOUBLINGS))
 
 
 def can_judge(accepted: Any, window: int, streak: Any) -> Any:

@@ -23,7 +23,7 @@ from core.data.examples import IGNORE
 from core.data.sequences import Rows
 from core.errors import UserError
 from core.run.cadence import NO_FLAGS, Flags
-from core.run.guard import GuardConfig, can_judge, spike_limit
+from core.run.guard import GuardConfig, can_judge, norm_sigma, spike_limit
 from kernels_cuda.ops.adamw import AdamW, clip_scale
 from port_torch.model import Block, Decoder, attends_by_lengths, leaf_of
 from port_torch.training.batches import Inputs, place
@@ -102,7 +102,7 @@ class Guard:
         held = (self._places < self.accepted).float()
         skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
         spike = loss > spike_limit(self.losses, held, self._sigma)
-        spike |= norm > spike_limit(self.norms, held, self._sigma)
+        spike |= norm > spike_limit(self.norms, held, norm_sigma(self._sigma, self.streak))
         skip |= can_judge(self.accepted, size, self.streak) & (self._sigma > 0) & spike
         skip |= self.streak >= self._halt_after
         here = (self._places == self.accepted % size) & ~skip

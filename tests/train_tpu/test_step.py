@@ -274,12 +274,15 @@ def test_good_steps_after_a_skip_go_on_as_if_it_had_not_been(compiled):
     assert_same(with_skip.guard, without.guard._replace(skipped=np.int32(1)))
 
 
-def filled(losses=(2.0, 2.2, 1.8, 2.0), norms=(1.0, 1.1, 0.9, 1.0), accepted=4):
+def filled(losses=(2.0, 2.2, 1.8, 2.0), norms=(1.0, 1.1, 0.9, 1.0), accepted=4, streak=0):
     """A state whose window holds these values."""
     state = start()
     return state._replace(
         guard=state.guard._replace(
-            losses=jnp.float32(losses), norms=jnp.float32(norms), accepted=jnp.int32(accepted)
+            losses=jnp.float32(losses),
+            norms=jnp.float32(norms),
+            accepted=jnp.int32(accepted),
+            streak=jnp.int32(streak),
         )
     )
 
@@ -290,13 +293,15 @@ def test_spikes(compiled):
     loss, norm = float(metrics.loss), float(metrics.grad_norm)
     spread = np.array([-1, 1, -1, 1])  # mean 0, deviation 1
 
-    def applied(loss_above=0.0, norm_above=0.0, sigma=3.0, accepted=4) -> bool:
+    def applied(loss_above=0.0, norm_above=0.0, sigma=3.0, accepted=4, streak=0) -> bool:
         """With a loss and a norm so many deviations (of 0.01) above the window's mean."""
-        state = filled(loss + 0.01 * (spread - loss_above), norm + 0.01 * (spread - norm_above), accepted)
+        state = filled(
+            loss + 0.01 * (spread - loss_above), norm + 0.01 * (spread - norm_above), accepted, streak
+        )
         before = copied(state)
         state, metrics = compiled()(state, batch(), controls(sigma=sigma))
         if not metrics.applied:
-            assert_same(state, before._replace(guard=before.guard._replace(streak=1, skipped=1)))
+            assert_same(state, before._replace(guard=before.guard._replace(streak=streak + 1, skipped=1)))
         return bool(metrics.applied)
 
     assert applied()
@@ -306,6 +311,10 @@ def test_spikes(compiled):
     assert applied(loss_above=100, norm_above=100, sigma=0.0)  # turned off
     assert applied(loss_above=100, norm_above=100, accepted=3)  # the window is not full
     assert not applied(loss_above=100, accepted=5)
+    # After skipped updates a norm may be twice as many deviations above, a loss may not.
+    assert applied(norm_above=5.9, streak=1) and not applied(norm_above=6.1, streak=1)
+    assert applied(norm_above=11.9, streak=2) and not applied(norm_above=12.1, streak=2)
+    assert not applied(loss_above=3.1, streak=2)
 
 
 def test_the_window_holds_the_newest_accepted_steps(compiled):
