@@ -56,9 +56,16 @@ def is_finished(folder: Path, steps: int) -> bool:
     return any(row["what"] == END and row["step"] == steps for row in read_log(folder, "event"))
 
 
-def is_halted(folder: Path, end: float = math.inf) -> bool:
-    """Whether the guard ended a run, before it had made `end` updates, and nobody has started it again."""
+def halt_step(folder: Path, end: float = math.inf) -> int | None:
+    """The step at which the guard ended a run, before it had made `end` updates; None if it did not, or if
+    somebody has started the run again."""
     if not (folder / "metrics.jsonl").is_file():
-        return False
+        return None
     events = read_log(folder, "event")
-    return bool(events) and events[-1]["what"] == HALT and events[-1]["step"] <= end
+    halted = bool(events) and events[-1]["what"] == HALT and events[-1]["step"] <= end
+    return events[-1]["step"] if halted else None
+
+
+def in_words(halted: int | None) -> str:
+    """How a run ended. halted: its `halt_step`."""
+    return "done" if halted is None else f"halted by the guard at step {halted:,}"

@@ -52,6 +52,8 @@ class Job:
     """Called just before the process starts."""
     after: Callable[[float], None] = lambda seconds: None
     """Called when the job is done, with the seconds that its process took."""
+    outcome: Callable[[], str] = lambda: "done"
+    """What is said of the job when it is done."""
     seconds: Callable[[], float | None] = lambda: None
     """What its process is expected to take; None: nobody knows."""
 
@@ -173,6 +175,7 @@ class _Deal:
                 self._done += job.cost
                 del self._todo[name]
                 job.after(0.0)
+                self._report(job.outcome(), job)
             elif self._slots and not self._unfinished().intersection(job.needs) and self._budget.take(job):
                 del self._todo[name]
                 gpu = self._idlest()
@@ -201,12 +204,16 @@ class _Deal:
             self.failed[job.name] = problem
         else:
             job.after(seconds)
+        self._report(problem or job.outcome(), job)
+
+    def _report(self, outcome: str, job: Job) -> None:
+        """Says how a job has ended, and what is left."""
         elapsed = time.monotonic() - self._began
         rest = self._total - self._done - sum(left.cost for left in self.left.values())
         to_go = f"{len(self._todo) + len(self._running)} to go"
         if self._done:
             to_go += f", about {timedelta(seconds=round(elapsed / self._done * max(0.0, rest)))} left"
-        self._say(f"{problem or 'done'}: {job.name} ({to_go})")
+        self._say(f"{outcome}: {job.name} ({to_go})")
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False)

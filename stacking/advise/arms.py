@@ -11,7 +11,7 @@ from core.run.other_engine import ENGINE_SETTINGS, KEPT
 from core.run.settings import current_names
 from stacking.advise.config import AdviseConfig
 from stacking.advise.question import TRUNK, Arm, Question
-from stacking.forks import NEVER, fork, is_finished, is_halted
+from stacking.forks import NEVER, fork, halt_step, in_words, is_finished
 from stacking.jobs import Job
 
 COMMAND = {JAX: "train_tpu.run", TORCH: "port_torch.train"}
@@ -54,9 +54,10 @@ def _train(question: Question, arm: Arm, source: Path, needs: tuple[str, ...]) -
     return Job(
         name=_name(out),
         command=(COMMAND[question.engine], "--out", str(out)),
-        done=lambda: is_finished(out, end) or is_halted(out),
+        done=lambda: is_finished(out, end) or halt_step(out) is not None,
         needs=needs,
         cost=question.flops(arm),
+        outcome=lambda: in_words(halt_step(out)),
         before=lambda: fork(source, question.step, out, _changes(question, arm), _record(question, source)),
     )
 
@@ -84,7 +85,7 @@ def _record(question: Question, source: Path) -> dict[str, Any]:
 def require_compared(question: Question) -> None:
     """Refuses to compare an arm that the guard has halted."""
     for arm in question.arms:
-        if is_halted(question.out(arm)):
+        if halt_step(question.out(arm)) is not None:
             raise UserError(
                 f"the guard halted {question.out(arm)}, so there is nothing to compare: see its log, "
                 "and ask at another step"

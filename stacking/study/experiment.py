@@ -144,8 +144,7 @@ def make_runs(
     def after(run: Run, seconds: float) -> None:
         folder = runs.folder(run)
         clock.measure(run, seconds, folder)
-        halted = runs.has_halted(run, run.steps)
-        entry = summarize(run, folder, texts[text_key(run.settings)], halted)
+        entry = summarize(run, folder, texts[text_key(run.settings)], runs.halted_at(run, run.steps))
         before = results.runs.get(run.name, {}).get("seconds", 0)  # of a trunk, up to an earlier branch
         results.add(run, entry | {"seconds": round(before + seconds, 1)})
         if not (run.keep or keep_weights):  # nothing comes from it: the disk may be small
@@ -339,9 +338,10 @@ def list_runs(
     """Says of every run what it costs and by which command it is trained."""
     for run in leaves:
         flops, seconds = cost([run], clock)
-        known = "done" if run.name in results.runs else f"{flops:.3g} FLOPs"
-        if seconds is not None and known != "done":
-            known += f", {seconds:.0f} s"
+        if run.name in results.runs:
+            known = "halted by the guard" if results.runs[run.name]["halted"] else "done"
+        else:
+            known = f"{flops:.3g} FLOPs" + ("" if seconds is None else f", {seconds:.0f} s")
         say(f"  {run.name}: {run.steps:,} steps, {known}")
     if jobs := plan(leaves, out, results, clock).jobs():
         say(f"first command: {cli.command(*jobs[0].command)}")

@@ -19,7 +19,9 @@ def write_report(results: Results) -> str:
     path, record = results.path, results.record
     ended = [entry for entry in results.runs.values() if "losses" in entry]
     if not ended:
-        return f"{path} holds no run with a loss yet, so there is nothing to report"
+        halted = [name for name, entry in results.runs.items() if entry["halted"]]
+        said = f" (the guard halted {', '.join(halted)})" if halted else ""
+        return f"{path} holds no run with a loss yet{said}, so there is nothing to report"
     heldout = record["heldout"] or next(iter(ended[0]["losses"]))
     for name, entry in results.runs.items():
         if heldout not in entry.get("losses", {heldout}):

@@ -259,8 +259,9 @@ def require_same_folder(run: Run, folder: Path, text: Text) -> None:
             )
 
 
-def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any]:
-    """What is kept of a run, out of its log."""
+def summarize(run: Run, folder: Path, text: Text, halted_at: int | None) -> dict[str, Any]:
+    """What is kept of a run, out of its log. halted_at: the step at which the guard ended it, or the run that
+    it comes from."""
     train, evaluated = read_log(folder, "train"), read_log(folder, "eval")
     own = [row for row in train if CARRIED not in row]
     curve: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -268,7 +269,7 @@ def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any
         curve.setdefault((row["step"], CARRIED in row), {})[row["split"]] = row["nll"]
     model = run.model
     entry: dict[str, Any] = {
-        "halted": halted,
+        "halted": halted_at is not None,
         "model": {
             "parameters": model.n_params, "embeddings": model.n_embedding_params,
             "layers": model.n_layers, "width": model.d_model, "context": model.context,
@@ -284,7 +285,9 @@ def summarize(run: Run, folder: Path, text: Text, halted: bool) -> dict[str, Any
     }  # fmt: skip
     devices = [row["device"] for row in read_log(folder, "event") if "device" in row]
     entry["device"] = devices[-1] if devices else None
-    if halted or run.keep:
+    if halted_at is not None:
+        return entry | {"halted_at": halted_at}
+    if run.keep:
         return entry
     last = [row for row in evaluated if row["step"] == run.steps and CARRIED not in row]
     if not last:

@@ -10,7 +10,7 @@ from typing import Any
 from core.checkpoint.steps import delete_step, list_steps, step_path
 from core.config import ModelConfig
 from core.run.folder import lock_folder
-from stacking.forks import NEVER, fork, is_finished, is_halted
+from stacking.forks import NEVER, fork, halt_step, in_words, is_finished
 from stacking.jobs import Job
 from stacking.study.definition import Settings
 
@@ -93,13 +93,25 @@ class Runs:
         """Whether a run has come to `end` updates."""
         return end in self.saved(run) if run.keep else is_finished(self.folder(run), end)
 
+    def halted_at(self, run: Run, end: int) -> int | None:
+        """The step at which its guard ended it, or one that it comes from, before `end`; else None."""
+        if self.is_done(run, end):
+            return None
+        step = halt_step(self.folder(run), end)
+        if step is None and run.source is not None and not self.saved(run):
+            return self.halted_at(run.source, run.at)
+        return step
+
     def has_halted(self, run: Run, end: int) -> bool:
         """Whether its guard ended it, or one that it comes from, before `end`."""
-        if self.is_done(run, end):
-            return False
-        if is_halted(self.folder(run), end):
-            return True
-        return run.source is not None and not self.saved(run) and self.has_halted(run.source, run.at)
+        return self.halted_at(run, end) is not None
+
+    def _outcome(self, run: Run, end: int) -> str:
+        step = self.halted_at(run, end)
+        if step is None or step > run.at:
+            return in_words(step)
+        halted = next(one for one in run.ancestry if step > one.at)
+        return f"not trained, since {halted.name} was {in_words(step)}"
 
     def jobs(self) -> list[Job]:
         """What must be done for the leaves that have not ended, each after what it needs."""
@@ -121,6 +133,7 @@ class Runs:
                     done=lambda: self._can_resume(run, end) or self.has_halted(run, end),
                     needs=(made[-1].name,),
                     cost=0,
+                    outcome=lambda: self._outcome(run, end),
                     before=lambda: self._go_back(run, end),
                 )
             )
@@ -143,6 +156,7 @@ class Runs:
                 cost=run.flops(end) - run.flops(begun),
                 before=lambda: self._prepare(run, end),
                 after=lambda seconds: self._after(run, seconds),
+                outcome=lambda: self._outcome(run, end),
                 seconds=lambda: self._seconds(run, self._left(run, begun, end)),
             )
         )

@@ -73,6 +73,24 @@ def ends(results: Results) -> list[dict[str, Any]]:
     return [e for e in results.runs.values() if LENGTHS in e["labels"] and not e["halted"]]
 
 
+def halted(results: Results) -> list[str]:
+    """In words, the decayed runs that the guard ended, and those that have no trunk to branch off from
+    because it ended that."""
+    found = []
+    for entry in results.runs.values():
+        labels = entry["labels"]
+        if LENGTHS not in labels or not entry["halted"]:
+            continue
+        step = entry.get("halted_at")  # not in results of 2026-11-30 and before
+        where = "" if step is None else f" at step {step:,}"
+        trunk = " with its trunk" if step is not None and step <= entry["at"] else ""
+        found.append(
+            f"{entry['from'].removesuffix('/trunk')}, seed {labels['seed']}, {labels[LENGTHS]:g} tokens per "
+            f"parameter, was halted by the guard{trunk}{where}"
+        )
+    return found
+
+
 def models(results: Results) -> dict[str, list[dict[str, Any]]]:
     """The decayed runs of each model, over all its lengths, texts and seeds, by its number of parameters and
     the settings in which models of that size differ."""
@@ -127,6 +145,7 @@ def table(results: Results, heldout: str) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Decayed runs; nats per token; the law is fitted to {heldout}."]
+    lines += [f"\n{which}." for which in halted(results)]
     for name, law in laws.items():
         lines.append(_describe(name, law, found[name]))
     return "\n".join(lines)

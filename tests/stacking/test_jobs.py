@@ -50,12 +50,18 @@ def test_a_failed_job_is_named_and_the_others_are_done(tmp_path):
     assert "FileNotFoundError" in (tmp_path / "logs/bad.log").read_text()
 
 
-def test_a_job_that_became_needless_is_not_run(tmp_path):
-    """As what follows a run that its guard halted."""
-    first, told = make_job(tmp_path, "a"), []
-    after = Job("b", ("zipfile", "-l", "nowhere"), first.done, ("a",), 1.0, after=told.append)
+def test_a_job_that_became_needless_is_not_run(tmp_path, capsys):
+    """As what follows a run that its guard halted. It is said how each ended."""
+    first, told = make_job(tmp_path, "a", outcome=lambda: "halted"), []
+    after = Job(
+        "b", ("zipfile", "-l", "nowhere"), first.done, ("a",), 1.0, after=told.append,
+        outcome=lambda: "not trained",
+    )  # fmt: skip
     assert run([first, after], tmp_path)
     assert first.done() and not (tmp_path / "logs/b.log").exists() and told == [0.0]
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    assert lines[-2].startswith("halted: a (1 to go, ") and lines[-1].startswith("not trained: b (0 to go, ")
 
 
 def test_a_budget_leaves_out_what_does_not_fit_and_what_needs_it(tmp_path):

@@ -120,7 +120,7 @@ class FakeTraining:
             {"step": step, "kind": "eval", "split": "valid", "nll": loss, **figures},
         ]
         if math.isinf(loss):
-            rows = [{"step": 1, "kind": "event", "what": HALT}]
+            rows = [{"step": run.at + 1, "kind": "event", "what": HALT}]
         else:
             step_path(folder / "checkpoints", step).mkdir(parents=True)
             rows += [] if run.keep else [{"step": step, "kind": "event", "what": END}]
@@ -184,6 +184,16 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
     again = FakeTraining(monkeypatch, parabola)
     run_study(config, make_console())
     assert again.made == []
+    # Without its entry it is read from its folder again; without both it is trained again.
+    results = read_results(tmp_path / "out/results.json")
+    for folder_too, made in ((False, []), (True, ["a/lr-0.08@12"])):
+        kept = {name: entry for name, entry in results.runs.items() if not entry["halted"]}
+        results.path.write_text(json.dumps(results.record | {"runs": kept}))
+        if folder_too:
+            shutil.rmtree(tmp_path / "out/a/lr-0.08")
+        run_study(config, make_console())
+        assert again.made == made
+        assert read_results(results.path).runs["a/lr-0.08"]["halted"] is not folder_too
 
 
 def run_fake(monkeypatch, folder: Path, runs: str, text: Path) -> StudyConfig:
@@ -290,6 +300,44 @@ def test_saturation_trains_the_shortest_first_and_fits_the_law(text_of_a_study, 
     assert "±" not in said and "one standard error" not in said
 
 
+def test_a_study_of_saturation_names_what_the_guard_halted(text_of_a_study, tmp_path, monkeypatch, capsys):
+    """One seed's decayed run, and with another's trunk all that would branch off it."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    study = study_file(tmp_path, "saturation", f"{SATURATION}seed = [0, 1]\n", text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out")
+
+    def diverges(run: Run) -> float:
+        halts = run.name in ("a/seed-0/decayed-0.4", "a/seed-1/trunk")
+        return math.inf if halts else law(run)
+
+    FakeTraining(monkeypatch, diverges)
+    run_study(config, make_console())
+    results = read_results(tmp_path / "out/results.json")
+    start = results.runs["a/seed-0/decayed-0.4"]["at"]
+    lines = [line for line in saturation.table(results, "valid").splitlines() if "halted" in line]
+    words = "tokens per parameter, was halted by the guard"
+    assert sorted(lines) == [
+        f"a/seed-0, seed 0, 0.4 {words} at step {start + 1}.",
+        *(f"a/seed-1, seed 1, {x} {words} with its trunk at step 1." for x in (0.05, 0.1, 0.2, 0.4, 0.8)),
+    ]
+    capsys.readouterr()
+    run_study(dataclasses.replace(config, dry_run=True), make_console())
+    said = capsys.readouterr()
+    listed = (said.out + said.err).splitlines()[1:]
+    assert sum(line.endswith("steps, halted by the guard") for line in listed) == 6
+    assert sum(line.endswith("steps, done") for line in listed) == 4
+    # Results of before do not say where.
+    for entry in results.runs.values():
+        entry.pop("halted_at", None)
+    assert f"0.8 {words}.\n" in saturation.table(results, "valid")
+    # Where nothing came to a loss, there is no table.
+    kept = {name: entry for name, entry in results.runs.items() if "seed-1" in name}
+    results.record["runs"] = kept
+    assert "no run with a loss yet (the guard halted a/seed-1/trunk, a/seed-1/decayed-0.05, " in (
+        report.write_report(results)
+    )
+
+
 def test_a_trunk_goes_back_to_where_it_is_to_branch(text_of_a_study, tmp_path):
     """What branches off further on waits for that: checkpoints there are removed and made again. A trunk that
     its guard halted has only halted what comes after."""
@@ -316,6 +364,11 @@ def test_a_trunk_goes_back_to_where_it_is_to_branch(text_of_a_study, tmp_path):
     (tmp_path / leaves[1].name).mkdir()  # of which the weights have been removed
     shutil.rmtree(folder / "checkpoints")
     assert runs.has_halted(dataclasses.replace(leaves[1], at=44), 45) and not runs.has_halted(leaves[1], 45)
+    assert jobs["a/trunk@36"].outcome() == jobs["a/decayed-0.2@45"].outcome() == "done"
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 30, "kind": "event", "what": HALT}) + "\n")
+    said = "halted by the guard at step 30"
+    assert jobs["a/trunk@36"].outcome() == said
+    assert jobs["a/decayed-0.2@45"].outcome() == f"not trained, since a/trunk was {said}"
 
 
 @pytest.mark.parametrize("more", ["0.15", "0.05, 0.15", "0.8", "0.05, 0.15, 0.3, 0.8"])
