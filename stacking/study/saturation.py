@@ -112,8 +112,13 @@ def models(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 def fit(entries: list[dict[str, Any]], heldout: str) -> Law | None:
     """The law of one model, over all its lengths and texts."""
+    return fit_law(*_points(entries, heldout))
+
+
+def _points(entries: list[dict[str, Any]], heldout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, distinct ones and losses of the runs with a finite loss."""
     entries = [entry for entry in entries if math.isfinite(as_floats(entry["losses"])[heldout])]
-    return fit_law(
+    return (
         np.array([entry["tokens"] for entry in entries], float),
         np.array([entry["distinct_tokens"] for entry in entries], float),
         np.array([as_floats(entry["losses"])[heldout] for entry in entries]),
@@ -134,9 +139,7 @@ def table(results: Results, heldout: str) -> str:
     for entry in ends(results):
         tokens, distinct, losses = entry["tokens"], entry["distinct_tokens"], as_floats(entry["losses"])
         law = law_of[id(entry)]
-        expected = (
-            "" if law is None else f"{float(law.loss(np.array([tokens]), np.array([distinct]))[0]):.4f}"
-        )
+        expected = "" if law is None else f"{law.loss(np.array([tokens]), np.array([distinct]))[0]:.4f}"
         cells = [
             entry["from"].removesuffix("/trunk"), str(entry["labels"]["seed"]),
             f"{entry['labels'][LENGTHS]:g}",
@@ -147,11 +150,11 @@ def table(results: Results, heldout: str) -> str:
     lines += ["", f"Decayed runs; nats per token; the law is fitted to {heldout}."]
     lines += [f"\n{which}." for which in halted(results)]
     for name, law in laws.items():
-        lines.append(_describe(name, law, found[name]))
+        lines.append(_describe(name, law, found[name], heldout))
     return "\n".join(lines)
 
 
-def _describe(name: str, law: Law | None, entries: list[dict[str, Any]]) -> str:
+def _describe(name: str, law: Law | None, entries: list[dict[str, Any]], heldout: str) -> str:
     if law is None:
         return (
             f"\n{name}: {len(entries)} runs determine no law. That takes losses that fall over "
@@ -163,22 +166,45 @@ def _describe(name: str, law: Law | None, entries: list[dict[str, Any]]) -> str:
         f"\n{name}, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
         f"({_said(law.scale, scale)}) (T / {law.unit / 1e6:.3g}M)^-({_said(law.power, power)}), T: effective "
         f"tokens. Extrapolated to {FAR} new tokens per parameter ({far / 1e9:.3g}B): "
-        f"{_said(float(law.loss(np.array([far]), np.array([far]))[0]), law.error(far, far))}."
+        f"{_said(_at(law, far), law.error(far, far))}."
     )
     errors = (
-        "Errors: one standard error."
+        f"Errors: one standard error, if the law holds. {_how_well_it_holds(law, entries, heldout, far)}"
         if law.errors
         else "There are only as many runs as the law has parameters: it passes through all of them, so its "
         "error is not known, and what it extrapolates may be far off."
     )
     if not np.isfinite(law.passes):
         return f"{text} No run repeats its text. {errors}"
-    factor = "" if passes is None else f", give or take a factor of {np.exp(passes):.3g}"
+    if passes is None:
+        factor = ""
+    elif passes < np.log(1000):
+        factor = f", give or take a factor of {np.exp(passes):.3g}"
+    else:
+        factor = ", which these runs do not determine"
     half = 1 + law.passes * np.log(1 / WORTH)
     return (
         f"{text} All repetitions together are worth at most {law.passes:.3g} more passes{factor}: after pass "
         f"{half:.2g} a token is worth less than {WORTH:g} of a new one. {errors}"
     )
+
+
+def _how_well_it_holds(law: Law, entries: list[dict[str, Any]], heldout: str, far: float) -> str:
+    """How far it is from its runs, and what becomes of it without the shortest, for which it fails first."""
+    tokens, distinct, losses = _points(entries, heldout)
+    missed = float(np.sqrt(((law.loss(tokens, distinct) - losses) ** 2).mean()))
+    said = f"It misses these runs by {missed:.2g} nats (root mean square)"
+    kept = tokens > tokens.min()
+    longer = fit_law(tokens[kept], distinct[kept], losses[kept])
+    if longer is None:
+        return f"{said}; without the shortest there are too few."
+    said += f"; without the shortest, {_at(longer, far):.4g} is extrapolated"
+    return f"{said}." if not np.isfinite(longer.passes) else f"{said}, and {longer.passes:.3g} more passes."
+
+
+def _at(law: Law, tokens: float) -> float:
+    """The loss after so many new tokens."""
+    return float(law.loss(np.array([tokens]), np.array([tokens]))[0])
 
 
 def _said(value: float, error: float | None) -> str:

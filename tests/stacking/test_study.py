@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -295,9 +296,25 @@ def test_saturation_trains_the_shortest_first_and_fits_the_law(text_of_a_study, 
     assert "loss = 2.5 ± " in page and "one standard error" in page and "only as many runs" not in page
     # Through as many points as it has parameters a law passes anyhow.
     entries = saturation.models(results)["28,896 parameters"][:4]
-    said = saturation._describe("28,896 parameters", saturation.fit(entries, "valid"), entries)
+    said = saturation._describe("28,896 parameters", saturation.fit(entries, "valid"), entries, "valid")
     assert "There are only as many runs as the law has parameters" in said
     assert "±" not in said and "one standard error" not in said
+
+
+def test_a_law_that_does_not_hold_for_the_shortest_run_says_so(text_of_a_study, tmp_path, monkeypatch):
+    """The shortest lies 0.3 higher: the fit misses, and without that run it is the law of the others."""
+    study = study_file(tmp_path, "saturation", SATURATION, text_of_a_study)
+    FakeTraining(monkeypatch, lambda run: law(run) + 0.3 * (run.steps == round(0.05 * 28_896 / 128)))
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    page = (tmp_path / "out/results.md").read_text()
+    said = r"misses these runs by ([\d.]+) nats .* shortest, ([\d.]+) is extrapolated, and ([\d.]+)"
+    found = re.search(said, page)
+    assert found
+    assert "more passes, which these runs do not determine" in page  # of all five
+    missed, far, passes = map(float, found.groups())
+    assert 0.001 < missed < 0.3 / 5**0.5  # least squares does better than missing that one run alone
+    assert far == pytest.approx(2.5 + 1.5 * (350 * 28_896 / (128 * 11)) ** -0.4, abs=1e-3)
+    assert passes == pytest.approx(5, rel=0.01)
 
 
 def test_a_study_of_saturation_names_what_the_guard_halted(text_of_a_study, tmp_path, monkeypatch, capsys):
