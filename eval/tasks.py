@@ -6,6 +6,7 @@ the harness's, with the documents, in a folder that is removed afterwards.
 
 import contextlib
 import difflib
+import itertools
 import json
 import logging
 import re
@@ -66,10 +67,14 @@ class Tasks:
             fixed = task.get_config("num_fewshot")
             if fixed is None or (shots is not None and fixed != 0):  # 0: the task's prompt is made without
                 task.set_config("num_fewshot", 0 if shots is None else shots)
-            if task.get_config("num_fewshot") and not (
-                task.has_training_docs() or task.has_validation_docs()
-            ):
-                raise UserError(f"{name} has no documents to take --shots from")
+            if wanted := task.get_config("num_fewshot"):
+                if not (task.has_training_docs() or task.has_validation_docs()):
+                    raise UserError(f"{name} has no documents to take --shots from")
+                there = sum(1 for _ in itertools.islice(task.fewshot_docs(), wanted + 1))
+                if there <= wanted:  # one more than is shown: a question is no example of itself
+                    raise UserError(
+                        f"{name} has {there:,} documents to take --shots from: give fewer than {there:,}"
+                    )
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
 

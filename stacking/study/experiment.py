@@ -289,6 +289,13 @@ def describe(
     limits += [f"{config.flops:.3g} FLOPs"] if config.flops is not None else []
     if limits:
         lines.append(f"budget: {' and '.join(limits)}; what cannot end within it is left for another time")
+    if config.flops is not None:
+        costs = {job.name: job.cost for job in plan(leaves, out, results, clock).jobs() if not job.done()}
+        if large := [name for name, flops in costs.items() if flops > config.flops]:
+            lines.append(
+                f"{len(large)} of {len(costs)} processes cost more FLOPs than all of it and are not started, "
+                f"such as {large[0]} ({costs[large[0]]:.3g}): give more --flops"
+            )
     if config.minutes is not None:
         whole, fewer = 60 * config.minutes, ", or fewer --jobs" if at_once > 1 else ""
         taken = job_seconds(plan(leaves, out, results, clock))

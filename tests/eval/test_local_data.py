@@ -172,6 +172,8 @@ def test_shots_come_from_the_training_file(sets: Sets, tmp_path):
     write(tmp_path / ARC, json.dumps(NESTED) + "\n")
     write(tmp_path / "arc/ARC-Easy/train.jsonl", "\n".join(map(json.dumps, train)))
     with open_tasks(["arc_easy"], tmp_path) as tasks:
+        with pytest.raises(UserError, match="arc_easy has 5 documents"):
+            tasks.load("arc_easy", 5)
         task = tasks.load("arc_easy", 2)["tasks"]["arc_easy"]
         task.build_all_requests(limit=None, rank=0, world_size=1)
     context = task.instances[0].args[0]

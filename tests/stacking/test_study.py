@@ -1074,6 +1074,17 @@ def test_the_first_command_can_be_typed(text_of_a_study, tmp_path, monkeypatch, 
     assert Path(typed[-1]).parts[:-1] == (*tmp_path.parts, "o", "a b", "lr-0.01")
 
 
+def test_what_no_budget_of_these_flops_can_train_is_named(text_of_a_study, tmp_path, capsys):
+    """Each of the eight runs costs its 12 steps of 128 tokens."""
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    (one, *_) = tuning.runs(read_definition(str(study), None), None)
+    cost = 12 * 128 * one.model.flops_per_token()
+    for budget, named in ((0.99 * cost, True), (1.01 * cost, False)):
+        config = StudyConfig(str(study), out=tmp_path / "out", flops=budget, dry_run=True)
+        run_study(config, make_console())
+        assert ("8 of 8 processes cost more FLOPs than all of it" in capsys.readouterr().out) == named
+
+
 def test_what_no_call_of_these_minutes_can_train_is_named(text_of_a_study, tmp_path, capsys):
     """A run of 8.5e8 FLOPs takes 170 s and 30 to start at 1e7 FLOP/s shared by two, alone 115 s."""
     study = study_file(tmp_path, "tuning", TUNING + "flops_per_second = 1e7\n", text_of_a_study)
