@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 WITHIN = 2.0  # octaves of the best rate: further off, loss over log rate is no parabola
+LEAST_POWER = 0.005  # of the law: it is then a straight line over log tokens, which has no floor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ def effective(tokens: np.ndarray, distinct: np.ndarray, passes: float | np.ndarr
 def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law | None:
     """The law by least squares: every power and number of passes on a grid that narrows, floor and scale for
     each in closed form. None where the points determine none: fewer than its parameters, or than three
-    lengths, or losses that do not fall.
+    lengths, or losses that do not fall, or that fall by no less with every doubling of the tokens.
 
     The number of passes is fitted only where some tokens are repeated.
     """
@@ -171,9 +172,9 @@ def fit_law(tokens: np.ndarray, distinct: np.ndarray, losses: np.ndarray) -> Law
         i, j = np.unravel_index(np.argmin(squares), squares.shape)
         power, best = float(powers[i, 0, 0]), float(passes[j, 0])
         center, width = np.array([power, math.log(best) if repeats else 0.0]), (high - low) / 6
-        low, high = np.maximum(center - width, [0.005, -3.0]), center + width
+        low, high = np.maximum(center - width, [LEAST_POWER, -3.0]), center + width
     scale = float(scales[i, j])
-    if scale <= 0:
+    if scale <= 0 or power <= LEAST_POWER:
         return None
     floor = float(losses.mean() - scale * x[i, j].mean())
     law = Law(floor, scale, power, best, unit)

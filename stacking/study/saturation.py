@@ -143,7 +143,7 @@ def table(results: Results, heldout: str) -> str:
         cells = [
             entry["from"].removesuffix("/trunk"), str(entry["labels"]["seed"]),
             f"{entry['labels'][LENGTHS]:g}",
-            f"{tokens / 1e6:.1f}M", f"{tokens / distinct:.2f}", f"{entry['flops']:.3g}",
+            _count(tokens), f"{tokens / distinct:.2f}", f"{entry['flops']:.3g}",
             *(f"{losses[name]:.4f}" if name in losses else "" for name in sets), expected,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -157,15 +157,15 @@ def table(results: Results, heldout: str) -> str:
 def _describe(name: str, law: Law | None, entries: list[dict[str, Any]], heldout: str) -> str:
     if law is None:
         return (
-            f"\n{name}: {len(entries)} runs determine no law. That takes losses that fall over "
-            "three lengths at least, and a fourth run where tokens are repeated."
+            f"\n{name}: {len(entries)} runs determine no law. That takes losses that fall over three lengths "
+            "at least, by less with every doubling, and a fourth run where tokens are repeated."
         )
     floor, scale, power, passes = [*(law.errors or []), None, None, None, None][:4]
     far = FAR * entries[0]["model"]["parameters"]
     text = (
         f"\n{name}, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
-        f"({_said(law.scale, scale)}) (T / {law.unit / 1e6:.3g}M)^-({_said(law.power, power)}), T: effective "
-        f"tokens. Extrapolated to {FAR} new tokens per parameter ({far / 1e9:.3g}B): "
+        f"({_said(law.scale, scale)}) (T / {_count(law.unit)})^-({_said(law.power, power)}), T: effective "
+        f"tokens. Extrapolated to {FAR} new tokens per parameter ({_count(far)}): "
         f"{_said(_at(law, far), law.error(far, far))}."
     )
     errors = (
@@ -197,7 +197,7 @@ def _how_well_it_holds(law: Law, entries: list[dict[str, Any]], heldout: str, fa
     kept = tokens > tokens.min()
     longer = fit_law(tokens[kept], distinct[kept], losses[kept])
     if longer is None:
-        return f"{said}; without the shortest there are too few."
+        return f"{said}; without the shortest, the others determine none."
     said += f"; without the shortest, {_at(longer, far):.4g} is extrapolated"
     return f"{said}." if not np.isfinite(longer.passes) else f"{said}, and {longer.passes:.3g} more passes."
 
@@ -205,6 +205,13 @@ def _how_well_it_holds(law: Law, entries: list[dict[str, Any]], heldout: str, fa
 def _at(law: Law, tokens: float) -> float:
     """The loss after so many new tokens."""
     return float(law.loss(np.array([tokens]), np.array([tokens]))[0])
+
+
+def _count(tokens: float) -> str:
+    """14.1B, 130.6M or 57,856."""
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:.3g}B"
+    return f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens:,.0f}"
 
 
 def _said(value: float, error: float | None) -> str:
@@ -219,7 +226,7 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
             group = [entry for entry in entries if entry["distinct_tokens"] == distinct]
             tokens = np.array([entry["tokens"] for entry in group], float)
             losses = [as_floats(entry["losses"])[heldout] for entry in group]
-            label = f"{name}, {distinct / 1e6:.0f}M distinct tokens"
+            label = f"{name}, {_count(distinct)} distinct tokens"
             axes.plot(tokens, losses, "osD^v"[j % 5], color=f"C{i}", label=label)
             if law is not None:
                 x = np.geomspace(tokens.min(), tokens.max(), 100)

@@ -317,6 +317,28 @@ def test_a_law_that_does_not_hold_for_the_shortest_run_says_so(text_of_a_study, 
     assert passes == pytest.approx(5, rel=0.01)
 
 
+def test_losses_that_do_not_level_off_determine_no_law(text_of_a_study, tmp_path, monkeypatch):
+    """Every doubling is worth as much as the one before: not a floor far below zero with a small error."""
+    study = study_file(tmp_path, "saturation", SATURATION, text_of_a_study)
+    FakeTraining(monkeypatch, lambda run: 4 - 0.3 * math.log2(run.steps))
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    page = (tmp_path / "out/results.md").read_text()
+    assert "28,896 parameters: 5 runs determine no law" in page and "Extrapolated" not in page
+    # Nor do those that are left without the shortest, which alone bends the curve.
+    bent = np.array([3.0, 2.2, 1.7, 1.2, 0.7])
+    entries = [
+        {
+            "tokens": 1e6 * 2**i,
+            "distinct_tokens": 1e8,
+            "losses": {"valid": loss},
+            "model": {"parameters": 28_896},
+        }
+        for i, loss in enumerate(bent)
+    ]
+    said = saturation._describe("a", saturation.fit(entries, "valid"), entries, "valid")
+    assert said.endswith("without the shortest, the others determine none.")
+
+
 def test_a_study_of_saturation_names_what_the_guard_halted(text_of_a_study, tmp_path, monkeypatch, capsys):
     """One seed's decayed run, and with another's trunk all that would branch off it."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
@@ -473,7 +495,7 @@ def test_a_study_of_saturation_with_two_rates_and_texts_with_other_heldout_sets(
         }  # fmt: skip
     results = SimpleNamespace(runs=runs, path=tmp_path / "a.json", record={"heldout": "books"})
     page = saturation.table(results, "valid")
-    assert "| a/lr-0.001 | 0 | 1 | 0.0M | 0.11 | 1 | 3.0010 |  | 3.0010 |" in page
+    assert "| a/lr-0.001 | 0 | 1 | 1,000 | 0.11 | 1 | 3.0010 |  | 3.0010 |" in page
     assert "1,000 parameters, lr 0.001, 6 runs: loss = 2.001" in page
     assert "1,000 parameters, lr 0.002, 6 runs: loss = 2.002" in page
     with pytest.raises(UserError, match=r"has 0.001-True-1 without a loss on books"):
@@ -527,6 +549,14 @@ def test_the_law_is_found_again():
     assert fits.fit_law(tokens[[*same, 9]], distinct[[*same, 9]], falling[[*same, 9]]) is not None
     assert fits.fit_law(tokens[[0, 0, 0]], distinct[[0, 0, 0]], np.array([3.0, 3.1, 3.2])) is None
     assert fits.fit_law(tokens[:3], distinct[:3], tokens[:3]) is None
+    # Nor is there a floor to be seen where every doubling is worth as much as the one before, or more.
+    for straight in (9 - 0.4 * np.log(tokens), 9 - 0.02 * np.log(tokens) ** 2):
+        assert fits.fit_law(tokens[:5], distinct[:5], straight[:5]) is None
+
+
+def test_counts_of_tokens_have_digits_at_every_size():
+    counts = (14_052_236_800, 130_614_272, 999_424, 14_336)
+    assert [saturation._count(n) for n in counts] == ["14.1B", "130.6M", "999,424", "14,336"]
 
 
 def test_the_best_rate_is_that_of_a_parabola():
