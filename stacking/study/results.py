@@ -225,10 +225,11 @@ def require_same_runs(results: Results, runs: list[Run]) -> None:
         )
         for name in sorted({*entry["settings"], *own["settings"], *lineage, *CHOSEN}):
             if old.get(name) != new.get(name):
+                had = f"without {name}" if old.get(name) is None else f"with {name} {old[name]}"
+                asks = "leaves it out" if new.get(name) is None else f"asks for {new[name]}"
                 raise UserError(
-                    f"{results.path} has {run.name} with {name} {old.get(name)}, and the study asks for "
-                    f"{new.get(name)}: {_remedy(run, name, old)}rename the run in the study, or give another "
-                    "--results"
+                    f"{results.path} has {run.name} {had}, and the study {asks}: {_remedy(run, name, old)}"
+                    "rename the run in the study, or give another --results"
                 )
 
 

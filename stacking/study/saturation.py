@@ -30,7 +30,7 @@ def runs(definition: Definition, _: Results) -> list[Run]:
         if not isinstance(lengths, list) or not lengths:
             raise UserError(f"runs {block['name']} need {LENGTHS}, a list")
         for length in lengths:
-            checks.positive(tokens_per_parameter=length)
+            checks.positive(**{f"{block['name']}.{LENGTHS}": length})  # no option of the command line
         if len(set(lengths)) < len(lengths):
             raise UserError(f"runs {block['name']} have a value of {LENGTHS} twice: give every value once")
         for name, given in combinations(block, {LENGTHS}):

@@ -1040,6 +1040,8 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "is not TOML" in refused("tuning", "name = \n")
     assert "a name without a slash" in refused("tuning", 'name = "a/b"\nsteps = 3\n')
     assert "need tokens_per_parameter, a list" in refused("saturation", 'name = "a"\n')
+    one = SATURATION.replace("0.4", '"one"')
+    assert "error: a.tokens_per_parameter is 'one'; it must be positive" in refused("saturation", one)
     assert "within the warmup of 4" in refused("saturation", SATURATION.replace("0.05", "0.01"))
     assert "schedule must be wsd" in refused("saturation", SATURATION + 'schedule = "cosine"\n')
     tuned = 'preset = "mtlm2-40m"\noptimizer = "muon"\n'
@@ -1089,6 +1091,14 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "has a/lr-0.01/seed-0 with window 4, and the study asks for 8" in refused(
         "tuning", TUNING + "window = 8\n"
     )
+    assert "has a/lr-0.01/seed-0 without sigma, and the study asks for 3.0: rename" in refused(
+        "tuning", TUNING + "sigma = 3.0\n"
+    )
+    without = tmp_path / "tuning.toml"
+    study_file(tmp_path, "tuning", TUNING, text)
+    without.write_text(without.read_text().replace("window = 4\n", ""))
+    said = refusal_here(without, "--out", tmp_path / "out", module=command.__name__)
+    assert "has a/lr-0.01/seed-0 with window 4, and the study leaves it out: rename" in said
     assert "holds a study of tuning, not of growth" in refused("growth", GROWTH)
     (tmp_path / "out/results.json").write_text("{")
     assert "results.json is damaged" in refused("tuning", TUNING)
