@@ -30,6 +30,9 @@ class StudyConfig:
     """Runs trained at the same time, on each GPU if there are any. Default: 2 on each GPU, else 1."""
     gpus: tuple[int, ...] = ()
     """Numbers of the GPUs to use. Default: all."""
+    again: tuple[str, ...] = ()
+    """Runs that the guard halted, by the names that --dry-run lists, to be trained again. Where it halted the
+    trunk of one, the trunk and all that branches off it."""
     keep_weights: bool = False
     """Keep the checkpoints of runs that have ended, too."""
     dry_run: bool = False

@@ -23,6 +23,7 @@ from core.run.folder import lock_folder
 from core.run.log import CARRIED, read_log
 from stacking.jobs import Budget, run_jobs, visible_gpus
 from stacking.study import growth, saturation, tuning
+from stacking.study.again import forget, remove
 from stacking.study.config import StudyConfig
 from stacking.study.definition import Definition, Settings, read_definition
 from stacking.study.report import write_report
@@ -60,6 +61,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
     definition = read_definition(config.study, config.data)
     results = open_results(path, definition)
     leaves = open_runs(definition, results)
+    anew = forget(config.again, leaves, results)
     require_place(out)
     gpus = visible_gpus(os.environ, config.gpus)
     at_once = config.jobs if config.jobs is not None else 2 if gpus else 1
@@ -76,6 +78,7 @@ def run_study(config: StudyConfig, console: Console) -> None:
 
     # 2. Train. What is to be trained next may depend on the results.
     with lock_folder(out):
+        remove(anew, out, results)
         if any(run.name not in results.runs for run in leaves):
             results.begin()
         try:

@@ -68,6 +68,10 @@ class Results:
         """Keeps what is known of a run, on the disk, too."""
         session = {"session": len(self.record["sessions"]) - 1}
         self.runs[run.name] = {"labels": run.labels, **run.identity, **session, **entry}
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in self.runs.items()]
         head = json.dumps({k: v for k, v in self.record.items() if k != "runs"}, indent=1)

@@ -185,16 +185,21 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
     again = FakeTraining(monkeypatch, parabola)
     run_study(config, make_console())
     assert again.made == []
-    # Without its entry it is read from its folder again; without both it is trained again.
+    # Not even without its entry: its folder says what became of it.
     results = read_results(tmp_path / "out/results.json")
-    for folder_too, made in ((False, []), (True, ["a/lr-0.08@12"])):
-        kept = {name: entry for name, entry in results.runs.items() if not entry["halted"]}
-        results.path.write_text(json.dumps(results.record | {"runs": kept}))
-        if folder_too:
-            shutil.rmtree(tmp_path / "out/a/lr-0.08")
-        run_study(config, make_console())
-        assert again.made == made
-        assert read_results(results.path).runs["a/lr-0.08"]["halted"] is not folder_too
+    kept = {name: entry for name, entry in results.runs.items() if not entry["halted"]}
+    results.path.write_text(json.dumps(results.record | {"runs": kept}))
+    run_study(config, make_console())
+    assert again.made == [] and read_results(results.path).runs["a/lr-0.08"]["halted"]
+    for other in ("a/lr-0.04", "a/lr-0.16"):
+        with pytest.raises(UserError, match=f"--again {other}: the guard halted no run .* study a/lr-0.08$"):
+            run_study(dataclasses.replace(config, again=(other,)), make_console())
+    nothing = FakeTraining(monkeypatch, parabola, most=0)  # a budget that allows nothing loses nothing
+    run_study(dataclasses.replace(config, again=("a/lr-0.08",)), make_console())
+    assert nothing.made == [] and "a/lr-0.08" not in read_results(results.path).runs
+    again = FakeTraining(monkeypatch, parabola)
+    run_study(config, make_console())
+    assert again.made == ["a/lr-0.08@12"] and not read_results(results.path).runs["a/lr-0.08"]["halted"]
 
 
 def run_fake(monkeypatch, folder: Path, runs: str, text: Path) -> StudyConfig:
@@ -365,6 +370,15 @@ def test_a_study_of_saturation_names_what_the_guard_halted(text_of_a_study, tmp_
     listed = (said.out + said.err).splitlines()[1:]
     assert sum(line.endswith("steps, halted by the guard") for line in listed) == 6
     assert sum(line.endswith("steps, done") for line in listed) == 4
+    # One that ended its own decay is trained again alone; of a trunk, all that branches off it.
+    again = FakeTraining(monkeypatch, law)
+    run_study(dataclasses.replace(config, again=("a/seed-0/decayed-0.4",)), make_console())
+    end = round(0.4 * 28_896 / 128)
+    assert again.made == [f"a/seed-0/trunk@{start}", f"a/seed-0/decayed-0.4@{end}"]  # weights were removed
+    again.made.clear()
+    run_study(dataclasses.replace(config, again=("a/seed-1/decayed-0.1",)), make_console())
+    assert len(again.made) == 2 * 5 and all("seed-1" in name for name in again.made)
+    assert not any(entry["halted"] for entry in read_results(results.path).runs.values())
     # Results of before do not say where.
     for entry in results.runs.values():
         entry.pop("halted_at", None)
