@@ -23,7 +23,7 @@ def forget(names: Sequence[str], leaves: list[Run], results: Results) -> list[Ru
     for name in names:
         if name not in halted:
             those = ", ".join(halted) or "none"
-            raise UserError(f"--again {name}: the guard halted no run of this name, of this study {those}")
+            raise UserError(f"--again {name}: the guard halted no run of this name; halted: {those}")
     roots = {_halted(halted[name], results).name for name in names}
     gone = [
         run
