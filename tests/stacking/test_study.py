@@ -192,7 +192,7 @@ def test_a_rate_that_the_guard_halts_counts_as_tried(text_of_a_study, tmp_path, 
     run_study(config, make_console())
     assert again.made == [] and read_results(results.path).runs["a/lr-0.08"]["halted"]
     for other in ("a/lr-0.04", "a/lr-0.16"):
-        with pytest.raises(UserError, match=f"--again {other}: the guard halted no run .* halted: a/lr-0.08$"):
+        with pytest.raises(UserError, match=f"--again {other}: the guard halted no .* halted: a/lr-0.08$"):
             run_study(dataclasses.replace(config, again=(other,)), make_console())
     nothing = FakeTraining(monkeypatch, parabola, most=0)  # a budget that allows nothing loses nothing
     run_study(dataclasses.replace(config, again=("a/lr-0.08",)), make_console())
