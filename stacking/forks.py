@@ -62,8 +62,9 @@ def halt_step(folder: Path, end: float = math.inf) -> int | None:
     if not (folder / "metrics.jsonl").is_file():
         return None
     events = read_log(folder, "event")
-    halted = bool(events) and events[-1]["what"] == HALT and events[-1]["step"] <= end
-    return events[-1]["step"] if halted else None
+    if not events or events[-1]["what"] != HALT or events[-1]["step"] > end:
+        return None
+    return events[-1]["step"]
 
 
 def in_words(halted: int | None) -> str:
