@@ -12,16 +12,7 @@ from kernels_cuda.registry import declare, declare_kernel, wide_type
 MOST = 2.0**100  # of a row's sum relative to its target; beyond, to what keeps exp from overflowing
 
 
-def _loss_product_cuda(
-    hidden: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    exps: Tensor,
-    total: Tensor,
-    nll: Tensor,
-    scale: Tensor,
-    z_loss: float,
-) -> None:
+def _loss_product_cuda(hidden, table, targets, exps, total, nll, scale, z_loss):
     shift = torch.empty_like(scale)
     partials = shift.new_empty(-(-table.shape[0] // 128), hidden.shape[0])
     torch.ops.mtlm.loss_product_into(hidden, table, targets, z_loss, exps, total, nll, scale, shift, partials)
