@@ -24,7 +24,8 @@ def forget(names: Sequence[str], leaves: list[Run], results: Results) -> list[Ru
         if name not in halted:
             those = ", ".join(halted) or "none"
             raise UserError(f"--again {name}: the guard halted no run of this name; halted: {those}")
-    roots = {_halted(halted[name], results).name for name in names}
+    # Results of 2026-11-30 and before do not say at which step.
+    roots = {halted[name].of_step(results.runs[name].get("halted_at", math.inf)).name for name in names}
     gone = [
         run
         for leaf in halted.values()
@@ -34,12 +35,6 @@ def forget(names: Sequence[str], leaves: list[Run], results: Results) -> list[Ru
     for run in gone:
         results.runs.pop(run.name, None)
     return list({run.name: run for run in gone}.values())
-
-
-def _halted(leaf: Run, results: Results) -> Run:
-    """The run, or the one that it comes from, which the guard ended."""
-    step = results.runs[leaf.name].get("halted_at", math.inf)  # results of 2026-11-30 and before lack it
-    return next(run for run in leaf.ancestry if step > run.at)
 
 
 def remove(runs: list[Run], out: Path, results: Results) -> None:

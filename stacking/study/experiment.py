@@ -21,7 +21,7 @@ from core.folders import require_place
 from core.run.data import open_data
 from core.run.folder import lock_folder
 from core.run.log import CARRIED, read_log
-from stacking.jobs import Budget, run_jobs, visible_gpus
+from stacking.jobs import Budget, Job, run_jobs, visible_gpus
 from stacking.study import growth, saturation, tuning
 from stacking.study.again import forget, remove
 from stacking.study.config import StudyConfig
@@ -292,8 +292,9 @@ def describe(
     limits += [f"{config.flops:.3g} FLOPs"] if config.flops is not None else []
     if limits:
         lines.append(f"budget: {' and '.join(limits)}; what cannot end within it is left for another time")
+    jobs = jobs_left(leaves, out, results, clock) if limits else []
     if config.flops is not None:
-        costs = {job.name: job.cost for job in plan(leaves, out, results, clock).jobs() if not job.done()}
+        costs = {job.name: job.cost for job in jobs}
         if large := [name for name, flops in costs.items() if flops > config.flops]:
             lines.append(
                 f"{len(large)} of {len(costs)} processes cost more FLOPs than all of it and are not started, "
@@ -301,14 +302,14 @@ def describe(
             )
     if config.minutes is not None:
         whole, fewer = 60 * config.minutes, ", or fewer --jobs" if at_once > 1 else ""
-        taken = job_seconds(plan(leaves, out, results, clock))
+        taken = seconds_of(jobs)
         if long := [name for name, seconds in taken.items() if seconds > whole]:
             lines.append(
                 f"{len(long)} of {len(taken)} processes are expected to take longer than all of it and are "
                 f"not started, such as {long[0]} ({taken[long[0]] / 60:.1f} minutes): give more "
                 f"--minutes{fewer}"
             )
-        alone = {leaf.name: job_seconds(plan([leaf], out, results, clock)) for leaf in todo}
+        alone = {leaf.name: seconds_of(jobs_left([leaf], out, results, clock)) for leaf in todo}
         chains = {name: sum(one.values()) for name, one in alone.items() if not {*one}.intersection(long)}
         if long := [name for name, seconds in chains.items() if seconds > whole]:
             lines.append(
@@ -319,9 +320,14 @@ def describe(
     return lines
 
 
-def job_seconds(runs: Runs) -> dict[str, float]:
-    """What each job that is not done is expected to take."""
-    return {job.name: job.seconds() or 0.0 for job in runs.jobs() if not job.done()}
+def jobs_left(leaves: list[Run], out: Path, results: Results, clock: Clock) -> list[Job]:
+    """What is to be done for these runs."""
+    return [job for job in plan(leaves, out, results, clock).jobs() if not job.done()]
+
+
+def seconds_of(jobs: list[Job]) -> dict[str, float]:
+    """What each is expected to take."""
+    return {job.name: job.seconds() or 0.0 for job in jobs}
 
 
 def plan(leaves: list[Run], out: Path, results: Results, clock: Clock) -> Runs:

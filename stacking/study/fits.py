@@ -114,7 +114,7 @@ class Law:
     """Of floor, scale, power and, where tokens were repeated, the natural logarithm of `passes`. None: as
     many points as parameters."""
 
-    def loss(self, tokens: np.ndarray, distinct: np.ndarray) -> np.ndarray:
+    def loss(self, tokens: np.ndarray | float, distinct: np.ndarray | float) -> np.ndarray:
         """What it predicts for runs over so many tokens, of which so many are distinct."""
         return self.floor + self.scale * (effective(tokens, distinct, self.passes) / self.unit) ** -self.power
 
@@ -141,7 +141,9 @@ class Law:
         return np.stack(columns, axis=1)
 
 
-def effective(tokens: np.ndarray, distinct: np.ndarray, passes: float | np.ndarray) -> np.ndarray:
+def effective(
+    tokens: np.ndarray | float, distinct: np.ndarray | float, passes: float | np.ndarray
+) -> np.ndarray:
     """Tokens of one pass that are worth as much as `tokens` of which `distinct` are distinct."""
     repeated = np.maximum(tokens / distinct - 1, 0)
     with np.errstate(invalid="ignore"):  # 0 x inf; not used

@@ -50,6 +50,10 @@ class Run:
         """The run, the one that it comes from, and so on."""
         return [self, *(self.source.ancestry if self.source else ())]
 
+    def of_step(self, step: float) -> "Run":
+        """The run, or the one that it comes from, whose own update makes a step."""
+        return next(one for one in self.ancestry if step > one.at)
+
     def flops(self, steps: int) -> int:
         """Of all training up to a step, that of the runs it comes from included."""
         if self.source is None or steps <= self.at:
@@ -108,9 +112,8 @@ class Runs:
 
     def _outcome(self, run: Run, end: int) -> str:
         step = self.halted_at(run, end)
-        if step is None or step > run.at:
+        if step is None or (halted := run.of_step(step)) is run:
             return in_words(step)
-        halted = next(one for one in run.ancestry if step > one.at)
         return f"not trained, since {halted.name} was {in_words(step)}"
 
     def jobs(self) -> list[Job]:

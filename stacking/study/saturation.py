@@ -139,7 +139,7 @@ def table(results: Results, heldout: str) -> str:
     for entry in ends(results):
         tokens, distinct, losses = entry["tokens"], entry["distinct_tokens"], as_floats(entry["losses"])
         law = law_of[id(entry)]
-        expected = "" if law is None else f"{law.loss(np.array([tokens]), np.array([distinct]))[0]:.4f}"
+        expected = "" if law is None else f"{law.loss(tokens, distinct):.4f}"
         cells = [
             entry["from"].removesuffix("/trunk"), str(entry["labels"]["seed"]),
             f"{entry['labels'][LENGTHS]:g}",
@@ -166,7 +166,7 @@ def _describe(name: str, law: Law | None, entries: list[dict[str, Any]], heldout
         f"\n{name}, {len(entries)} runs: loss = {_said(law.floor, floor)} + "
         f"({_said(law.scale, scale)}) (T / {_count(law.unit)})^-({_said(law.power, power)}), T: effective "
         f"tokens. Extrapolated to {FAR} new tokens per parameter ({_count(far)}): "
-        f"{_said(_at(law, far), law.error(far, far))}."
+        f"{_said(law.loss(far, far), law.error(far, far))}."
     )
     errors = (
         f"Errors: one standard error, if the law holds. {_how_well_it_holds(law, entries, heldout, far)}"
@@ -198,13 +198,8 @@ def _how_well_it_holds(law: Law, entries: list[dict[str, Any]], heldout: str, fa
     longer = fit_law(tokens[kept], distinct[kept], losses[kept])
     if longer is None:
         return f"{said}; without the shortest, the others determine none."
-    said += f"; without the shortest, {_at(longer, far):.4g} is extrapolated"
+    said += f"; without the shortest, {longer.loss(far, far):.4g} is extrapolated"
     return f"{said}." if not np.isfinite(longer.passes) else f"{said}, and {longer.passes:.3g} more passes."
-
-
-def _at(law: Law, tokens: float) -> float:
-    """The loss after so many new tokens."""
-    return float(law.loss(np.array([tokens]), np.array([tokens]))[0])
 
 
 def _count(tokens: float) -> str:
