@@ -16,6 +16,14 @@ namespace mtlm {
 using bf16 = __nv_bfloat16;
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// 2^x as the hardware has it, to two units in the last place.
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }

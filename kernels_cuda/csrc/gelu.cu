@@ -18,15 +18,14 @@ namespace gelu {  // not unnamed: for other architectures kernels are empty, and
 
 using namespace hopper;
 
-constexpr float TWO_U = 1.5957691216057308f, CUBE = 0.044715f, LOG2_E = 1.4426950408889634f;
+constexpr float TWO_U = 1.5957691216057308f, CUBE = 0.044715f;
 // Column sums of d_up are left by each warp for its rows of a tile; a pair's tiles have rows for all of its warps.
 constexpr int PAIR_ROWS = PAIR * TILE, PAIR_PARTIALS = PAIR * WARPS / 2;
 
-// s of x. Powers of two and reciprocals as the hardware has them, to two units in the last place: e^(-2 u) may be
-// infinite.
+// s of x. The reciprocal as the hardware has it, to two units in the last place; e^(-2 u) may be infinite.
 __device__ __forceinline__ float gate(float x) {
-  float power, share;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * fmaf(-TWO_U * CUBE * LOG2_E, x * x, -TWO_U * LOG2_E)));
+  const float power = power_of_two(x * fmaf(-TWO_U * CUBE * LOG2_E, x * x, -TWO_U * LOG2_E));
+  float share;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.f + power));
   return share;
 }

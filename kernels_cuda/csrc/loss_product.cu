@@ -30,15 +30,8 @@ namespace loss {  // not unnamed: for other architectures kernels are empty, and
 
 using namespace hopper;
 
-constexpr float LOG2_E = 1.4426950408889634f, MOST = 0x1p100f;
+constexpr float MOST = 0x1p100f;
 constexpr int THREADS = 256, WARPS_OF_BLOCK = THREADS / 32;
-
-// 2^x as the hardware has it, to two units in the last place.
-__device__ __forceinline__ float power_of_two(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-}
 
 struct Softmax {
   struct Results {

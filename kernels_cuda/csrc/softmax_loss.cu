@@ -22,7 +22,6 @@ namespace {
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 struct SoftmaxLoss {
   void* logits;            // [rows, vocab], replaced by their gradient if `gradients`
