@@ -10,7 +10,7 @@ V vocabulary, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +31,8 @@ from core.ops import (
     gelu_mlp,
     norms_run_on,
     products_run_on,
+    qkv_product,
+    qkv_runs_on,
     rms_norm,
     rotate_both,
     split_heads,
@@ -146,14 +148,22 @@ class Linear(nnx.Module):
 
 def fused_linear(x: Float[Array, "*batch I"], *linears: Linear) -> Float[Array, "*batch O"]:
     """Several linear maps of the same input as one product; the outputs lie side by side."""
-    kernel = jnp.concatenate([m.kernel[...] for m in linears], axis=1).astype(x.dtype)
+    kernel = _kernel_of_all(linears, x.dtype)
     # As a product of two matrices: on a CPU its gradient is twice as fast as with two batch axes.
     y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-    if linears[0].bias is not None:
-        y += jnp.concatenate([m.bias[...] for m in linears]).astype(x.dtype)
+    if (bias := _bias_of_all(linears)) is not None:
+        y += bias.astype(x.dtype)
     if any(m.adapter is not None for m in linears):
         y += jnp.concatenate([_adapted(x, m) for m in linears], axis=-1)
     return y
+
+
+def _kernel_of_all(linears: Sequence[Linear], dtype: jnp.dtype) -> Float[Array, "I O"]:
+    return jnp.concatenate([m.kernel[...] for m in linears], axis=1).astype(dtype)
+
+
+def _bias_of_all(linears: Sequence[Linear]) -> Float[Array, " O"] | None:
+    return None if linears[0].bias is None else jnp.concatenate([m.bias[...] for m in linears])
 
 
 def _adapted(x: Float[Array, "*batch I"], linear: Linear) -> Float[Array, "*batch O"]:
@@ -222,6 +232,10 @@ class Attention(nnx.Module):
             q, k, v = (y.reshape(*x.shape[:2], -1, self.head_size) for y in (q, k, v))
         else:
             heads = tuple(m.kernel.shape[-1] // self.head_size for m in linears)
+            if self.runs_on_kernels(x, compute):
+                product = functools.partial(qkv_product, heads, kernels, mesh)
+                weights = _kernel_of_all(linears, x.dtype), _bias_of_all(linears)
+                return scoped(QKV, product, x, *weights, rotation)
             packed = scoped(QKV, fused_linear, x, *linears)
             if self.q_norm is None:
                 return split_heads(packed, heads, rotation, kernels, mesh)
@@ -229,6 +243,14 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = scoped("q_norm", self.q_norm, q), scoped("k_norm", self.k_norm, k)
         return (q, k, v) if rotation is None else (*rotate_both(q, k, rotation, kernels, mesh), v)
+
+    def runs_on_kernels(self, x: Float[Array, "B S D"], compute: Compute) -> bool:
+        """Whether queries and keys are rotated inside the product, and set apart."""
+        linears = (self.q, self.k, self.v)
+        fits = self.q_norm is None and all(m.adapter is None for m in linears)
+        fits &= compute.remat != "dots"  # which keeps XLA's products, not those of a kernel
+        width = sum(m.kernel.shape[-1] for m in linears)
+        return fits and qkv_runs_on(compute.kernels, x, width, self.head_size)
 
 
 def relu2(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:

@@ -52,6 +52,11 @@ class Kernels(NamedTuple):
     """logits [N, V], targets [N], z_loss -> their gradient, in their memory; total and nll of each row."""
     product_types: tuple[str, ...]
     """Of matrices that they multiply, with something inside; none on a GPU that lacks what they need."""
+    product_head_sizes: tuple[int, ...]
+    """Of heads that `qkv_product` makes."""
+    qkv_product: Callable[..., tuple[Array, Array, Array]]
+    """x [B, S, D], weight [D, (H + 2G) K] and bias (float32, or None), heads, angles -> q and k,
+    rotated, and v."""
     loss_product: Callable[..., tuple[Array, Array, Array, Array]]
     """x [N, D], head [V, D], targets [N], z_loss -> exps [N, V] and scale [N], whose product is the gradient
     of the logits; total and nll of each row."""
@@ -215,7 +220,7 @@ def _split_forward(heads, kernels, mesh, packed, rotation):
     def local(packed, rotation):
         return kernels.rotary_unpack(packed, heads, _angles(rotation))
 
-    specs = (ROWS, None if rotation is None else _angle_spec(rotation[0]))
+    specs = (ROWS, _rotation_spec(rotation))
     return per_device(mesh, local, specs, ROWS)(packed, rotation), rotation
 
 
@@ -223,11 +228,51 @@ def _split_backward(heads, kernels, mesh, rotation, cotangents):
     def local(cotangents, rotation):
         return kernels.rotary_pack(*cotangents, _angles(rotation))
 
-    specs = (ROWS, None if rotation is None else _angle_spec(rotation[0]))
+    specs = (ROWS, _rotation_spec(rotation))
     return per_device(mesh, local, specs, ROWS)(cotangents, rotation), None
 
 
 _split.defvjp(_split_forward, _split_backward)
+
+
+def qkv_runs_on(kernels: Kernels | None, x: Array, width: int, head_size: int) -> bool:
+    """Whether `qkv_product` takes x [..., D] and the width and head size of q, k and v."""
+    return products_run_on(kernels, x, width) and head_size in kernels.product_head_sizes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def qkv_product(
+    heads: Heads,
+    kernels: Kernels,
+    mesh: Mesh | None,
+    x: Float[Array, "B S D"],
+    weight: Float[Array, "D P"],
+    bias: Float[Array, " P"] | None,
+    rotation: Rotation | None,
+) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+    """`split_heads` of x weight + bias in the product itself; every device holds whole weights.
+
+    weight: of the type of x. bias: float32.
+    """
+    return _qkv_forward(heads, kernels, mesh, x, weight, bias, rotation)[0]
+
+
+def _qkv_forward(heads, kernels, mesh, x, weight, bias, rotation):
+    def local(x, weight, bias, rotation):
+        return kernels.qkv_product(x, weight, bias, heads, _angles(rotation))
+
+    specs = (ROWS, P(), None if bias is None else P(), _rotation_spec(rotation))
+    return per_device(mesh, local, specs, ROWS)(x, weight, bias, rotation), (x, weight, bias, rotation)
+
+
+def _qkv_backward(heads, kernels, mesh, residuals, cotangents):
+    x, weight, bias, rotation = residuals
+    d = _flat(_split_backward(heads, kernels, mesh, rotation, cotangents)[0])
+    d_bias = None if bias is None else d.sum(0, dtype=bias.dtype)
+    return (d @ weight.T).reshape(x.shape), _flat(x).T @ d, d_bias, None
+
+
+qkv_product.defvjp(_qkv_forward, _qkv_backward)
 
 
 def _angles(rotation: Rotation | None) -> tuple[Array, ...]:
@@ -238,6 +283,10 @@ def _angles(rotation: Rotation | None) -> tuple[Array, ...]:
 def _angle_spec(cos: Array) -> P:
     """Angles of all sequences, or a set for each."""
     return P() if cos.shape[0] == 1 else ROWS
+
+
+def _rotation_spec(rotation: Rotation | None) -> P | None:
+    return None if rotation is None else _angle_spec(rotation[0])
 
 
 def products_run_on(kernels: Kernels | None, x: Array, width: int) -> bool:

@@ -17,7 +17,7 @@ from kernels_cuda.ops.adamw import AdamW
 from kernels_cuda.ops.gelu import gelu_mlp
 from kernels_cuda.ops.linear_cross_entropy import linear_cross_entropy
 from kernels_cuda.ops.rms_norm import add_rms_norm, rms_norm
-from kernels_cuda.ops.rotary import rotate
+from kernels_cuda.ops.rotary import rotate, rotated_projections
 from kernels_cuda.ops.swiglu import swiglu_mlp
 from kernels_cuda.registry import reference
 
@@ -192,8 +192,7 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     """Rotary embedding of q and k, in place on packed qkv; backward also packs the three gradients."""
     b, s = tokens // 1024, 1024
     qkv = torch.randn(b, s, 3, heads, k, device=DEVICE, dtype=BF16)
-    angle = torch.rand(1, s, k // 2, device=DEVICE)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angles(s, k // 2)
     gradients = [torch.randn(b, heads, s, k, device=DEVICE, dtype=BF16).transpose(1, 2) for _ in range(3)]
 
     def forward(qkv):
@@ -210,6 +209,38 @@ def rotations(tokens: int, heads: int, k: int) -> Made:
     yield task, "mtlm", lambda: torch.ops.mtlm.rotary_pack(*gradients, cos, sin, True)
     yield task, "torch", lambda: backward(*gradients)
     yield task, "torch.compile", bind(compile_whole(backward), *gradients)
+
+
+def angles(s: int, half: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of random ones."""
+    angle = torch.rand(1, s, half, device=DEVICE)
+    return angle.cos(), angle.sin()
+
+
+def projections(b: int, s: int, d: int, heads: tuple[int, int, int], k: int) -> Made:
+    """q, k and v of a layer's input, of so many heads each, the first two with rotary embedding; forward."""
+    x = torch.randn(b, s, d, device=DEVICE, dtype=BF16)
+    weights = tuple(torch.randn(n * k, d, device=DEVICE, dtype=BF16) / d**0.5 for n in heads)
+    cos, sin = angles(s, k // 2)
+
+    def product(x, *weights):
+        return F.linear(x, torch.cat(weights)).view(b, s, sum(heads), k).split(heads, dim=2)
+
+    def plain(x, *weights):
+        q, key, v = product(x, *weights)
+        return rotate(q, cos, sin), rotate(key, cos, sin), v
+
+    def in_place(x, *weights):
+        q, key, v = product(x, *weights)
+        torch.ops.mtlm.rotary_(q, key, cos, sin, False)
+        return q, key, v
+
+    width = sum(heads) * k
+    task = Task(f"q, k, v {b * s}x{d}x{width}, heads of {k}", operations=2 * b * s * d * width)
+    yield task, "mtlm", lambda: rotated_projections(x, weights, (None, None, None), cos, sin, heads)
+    yield task, "mtlm, rotated in place", bind(in_place, x, *weights)
+    yield task, "torch", bind(plain, x, *weights)
+    yield task, "torch.compile", bind(compile_whole(plain), x, *weights)
 
 
 def swiglu_mlps(n: int, d: int, f: int) -> Made:
@@ -330,6 +361,7 @@ TASKS: dict[str, Callable[[], Made]] = {
     "norm alone 768": lambda: norm_alone(262144, 768),
     "norm alone 384": lambda: norm_alone(262144, 384),
     "rotary": lambda: rotations(131072, 12, 64),
+    "q, k, v": lambda: projections(32, 1024, 768, (12, 12, 12), 64),
     "mlp": lambda: swiglu_mlps(32768, 768, 2176),
     "mlp gelu": lambda: gelu_mlps(65536, 384, 1024),
     "softmax": lambda: softmax_pass(16384, 32000),

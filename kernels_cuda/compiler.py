@@ -109,7 +109,10 @@ def ffi_version() -> str:
 TORCH = Binding("mtlm_kernels", "binding_torch.cpp", "torch", None, _torch_facts)
 XLA = Binding(
     "mtlm_kernels_xla", "binding_xla.cpp", "jax",
-    ("adamw.cu", "gelu.cu", "loss_product.cu", "rms_norm.cu", "rotary.cu", "softmax_loss.cu", "swiglu.cu"),
+    (
+        "adamw.cu", "gelu.cu", "loss_product.cu", "qkv_product.cu", "rms_norm.cu", "rotary.cu",
+        "softmax_loss.cu", "swiglu.cu",
+    ),
     _xla_facts, ffi_version,
 )  # fmt: skip
 BINDINGS = (TORCH, XLA)

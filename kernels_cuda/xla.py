@@ -19,13 +19,14 @@ from kernels_cuda.compiler import XLA, has_hopper, sources_hash
 from kernels_cuda.files import Source, find_file
 
 TARGETS = (
-    "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "softmax_loss",
-    "loss_product", "swiglu_product", "swiglu_product_backward", "gelu_product", "gelu_product_backward",
-    "adamw",
+    "rms_norm", "add_rms_norm", "rms_norm_backward", "rotary", "rotary_pack", "rotary_unpack", "qkv_product",
+    "softmax_loss", "loss_product", "swiglu_product", "swiglu_product_backward", "gelu_product",
+    "gelu_product_backward", "adamw",
 )  # fmt: skip
 WIDTHS = (64, 128, 384, 512, 576, 768, 960, 1024)  # of rows that rms_norm.cu holds in registers
+HEAD_SIZES = (64, 128)  # of heads that qkv_product.cu has whole in a tile
 PROCESSORS = 132  # of an H100 or H200
-HOPPER = "9.0"  # their architecture, the only one that swiglu.cu, gelu.cu and loss_product.cu are for
+HOPPER = "9.0"  # their architecture, the only one that hopper.cuh is for
 
 _registered: set[str] = set()  # files whose calls XLA knows
 
@@ -88,8 +89,10 @@ def make(processors: int, hopper: bool) -> Kernels:
         rotary_unpack=_rotary_unpack,
         rotary_pack=_rotary_pack,
         softmax_loss=_softmax_loss,
-        loss_product=_loss_product,
         product_types=("bfloat16",) if hopper else (),
+        product_head_sizes=HEAD_SIZES,
+        qkv_product=_qkv_product,
+        loss_product=_loss_product,
         swiglu_product=_swiglu_product,
         swiglu_product_backward=_swiglu_product_backward,
         gelu_product=_gelu_product,
@@ -137,9 +140,12 @@ def _rotary(q, k, cos, sin, back):
 
 
 def _rotary_unpack(packed: Array, heads: Heads, angles: tuple[Array, ...]):
-    b, s, width = packed.shape
-    results = [jax.ShapeDtypeStruct((b, s, n, width // sum(heads)), packed.dtype) for n in heads]
-    return _call("rotary_unpack", results, packed, *angles, conjugate=False)
+    return _call("rotary_unpack", _apart(packed, packed.shape[2], heads), packed, *angles, conjugate=False)
+
+
+def _apart(x: Array, width: int, heads: Heads) -> list[jax.ShapeDtypeStruct]:
+    """q, k and v of x [B, S, ...], from their width together."""
+    return [jax.ShapeDtypeStruct((*x.shape[:2], n, width // sum(heads)), x.dtype) for n in heads]
 
 
 def _rotary_pack(q, k, v, angles):
@@ -147,6 +153,12 @@ def _rotary_pack(q, k, v, angles):
     heads = q.shape[2] + k.shape[2] + v.shape[2]
     packed = jax.ShapeDtypeStruct((b, s, heads * size), q.dtype)
     return _call("rotary_pack", packed, q, k, v, *angles, conjugate=True)
+
+
+def _qkv_product(x, weight, bias, heads, angles):
+    given = angles if bias is None else (bias, *angles)
+    results = _apart(x, weight.shape[1], heads)
+    return _call("qkv_product", results, x.reshape(-1, x.shape[-1]), weight, *given)
 
 
 def _softmax_loss(logits, targets, z_loss):

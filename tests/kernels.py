@@ -47,6 +47,11 @@ def rotary_unpack(packed, heads, angles):
     return (*rotary(q, k, *angles, False), v) if angles else (q, k, v)
 
 
+def qkv_product(x, weight, bias, heads, angles):
+    y = x @ weight
+    return rotary_unpack(y if bias is None else (y + bias).astype(x.dtype), heads, angles)
+
+
 def rotary_pack(q, k, v, angles):
     if angles:
         q, k = rotary(q, k, *angles, True)
@@ -135,6 +140,8 @@ REFERENCE = Kernels(
     rotary_pack,
     softmax_loss,
     ("float32", "bfloat16"),
+    (8, 12),
+    qkv_product,
     loss_product,
     swiglu_product,
     swiglu_product_backward,

@@ -55,7 +55,11 @@ class KernelsChoice(NamedTuple):
         """One line: what computes norms, rotation, SwiGLU or GELU, loss and AdamW, and why."""
         if self.kernels is None:
             return f"xla: {self.why}"
-        ours, xla = ["rotation" if model.positions == "rope" else "packing of q, k and v", "AdamW"], []
+        rotation = "rotation of q and k" if model.positions == "rope" else "packing of q, k and v"
+        in_product = self.kernels.product_types and model.head_size in self.kernels.product_head_sizes
+        if in_product and not model.qk_norm and not splits_weights(mesh):
+            rotation += " in their product (in bfloat16, without LoRA)"
+        ours, xla = [rotation, "AdamW"], []
         if norms_run_on(self.kernels, model.d_model):
             ours.append("norms")
         else:

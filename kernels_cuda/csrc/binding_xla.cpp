@@ -21,6 +21,8 @@ cudaError_t rms_norm_backward_into(cudaStream_t, View, std::optional<View>, View
 cudaError_t rotary_(cudaStream_t, Out, Out, View, View, bool);
 cudaError_t rotary_pack_into(cudaStream_t, View, View, View, std::optional<View>, std::optional<View>, bool, Out);
 cudaError_t rotary_unpack_into(cudaStream_t, View, std::optional<View>, std::optional<View>, bool, Out, Out, Out);
+cudaError_t qkv_product_into(cudaStream_t, View, View, std::optional<View>, std::optional<View>, std::optional<View>,
+                             bool, Out, Out, Out);
 cudaError_t softmax_loss_(cudaStream_t, Out, View, Out, Out, double, bool);
 cudaError_t loss_product_into(cudaStream_t, View, View, View, double, Out, Out, Out, Out, Out, Out);
 cudaError_t swiglu_product_into(cudaStream_t, View, View, bool, Out, Out);
@@ -127,10 +129,10 @@ ffi::Error rotary(cudaStream_t stream, In q, In k, In cos, In sin, Result q_out,
   });
 }
 
-// cos and sin, which are all that remains, or nothing.
-std::optional<In> angles(const ffi::RemainingArgs& rest, size_t which) {
-  if (rest.size() == 0) return std::nullopt;
-  const auto found = rest.get<In>(which);
+// cos and sin, which are all that remains from `first` on, or nothing.
+std::optional<In> angles(const ffi::RemainingArgs& rest, size_t which, size_t first = 0) {
+  if (rest.size() == first) return std::nullopt;
+  const auto found = rest.get<In>(first + which);
   REQUIRE(found.has_value(), "cos and sin must be given both, or none");
   return *found;
 }
@@ -148,6 +150,17 @@ ffi::Error rotary_unpack(cudaStream_t stream, In packed, ffi::RemainingArgs rest
   Arrays a;
   return run([&] {
     return rotary_unpack_into(stream, a(packed), a(angles(rest, 0)), a(angles(rest, 1)), conjugate, a(q), a(k), a(v));
+  });
+}
+
+// After the weight its bias, or none, and then the angles, or none.
+ffi::Error qkv_product(cudaStream_t stream, In x, In weight, ffi::RemainingArgs rest, Result q, Result k, Result v) {
+  Arrays a;
+  return run([&] {
+    const size_t biases = rest.size() % 2;
+    const std::optional<In> bias = biases ? std::optional<In>(*rest.get<In>(0)) : std::nullopt;
+    return qkv_product_into(stream, a(x), a(weight), a(bias), a(angles(rest, 0, biases)),
+                            a(angles(rest, 1, biases)), true, a(q), a(k), a(v));
   });
 }
 
@@ -239,6 +252,7 @@ OP(rotary_pack, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Rem
                     .Attr<bool>("conjugate"));
 OP(rotary_unpack, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().RemainingArgs().Ret<In>().Ret<In>().Ret<In>()
                       .Attr<bool>("conjugate"));
+OP(qkv_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().RemainingArgs().Ret<In>().Ret<In>().Ret<In>());
 OP(softmax_loss, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>()
                      .Attr<double>("z_loss"));
 OP(loss_product, ffi::Ffi::Bind().Ctx<Stream>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>()

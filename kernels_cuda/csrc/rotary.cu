@@ -9,6 +9,7 @@
 //
 // A thread takes 16 bytes of both halves of up to four heads of one token, and keeps their angles in registers: 64
 // bytes of cos and sin are read for 128 of q instead of for 32, from 73% to 90% of a copy on an H200.
+#include "angles.cuh"
 #include "common.cuh"
 
 #include <algorithm>
@@ -178,15 +179,9 @@ Rotary arguments(const View& q, const std::optional<View>& cos, const std::optio
   a.batch = batch, a.seq = seq;
   a.half = static_cast<int>(size / 2);
   a.conjugate = conjugate;
-  REQUIRE(cos.has_value() == sin.has_value(), "cos and sin must be given both, or none");
-  if (!cos) return a;
-  const int64_t angles = cos->dims == 3 ? cos->sizes[0] : 0;
-  REQUIRE(angles == 1 || angles == batch, "cos must be [1 or ", batch, ", ", seq, ", ", size / 2, "], not ",
-          shape(*cos));
-  check(*cos, "cos", q, {angles, seq, size / 2}, Type::float32);
-  check(*sin, "sin", q, {angles, seq, size / 2}, Type::float32);
-  a.cos = cos->as<float>(), a.sin = sin->as<float>();
-  a.angle_batch = angles == 1 ? 0 : seq * (size / 2);
+  const Angles angles = check_angles(cos, sin, q);
+  a.cos = angles.cos, a.sin = angles.sin;
+  a.angle_batch = angles.batch == 1 ? 0 : seq * (size / 2);
   return a;
 }
 

@@ -1,4 +1,5 @@
-"""Rotary embedding in the half-split layout (csrc/rotary.cu), and the projection to q, k and v around it.
+"""Rotary embedding in the half-split layout (csrc/rotary.cu), and the projection to q, k and v around it: on
+Hopper the product rotates its results (csrc/qkv_product.cu).
 
 Shapes: B batch, S positions, D d_model, H heads of queries, G heads of keys and values, K head size.
 """
@@ -14,8 +15,11 @@ from kernels_cuda.registry import (
     declare,
     declare_kernel,
     on_kernels,
+    products_run_on,
     wide_type,
 )
+
+HEAD_SIZES = (64, 128)  # of heads that a tile of the product holds whole
 
 
 def rotated_projections(
@@ -28,8 +32,8 @@ def rotated_projections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, S, H, K], keys and values [B, S, G, K] of x [B, S, D], the first two with rotary embedding.
 
-    The kernels want one product for all three: it is rotated in place, and the backward pass concatenates the
-    three gradients and rotates them back in one pass.
+    The kernels want one product for all three. It rotates q and k itself, or they are rotated in place; the
+    backward pass concatenates the three gradients and rotates them back in one pass.
 
     Args:
         weights, biases: of q, k and v: [H * K, D] or [G * K, D], [H * K] or [G * K] or None.
@@ -44,14 +48,20 @@ def rotated_projections(
         return rotate(q, cos, sin), rotate(k, cos, sin), v
     dtype = compute_type(x)
     weight = torch.cat([w.to(dtype) for w in weights])
-    bias = None if biases[0] is None else torch.cat([bias.to(dtype) for bias in biases])
-    return RotatedProjections.apply(x.to(dtype), weight, bias, cos, sin, heads)
+    parameters = (*weights, *(bias for bias in biases if bias is not None))
+    in_product = weight.shape[0] // sum(heads) in HEAD_SIZES
+    in_product = in_product and products_run_on(x, *parameters, widths=weight.shape)
+    bias = None
+    if biases[0] is not None:
+        bias = torch.cat([bias.to(wide_type(dtype) if in_product else dtype) for bias in biases])
+    return RotatedProjections.apply(x.to(dtype), weight, bias, cos, sin, heads, in_product)
 
 
 class RotatedProjections(torch.autograd.Function):
     """`rotated_projections` on the ops, whatever the device; weight [(H + 2 G) K, D] and bias of all three.
 
-    The product is inside, so that what is rotated in place is nobody else's.
+    in_product: whether `qkv_product` rotates, with a bias in at least float32. Otherwise what is rotated in
+    place is the result of a product in here, and so nobody else's.
     """
 
     @staticmethod
@@ -63,13 +73,16 @@ class RotatedProjections(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         heads: tuple[int, int, int],
+        in_product: bool,
     ):
-        b, s, _ = x.shape
-        qkv = F.linear(x, weight, bias).view(b, s, sum(heads), -1)
-        of_q, of_k, _ = heads
-        torch.ops.mtlm.rotary_(qkv[:, :, :of_q], qkv[:, :, of_q : of_q + of_k], cos, sin, False)
+        if in_product:
+            qkv = torch.ops.mtlm.qkv_product(x.contiguous(), weight, bias, cos, sin, heads)
+        else:
+            qkv = F.linear(x, weight, bias).view(*x.shape[:2], sum(heads), -1)
+            of_q, of_k, _ = heads
+            torch.ops.mtlm.rotary_(qkv[:, :, :of_q], qkv[:, :, of_q : of_q + of_k], cos, sin, False)
         ctx.save_for_backward(x, weight, cos, sin)
-        ctx.has_bias = bias is not None
+        ctx.bias_type = None if bias is None else bias.dtype
         return qkv.split(heads, dim=2)
 
     @staticmethod
@@ -80,7 +93,8 @@ class RotatedProjections(torch.autograd.Function):
         d = d.view(-1, weight.shape[0])
         d_x = (d @ weight).view(x.shape)
         d_weight = d.T @ x.reshape(-1, x.shape[-1])
-        return d_x, d_weight, d.sum(0) if ctx.has_bias else None, None, None, None
+        d_bias = None if ctx.bias_type is None else d.sum(0, dtype=ctx.bias_type)
+        return d_x, d_weight, d_bias, None, None, None, None
 
 
 def rotated_heads(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,4 +172,36 @@ def _pack_plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, conju
 declare_kernel(
     "rotary_pack_into(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool conjugate,"
     " Tensor(a!) packed) -> ()"
+)
+
+
+def _product_fake(x, weight, bias, cos, sin, heads):
+    return x.new_empty(*x.shape[:2], sum(heads), weight.shape[0] // sum(heads))
+
+
+def _product_cuda(x, weight, bias, cos, sin, heads):
+    qkv = _product_fake(x, weight, bias, cos, sin, heads)
+    parts = qkv.split(heads, dim=2)
+    torch.ops.mtlm.qkv_product_into(x.flatten(0, 1), weight, bias, cos, sin, False, *parts)
+    return qkv
+
+
+@declare(
+    "qkv_product(Tensor x, Tensor weight, Tensor? bias, Tensor cos, Tensor sin, int[] heads) -> Tensor",
+    fake=_product_fake,
+    cuda=_product_cuda,
+)
+def _product_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: list[int]
+) -> Tensor:
+    """[B, S, H + 2 G, K]: x weight^T + bias, q and k rotated; x [B, S, D], bias of at least float32."""
+    y = x @ weight.T
+    y = y if bias is None else y + bias
+    q, k, v = y.view(*x.shape[:2], sum(heads), -1).split(heads, dim=2)
+    return torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2).to(x.dtype)
+
+
+declare_kernel(
+    "qkv_product_into(Tensor x, Tensor weight, Tensor? bias, Tensor? cos, Tensor? sin, bool inputs_first,"
+    " Tensor(a!) q, Tensor(b!) k, Tensor(c!) v) -> ()"
 )

@@ -145,17 +145,29 @@ def test_others_equal_the_formulas(config, length):
         assert error < FLOAT32, (name, error)
 
 
+NO_PRODUCTS = REFERENCE._replace(product_types=())
+
+
 @pytest.mark.parametrize(
-    ("config", "remat"),
+    ("config", "remat", "kernels"),
     [
-        (LLAMA, "none"),
-        *(pytest.param(c, r, marks=pytest.mark.slow) for c, r in ((GPT, "none"), (GROUPED, "dots"))),
+        (LLAMA, "none", REFERENCE),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (GPT, "none", REFERENCE),
+                (GROUPED, "dots", REFERENCE),
+                (LLAMA, "none", NO_PRODUCTS),
+                (GPT, "none", NO_PRODUCTS),
+                (dataclasses.replace(LLAMA, n_kv_heads=2, qkv_biases=True), "none", REFERENCE),
+            )
+        ),
     ],
-    ids=["llama", "gpt", "grouped-dots"],
+    ids=["llama", "gpt", "grouped-dots", "llama-no-products", "gpt-no-products", "grouped-biases"],
 )
-def test_kernels_are_where_the_formulas_are(config, remat):
+def test_kernels_are_where_the_formulas_are(config, remat, kernels):
     params, tokens = random_params(config), random_tokens(config, 2, 64)
-    scores, _, gradients = ours(config, params, tokens, Compute(remat=remat, kernels=REFERENCE))
+    scores, _, gradients = ours(config, params, tokens, Compute(remat=remat, kernels=kernels))
     for name, error in errors(scores, gradients, *reference(config, params, tokens)).items():
         assert error < FLOAT32, (name, error)
 

@@ -24,6 +24,7 @@ MADE: dict[str, Callable[[], Made]] = {
     "norms": lambda: bench_tasks.norms(16, 32, BF16),
     "norms, float32": lambda: bench_tasks.norms(16, 32, torch.float32),
     "norm alone": lambda: bench_tasks.norm_alone(16, 32),
+    "q, k, v": lambda: bench_tasks.projections(2, 8, 32, (3, 1, 1), 16),
     "swiglu": lambda: bench_tasks.swiglu_mlps(16, 32, 48),
     "gelu": lambda: bench_tasks.gelu_mlps(16, 32, 48),
     "loss": lambda: bench_tasks.losses(16, 32, 64),

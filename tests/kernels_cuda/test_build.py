@@ -1,5 +1,6 @@
 """The build without a GPU: what nvcc makes of the kernels, and what is said where there is no nvcc."""
 
+import dataclasses
 import random
 import re
 import shutil
@@ -8,13 +9,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from core.config import preset
 from core.errors import UserError
+from core.sharding import make_mesh
 from kernels_cuda import bench, build, compiler, doctor, files, library, registry, xla
+from kernels_cuda.ops import rotary
 from tests.several_devices import ROOT
-from train_tpu.backend import choose_kernels
+from train_tpu.backend import KernelsChoice, choose_kernels
 
 NVCC = compiler.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
@@ -31,6 +35,7 @@ REGISTERS = {
     "swiglu": 168,  # at entry; its warpgroups exchange them
     "gelu": 168,
     "loss_product": 168,
+    "qkv_product": 168,
 }
 
 
@@ -117,6 +122,27 @@ def check_products(kernel: str, lines: list[str]) -> None:
 def test_jax_knows_the_widths_of_the_norms():
     of_file = re.search(r"#define WIDTHS (.*)", (compiler.SOURCES / "rms_norm.cu").read_text())[1]
     assert tuple(map(int, of_file.split(","))) == xla.WIDTHS
+
+
+def test_both_engines_know_the_heads_of_the_product_of_q_k_and_v():
+    of_file = re.search(r"dispatch<(.*?)>", (compiler.SOURCES / "qkv_product.cu").read_text())[1]
+    assert tuple(map(int, of_file.split(","))) == xla.HEAD_SIZES == rotary.HEAD_SIZES
+
+
+@pytest.mark.parametrize(
+    ("name", "hopper", "changes", "says"),
+    [
+        ("mtlm1-200m", True, {}, "rotation of q and k in their product (in bfloat16, without LoRA), AdamW"),
+        ("mtlm2-40m", True, {}, "packing of q, k and v in their product (in bfloat16, without LoRA), AdamW"),
+        ("mtlm1-200m", False, {}, "rotation of q and k, AdamW"),
+        ("mtlm1-200m", True, {"qk_norm": True}, "rotation of q and k, AdamW"),
+        ("mtlm1-200m", True, {"head_dim": 32}, "rotation of q and k, AdamW"),
+    ],
+)
+def test_a_run_says_what_rotates(name: str, hopper: bool, changes: dict, says: str):
+    model = dataclasses.replace(preset(name), **changes)
+    chosen = KernelsChoice(xla.make(132, hopper), "as built")
+    assert chosen.describe(model, make_mesh(devices=jax.devices()[:1])).startswith(f"cuda: {says}")
 
 
 def find_disassembler() -> str | None:

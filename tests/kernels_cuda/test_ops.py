@@ -63,6 +63,28 @@ def test_rotation_is_multiplication_by_a_complex_number():
         torch.testing.assert_close(torch.cat(apart, 2), fewer)
 
 
+@pytest.mark.parametrize(
+    ("heads", "size"), [((2, 2, 2), 64), ((3, 1, 1), 64), ((5, 3, 3), 64), ((3, 1, 1), 128)]
+)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_the_product_of_q_k_and_v_rotates(heads: tuple[int, int, int], size: int, biased: bool, of_all: bool):
+    """Each head on its own: elements i and i + K/2 as a complex number, times that of the angle."""
+    b, s, d, width = 3, 5, 16, sum(heads) * size
+    x, weight, bias = random(b, s, d), random(width, d), random(width) if biased else None
+    angle = 6 * random(1 if of_all else b, s, size // 2)
+    got = MTLM.qkv_product(x, weight, bias, angle.cos(), angle.sin(), heads)
+    assert got.shape == (b, s, sum(heads), size)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    for head in range(sum(heads)):
+        own = slice(head * size, (head + 1) * size)
+        y = torch.einsum("bsd,kd->bsk", x, weight[own]) + (0 if bias is None else bias[own])
+        if head < heads[0] + heads[1]:
+            z = torch.complex(*y.chunk(2, dim=-1)) * turn
+            y = torch.cat([z.real, z.imag], dim=-1)
+        torch.testing.assert_close(got[:, :, head], y)
+
+
 def test_swiglu_is_torchs():
     x, gate, up, down = (random(*shape, grad=True) for shape in ((2, 5, 8), (16, 8), (16, 8), (8, 16)))
     expected = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
@@ -186,12 +208,17 @@ def test_gradients_are_those_of_differences():
     assert check(lambda *a: AddRMSNorm.apply(*a, EPS), (x, branch, weight))
     assert check(lambda *a: AddRMSNorm.apply(*a, EPS)[1], (x, branch, weight.detach()))  # the sum alone
     assert check(lambda *a: RMSNorm.apply(*a, EPS, F64), (x, weight))
-    packed, bias = random(24, 8, grad=True), random(24, grad=True)
     cos, sin = angles(3, 2)
-    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (2, 2, 2)), (x, packed, bias))
-    packed, bias = random(20, 8, grad=True), random(20, grad=True)  # the first heads: an odd number
-    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (2, 1, 1)), (x, packed[:16], bias[:16]))
-    assert check(lambda *a: RotatedProjections.apply(*a, cos, sin, (3, 1, 1)), (x, packed, bias))
+    for in_product in (False, True):
+
+        def projected(x, weight, bias, *heads, in_product=in_product):
+            return RotatedProjections.apply(x, weight, bias, cos, sin, heads, in_product)
+
+        packed, bias = random(24, 8, grad=True), random(24, grad=True)
+        assert check(lambda *a: projected(*a, 2, 2, 2), (x, packed, bias))
+        packed, bias = random(20, 8, grad=True), random(20, grad=True)  # the first heads: an odd number
+        assert check(lambda *a: projected(*a, 2, 1, 1), (x, packed[:16], bias[:16]))
+        assert check(lambda *a: projected(*a, 3, 1, 1), (x, packed, bias))
     heads = [random(2, 3, n, 4, grad=True) for n in (3, 1, 1)]
     assert check(lambda *a: RotatedHeads.apply(*a, cos, sin), heads)
     hidden, table = random(5, 4, grad=True), random(7, 4, grad=True)
@@ -211,6 +238,7 @@ def test_ops_keep_pytorchs_contracts():
         "rms_norm_backward": (x.bfloat16(), x, x, rstd, weight, True),
         "rotary_": (q.clone(), k.clone(), cos, sin, True),
         "rotary_pack": (q, k, v, cos, sin, False),
+        "qkv_product": (x[None], random(16, 8).float(), random(16).float(), cos, sin, (2, 1, 1)),
         "swiglu_product": (x, random(6, 8).float()),
         "swiglu_product_backward": (x, random(8, 3).float(), random(3, 6).float()),
         "gelu_product": (x, random(6, 8).float(), random(6).float()),
@@ -241,7 +269,7 @@ def a_layer(
     b, s, d = x.shape
     cos, sin = (t.float() for t in angles(s, d // 4))
     normed, x = AddRMSNorm.apply(x, branch, weight, EPS)
-    heads = RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2))
+    heads = RotatedProjections.apply(normed, packed, None, cos, sin, (2, 2, 2), True)
     q, k, v = (t.transpose(1, 2) for t in RotatedHeads.apply(*heads, cos, sin))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
     normed, _ = AddRMSNorm.apply(x, y, weight, EPS)

@@ -42,8 +42,9 @@ class Case(NamedTuple):
         if self.kernels:
             for module in (rotary, rms_norm, linear_cross_entropy):
                 monkeypatch.setattr(module, "on_kernels", lambda *_: True)
-            for module in (gelu, swiglu):
+            for module in (gelu, rotary, swiglu):
                 monkeypatch.setattr(module, "products_run_on", lambda *_, widths: True)
+            monkeypatch.setattr(rotary, "HEAD_SIZES", (MODELS[self.model].head_size,))
         decoder = Decoder(MODELS[self.model])
         if self.lora:
             add_adapters(decoder, LoraConfig(lora_rank=2, lora_dropout=0.2), 0)
@@ -94,6 +95,7 @@ def test_an_update_reads_nothing_back_and_brings_nothing_along(case: Case, monke
     assert ("rms_norm_backward" if case.kernels else "rsqrt") in seen.counts and "adamw_" in seen.counts
     products = {"swiglu_product_backward", "gelu_product_backward"} & set(seen.counts)
     assert bool(products) == (case.kernels and not case.lora)
+    assert ("qkv_product" in seen.counts) == (bool(products) and case.model == "llama")
     with Operations() as seen:
         assert torch.tensor(1.0) == 1
     assert {"lift_fresh", "_local_scalar_dense"} <= HOST & set(seen.counts)

@@ -44,9 +44,10 @@ for name, heads, width in (("mtlm1-200m", 12, 768), ("mtlm2-40m", 6, 384)):
             expected = {"add_rms_norm", "rms_norm_backward", "adamw"}
             expected |= {"loss_product"} if tensor == 1 else set()
             if text == "data=8":
-                expected |= {"rotary_unpack", "rotary_pack"}
-                require(found["rotary_unpack"][0][0][0] == f"{own}x{CONTEXT}x{3 * width}xbf16", name, found)
-                require(len(found["rotary_unpack"][0][0]) == (3 if rotates else 1), name, found)
+                expected |= {"qkv_product", "rotary_pack"}
+                qkv = [f"{rows}x{width}xbf16", f"{width}x{3 * width}xbf16"]
+                qkv += 2 * [f"1x{CONTEXT}x32xf32"] if rotates else [f"{3 * width}xf32"]
+                require(found["qkv_product"][0][0] == qkv, name, found)
                 product = "swiglu_product" if rotates else "gelu_product"
                 expected |= {product, f"{product}_backward"}
                 of_up = ["768x4352xbf16"] if rotates else ["384x1024xbf16", "1024xf32"]
