@@ -197,7 +197,7 @@ def _product_plain(
     """[B, S, H + 2 G, K]: x weight^T + bias, q and k rotated; x [B, S, D], bias of at least float32."""
     y = x @ weight.T
     y = y if bias is None else y + bias
-    q, k, v = y.view(*x.shape[:2], sum(heads), -1).split(heads, dim=2)
+    q, k, v = y.unflatten(2, (sum(heads), weight.shape[0] // sum(heads))).split(heads, dim=2)
     return torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2).to(x.dtype)
 
 
