@@ -18,7 +18,7 @@ namespace qkv {  // not unnamed: for other architectures kernels are empty, and 
 
 using namespace hopper;
 
-constexpr int PARTS = 3, HALF = TILE / 2;
+constexpr int PARTS = 3;
 
 // K: elements of a head.
 template <int K>
@@ -32,6 +32,7 @@ struct Rotated {
     const float* bias;         // of all columns; null: none
   };
   static constexpr int STAGES = 6, PIECES = 2, BARRIERS = 0, N = TILE, HALVES = 1;
+  static constexpr int HALF = N / 2;       // of a tile, which one of the parts has
   static constexpr int ROWS = 2;           // of a lane in a block of 64
   static constexpr int APART = K / 16;     // from a pair of columns to the one that it rotates with
   static constexpr int AT_ONCE = 256 / K;  // pairs of columns whose angles are loaded at once: more would be spilled
@@ -114,9 +115,9 @@ struct Rotated {
 };
 
 // A part's tokens are rows of a matrix, `stride` elements apart.
-inline CUtensorMap describe_part(const View& t, const char* name, const View& q) {
-  const int64_t seq = q.sizes[1], heads = t.dims == 4 ? t.sizes[2] : 1, size = q.sizes[3];
-  check(t, name, q, {q.sizes[0], seq, heads, size});
+inline CUtensorMap describe_part(const View& t, const char* name, const View& q, const View& x) {
+  const int64_t seq = q.sizes[1], heads = t.sizes[2], size = q.sizes[3];
+  check(t, name, x, {q.sizes[0], seq, heads, size});
   REQUIRE(t.type == Type::bfloat16, name, " must be bfloat16, not ", name_of(t.type));
   const int64_t stride = t.strides[1];
   REQUIRE(t.strides[0] == seq * stride && t.strides[2] == size && t.strides[3] == 1, name,
@@ -155,7 +156,7 @@ cudaError_t qkv_product_into(cudaStream_t stream, View x, View weight, std::opti
     Maps<Epilogue> maps{};
     maps.a = describe_matrix(x.data, rows, inner, inner, TILE);
     maps.weights[0] = describe_weights(weight, width, inner, inputs_first);
-    maps.results = {{describe_part(q, "q", q), describe_part(k, "k", q), describe_part(v, "v", q)},
+    maps.results = {{describe_part(q, "q", q, x), describe_part(k, "k", q, x), describe_part(v, "v", q, x)},
                     {static_cast<int>(of_q), static_cast<int>(of_q_and_k), static_cast<int>(width)},
                     angles.cos == nullptr ? 0 : static_cast<int>(of_q_and_k),
                     static_cast<int>(angles.batch * q.sizes[1]),
