@@ -54,12 +54,14 @@ def test_memory_that_runs_out_in_an_op_is_pytorchs_own_error():
     heads = x.view(1, 2**21, 12, 64)
     angle = torch.zeros(1, 2**21, 32, device="cuda")
     rstd = torch.ones(2**21, device="cuda")
+    of_all = torch.ones(3 * 768, 768, device="cuda", dtype=torch.bfloat16)
     ops = torch.ops.mtlm
     calls = (
         lambda: ops.rms_norm(x, weight, 1e-6, torch.bfloat16),
         lambda: ops.add_rms_norm(x, x, weight, 1e-6),
         lambda: ops.rms_norm_backward(x, None, x, rstd, weight, False),
         lambda: ops.rotary_pack(heads, heads, heads, angle, angle, False),
+        lambda: ops.qkv_product(x[None], of_all, None, angle, angle, (12, 12, 12)),
         lambda: ops.rms_norm(x.T.contiguous().T, weight, 1e-6, torch.bfloat16),  # its copy
     )
     total = torch.cuda.get_device_properties(0).total_memory
