@@ -20,6 +20,7 @@
 // by a part of the batch. Its warps share out the columns, 32 at a time in turns, and add up their sums in a fixed
 // order. Nothing of that depends on the batch, so neither does a row's result, to the bit. A library's product would
 // leave norm, rotation, cache and activation to kernels of their own, and picks the order of its sums by the batch.
+#include "angles.cuh"
 #include "decode.cuh"
 
 namespace mtlm {
@@ -124,10 +125,8 @@ __device__ __forceinline__ void finish(const Projection& a, int tile, int pair, 
   if constexpr (INTO == Into::qkv) {
     const bool of_q = rows[0] < a.q_rows, of_v = rows[0] >= a.q_rows + a.kv_rows;
     if (!of_v && a.cos != nullptr) {  // of the rounded values, as a model that stores them has it
-      const float x = rounded<bf16>(first), y = rounded<bf16>(second);
-      // Which product an fma takes in is said here: left to the compiler, kernels of other shapes differ in bits.
-      first = __fmaf_rn(x, epilogue.cos, -__fmul_rn(y, epilogue.sin));
-      second = __fmaf_rn(y, epilogue.cos, __fmul_rn(x, epilogue.sin));
+      const float2 both = turned(rounded<bf16>(first), rounded<bf16>(second), epilogue.cos, epilogue.sin);
+      first = both.x, second = both.y;
     }
     bf16* out;
     int at = rows[0];

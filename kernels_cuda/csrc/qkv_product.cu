@@ -70,8 +70,8 @@ struct Rotated {
 #pragma unroll
               for (int i = 0; i < ROWS; ++i) {
                 const float2 a = value(first + n, i), b = value(second + n, i), c = cos[n][i], s = sin[n][i];
-                packed[first + n][i] = pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y);
-                packed[second + n][i] = pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y);
+                const float2 x = turned(a.x, b.x, c.x, s.x), y = turned(a.y, b.y, c.y, s.y);
+                packed[first + n][i] = pack_bf16(x.x, y.x), packed[second + n][i] = pack_bf16(x.y, y.y);
               }
             }
           } else {
@@ -146,7 +146,7 @@ cudaError_t qkv_product_into(cudaStream_t stream, View x, View weight, std::opti
     check(*bias, "bias", x, {width}, Type::float32);
     REQUIRE(aligned(bias->data, 8), "bias must begin at a multiple of 8 bytes");
   }
-  const Angles angles = check_angles(cos, sin, q);
+  const Angles angles = checked_angles(cos, sin, q);
   REQUIRE(aligned(angles.cos, 8) && aligned(angles.sin, 8), "cos and sin must begin at multiples of 8 bytes");
   cudaError_t error = cudaSuccess;
   const bool known = dispatch<64, 128>(static_cast<int>(size), [&](auto head) {

@@ -122,9 +122,8 @@ __global__ __launch_bounds__(THREADS) void rotate(const __grid_constant__ Rotary
       y[h].unpack(v);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float turned = u[j] * cos[j] - v[j] * sin[j];
-        v[j] = v[j] * cos[j] + u[j] * sin[j];
-        u[j] = turned;
+        const float2 both = turned(u[j], v[j], cos[j], sin[j]);
+        u[j] = both.x, v[j] = both.y;
       }
       x[h].pack(u);
       y[h].pack(v);
@@ -179,7 +178,7 @@ Rotary arguments(const View& q, const std::optional<View>& cos, const std::optio
   a.batch = batch, a.seq = seq;
   a.half = static_cast<int>(size / 2);
   a.conjugate = conjugate;
-  const Angles angles = check_angles(cos, sin, q);
+  const Angles angles = checked_angles(cos, sin, q);
   a.cos = angles.cos, a.sin = angles.sin;
   a.angle_batch = angles.batch == 1 ? 0 : seq * (size / 2);
   return a;
