@@ -280,5 +280,6 @@ def plot(results: Results, heldout: str, axes: Any) -> None:
     axes.axhline(goal, color="#6b7280", linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="training FLOPs, the small model's included (scratch = 1)",
-        title="Decayed loss: a dot per seed, lines through the means; dotted: scratch at its full length",
+        title="Decayed loss: a dot per seed, lines through the means of finished seeds; "
+        "dotted: scratch at its full length",
     )
