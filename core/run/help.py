@@ -18,7 +18,9 @@ TRAINING_OPTIONS: Groups = {
         "document_mask",
     ),
     "length and batch": ("epochs", "steps", "stop_at", "grad_accum_steps", "seed"),
-    "optimizer": ("optimizer", "weight_decay", "clip", "schedule", "warmup", "decay", "final_lr"),
+    "optimizer": (
+        "optimizer", "weight_decay", "clip", "schedule", "warmup", "decay", "decay_shape", "final_lr",
+    ),
     "model (changes to the preset)": (
         "context", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_mlp", "mlp", "positions", "tied",
         "dropout",

@@ -15,7 +15,10 @@ from core import checks
 from core.errors import UserError
 
 # What says how the rate runs; its peak does not.
-SHAPE = ("steps", "schedule", "warmup", "decay", "final_lr", "schedule_start", "rewarm", "rewarm_at")
+SHAPE = (
+    "steps", "schedule", "warmup", "decay", "decay_shape", "final_lr", "schedule_start", "rewarm",
+    "rewarm_at",
+)  # fmt: skip
 JUMP = 0.05  # of the peak: less than one part in twenty is no more than a decay does in a few steps
 
 
@@ -44,12 +47,15 @@ class OptimizerConfig:
     momentum: float = 0.95
     """Momentum of Muon."""
     schedule: Literal["cosine", "wsd"] = "wsd"
-    """cosine: cosine decay to the last step. wsd: warmup-stable-decay, constant, then linear over the last
+    """cosine: cosine decay to the last step. wsd: warmup-stable-decay, constant, then falling over the last
     steps."""
     warmup: int = 200
     """Steps of linear warmup of the learning rate."""
     decay: float = 0.2
-    """wsd only: fraction of the steps spent in the final linear decay."""
+    """wsd only: fraction of the steps spent in the final decay."""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """wsd only: how the rate falls there. 1-sqrt: as 1 minus the root of the part of the decay that is done,
+    fast at first."""
     final_lr: float = 0.0
     """Learning rate at the end, as a fraction of the peak."""
     schedule_start: int = 0
@@ -81,7 +87,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def _scheduled(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warmup, then cosine, or constant with a linear decay at the end; steps of the schedule."""
+    """Linear warmup, then cosine, or constant with a decay at the end; steps of the schedule."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     low = config.lr * config.final_lr
@@ -90,7 +96,10 @@ def _scheduled(config: OptimizerConfig, step: int, steps: int) -> float:
         return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     decaying = decay_steps(config, steps)
     left = max(0, steps - step)
-    return config.lr if left >= decaying else low + (config.lr - low) * left / decaying
+    if left >= decaying:
+        return config.lr
+    share = left / decaying if config.decay_shape == "linear" else 1 - math.sqrt(1 - left / decaying)
+    return low + (config.lr - low) * share
 
 
 def decay_steps(config: OptimizerConfig, steps: int) -> int:

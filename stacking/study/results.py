@@ -26,9 +26,9 @@ UNCOMPARED = {
     *AUTOMATIC, *ONCE, *FROM_PRESET, "vocab_size", "preset", "steps", "epochs", "rewarm", "rewarm_at", "mesh",
 }  # fmt: skip
 """Settings that a folder of the same run may have otherwise, as a grown one's, or that its model tells."""
-CHOSEN = ("optimizer", "lr", "seed", "batch", "warmup", "decay", "weight_decay")
+CHOSEN = ("optimizer", "lr", "seed", "batch", "warmup", "decay", "decay_shape", "weight_decay")
 """Settings that results have of every run, whether the study gives them or its preset."""
-FORMER = {"decay": 0.2, "weight_decay": 0.1}
+FORMER = {"decay": 0.2, "decay_shape": "linear", "weight_decay": 0.1}
 """What presets gave when results did not have them yet, until 2026-11-30."""
 POINTS = 40  # of a run's training loss that are kept
 

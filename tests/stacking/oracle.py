@@ -138,21 +138,29 @@ def grown(
 
 
 def rates(
-    steps: int, warmup: int, decay: int, *, schedule: str = "keep", at: int = 0, rewarm: int = 0
+    steps: int,
+    warmup: int,
+    decay: int,
+    *,
+    shape: str = "linear",
+    schedule: str = "keep",
+    at: int = 0,
+    rewarm: int = 0,
 ) -> list[float]:
     """The learning rate of every update, as a part of the peak, of a warmup-stable-decay run grown at `at`.
 
     The warmup rises linearly over `warmup` updates and reaches 1 in the last of them; the rate of the last
-    `decay` ones falls linearly from 1 and would be 0 in the update after the end. `rewarm` scales the rate as
-    the warmup does; `restart` begins anew at `at`.
+    `decay` ones falls from 1 and would be 0 in the update after the end: linearly, or as the root of the
+    part that is done rises. `rewarm` scales the rate as the warmup does; `restart` begins anew at `at`.
     """
     if schedule == "restart":
-        return [1.0] * at + rates(steps - at, warmup, decay)
+        return [1.0] * at + rates(steps - at, warmup, decay, shape=shape)
     values = []
     for step in range(steps):
         rate = min(1.0, (step + 1) / warmup if warmup else 1.0)
         if step >= steps - decay:
-            rate *= (steps - step) / decay
+            done = 1 - (steps - step) / decay
+            rate *= 1 - (done if shape == "linear" else done**0.5)
         if schedule == "rewarm" and at <= step < at + rewarm:
             rate *= (step + 1 - at) / rewarm
         values.append(rate)

@@ -26,7 +26,7 @@ def rates(run: RunConfig) -> list[float]:
     return [learning_rate(run.optim, step, run.steps) for step in range(run.steps)]
 
 
-@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("warmup, shape", [(0, "linear"), (10, "linear"), (10, "1-sqrt")])
 @pytest.mark.parametrize(
     "schedule, at, steps",
     [
@@ -39,14 +39,17 @@ def rates(run: RunConfig) -> list[float]:
         (Schedule("restart"), 2, 100),  # before a re-warming that was planned, which is off with it
     ],
 )
-def test_every_schedule_is_the_oracles(schedule, at, steps, warmup):
+def test_every_schedule_is_the_oracles(schedule, at, steps, warmup, shape):
     """From where the run is grown on; before that the rate was the run's own."""
     before = dataclasses.replace(
-        WSD, optim=dataclasses.replace(WSD.optim, warmup=warmup, rewarm=5, rewarm_at=3)
+        WSD,
+        optim=dataclasses.replace(WSD.optim, warmup=warmup, decay_shape=shape, rewarm=5, rewarm_at=3),
     )
     grown = continue_schedule(before, at, schedule, steps, "runs/x")
     decay = round(0.2 * (steps - at * (schedule.kind == "restart")))
-    expected = oracle.rates(steps, warmup, decay, schedule=schedule.kind, at=at, rewarm=schedule.rewarm)
+    expected = oracle.rates(
+        steps, warmup, decay, shape=shape, schedule=schedule.kind, at=at, rewarm=schedule.rewarm
+    )
     found = [learning_rate(grown.optim, step, steps) for step in range(at, steps)]
     assert found == pytest.approx(expected[at:], rel=1e-12)
 

@@ -34,6 +34,7 @@ def change(optim: OptimizerConfig, **fields) -> OptimizerConfig:
         COSINE,
         change(WSD, decay=0.0),
         change(WSD, decay=1.0),
+        change(WSD, decay_shape="1-sqrt"),
         change(WSD, schedule_start=30),
         change(WSD, rewarm=20, rewarm_at=50),
         change(WSD, warmup=90),  # reaches into the decay
@@ -53,6 +54,7 @@ def test_constant_is_where_the_rates_before_and_after_are_the_peak(optim):
         (WSD, 100, WSD, 100, 90),  # in the decay, unchanged
         (WSD, 100, WSD, 100, 100),
         (WSD, 100, WSD, 200, 80),  # the decay has not begun
+        (WSD, 100, change(WSD, decay_shape="1-sqrt"), 100, 80),
         (WSD, 100, WSD, 50, 5),  # nor here
         (WSD, 100, change(WSD, lr=0.1), 100, 90),  # another peak, by name
         (WSD, 100, change(WSD, schedule_start=100), 200, 100),  # a restart, by name
@@ -74,6 +76,7 @@ def test_no_jump(old, old_steps, new, steps, step):
     [
         (WSD, 100, WSD, 200, 100, 1 / 20, 1.0),  # more steps after the end
         (WSD, 100, WSD, 200, 90, 11 / 20, 1.0),  # in the decay
+        (WSD, 100, change(WSD, decay_shape="1-sqrt"), 100, 90, 11 / 20, 1 - 0.5**0.5),
         (WSD, 100, WSD, 95, 90, 11 / 20, 5 / 19),
         (WSD, 200, WSD, 100, 90, 1.0, 0.5),  # a decay entered in its middle
         (COSINE, 100, COSINE, 200, 100, None, None),
