@@ -106,7 +106,8 @@ def describe_schedule(run: RunConfig) -> str:
     if optim.schedule_start:
         words.append(f"begun at step {optim.schedule_start:,}")
     if optim.schedule == "wsd" and optim.decay:
-        words.append(f"decays in the last {optim.decay:.0%}")
+        how = "" if optim.decay_shape == "linear" else f" as {optim.decay_shape}"
+        words.append(f"decays in the last {optim.decay:.0%}{how}")
     if optim.rewarm:
         words.append(f"re-warms from step {optim.rewarm_at:,} to {optim.rewarm_at + optim.rewarm:,}")
     return ", ".join(words)

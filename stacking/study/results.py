@@ -249,8 +249,9 @@ def require_same_folder(run: Run, folder: Path, text: Text) -> None:
     if record is None:
         return
     own = flatten(run.settings.config)
-    names = own.keys() & record["run"].keys() - FREE_SETTINGS - UNCOMPARED
-    old = {name: record["run"][name] for name in names} | {"model": record["model"]}
+    recorded = FORMER | record["run"]
+    names = own.keys() & recorded.keys() - FREE_SETTINGS - UNCOMPARED
+    old = {name: recorded[name] for name in names} | {"model": record["model"]}
     new = {name: own[name] for name in names} | {"model": dataclasses.asdict(run.model)}
     if not run.keep:
         old["steps"], new["steps"] = record["run"]["steps"], run.steps

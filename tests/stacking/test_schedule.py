@@ -87,6 +87,8 @@ def test_what_a_refusal_advises_is_accepted():
 
 def test_a_schedule_in_words():
     assert describe_schedule(WSD) == "wsd of 100 steps, decays in the last 20%"
+    root = dataclasses.replace(WSD, optim=dataclasses.replace(WSD.optim, decay_shape="1-sqrt"))
+    assert describe_schedule(root) == "wsd of 100 steps, decays in the last 20% as 1-sqrt"
     warm = continue_schedule(WSD, 50, Schedule("rewarm", 20), 1000, "runs/x")
     assert (
         describe_schedule(warm) == "wsd of 1,000 steps, decays in the last 20%, re-warms from step 50 to 70"

@@ -496,6 +496,25 @@ def test_a_run_in_the_folder_of_another_is_refused(text_of_a_study, tmp_path, mo
             run_study(other, make_console())
 
 
+def test_the_folder_of_a_run_from_before_decays_had_shapes_is_not_one_of_another_shape(
+    text_of_a_study, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    FakeTraining(monkeypatch, parabola)
+    study = study_file(tmp_path, "tuning", 'name = "a"\nsteps = 12\nlr = 0.01\n', text_of_a_study)
+    run_study(StudyConfig(str(study), out=tmp_path / "out"), make_console())
+    config = tmp_path / "out" / "a" / "config.json"
+    record = json.loads(config.read_text())
+    assert record["run"].pop("decay_shape") == "linear" and record.pop("sha256")
+    config.write_text(json.dumps(record))
+    again = StudyConfig(str(study), out=tmp_path / "out", results=tmp_path / "new.json")
+    run_study(again, make_console())
+    study.write_text(study.read_text().replace("lr = 0.01\n", 'lr = 0.01\ndecay_shape = "1-sqrt"\n'))
+    other = StudyConfig(str(study), out=tmp_path / "out", results=tmp_path / "other.json")
+    with pytest.raises(UserError, match="holds a run with decay_shape linear, and the study asks for 1-sqrt"):
+        run_study(other, make_console())
+
+
 def test_a_study_of_saturation_with_two_rates_and_texts_with_other_heldout_sets(tmp_path):
     """A law for each rate; a set that a text lacks is left blank, and one to compare on is not."""
     runs = {}
