@@ -35,7 +35,7 @@ from core.tokenizer import Tokenizer
 from eval.batching import Backend, Row, score_rows
 from eval.hub import go_offline_if_unreachable
 from eval.local_data import WIKITEXT_TEST
-from eval.results import PERPLEXITIES, read_perplexities, require_own_results, table, versions
+from eval.results import PERPLEXITIES, hold_results, read_perplexities, table, versions
 from eval.settings import Device, require_model
 
 if TYPE_CHECKING:
@@ -222,32 +222,32 @@ def main() -> int:
     if stride >= context:
         raise UserError(f"--stride is {stride}; it must be less than the context, {context}")
     folder = config.out or model.results
-    require_own_results(folder, model.identity)
-    there, path = read_perplexities(folder), folder / PERPLEXITIES
-    print(describe(model, config.dtype))
-    harness = HarnessModel(model.backend, model.tokenizer)
-    found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
-    if config.text:
-        found["word"] = measure_words(harness, text)
-    else:
-        found["word"] = measure_wikitext_words(harness, config.data_dir)
-    name = config.text.name if config.text else "WikiText-2 test, raw"
-    first = "bos" if model.tokenizer.bos is not None else "eos"
-    print(report(name, found, model.backend.context, stride, first))
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    if name in there and there[name]["sha256"] != sha256:
-        print(
-            f"note: {path} had the perplexities of another text named {name}, which are replaced",
-            file=sys.stderr,
-        )
-    there[name] = {
-        "model": model.identity,
-        "settings": {"dtype": config.dtype, "stride": stride, "context": context},
-        "sha256": sha256,
-        "versions": versions(),
-        "perplexities": found,
-    }
-    write_atomically(path, json.dumps(there, indent=1) + "\n")
+    with hold_results(folder, PERPLEXITIES, model.identity):
+        print(describe(model, config.dtype))
+        harness = HarnessModel(model.backend, model.tokenizer)
+        found: dict[str, Any] = dict(measure(model.backend, model.tokenizer, text, stride))
+        if config.text:
+            found["word"] = measure_words(harness, text)
+        else:
+            found["word"] = measure_wikitext_words(harness, config.data_dir)
+        name = config.text.name if config.text else "WikiText-2 test, raw"
+        first = "bos" if model.tokenizer.bos is not None else "eos"
+        print(report(name, found, model.backend.context, stride, first))
+        there, path = read_perplexities(folder), folder / PERPLEXITIES
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        if name in there and there[name]["sha256"] != sha256:
+            print(
+                f"note: {path} had the perplexities of another text named {name}, which are replaced",
+                file=sys.stderr,
+            )
+        there[name] = {
+            "model": model.identity,
+            "settings": {"dtype": config.dtype, "stride": stride, "context": context},
+            "sha256": sha256,
+            "versions": versions(),
+            "perplexities": found,
+        }
+        write_atomically(path, json.dumps(there, indent=1) + "\n")
     print(f"wrote {path}")
     return 0
 

@@ -6,9 +6,10 @@ OUT/results.md, results.png
 OUT/perplexity.json        of eval.perplexity
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from core.checkpoint.manifest import code_version, package_versions
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically, write_picture
+from core.locks import hold_file
 from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
 
 FORMAT = 1
@@ -162,6 +164,19 @@ def require_own_results(folder: Path, identity: Record) -> None:
                 f"{folder} holds the results of another model ({model['name']}, sha256 "
                 f"{model['sha256'][:12]}): give another --out"
             )
+
+
+@contextlib.contextmanager
+def hold_results(folder: Path, file: str, identity: Record) -> Iterator[None]:
+    """Keeps a file of a model's results for this process, which reads it and will replace it.
+
+    Raises:
+        UserError: another process has it; or as `require_own_results`.
+    """
+    require_own_results(folder, identity)
+    taken = f"another process evaluates into {folder}: wait until it ends, or give another --out"
+    with hold_file(folder / file, taken):
+        yield
 
 
 def questions_file(folder: Path, task: str) -> Path:

@@ -15,7 +15,7 @@ import tyro
 from core import checks, cli
 from core.errors import EXIT_INTERRUPTED, UserError, run_command
 from core.hub_models import is_hub_name, local, origin
-from eval.results import Record, Results, figures, shown
+from eval.results import RESULTS, Record, Results, figures, hold_results, shown
 from eval.settings import Device, is_checkpoint, require_model, task_names
 
 DEFAULT_TASKS = "wikitext,arc_easy,arc_challenge,openbookqa,truthfulqa_mc2"
@@ -86,28 +86,29 @@ def main() -> int:
             "limit": config.limit, "fewshot_seed": FEWSHOT_SEED, "bootstrap": BOOTSTRAP, "bos": True,
             "lm_eval": metadata.version("lm_eval"),
         }  # fmt: skip
-        results = Results(config.out or model.results, model.identity, settings)
-        print(describe(model, config.dtype))
-        harness = HarnessModel(model.backend, model.tokenizer)
-        try:
-            for name in tasks.names:
-                if results.has(name, tasks.files):
-                    print(f"{name}: already evaluated, in {results.folder}")
-                    continue
-                record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
-                results.add(name, record, questions)
-                report(name, record, model.backend.context)
-        except KeyboardInterrupt:
-            print(
-                f"interrupted: finished tasks are in {results.folder}; the same command resumes",
-                file=sys.stderr,
-            )
-            return EXIT_INTERRUPTED
-    results.finish()
+        folder = config.out or model.results
+        with hold_results(folder, RESULTS, model.identity):
+            results = Results(folder, model.identity, settings)
+            print(describe(model, config.dtype))
+            harness = HarnessModel(model.backend, model.tokenizer)
+            try:
+                for name in tasks.names:
+                    if results.has(name, tasks.files):
+                        print(f"{name}: already evaluated, in {folder}")
+                        continue
+                    record, questions = evaluate_task(harness, tasks, name, config.shots, config.limit)
+                    results.add(name, record, questions)
+                    report(name, record, model.backend.context)
+            except KeyboardInterrupt:
+                print(
+                    f"interrupted: finished tasks are in {folder}; the same command resumes", file=sys.stderr
+                )
+                return EXIT_INTERRUPTED
+            results.finish()
     if config.card:
         update_card(config.model, results.content)
         print(f"wrote the results into {config.model / 'README.md'}")
-    print(f"wrote {results.folder}/: results.json, results.md, results.png, questions/")
+    print(f"wrote {folder}/: results.json, results.md, results.png, questions/")
     return 0
 
 

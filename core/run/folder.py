@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,7 @@ from core.data.mixture_options import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically
+from core.locks import take_lock
 from core.run import settings
 from core.run.begun import has_begun, remove_start
 from core.run.other_engine import ENGINE_SETTINGS, engine_of, kept_of_other, settings_for
@@ -93,8 +92,7 @@ def hold_folder(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     What a start left in it that ended before its first update is removed, and `say` told of it. Of one that
     fails before its first update while this is entered, nothing stays but what was there before.
     """
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    with lock_folder(out):
+    with hold_place(out):
         if not has_begun(out) and read_config(out):  # one that is not a run's is refused
             remove_start(out)
             say(f"the last start in {out} ended before its first update: this one replaces it")
@@ -109,31 +107,30 @@ def hold_folder(out: Path, say: Callable[[str], None]) -> Iterator[None]:
             with contextlib.suppress(OSError):  # of a disk that fails; the error is the one to tell
                 if not has_begun(out):
                     remove_start(out, before)
-                    _remove_empty(out, made)
             raise
 
 
-def _remove_empty(out: Path, made: Sequence[Path]) -> None:
-    """Removes the lock if nothing else is in the folder, and then the folders `made`, the innermost first."""
-    if [path.name for path in out.iterdir()] == [LOCK]:
-        (out / LOCK).unlink()
-        for path in made:
-            path.rmdir()
+@contextlib.contextmanager
+def hold_place(out: Path) -> Iterator[None]:
+    """Makes a folder where there is none, and holds it for this process. Where this fails while nothing is in
+    it, the folder and those made above it are removed again."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with lock_folder(out):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if [path.name for path in out.iterdir()] == [LOCK]:
+                    (out / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def lock_folder(out: Path) -> TextIO:
     """Holds the run folder, which is made, for this process until the returned file is closed."""
     require_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / LOCK
-    lock = path.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {out}: stop it or give another --out") from None
-    if not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
-        lock.close()
-        return lock_folder(out)  # a start that failed in this moment has removed the file
+    lock = take_lock(out / LOCK, f"another process is training into {out}: stop it or give another --out")
     lock.truncate(0)
     lock.write(secrets.token_hex(8))
     lock.flush()

@@ -1,11 +1,12 @@
 """A study from its file to its report: what is asked for, what it costs, train, keep the results."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +19,9 @@ from core.data.dataset import TRAIN
 from core.data.mixture import Mixture
 from core.errors import UserError
 from core.folders import require_place
+from core.locks import hold_file
 from core.run.data import open_data
-from core.run.folder import lock_folder
+from core.run.folder import hold_place
 from core.run.log import CARRIED, read_log
 from stacking.jobs import Budget, Job, run_jobs, visible_gpus
 from stacking.study import growth, saturation, tuning
@@ -34,6 +36,7 @@ from stacking.study.results import (
     distinct_runs,
     open_results,
     read_results,
+    require_results_file,
     require_same_folder,
     require_same_runs,
     require_same_text,
@@ -49,20 +52,39 @@ START = 30.0  # seconds that a process is expected to take besides its updates, 
 
 def run_study(config: StudyConfig, console: Console) -> None:
     """Trains what is missing of a study within its budget, and reports on what is there."""
-    say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    name = Path(config.study).stem
-    out = config.out or Path("studies") / name
+    out = config.out or Path("studies") / Path(config.study).stem
     path = config.results or out / "results.json"
     if config.report:
-        say(write_report(read_results(path)))
+        console.print(write_report(read_results(path)), highlight=False, soft_wrap=True)
         return
+    definition = read_definition(config.study, config.data)
+    require_place(out)
+    require_results_file(path)
+    with contextlib.nullcontext() if config.dry_run else hold(out, path):
+        pursue(definition, config, out, path, console)
+
+
+@contextlib.contextmanager
+def hold(out: Path, path: Path) -> Iterator[None]:
+    """Keeps the folder and the results of a study for this process: another one would know nothing of the
+    runs that end here, and write the file without them.
+
+    Raises:
+        UserError: another process has one of them.
+    """
+    taken = f"another study adds to {path}: wait until it ends, or give another --results"
+    with hold_place(out), hold_file(path, taken):
+        yield
+
+
+def pursue(definition: Definition, config: StudyConfig, out: Path, path: Path, console: Console) -> None:
+    """Says what a study asks for and, but in a dry run, trains it in the folder `out`. path: its results."""
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
 
     # 1. What is asked for, and what it costs.
-    definition = read_definition(config.study, config.data)
     results = open_results(path, definition)
     leaves = open_runs(definition, results)
     anew = forget(config.again, leaves, results)
-    require_place(out)
     gpus = visible_gpus(os.environ, config.gpus)
     at_once = config.jobs if config.jobs is not None else 2 if gpus else 1
     budget = Budget(config.minutes, config.flops)
@@ -77,24 +99,23 @@ def run_study(config: StudyConfig, console: Console) -> None:
     require_same_text(results, leaves, texts_of(leaves, texts))
 
     # 2. Train. What is to be trained next may depend on the results.
-    with lock_folder(out):
-        remove(anew, out, results)
-        if any(run.name not in results.runs for run in leaves):
-            results.begin()
-        try:
-            while True:
-                runs = make_runs(out, leaves, results, clock, texts, config.keep_weights)
-                whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
-                leaves = open_runs(definition, results, texts)
-                if not config.keep_weights:
-                    runs.remove_weights([*leaves, *coming(definition, results)])
-                if not whole:
-                    say("the budget is spent: the same command trains the rest")
-                if not whole or all(run.name in results.runs for run in leaves):
-                    break
-        except UserError:  # of one run: the others have ended, and what they say is not held back
-            report(results, say)
-            raise
+    remove(anew, out, results)
+    if any(run.name not in results.runs for run in leaves):
+        results.begin()
+    try:
+        while True:
+            runs = make_runs(out, leaves, results, clock, texts, config.keep_weights)
+            whole = run_jobs(runs.jobs(), out, at_once, gpus, console, budget)
+            leaves = open_runs(definition, results, texts)
+            if not config.keep_weights:
+                runs.remove_weights([*leaves, *coming(definition, results)])
+            if not whole:
+                say("the budget is spent: the same command trains the rest")
+            if not whole or all(run.name in results.runs for run in leaves):
+                break
+    except UserError:  # of one run: the others have ended, and what they say is not held back
+        report(results, say)
+        raise
     report(results, say)
 
 

@@ -99,18 +99,22 @@ def read_results(path: Path) -> Results:
     return Results(path, record)
 
 
-def open_results(path: Path, definition: Definition) -> Results:
-    """The results of a study, or the beginning of them."""
-    head = {
-        "study": definition.name, "kind": definition.kind, "heldout": definition.heldout,
-        "file": definition.text,
-    }  # fmt: skip
+def require_results_file(path: Path) -> None:
+    """Refuses a file in which there can be no results; nothing is made."""
     require_json(path)
     if path.suffix in (TABLE, PICTURE):
         raise UserError(
             f"--results {path}: the report of results is written next to them, with {TABLE} and {PICTURE}; "
             "name a .json file"
         )
+
+
+def open_results(path: Path, definition: Definition) -> Results:
+    """The results of a study, or the beginning of them."""
+    head = {
+        "study": definition.name, "kind": definition.kind, "heldout": definition.heldout,
+        "file": definition.text,
+    }  # fmt: skip
     if not path.is_file():
         return Results(path, {**head, "sessions": [], "runs": {}})
     results = read_results(path)

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from core.checkpoint.manifest import EXPORT_MANIFEST
 from core.data.overlap import text_key
 from core.errors import UserError
-from eval import run
+from core.locks import hold_file
+from eval import perplexity, run
 from eval.compare import compare_task
 from eval.models import open_model
 from eval.questions import evaluated_folder
@@ -251,6 +252,24 @@ def test_results_of_another_model_are_kept(folder: Path, small: Made, sets: Sets
     (tmp_path / "o/results.json").write_bytes(before[:-20])
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
         command(folder, *arguments, "--device", "cpu")
+
+
+def test_another_evaluation_does_not_write_the_same_file(folder: Path, tmp_path: Path, monkeypatch):
+    """Each would write what it knows, so that of two the tasks of one were lost; perplexities likewise."""
+    out = tmp_path / "o"
+    (tmp_path / "a.txt").write_text("a")
+    text = ("perplexity", str(folder), "--text", str(tmp_path / "a.txt"), "--out", str(out))
+    for module, file, arguments in (
+        (run, "results.json", ("run", str(folder), "--tasks", "arc_easy", "--out", str(out))),
+        (perplexity, "perplexity.json", text),
+    ):
+        monkeypatch.setattr("sys.argv", [*arguments, "--device", "cpu"])
+        with (
+            hold_file(out / file, "taken"),
+            pytest.raises(UserError, match=f"^another process evaluates into {out}: "),
+        ):
+            module.main()
+    assert not out.exists()
 
 
 def test_the_card(folder: Path, sets: Sets, tmp_path: Path):

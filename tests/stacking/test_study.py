@@ -1137,6 +1137,37 @@ def test_what_a_study_refuses(text_of_a_study, tmp_path, monkeypatch):
     assert "results.json is damaged" in refused("tuning", TUNING)
 
 
+def test_another_study_does_not_write_the_same_file_or_folder(text_of_a_study, tmp_path, monkeypatch):
+    """Each would write what it knows, so that of two the runs of one were lost. Reading is allowed meanwhile,
+    and of what is refused nothing stays."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    results = tmp_path / "kept/R.json"
+    config = StudyConfig(str(study), out=tmp_path / "one", results=results)
+    training = FakeTraining(monkeypatch, parabola)
+
+    def train_and_try_others(*arguments) -> bool:
+        whole = training(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "open_texts", lambda *_: pytest.fail("something slow came first"))
+            for other, said in (
+                ({"out": tmp_path / "two"}, f"another study adds to {results}: "),
+                ({"results": tmp_path / "other/S.json"}, f"another process is training into {config.out}: "),
+                ({}, f"another process is training into {config.out}: "),
+            ):
+                with pytest.raises(UserError, match=f"^{said}"):
+                    run_study(dataclasses.replace(config, **other), make_console())
+            for reading in ("dry_run", "report"):
+                run_study(dataclasses.replace(config, **{reading: True}), make_console())
+        assert {path.name for path in tmp_path.iterdir()} == {"kept", "one", study.name}
+        return whole
+
+    monkeypatch.setattr(experiment, "run_jobs", train_and_try_others)
+    run_study(config, make_console())
+    assert len(training.made) == len(read_results(results).runs) == 8
+    assert {path.name for path in results.parent.iterdir()} == {"R.json", "R.md"}
+
+
 def test_the_first_command_can_be_typed(text_of_a_study, tmp_path, monkeypatch, capsys):
     """Names with blanks are quoted; a file from an editor that writes a BOM is read."""
     path = study_file(tmp_path, "tuning", TUNING.replace('"a"', '"a b"'), text_of_a_study)

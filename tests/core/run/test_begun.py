@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from core import locks
 from core.checkpoint.steps import step_path
 from core.data.mixture import Phase
 from core.errors import UserError
-from core.run import folder as run_folder
 from core.run import tuning
 from core.run.begun import has_begun
 from core.run.folder import LOCK, check_run_folder, hold_folder, lock_folder, settings_of_run, write_config
@@ -129,7 +129,7 @@ def test_a_lock_that_a_failing_start_removes_meanwhile_is_taken_anew(tmp_path: P
         calls.append(arguments)
         flock(*arguments)
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     with lock_folder(tmp_path) as lock:
         assert len(calls) == 2
         assert os.path.samestat(os.fstat(lock.fileno()), (tmp_path / LOCK).stat())
