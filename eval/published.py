@@ -17,6 +17,7 @@ class Published(NamedTuple):
     """Whether the source says which of acc and acc_norm its numbers are; the plot shows only those."""
 
 
+PUBLISHED_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "hellaswag", "piqa", "truthfulqa_mc2")
 HARNESS = "lm-evaluation-harness, 0-shot"
 PUBLISHED = (
     Published("GPT-2 124M", HARNESS, {

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.folder_kinds import Kind, kind_of
 from core.folders import require_place, write_atomically, write_picture
 from core.locks import hold_file
-from eval.published import NOTE, PUBLISHED, PUBLISHED_WIKITEXT
+from eval.published import NOTE, PUBLISHED, PUBLISHED_TASKS, PUBLISHED_WIKITEXT
 
 FORMAT = 1
 RESULTS = "results.json"
@@ -312,8 +312,22 @@ def markdown(content: Record) -> str:
                 f"{entry['bits_per_byte_without_bos']:.4f} bits per byte."
             )
         lines.append(said)
-    lines += ["## Compared with published figures", published_table({model["name"]: tasks}), NOTE]
+    lines += compared_with_published(model["name"], tasks)
     return "\n\n".join(lines) + "\n"
+
+
+def compared_with_published(name: str, tasks: dict[str, Record]) -> list[str]:
+    """The section of a page with published figures, which are of all questions: tasks of which fewer were
+    asked are named and left out. Nothing where there is nothing to compare.
+
+    name: of the model.
+    """
+    of_others = {task: entry for task, entry in tasks.items() if task in (*PUBLISHED_TASKS, "wikitext")}
+    whole = {task: entry for task, entry in of_others.items() if entry["questions"] == entry["of"]}
+    lines = [published_table(name, whole), NOTE] if whole else []
+    if parts := [f"{task} ({questions(of_others[task])})" for task in of_others if task not in whole]:
+        lines.append(f"Not compared, since published figures are of all questions: {', '.join(parts)}.")
+    return ["## Compared with published figures", *lines] if lines else []
 
 
 def chance(metric: str, entry: Record) -> str:
@@ -322,35 +336,23 @@ def chance(metric: str, entry: Record) -> str:
     return "" if guess is None or metric not in ACCURACIES else f"{100 * guess:.1f}"
 
 
-def published_table(models: dict[str, dict[str, Record]]) -> str:
-    """Our models' tasks above those of others: acc / acc_norm in percent."""
-    columns = [
-        task for task in ("arc_easy", "arc_challenge", "openbookqa", "hellaswag", "piqa", "truthfulqa_mc2")
-        if any(task in tasks for tasks in models.values())
-    ]  # fmt: skip
-    rows = []
-    for name, tasks in models.items():
-        cells = [pair(*(tasks[t]["metrics"].get(m, {}).get("value") for m in ("acc", "acc_norm")), 100)
-                 if t in tasks else "" for t in columns]  # fmt: skip
-        shown_tasks = [tasks[t] for t in (*columns, "wikitext") if t in tasks]
-        protocols = sorted({protocol(entry).split(", ", 1)[1] for entry in shown_tasks})
-        harness = sorted({f"lm-eval {entry['settings']['lm_eval']}" for entry in shown_tasks})
-        rows.append(
-            (
-                f"**{name}**",
-                *cells,
-                wikitext(tasks),
-                f"{', '.join(harness)}, {'; '.join(protocols)}",
-            )
-        )
+def published_table(name: str, tasks: dict[str, Record]) -> str:
+    """Our model's tasks above those of others: acc / acc_norm in percent."""
+    columns = [task for task in PUBLISHED_TASKS if task in tasks]
+    cells = [pair(*(tasks[t]["metrics"].get(m, {}).get("value") for m in ("acc", "acc_norm")), 100)
+             for t in columns]  # fmt: skip
+    protocols = sorted({protocol(entry).split(", ", 1)[1] for entry in tasks.values()})
+    harness = sorted({f"lm-eval {entry['settings']['lm_eval']}" for entry in tasks.values()})
+    rows = [(f"**{name}**", *cells, wikitext(tasks), f"{', '.join(harness)}, {'; '.join(protocols)}")]
     for row in PUBLISHED:
         if any(task in row.scores for task in columns):
             cells = [pair(*row.scores[t], 1) if t in row.scores else "" for t in columns]
             rows.append((row.model, *cells, "", row.protocol))
-    rows += [
-        (model, *[""] * len(columns), f"{figure}: {bits}", "published")
-        for model, figure, bits in PUBLISHED_WIKITEXT
-    ]
+    if "wikitext" in tasks:
+        rows += [
+            (model, *[""] * len(columns), f"{figure}: {bits}", "published")
+            for model, figure, bits in PUBLISHED_WIKITEXT
+        ]
     return table(("model", *columns, "WikiText-2", "protocol"), rows)
 
 

@@ -147,14 +147,21 @@ def test_a_limit_is_said(folder: Path, sets: Sets, tmp_path: Path):
     )
     command(*arguments, "--limit", "5")
     page, n = (tmp_path / "o/results.md").read_text(), len(sets.questions["arc_easy"])
-    assert f"ONLY 5 of {n}" in page
+    assert f"ONLY 5 of {n}" in page and "GPT-2 124M" not in page
+    why = "Not compared, since published figures are of all questions: arc_easy"
+    assert f"{why} (ONLY 5 of {n} questions).\n" in page
     shown = plotted(read_results(tmp_path / "o"), tmp_path / "part.png")
     assert shown == {f"arc_easy {m}, %\nONLY 5 of {n} questions": ["model"] for m in ("acc", "acc_norm")}
     assert len((tmp_path / "o/questions/arc_easy.jsonl").read_text().splitlines()) == 5
     command(*arguments)
     shown = plotted(read_results(tmp_path / "o"), tmp_path / "whole.png")
     assert "GPT-2 124M" in shown[f"arc_easy acc, %\n{n} questions"]
-    assert "ONLY" not in (tmp_path / "o/results.md").read_text()
+    page = (tmp_path / "o/results.md").read_text()
+    assert "ONLY" not in page and "| GPT-2 124M | 43.8 / 39.5 |" in page and "Not compared" not in page
+    command(*arguments[:2], "wikitext", *arguments[3:], "--limit", "1")  # next to whole sets
+    page = (tmp_path / "o/results.md").read_text()
+    assert "| GPT-2 124M | 43.8 / 39.5 |" in page and "37.37 per word" not in page
+    assert f"{why.partition('arc_easy')[0]}wikitext (ONLY 1 of {len(sets.pages)} questions).\n" in page
     assert len((tmp_path / "o/questions/arc_easy.jsonl").read_text().splitlines()) == n
 
 
