@@ -14,8 +14,10 @@ from collections import Counter
 import jax
 import pytest
 
+from core import checks, cli
 from core.config import ModelConfig, preset
 from core.errors import UserError, run_command
+from core.run.settings import model_config
 from core.sharding import make_mesh, parse_mesh
 from tests.train_tpu.products import muon_flops, muon_products
 from train_tpu.aot import __main__ as aot
@@ -24,7 +26,7 @@ from train_tpu.aot.report import compile_and_report, print_report
 from train_tpu.aot.topology import GIB, HBM, open_slice
 from train_tpu.backend import choose_step, split_batch, tpu_loss_chunk
 from train_tpu.config import RunConfig
-from train_tpu.step import abstract_state, compile_step
+from train_tpu.step import abstract_state, compile_step, lower_step
 
 SMALL = {"vocab_size": 8192, "context": 256, "d_model": 128, "n_layers": 3, "n_heads": 2, "d_mlp": 384}
 CHIPS, ROWS, CHUNK = 8, 32, 256
@@ -116,6 +118,36 @@ def test_mistakes_are_told_before_jax_is_imported(monkeypatch, capsys, arguments
     monkeypatch.setitem(sys.modules, "train_tpu.aot.report", None)  # importing it is an ImportError
     assert call(monkeypatch, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+# Another value of every option that changes the step on one device of any platform.
+OTHERWISE = {
+    "batch": 8, "grad_accum_steps": 2, "remat": "full", "optimizer": "adamw", "weight_decay": 0, "clip": 0,
+    "context": 64, "n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 1, "d_mlp": 64, "mlp": "gelu",
+    "positions": "learned", "tied": False, "dropout": 0.3, "dtype": "bfloat16", "vocab_size": 33_000,
+    "head_dim": 8, "biases": True, "qkv_biases": True, "qk_norm": True, "rope_scaling": "linear,factor=2",
+    "unroll": 1, "loss_chunk": 64,
+}  # fmt: skip
+
+
+def test_every_option_changes_the_program():
+    """And not just numbers in it, as another rate or epsilon would, to which the report is blind."""
+    whole = {"preset", "topology", "json", "mesh", "attention"}  # the command's own, and a TPU's
+    assert {option.field for option in cli.options_of(aot.AotConfig)} - whole == OTHERWISE.keys()
+
+    def program(**given: object) -> str:
+        default = aot.AotConfig(preset="mtlm1-tiny", batch=4, model=aot.AotModel(n_layers=2))
+        arguments = [text for name, value in given.items() for text in (checks.option(name), str(value))]
+        config = cli.parse(aot.AotConfig, arguments, prog="aot", default=default)
+        run = config.run_config()
+        model = model_config(run, preset(config.preset).vocab_size)
+        mesh = make_mesh(parse_mesh(None, 1), jax.devices()[:1])
+        step, _ = choose_step(run, model, mesh)
+        text = lower_step(step, run.batch, split_batch(run, model, mesh), mesh).as_text()
+        return re.sub(r"dense<[^>]*>", "dense<...>", text)
+
+    usual = program()
+    assert [name for name, value in OTHERWISE.items() if program(**{name: value}) == usual] == []
 
 
 def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):

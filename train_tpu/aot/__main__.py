@@ -5,7 +5,9 @@ What the command does is in train_tpu/aot/report.py, imported once it is known t
 
 import dataclasses
 import json
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from core import cli
 from core.config import preset
@@ -18,14 +20,27 @@ from train_tpu.config import RunConfig
 
 EXIT_DOES_NOT_FIT = 1
 OPTIONS = TRAINING_OPTIONS | {"options": ("preset", "topology", "batch", "mesh", "remat", "json")}
+Unused = Annotated[None, tyro.conf.Suppress, tyro.conf.Fixed]
+"""Of a setting that is not in the compiled step, or is a mere number there: no option."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AotModel(ModelOverrides):
+    """What changes the compiled step."""
+
+    rope_theta: Unused = None
+    norm_eps: Unused = None
+    init_std: Unused = None
+    scaled_residual_init: Unused = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AotConfig:
     """Compile the training step for a TPU slice, without one, and print what the compiler says.
 
-    Settings have the names and defaults that train_tpu.run gives them on a TPU; the vocabulary is the
-    preset's. Exit code 0: it fits; 1: it does not; 2: a mistake in the settings.
+    Settings have the names and defaults that train_tpu.run gives them on a TPU; those that do not change the
+    compiled program, such as the learning rate, are left out. The vocabulary is the preset's. Exit code 0:
+    it fits; 1: it does not; 2: a mistake in the settings.
     """
 
     preset: str = "mtlm2-40m"
@@ -39,10 +54,13 @@ class AotConfig:
     tokens per chip."""
     mesh: str | None = None
     """Device mesh, as in train_tpu.run. Default: all chips on data."""
-    model: ModelOverrides = ModelOverrides()
-    optim: OptimizerConfig = OptimizerConfig()
-    z_loss: float = 0.0
-    """Weight of the squared log-normaliser in the loss."""
+    model: AotModel = AotModel()
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the layers' weight matrices, AdamW for the rest. adamw: AdamW for everything."""
+    weight_decay: float = 0.1
+    """Of matrices and embeddings; 0: the program has none."""
+    clip: float = 1.0
+    """Global norm to which gradients are clipped; 0: the program does not clip."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype. auto: bfloat16."""
     attention: Literal["auto", "xla", "splash"] = "auto"
@@ -63,9 +81,9 @@ class AotConfig:
     def run_config(self) -> RunConfig:
         """The same settings as a run has them; RunConfig refuses what is wrong."""
         names = {field.name for field in dataclasses.fields(RunConfig)}
-        return RunConfig(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
-        )
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        optim = OptimizerConfig(self.optimizer, weight_decay=self.weight_decay, clip=self.clip)
+        return RunConfig(**{name: given[name] for name in given.keys() & names}, optim=optim)
 
 
 def main() -> int:
