@@ -1,5 +1,6 @@
 """The one error for users' mistakes, and how every command ends."""
 
+import contextlib
 import errno
 import io
 import os
@@ -7,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
@@ -93,6 +94,16 @@ def os_error(error: OSError) -> str | None:
     if error.errno in FORBIDDEN:
         return f"{name}: {error.strerror}: give a path that you may read or write, or change its permissions"
     return f"{name}: {error.strerror}: check the path, and that its disk is there and works"
+
+
+@contextlib.contextmanager
+def noted(say: Callable[[str], None]) -> Iterator[None]:
+    """For a dry run, which is asked what would be done and at what cost, maybe for another machine: says what
+    would be refused for what is there now, and does not fail."""
+    try:
+        yield
+    except UserError as error:
+        say(f"note: without --dry-run this would be refused now: {error}")
 
 
 def quiet_imports() -> None:

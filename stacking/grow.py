@@ -16,7 +16,8 @@ import tyro
 from core import checks, cli
 from core.config import training_flags
 from core.console import make_console
-from core.errors import run_command
+from core.errors import noted, run_command
+from core.folders import require_new
 from core.memory import peak_memory
 from core.progress import Activity
 from core.tokenizer import TOKENIZER_FILE
@@ -72,6 +73,8 @@ def main() -> int:
     growth.describe().print(console)
     if config.dry_run:
         say(f"dry run: {growth.out} was not written")
+        with noted(say):
+            require_new(growth.out)
         return 0
     from stacking.rewrite import rewrite  # slow: JAX
 

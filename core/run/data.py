@@ -15,8 +15,9 @@ from core.checkpoint.steps import list_steps, step_path
 from core.data.batches import Data
 from core.data.dataset import TRAIN, Dataset, Split, open_dataset
 from core.data.mixture import BLOCK, Mixture, Phase, describe_phases, phases_of
-from core.data.mixture_options import Asked, parse_data, parse_mixture
+from core.data.mixture_options import Asked, data_paths, parse_data, parse_mixture
 from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
+from core.data.sources import open_sources as find_text
 from core.errors import UserError
 from core.folders import CACHE
 from core.run.folder import begun_record, newest_manifest
@@ -61,6 +62,19 @@ def open_data(config: Any, tokenizer: str, context: int, out: Path) -> Data:
         return open_or_prepare(config.data, tokenizer, context, CACHE, wanted)
     sources = open_sources(asked.sources, tokenizer, context, wanted)
     return Mixture(sources, find_phases(config, asked, sources, out))
+
+
+def is_ready(data: str | Sequence[str]) -> bool:
+    """Whether all that --data names is prepared, so that it opens at once.
+
+    Raises:
+        UserError: there is no such text on this machine. Data sets are not looked for.
+    """
+    texts = [path for path in data_paths(data) if not is_prepared(path)]
+    for text in texts:
+        if text != "builtin" and not text.startswith(("tfds:", "hf:")):
+            find_text([text], say=lambda _: None)
+    return not texts
 
 
 def open_recorded_data(

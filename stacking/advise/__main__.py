@@ -17,8 +17,9 @@ from core import cli
 from core.checkpoint.steps import step_path
 from core.console import make_console
 from core.data.batches import Data
-from core.errors import UserError, run_command
+from core.errors import UserError, noted, run_command
 from core.folders import require_place, write_atomically
+from core.run.data import is_ready
 from core.run.folder import LOCK, lock_folder
 from stacking.advise.arms import jobs, keep_checkpoint, require_compared
 from stacking.advise.config import AdviseConfig
@@ -54,10 +55,14 @@ def main() -> int:
     for question in questions:
         say("\n".join(describe_question(question)))
     say(describe_cost(questions))
-    opened = [open_data(question, config.heldout) for question in questions]
     if config.dry_run:
         say(f"dry run: {out} was not written")
+        with noted(say):
+            for question in questions:
+                if is_ready(question.settings.data):
+                    open_data(question, config.heldout)
         return 0
+    opened = [open_data(question, config.heldout) for question in questions]
     with lock_folder(out):
         write_atomically(out / QUESTION, json.dumps(asked) + "\n")
         for question in questions:

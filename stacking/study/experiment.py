@@ -17,10 +17,10 @@ from core.checkpoint.manifest import digest
 from core.data.batches import Data, data_record
 from core.data.dataset import TRAIN
 from core.data.mixture import Mixture
-from core.errors import UserError
+from core.errors import UserError, noted
 from core.folders import require_place
 from core.locks import hold_file
-from core.run.data import open_data
+from core.run.data import is_ready, open_data
 from core.run.folder import hold_place
 from core.run.log import CARRIED, read_log
 from stacking.jobs import Budget, Job, run_jobs, visible_gpus
@@ -93,10 +93,12 @@ def pursue(definition: Definition, config: StudyConfig, out: Path, path: Path, c
         say(line)
     if config.dry_run:
         list_runs(leaves, out, results, clock, say)
+        with noted(say):
+            ready = [is_ready(data) for data in dict.fromkeys(run.settings.config.data for run in leaves)]
+            if all(ready):
+                open_all(definition, leaves, results, out)
         return
-    texts = open_texts(leaves, definition.heldout, out)
-    leaves = open_runs(definition, results, texts)
-    require_same_text(results, leaves, texts_of(leaves, texts))
+    leaves, texts = open_all(definition, leaves, results, out)
 
     # 2. Train. What is to be trained next may depend on the results.
     remove(anew, out, results)
@@ -139,6 +141,20 @@ def open_runs(definition: Definition, results: Results, texts: dict[str, Text] |
     take_names(results, leaves, named)
     require_same_runs(results, leaves)
     return leaves
+
+
+def open_all(
+    definition: Definition, leaves: list[Run], results: Results, out: Path
+) -> tuple[list[Run], dict[str, Text]]:
+    """The texts of runs, and the runs as they are known by them.
+
+    Raises:
+        UserError: as `open_texts`, or there are results on another text.
+    """
+    texts = open_texts(leaves, definition.heldout, out)
+    leaves = open_runs(definition, results, texts)
+    require_same_text(results, leaves, texts_of(leaves, texts))
+    return leaves, texts
 
 
 def texts_of(leaves: list[Run], texts: dict[str, Text]) -> dict[str, Text]:

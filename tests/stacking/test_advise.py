@@ -174,6 +174,19 @@ def test_data_that_has_changed_is_refused(trunk, monkeypatch):
     assert "data is no longer what checkpoint 12" in refused(trunk, *("--budget", "9999"))
 
 
+def test_a_dry_run_says_what_a_start_would_be_refused_for(trunk, monkeypatch):
+    """After the cost, which it was asked for; and it writes nothing."""
+    arguments = (trunk, "--budget", "9999", "--dry-run")
+    said, _ = run_here(*arguments, module=MODULE)
+    assert "note: without --dry-run this would be refused now: the held-out set valid of data has 7" in said
+    monkeypatch.chdir(trunk.parent)
+    said, _ = run_here(*arguments, module=MODULE)
+    refusal = refused(trunk, "--budget", "9999").removeprefix("error: ")
+    note = f"note: without --dry-run this would be refused now: {refusal}"
+    assert said.splitlines()[-2:] == [f"dry run: {trunk}-advice was not written", note]
+    assert not (trunk.parent / "run-advice").exists()
+
+
 def test_an_output_folder_is_of_one_question(trunk, tmp_path):
     out = tmp_path / "run-advice"
     out.mkdir()

@@ -278,7 +278,10 @@ def test_a_checkpoint_is_found_from_within_its_run(grow_here, base, monkeypatch,
 def test_a_dry_run_writes_nothing(grow_here, base, trunk, tmp_path, capsys):
     before = sorted(base.rglob("*"))
     assert grow_here(trunk, "--dry-run", "--out", tmp_path / "new") == 0
-    assert "was not written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.endswith("was not written\n") and "would be refused" not in said
+    assert grow_here(trunk, "--dry-run", "--out", base) == 0
+    assert f"would be refused now: {base} exists already: " in capsys.readouterr().out
     assert sorted(base.rglob("*")) == before and not list(tmp_path.iterdir())
 
 

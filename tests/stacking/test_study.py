@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 import core.run.data
 from core.checkpoint.steps import list_steps, step_path
 from core.console import make_console
+from core.data.prepare import prepare
 from core.errors import UserError
 from core.run.folder import write_config
 from core.run.log import CARRIED, END, HALT, read_log
@@ -1149,7 +1150,7 @@ def test_another_study_does_not_write_the_same_file_or_folder(text_of_a_study, t
     def train_and_try_others(*arguments) -> bool:
         whole = training(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(experiment, "open_texts", lambda *_: pytest.fail("something slow came first"))
+            patch.setattr(experiment, "pursue", lambda *_: pytest.fail("something slow came first"))
             for other, said in (
                 ({"out": tmp_path / "two"}, f"another study adds to {results}: "),
                 ({"results": tmp_path / "other/S.json"}, f"another process is training into {config.out}: "),
@@ -1157,8 +1158,8 @@ def test_another_study_does_not_write_the_same_file_or_folder(text_of_a_study, t
             ):
                 with pytest.raises(UserError, match=f"^{said}"):
                     run_study(dataclasses.replace(config, **other), make_console())
-            for reading in ("dry_run", "report"):
-                run_study(dataclasses.replace(config, **{reading: True}), make_console())
+        for reading in ("dry_run", "report"):
+            run_study(dataclasses.replace(config, **{reading: True}), make_console())
         assert {path.name for path in tmp_path.iterdir()} == {"kept", "one", study.name}
         return whole
 
@@ -1176,6 +1177,37 @@ def test_the_first_command_can_be_typed(text_of_a_study, tmp_path, monkeypatch, 
     assert command.main() == 0
     typed = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert Path(typed[-1]).parts[:-1] == (*tmp_path.parts, "o", "a b", "lr-0.01")
+
+
+def test_a_dry_run_says_what_a_start_would_be_refused_for(text_of_a_study, tmp_path, monkeypatch, capsys):
+    """After the cost, which it was asked for; and it prepares no text."""
+    study = study_file(tmp_path, "tuning", TUNING, text_of_a_study)
+    config = StudyConfig(str(study), out=tmp_path / "out", dry_run=True)
+
+    def note(**changed: object) -> str:
+        run_study(dataclasses.replace(config, **changed), make_console())
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith("tuning (tuning): 8 of 8 runs to do")
+        (first,) = (line for line in said if line.startswith("first command: "))
+        return " ".join(said[said.index(first) + 1 :])
+
+    def refused(**changed: object) -> str:
+        with pytest.raises(UserError) as error:
+            run_study(dataclasses.replace(config, dry_run=False, **changed), make_console())
+        return f"note: without --dry-run this would be refused now: {error.value}"
+
+    gone = str(tmp_path / "gone")
+    assert note() == ""
+    assert note(data=(gone,)) == refused(data=(gone,)) and gone in note(data=(gone,))
+    with monkeypatch.context() as patch:
+        patch.setattr("core.data.prepare.prepare", lambda *_: pytest.fail("prepared"))
+        (tmp_path / "other.txt").write_text("a few words")
+        assert note(data=(str(tmp_path / "other.txt"),)) == ""
+    prepared = tmp_path / "prepared"
+    prepare([str(text_of_a_study)], prepared, "bytes", 32, valid_fraction=0.0)
+    capsys.readouterr()
+    assert note(data=(str(prepared),)) == refused(data=(str(prepared),))
+    assert "holds out nothing, and the study compares losses" in note(data=(str(prepared),))
 
 
 def test_what_no_budget_of_these_flops_can_train_is_named(text_of_a_study, tmp_path, capsys):
