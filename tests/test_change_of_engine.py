@@ -66,7 +66,8 @@ def test_what_only_one_engine_has_is_not_compared():
 def test_a_run_from_a_folder_says_its_model_and_comes_back_as_it_was(tmp_path: Path):
     """PyTorch's trainer takes the model from the folder of --from; JAX's has it from its settings."""
     model = dataclasses.replace(GROUPED, vocab_size=300, dropout=0.1, rope_theta=5e4)
-    config = TrainConfig(init_from=Path("folder"), data="text", batch=4, grad_accum_steps=2)
+    optim = MirrorOptimizerConfig(lr=2e-3)  # no preset's, which would be left open before the first update
+    config = TrainConfig(init_from=Path("folder"), data="text", batch=4, grad_accum_steps=2, optim=optim)
     tokenizer = tokenizer_record(load_tokenizer("bytes"))
     record = run_record(config, model, 9, tokenizer, {"fingerprint": "f"})
     write_config(tmp_path, record)

@@ -274,7 +274,8 @@ def settings_of_run(folder: Path, default: Settings, argv: list[str]) -> Setting
         carriers = (folder, *map(Path, data_paths(saved.data)))
         own = find_tokenizer(record["tokenizer"], carriers, f"the run in {folder}")
         saved = dataclasses.replace(saved, tokenizer=own)
-    if not begun and is_derived(saved, ModelConfig(**record["model"])):  # another length may be given now
+    if not begun and is_derived(saved, ModelConfig(**record["model"])):
+        # Another length or optimizer may be given now.
         saved = dataclasses.replace(saved, optim=dataclasses.replace(saved.optim, lr=None))
     return dataclasses.replace(saved, steps=None) if settings.given_value(argv, "--epochs") else saved
 

@@ -40,9 +40,9 @@ def with_rate(config: Any, model: ModelConfig, steps: int | None) -> tuple[Any, 
 
 
 def is_derived(config: Any, model: ModelConfig) -> bool:
-    """Whether the rate of these settings is what the rule gives them without --lr."""
-    kind = config.preset, config.optim.optimizer
-    return has_rule(*kind) and config.optim.lr == peak_rate(*kind, model, config.batch, config.steps)
+    """Whether the rate of these settings is what `with_rate` gives them without --lr."""
+    optim = config.optim
+    return optim.lr == peak_rate(config.preset, optim.optimizer, model, config.batch, config.steps)
 
 
 def preset_rate(name: str, optimizer: str) -> float:

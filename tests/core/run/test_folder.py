@@ -28,7 +28,7 @@ from core.run.folder import (
     settings_of_run,
     write_config,
 )
-from core.run.rates import peak_rate
+from core.run.rates import peak_rate, with_rate
 from core.run.settings import (
     ModelOverrides,
     check_records,
@@ -231,6 +231,24 @@ def test_a_rate_that_was_derived_is_derived_again_before_the_first_update(tmp_pa
         assert command.parse(["--out", str(folder)]).optim.lr == found
         (folder / "checkpoints" / "00000005").mkdir(parents=True)
         assert command.parse(["--out", str(folder)]).optim.lr == lr
+
+
+@pytest.mark.parametrize("name", ["mtlm2-40m", "mtlm2-tiny"])
+@pytest.mark.parametrize("optimizers", [("muon", "adamw"), ("adamw", "muon")])
+def test_a_start_with_another_optimizer_has_its_rate(name: str, optimizers: tuple[str, str], tmp_path):
+    """Before the first update, whether or not the rate of one or of both follows a rule."""
+    model, (before, now) = preset(name), optimizers
+
+    def without_lr(optimizer: str) -> RunConfig:
+        config = dataclasses.replace(defaults(name), steps=500, epochs=None)
+        optim = dataclasses.replace(config.optim, optimizer=optimizer, lr=None)
+        return with_rate(dataclasses.replace(config, optim=optim), model, 500)[0]
+
+    record = run_record(without_lr(before), model, 500, TOKENIZER, {"fingerprint": "f" * 64})
+    write_config(tmp_path, record)
+    asked = command.parse(["--out", str(tmp_path), "--optimizer", now])
+    found = with_rate(asked, model, 500)[0].optim
+    assert (found.optimizer, found.lr) == (now, without_lr(now).optim.lr)
 
 
 @pytest.mark.parametrize(
