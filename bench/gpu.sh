@@ -35,10 +35,9 @@ step() { # NAME COMMAND...: its output goes into OUT/NAME.log
 step build python -m kernels_cuda.build
 step doctor python -m kernels_cuda.doctor
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-# JAX takes its memory only as it needs it: the tests of PyTorch and the processes that tests start need some, too. Their
-# processes, seven to a GPU, see one each; the tests of two GPUs need others.
-tests() { env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q --dist worksteal "$@"; }
-step tests tests -n $((7 * gpus)) -m "gpu and not two_gpus"
+# As `make test-gpu`, with the active environment. The processes see one GPU each; the tests of two GPUs need others.
+tests() { JAX_PLATFORMS=cuda python -m pytest -q --dist worksteal "$@"; }
+step tests tests -n auto -m "gpu and not two_gpus"
 ((gpus < 2)) || CUDA_VISIBLE_DEVICES=0,1 step two-gpus tests -n 4 -m two_gpus
 step kernels python -m kernels_cuda.bench --json "$out/kernels.json" --plot "$out/kernels.png"
 step train python -m bench.train --json "$out/train.json" --plot "$out/train.png" --profile "$out/train-profile"

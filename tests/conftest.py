@@ -1,7 +1,7 @@
 """How the tests run: on the CPU unless told otherwise, with the shapes in the signatures checked.
 
-`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU; those of kernels_cuda and
-port_torch need PyTorch alone to see one. bench/gpu.sh runs them on all GPUs of a machine.
+`make test-gpu` runs the tests that need a GPU, with JAX_PLATFORMS=cuda; those of kernels_cuda and port_torch
+need PyTorch alone to see one. `-n auto` are as many processes as a machine's GPUs have room for.
 """
 
 import gc
@@ -28,11 +28,13 @@ ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist
 HAS_WORKERS = not IS_WORKER and "-n auto" in " ".join(sys.argv)  # and runs no test itself
 
-if IS_WORKER and not ON_CPU:  # a GPU for each worker in turn, unless it is told which to see
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+GPUS = 0 if ON_CPU else len(list(Path("/dev").glob("nvidia[0-9]*")))
+WORKERS = 7  # on a GPU; of 139 GiB, 49 were too few for them
+if not ON_CPU:  # tests of PyTorch, and processes that tests start, need memory, too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if IS_WORKER and GPUS > 1:  # one for each worker in turn, unless it is told which to see
     worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    if gpus > 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(worker % gpus))
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(worker % GPUS))
 
 # What a test prepares or compiles is kept for all later ones of this session, in whichever process they run.
 # The kernels of a machine with a GPU stay where they are: building them takes minutes.
@@ -58,6 +60,14 @@ if not HAS_WORKERS:
     os.environ["XLA_FLAGS"] = _flags  # so that the processes which tests start are the real thing
 
     check_types()  # before the first import of what is checked
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """How many processes `-n auto` are; None: one for each core."""
+    if ON_CPU:
+        return None
+    return WORKERS * (1 if "CUDA_VISIBLE_DEVICES" in os.environ else max(1, GPUS))  # WSL has no such files
 
 
 def pytest_collection_finish() -> None:

@@ -1,19 +1,21 @@
-"""bench/gpu.sh with a stand-in for Python: what it starts, and what it makes of failures."""
+"""bench/gpu.sh with a stand-in for Python: what it starts, and what it makes of failures; `make test-gpu`."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
 STAND_IN = """#!/bin/sh
 case "$*" in
 *is_available*) exit $NO_GPU ;;
 *device_count*) echo 2; exit ;;
 *bench.decode*) exit 3 ;;
 esac
-echo "$@"
+echo "$@, JAX on $JAX_PLATFORMS"
 """
 
 
@@ -35,6 +37,35 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     steps = "build decode devices doctor jax kernels ladder mirror tests train two-gpus"
     assert set(logs) == set(steps.split())
     assert logs["mirror"].startswith("-m bench.train_mirror --data data --rows rows")
+    # As make starts the tests.
+    made = subprocess.run(["make", "-n", "test-gpu"], cwd=ROOT, capture_output=True, text=True, check=True)
+    options = shlex.split(made.stdout.splitlines()[-1])
+    assert logs["tests"] == "-m pytest -q --dist worksteal -n auto -m gpu and not two_gpus, JAX on cuda\n"
+    assert "JAX_PLATFORMS=cuda" in options
+    assert " ".join(options).endswith(
+        "/bin/python -m pytest -n auto --dist worksteal -m gpu and not two_gpus"
+    )
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "gpus", "visible", "processes"),
+    [
+        (True, 0, None, None),
+        (False, 1, None, 7),
+        (False, 4, None, 28),
+        (False, 4, "2", 7),
+        (False, 0, None, 7),
+    ],
+)
+def test_processes_of_the_tests(pytestconfig, monkeypatch, on_cpu, gpus, visible, processes):
+    """Seven to a GPU, of which there may be no files; on a CPU as many as it has cores."""
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    monkeypatch.setattr(conftest, "ON_CPU", on_cpu)
+    monkeypatch.setattr(conftest, "GPUS", gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert conftest.pytest_xdist_auto_num_workers() == processes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Whole runs on NVIDIA GPUs: `JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu`, so that
-the process of the tests leaves them their memory."""
+"""Whole runs on NVIDIA GPUs."""
 
 import os
 import shutil
