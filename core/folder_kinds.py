@@ -41,6 +41,18 @@ def kind_of(path: Path) -> Kind:
     return Kind.WEIGHTS if is_model else Kind.OTHER
 
 
+def stale_model(run: Path) -> str | None:
+    """A note on the model that port_torch wrote into a run folder, where the run has been continued since by
+    an engine that does not renew it; None where there is none, or it is of the newest step."""
+    model = run / RESULT
+    if not model.is_dir() or _is_of(model, run):
+        return None
+    return (
+        f"{model} is of another step than the newest checkpoint: "
+        f"`{command('port_torch.convert', run, f'{run}-torch')}` exports that"
+    )
+
+
 def _is_of(model: Path, checkpoint: Path) -> bool:
     """Whether a run's model was made of that checkpoint, of a run the newest: one that was continued has an
     older model."""

@@ -254,9 +254,10 @@ def main() -> int:
 
 def report(name: str, found: dict[str, dict[str, float | int]], context: int, stride: int, first: str) -> str:
     """The table that is printed. first: the token that opens a text, bos, or eos where there is none."""
+    begins = f"the text begins with {first}, not scored"
     how = {
-        "token_disjoint": f"per token; adjacent windows of {context}; {first} first, not scored",
-        "token_stride": f"per token; Hugging Face's windows, stride {stride}; {first} first, not scored",
+        "token_disjoint": f"per token; adjacent windows of {context}; {begins}",
+        "token_stride": f"per token; Hugging Face's windows, stride {stride}; {begins}",
         "word": "per word, as lm-evaluation-harness"
         + ("; bos scored once per document" if first == "bos" else ""),
     }

@@ -15,6 +15,7 @@ from core.data.conversations import Conversation
 from core.data.tuning_rows import CHAT, Row, instruction
 from core.model import Compute
 from core.run.data import data_rows
+from core.run.presets import Trained
 from core.run.schedule import in_decay
 from core.run.tuning_data import TuningData
 from core.sharding import layouts, splits_weights
@@ -57,19 +58,19 @@ def describe(
 
 
 def pretraining_rows(
-    config: RunConfig, model: ModelConfig, dataset: Data, steps: int
+    config: RunConfig, model: ModelConfig, dataset: Data, steps: int, before: Trained
 ) -> list[tuple[str, str]]:
-    """What the table says of a run that pretrains."""
-    windows, tokens = dataset.splits["train"].windows, steps * config.batch * model.context
+    """What the table says of a run that pretrains, and has been trained `before`."""
+    read = before.sequences_at(steps, config.batch)
+    epochs = f"{read / dataset.splits['train'].windows:.2f} epochs"
     return [
         ("model", f"{config.preset}: {model.summary}"),
         ("parameters", f"{model.n_params:,} ({model.n_params - model.n_embedding_params:,} without "
                        f"embeddings); {model.flops_per_token() / 1e6:,.1f} MFLOPs per training token"),
         ("tokenizer", "{name}, {vocab_size:,} ids".format(**dataset.tokenizer_record)),
-        *data_rows(config, dataset, steps),
-        ("training", f"{steps:,} steps of {config.batch} x {model.context} = {tokens:,} tokens, "
-                     f"{tokens / (windows * model.context):.2f} epochs, "
-                     f"{tokens / model.n_params:.1f} tokens per parameter"),
+        *data_rows(config, dataset, read),
+        ("training", f"{before.describe(steps, config.batch, model.context)} tokens, {epochs}, "
+                     f"{read * model.context / model.n_params:.1f} tokens per parameter"),
     ]  # fmt: skip
 
 

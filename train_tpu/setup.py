@@ -28,7 +28,7 @@ from core.folder_kinds import Kind, require_kind
 from core.gpu_memory import require_free_memory
 from core.model import Params, require_fit
 from core.progress import Activity
-from core.run.data import choose_run_tokenizer, open_data
+from core.run.data import choose_run_tokenizer, open_data, trained_before
 from core.run.folder import begun_record, require_folder, run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.rates import with_rate
@@ -188,13 +188,14 @@ def prepare_run(config: RunConfig) -> Pretraining:
         require_room(prompts, model.context)
     dataset = processes.in_turn(lambda: open_data(config, tokenizer.name, model.context, out))
     require_records(dataset, config.leave_out, "--leave-out")
-    steps = count_steps(config, dataset)
+    before = trained_before(config, out)
+    steps = count_steps(config, dataset, before)
     config, of_rate = with_rate(config, model, steps)
 
     # Devices, and what will compute on them.
     mesh = make_mesh(shape)
     config, step, attention = settle(config, model, mesh, kernels, tokenizer)
-    about = [*pretraining_rows(config, model, dataset, steps), *of_rate]
+    about = [*pretraining_rows(config, model, dataset, steps, before), *of_rate]
     table = describe(config, model, about, mesh, step.compute, attention, kernels, config.document_mask)
     table.print(console)
     say_notes(config, model, steps, shape, out, console)

@@ -17,6 +17,7 @@ from core.checkpoint.manifest import Manifest, load_manifest
 from core.compilation_cache import programs_found
 from core.errors import UserError
 from core.extras import install_command
+from core.folder_kinds import stale_model
 from core.generation import Generator
 from core.progress import Activity
 from core.run.curve import plot_curve
@@ -140,6 +141,8 @@ def report_end(setup: Setup) -> None:
     out, console = setup.out, setup.console
     samples = f"; samples: {out / SAMPLES}" if (out / SAMPLES).exists() else ""
     console.print(f"loss curve: {plot_curve(out)}{samples}", highlight=False)
+    if stale := stale_model(out):
+        console.print(f"note: {stale}", highlight=False, soft_wrap=True)
     console.print(setup.commands(), highlight=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ from core.data.sources import open_sources as find_text
 from core.errors import UserError
 from core.folders import CACHE
 from core.run.folder import begun_record, newest_manifest
-from core.run.presets import count_steps
+from core.run.presets import Trained, count_steps
 from core.run.settings import current_names
 from core.tokenizer import Tokenizer, require_same
 
@@ -129,7 +129,8 @@ def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Pat
         return recorded
     start = resumed_manifest(config, out) if old else None
     kept: tuple[Phase, ...] = ()
-    step, sequences = (start.step, start.sequences) if start else (0, 0)
+    before = trained(start)
+    step, sequences = before.step, before.sequences
     if start:
         if config.fallback:
             raise UserError(
@@ -137,7 +138,7 @@ def find_phases(config: Any, asked: Asked, sources: dict[str, Dataset], out: Pat
                 "resume without the change first"
             )
         kept = tuple(phase for phase in phases_before(old["data"], sources) if phase.first < sequences)
-    steps = count_steps(config, Mixture(sources, ()))
+    steps = count_steps(config, Mixture(sources, ()), before)
     phases = []
     for share, counts in asked.shares:
         begins = 0 if share == 0 else round(share * steps)
@@ -186,18 +187,30 @@ def resumed_manifest(config: Any, out: Path) -> Manifest | None:
     return newest_manifest(out)
 
 
-def data_rows(config: Any, data: Data, steps: int) -> list[tuple[str, str]]:
-    """What the table that a run begins with says of its data, and of how often each source will be read."""
+def trained_before(config: Any, out: Path) -> Trained:
+    """What the run in `out` has been trained on where it continues: nothing, if it begins."""
+    return trained(resumed_manifest(config, out))
+
+
+def trained(manifest: Manifest | None) -> Trained:
+    """What the parameters of a run's checkpoint have been trained on."""
+    return Trained(manifest.step, manifest.sequences) if manifest else Trained()
+
+
+def data_rows(config: Any, data: Data, read: int) -> list[tuple[str, str]]:
+    """What the table that a run begins with says of its data, and of how often each source will be read.
+
+    read: sequences that the run will have read at its end.
+    """
     heldout = ", ".join(f"{name} ({data.splits[name].bytes:,} bytes)" for name in data.heldout) or "none"
-    rows = [] if isinstance(data, Dataset) else mixture_rows(config, data, steps)
+    rows = [] if isinstance(data, Dataset) else mixture_rows(config, data, read)
     name = config.data if isinstance(data, Dataset) else f"{len(data.sources)} sources"
     return [("data", f"{name}: {_size(data.splits[TRAIN])}"), *rows, ("held-out", heldout)]
 
 
-def mixture_rows(config: Any, mixture: Mixture, steps: int) -> list[tuple[str, str]]:
+def mixture_rows(config: Any, mixture: Mixture, end: int) -> list[tuple[str, str]]:
     """The sources, with their epochs, and the phases."""
-    end, paths = steps * config.batch, parse_data(config.data)
-    rows, read = [], mixture.read_before(end, config.seed)
+    paths, rows, read = parse_data(config.data), [], mixture.read_before(end, config.seed)
     for name, source in mixture.sources.items():
         n = source.splits[TRAIN].windows
         epochs = f"{read[name] / n:.2f} epochs"

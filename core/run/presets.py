@@ -1,5 +1,6 @@
 """The training defaults of each preset, and the number of steps of a run."""
 
+import dataclasses
 from typing import Any
 
 from core import checks
@@ -26,15 +27,35 @@ TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def count_steps(config: Any, dataset: Data) -> int:
-    """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's."""
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has been trained on where it continues, maybe with another batch than from there on."""
+
+    step: int = 0
+    sequences: int = 0
+
+    def sequences_at(self, step: int, batch: int) -> int:
+        """Sequences read by a later step."""
+        return self.sequences + (step - self.step) * batch
+
+    def describe(self, steps: int, batch: int, context: int) -> str:
+        """All steps of the run, and how many tokens those are."""
+        total = f"{self.sequences_at(steps, batch) * context:,}"
+        if self.sequences == self.step * batch:
+            return f"{steps:,} steps of {batch} x {context} = {total}"
+        return f"{steps:,} steps, from {self.step:,} on of {batch} x {context}, in all {total}"
+
+
+def count_steps(config: Any, dataset: Data, before: Trained) -> int:
+    """Updates of the whole run: --steps, or as many whole batches as --epochs holds, or the preset's. The
+    sequences that were read `before` count towards the epochs."""
     windows = dataset.splits["train"].windows
     given = TRAINING_DEFAULTS[config.preset]
     steps, epochs = config.steps, config.epochs
     if steps is None and epochs is None:
         steps, epochs = given.get("steps"), given.get("epochs")
     if steps is None:
-        steps = int(epochs * windows / config.batch)
+        steps = before.step + int((epochs * windows - before.sequences) // config.batch)
         checks.counts(0, epochs=steps)
     if steps < 1:
         raise UserError(

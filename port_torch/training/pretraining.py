@@ -10,7 +10,7 @@ from core.config import ModelConfig
 from core.data.batches import data_record, require_records, train_batches
 from core.data.sequences import heldout_sets
 from core.documents import document_mark
-from core.run.data import choose_run_tokenizer, data_rows, open_data
+from core.run.data import choose_run_tokenizer, data_rows, open_data, trained_before
 from core.run.folder import run_record
 from core.run.presets import TRAINING_DEFAULTS, count_steps
 from core.run.rates import with_rate
@@ -63,7 +63,8 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         decoder = blank_decoder(model) if resumes else drawn_on_the_cpu(model, config.seed)
     model, rows = decoder.config, ranks.rows(config.batch)
     require_records(dataset, config.leave_out, "--leave-out")
-    steps = count_steps(config, dataset)
+    before = trained_before(config, out)
+    steps = count_steps(config, dataset, before)
     config, of_rate = with_rate(config, model, steps)
     prompts = [tokenizer.begin(prompt) for prompt in config.prompts]
     if prompts:
@@ -93,7 +94,7 @@ def make_job(config: "TrainConfig", out: "Path", ranks: Distributed) -> Job:
         prompts=prompts,
         table=[
             ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
-            *data_rows(config, dataset, steps),
+            *data_rows(config, dataset, before.sequences_at(steps, config.batch)),
             *of_rate,
         ],
     )  # fmt: skip

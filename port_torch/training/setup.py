@@ -20,6 +20,7 @@ from core.console import Table
 from core.data.sequences import Batch, HeldOut, Rows
 from core.errors import UserError
 from core.lora import LoraConfig
+from core.run.data import trained_before
 from core.run.folder import require_folder
 from core.run.training_run import TrainingRun
 from core.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
     how = ", compiled" if is_compiled(config, ranks) else ""
     how += ", an update recorded as one CUDA graph" if recorded else ""
     trained = sum(p.numel() for p in job.decoder.parameters() if p.requires_grad)
-    tokens = job.steps * config.batch * model.context
+    length = trained_before(config, job.out).describe(job.steps, config.batch, model.context)
     muon = config.optim.optimizer == "muon"
     optimizer = "AdamW for the adapters" if job.lora else "AdamW for all parameters"
     optimizer = "Muon for the layers' matrices, AdamW for the rest" if muon else optimizer
@@ -124,7 +125,7 @@ def describe(job: Job, ranks: Distributed, recorded: bool) -> Table:
         ("model", model.summary),
         ("parameters", f"{model.n_params:,}, of which {trained:,} are trained"),
         *job.table,
-        ("training", f"{job.steps:,} steps of {config.batch} x {model.context} = {tokens:,} places"),
+        ("training", f"{length} places"),
         ("optimizer", f"{optimizer}, peak lr {config.optim.lr:g}, {config.optim.schedule}, "
                       f"warmup {config.optim.warmup}"),
         ("devices", f"{ranks.size} x {device_name(ranks)}, {'bfloat16' if bf16 else 'float32'}{how}"),

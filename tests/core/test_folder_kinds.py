@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint.manifest import load_manifest, seal
+from core.checkpoint.manifest import EXPORT_MANIFEST, load_manifest, seal
 from core.errors import UserError
-from core.folder_kinds import ADVICE, Kind, kind_of
+from core.folder_kinds import ADVICE, Kind, kind_of, stale_model
 from eval.models import open_model
 from eval.questions import evaluated_folder
 
@@ -147,3 +147,15 @@ def test_adapters_alone_are_no_model(finished: Path):
     shutil.rmtree(finished / "model")
     advice = f"run its command to the end, which writes {finished}/model"
     assert refusal("core.generate", finished).endswith(advice)
+
+
+def test_a_model_of_another_step_than_its_run_is_said(tmp_path):
+    run = shutil.copytree(FIXTURES / "mtlm1", tmp_path / "run")
+    assert stale_model(run) is None
+    model = shutil.copytree(FIXTURES / "mtlm1-export", run / "model")  # both of step 12
+    assert stale_model(run) is None
+    seal(model, dataclasses.replace(load_manifest(model, EXPORT_MANIFEST), step=8), EXPORT_MANIFEST)
+    assert stale_model(run) == (
+        f"{model} is of another step than the newest checkpoint: "
+        f"`python -m port_torch.convert {run} {run}-torch` exports that"
+    )

@@ -129,7 +129,7 @@ def test_the_command(made: Made, sets: Sets, text, tmp_path: Path, monkeypatch, 
     assert word["nats"] == pytest.approx(nats, rel=RELATIVE)
     assert word["perplexity"] == pytest.approx(math.exp(nats / n), rel=50 * RELATIVE)
     assert word["perplexity_without_bos"] == pytest.approx(math.exp((nats - bos) / n), rel=50 * RELATIVE)
-    assert "; bos first, not scored" in printed
+    assert "; the text begins with bos, not scored" in printed
     for name, values in entry["perplexities"].items():
         assert re.search(
             rf"\| {name} \| {values['perplexity']:.3f} \| {values['bits_per_byte']:.4f} \|", printed
@@ -176,8 +176,10 @@ def test_the_token_that_opens_a_text_is_named():
     words = {"perplexity": 2.0, "bits_per_byte": 1.0, "words": 1, "perplexity_without_bos": 1.5}
     found = {"token_disjoint": values, "word": words}
     with_bos, without = (perplexity.report("t", found, 8, 4, first) for first in ("bos", "eos"))
-    assert "; bos first, not scored" in with_bos and "word without scoring bos: 1.500" in with_bos
-    assert "; eos first, not scored" in without and "bos" not in without
+    assert (
+        "; the text begins with bos, not scored" in with_bos and "word without scoring bos: 1.500" in with_bos
+    )
+    assert "; the text begins with eos, not scored" in without and "bos" not in without
 
 
 def test_refusals(made: Made, sets: Sets, tmp_path: Path, monkeypatch):

@@ -14,9 +14,17 @@ from core.data.mixture_options import parse_mixture
 from core.data.prepare import append, prepare
 from core.errors import UserError
 from core.run import data as run_data
-from core.run.data import choose_run_tokenizer, data_rows, find_phases, open_data, open_recorded_data
+from core.run.data import (
+    choose_run_tokenizer,
+    data_rows,
+    find_phases,
+    open_data,
+    open_recorded_data,
+    trained_before,
+)
 from core.run.folder import check_run_folder, run_record, write_config
 from core.run.log import RunLog
+from core.run.presets import Trained, count_steps
 from core.run.settings import model_config
 from tests.core.data.test_mixture import make
 from tests.core.data.test_prepare import documents, write_jsonl
@@ -155,7 +163,7 @@ def test_a_phase_that_is_too_short_is_refused(tmp_path):
 
 def test_epochs_are_said_beforehand():
     sources = {"books": source("b", 900), "wiki": source("w", 100_000)}
-    rows = dict(data_rows(settings(), Mixture(sources, FIRST), 1000))
+    rows = dict(data_rows(settings(), Mixture(sources, FIRST), 16_000))
     assert rows["data"].startswith("2 sources: 1,614,402 tokens in 4 documents")
     # 12,800 x 0.3 + 3,200 windows of books, but for the order in the last block before the phase; 900 are 0.3
     # of 3,000.
@@ -166,6 +174,26 @@ def test_epochs_are_said_beforehand():
     assert rows["mixture"] == "books 30%, wiki 70%; from sequence 12,800 of 16,000 on books 100%"
 
 
+def test_what_was_read_with_another_batch_counts_as_it_was(tmp_path):
+    # 100 updates of 16 in the folder: 1,600 of 9,600 windows. From there on 64 at a time.
+    assert start(tmp_path / "run", at=100) == FIRST
+    config = settings(batch=64, steps=None, epochs=1.0)
+    before = trained_before(config, tmp_path / "run")
+    assert before == Trained(step=100, sequences=1600)
+    windows = Mixture({"wiki": source("w", 9_600)}, (Phase(0, (("wiki", 4000),)),))
+    assert count_steps(config, windows, before) == 100 + (9_600 - 1_600) // 64
+    assert before.sequences_at(225, 64) == 1_600 + 125 * 64
+    assert before.describe(225, 64, 8) == "225 steps, from 100 on of 64 x 8, in all 76,800"
+    # With the batch of before, and for a run that begins, it is a product.
+    assert before.describe(225, 16, 8) == Trained().describe(225, 16, 8) == "225 steps of 16 x 8 = 28,800"
+    assert trained_before(config, tmp_path / "new") == Trained()
+    # Of the checkpoint that is asked for, not the newest.
+    earlier = dataclasses.replace(config, from_step=100)
+    start(tmp_path / "run", at=200)
+    assert trained_before(config, tmp_path / "run").step == 200
+    assert trained_before(earlier, tmp_path / "run") == before
+
+
 def test_sources_of_the_same_text_are_said_if_one_holds_some_out():
     def row(wiki: list[str], books: list[str], *heldout: str) -> str | None:
         made = {
@@ -174,7 +202,7 @@ def test_sources_of_the_same_text_are_said_if_one_holds_some_out():
         }
         splits = dict.fromkeys(("train", *heldout), made["wiki"].splits["train"])
         made["wiki"] = dataclasses.replace(made["wiki"], splits=splits)
-        return dict(data_rows(settings(), Mixture(made, FIRST), 1000)).get("same text")
+        return dict(data_rows(settings(), Mixture(made, FIRST), 16_000)).get("same text")
 
     said = row(["a.txt", "b.txt"], ["c.txt", "b.txt"], "valid")
     assert said.startswith(
