@@ -203,9 +203,14 @@ def test_few_files_are_open_at_a_time(tmp_path, tokens, monkeypatch):
     del opened, other
     gc.collect()
     assert n_open() == before
-    monkeypatch.undo()
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert 1 <= module.most_open() <= max(1, soft // 2)
+
+
+@pytest.mark.parametrize(
+    ("may_open", "held_open"), [(1, 1), (3, 1), (256, 128), (1026, 512), (resource.RLIM_INFINITY, 512)]
+)
+def test_half_of_what_a_process_may_open_is_for_shards(monkeypatch, may_open, held_open):
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (may_open, -1)}.get)
+    assert module.most_open() == held_open
 
 
 def test_what_the_system_refuses_is_no_damaged_record(dataset, tokens):

@@ -43,6 +43,12 @@ def test_what_is_found_is_what_sets_of_tuples_find():
     assert 20 < sum(map(bool, counts)) < 180
 
 
+def test_where_nothing_is_held_out_or_shared_nothing_is_found():
+    none, texts = np.empty(0, np.uint64), ["too short", *draw(5, 1)]
+    assert [len(overlap.Overlap(none).find(text)) for text in texts] == [0] * 6
+    assert overlap.found_of(texts, none)[:3] == (6, 1 + sum(not grams(text) for text in texts[1:]), 0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="aB. -_'é1\n", max_size=80))
 def test_words_are_letters_and_digits_in_lower_case(text):

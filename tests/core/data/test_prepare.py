@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tokenizers
+from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from core.data import corpus, making, packing, workers
@@ -149,6 +150,16 @@ def test_records_are_those_of_tfds(vocabulary):
     serializer = ExampleSerializer(features.get_serialized_info())
     rows = [features.encode_example({"tokens": window}) for window in windows]
     assert packing.serialize(windows) == [serializer.serialize_example(row) for row in rows]
+
+
+def test_the_description_has_the_bytes_of_all_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOWS_PER_SHARD", 20)
+    monkeypatch.setattr(workers, "start_process", Worker)  # a process would not know of the line above
+    out = prepare([write_jsonl(tmp_path / "t.jsonl", documents(60))], tmp_path / "out", "bytes", CONTEXT)
+    for split, (lengths, size) in packing.read_description(out).splits.items():
+        readers = [ArrayRecordReader(str(path)) for path in sorted(out.glob(f"*-{split}.array_record-*"))]
+        assert [reader.num_records() for reader in readers] == lengths
+        assert size == sum(len(record) for reader in readers for record in reader.read_all())
 
 
 def test_result_does_not_depend_on_workers_or_shards(tmp_path, monkeypatch, real_workers):

@@ -10,6 +10,7 @@ import pytest
 from core.data import file_source
 from core.data.rows import MISSING, RowText, find
 from core.data.sources import open_sources
+from core.data.splits import make_plan
 from core.errors import UserError
 from train_tpu import prepare as command
 
@@ -44,6 +45,16 @@ def write(folder: Path, form: str, rows: list[dict] = ROWS) -> str:
 def test_texts_of_rows(tmp_path, form, field, template, texts):
     (source,) = open_sources([write(tmp_path, form)], field, template=template)
     assert [text for text, _ in source.documents()] == texts
+
+
+def test_held_out_rows_have_their_texts_from_the_same_template(tmp_path):
+    train, held = write(tmp_path, "jsonl"), write(tmp_path, "parquet", ROWS[::-1])
+    plan = make_plan([train], {"held": held}, None, template="{title}: {text}")
+    texts = {part.split: [text for text, _ in part.source.documents()] for part in plan.parts}
+    assert texts == {
+        "train": ["One: first", None, "Three: ", None],
+        "held": [None, "Three: ", None, "One: first"],
+    }
 
 
 def test_a_name_that_is_there_as_it_stands_goes_first():

@@ -54,17 +54,18 @@ def take_all(plan: Plan, piece_bytes: int) -> dict[str, list[str]]:
     return taken
 
 
-def test_what_is_read_ahead_is_not_done(tmp_path):
-    """Documents of the same length: the part that is done is that of the documents taken."""
+@pytest.mark.parametrize("asked", [None, 5])
+def test_what_is_read_ahead_is_not_done(tmp_path, asked):
+    """Documents of the same length: the part that is done is that of the documents taken, or asked for."""
     write(tmp_path / "a.jsonl", ["the same text"] * 10, "lines")
-    plan = make_plan([str(tmp_path)], {}, 0, None)
+    plan = make_plan([str(tmp_path)], {}, 0, None if asked is None else asked * len("<the same text>"))
     pieces = list(cut_into_pieces(plan.parts[0].source, 1))
     done = []
     for number, texts in enumerate(pieces):
         done.append(plan.done())
         _, documents = encode(texts, None, load_tokenizer("bytes"))
         plan.take(0, number, Piece(documents, texts.position, texts.is_last, np.empty(0, np.uint64)))
-    assert done == pytest.approx([i / 10 for i in range(11)], abs=0.02)
+    assert done == pytest.approx([min(i / (asked or 10), 1) for i in range(11)], abs=0.02)
 
 
 @settings(max_examples=40, deadline=None)

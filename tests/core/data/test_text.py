@@ -96,6 +96,7 @@ def test_json_lines_say_where_they_are(tmp_path):
         ("[1\n2]", "line 2 is not JSON .*not followed by"),
         ("[1,\n\n{]", "line 3 is not JSON"),
         ("[1]\n{}", "line 2 is not JSON .*something follows the array"),
+        ("[1],", "line 1 is not JSON .*something follows the array"),
         ("[1,", "line 1 is not JSON .*has no end"),
         ('{\n"a": 1\n', "line 1 is not JSON"),
         ('[{"a": 1,\n"b": "c\n", "d": "of some length"}]', "line 2 is not JSON .*[Cc]ontrol character"),
