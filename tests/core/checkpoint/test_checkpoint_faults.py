@@ -1,14 +1,17 @@
 """Checkpoints and the world: processes that die while saving, disks that fill, other devices."""
 
+import contextlib
 import dataclasses
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -182,6 +185,31 @@ def test_failed_save_is_raised_and_the_next_one_works(
         assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
         save_state(checkpointer, 2)
     assert list_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: int) -> None:
+    """4,000 bytes and 16 KiB of two leaves each."""
+    free = 2 * (4000 + 2**14) - lacking
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    manifest = dataclasses.replace(make_manifest(0), kind="params")
+    refused = pytest.raises(UserError, match="has no room for a checkpoint")
+    with refused if lacking else contextlib.nullcontext():
+        save_params(tmp_path / "params", {"a": jnp.zeros(1000), "b": jnp.zeros(1000)}, manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if lacking else ["params"])
+
+
+def test_an_error_of_ours_is_not_laid_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(core.checkpoint.checkpointer, "seal", broken)
+    with (
+        pytest.raises(RuntimeError, match="a fault of ours"),
+        Checkpointer(tmp_path, Keep(1)) as checkpointer,
+    ):
+        save_state(checkpointer, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:

@@ -358,6 +358,21 @@ def test_sealing_waits_until_all_is_on_the_disk(tmp_path: Path, monkeypatch) -> 
     assert set(synced[3:]) == inodes(tmp_path, tmp_path / "state")
 
 
+def test_a_new_folder_is_on_the_disk_under_its_name(tmp_path: Path, monkeypatch) -> None:
+    step, params = tmp_path / "run" / "00000001", tmp_path / "imported" / "params"
+    synced: list[tuple[int, bool, bool]] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, step.exists(), params.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    save_steps(step.parent, 1)
+    assert synced[-1] == (step.parent.stat().st_ino, True, False)
+    params.parent.mkdir()
+    save_params(params, make_state(1).params, dataclasses.replace(make_manifest(1), kind="params"))
+    assert synced[-1] == (params.parent.stat().st_ino, True, True)
+
+
 def test_a_manifests_hash_does_not_depend_on_the_order_of_its_fields() -> None:
     expected = hashlib.sha256(b'{"a": {"c": 1, "d": [2]}, "b": null}').hexdigest()
     assert digest({"b": None, "a": {"d": [2], "c": 1}}) == expected

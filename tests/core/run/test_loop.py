@@ -161,6 +161,20 @@ def test_a_whole_run_in_order_with_metrics_one_step_late(tmp_path: Path):
         (3, 12, 96, 12), (10, 40, 320, 40)
     ]  # fmt: skip
     assert engine.saved[-1].health["good"] and events(tmp_path) == ["first update", "end"]
+    scores = [
+        {name: row[name] for name in row.keys() - {"kind", "time"}} for row in read_log(tmp_path, "eval")
+    ]
+    score = {"split": "valid", "nll": 1.0, "perplexity": math.e, "bits_per_byte": 1.5, "scored_tokens": 7}
+    assert scores == [score | {"step": step, "tokens": step * BATCH * 8} for step in (0, 5, 10)]
+
+
+def test_a_grown_model_is_evaluated_whole_before_its_first_update(tmp_path: Path):
+    engine = FakeEngine()
+    loop = make_loop(tmp_path, engine, start=3, end=5, eval_every=100, sample_every=100, eval_windows=2)
+    grown = dataclasses.replace(loop.manifest, lineage=[{"operation": "grow", "step": 3}])
+    dataclasses.replace(loop, manifest=grown, batches=itertools.islice(batches(), 3, None)).run()
+    scores = [call for call in engine.calls if call[0] in ("score", "dispatch")]
+    assert scores == [("score", None), ("dispatch", 3), ("dispatch", 4), ("score", None)]
 
 
 def test_what_is_printed_of_a_run(tmp_path: Path, monkeypatch):

@@ -70,6 +70,7 @@ def test_longer_runs_have_lower_rates():
 def test_beyond_what_was_measured_the_rate_is_that_of_its_edge():
     assert rate(steps=100_000) == rate() and rate(steps=10) == rate(steps=480)
     assert rate(1024, 249) == rate() and rate(d_model=96) == rate(d_model=192)
+    assert rate(32, 4 * 1991) == rate(64, 2 * 1991) < rate()
 
 
 def test_it_is_muons_and_of_tuned_presets_alone():
@@ -83,6 +84,8 @@ def test_what_is_given_stays_and_what_is_not_is_told():
     config = defaults("mtlm2-40m")
     given = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=7e-4))
     assert with_rate(given, M40, 100) == (given, [])
+    assert with_rate(config, M40, None) == (config, [])  # it depends on the length
+    assert with_rate(defaults("mtlm2-tiny"), preset("mtlm2-tiny"), None)[0].optim.lr == 1e-2
     found, rows = with_rate(config, dataclasses.replace(M40, d_model=192), 496)
     how = "by the rule for width 192, 128 x 1024 per update, 65,011,712 tokens"
     assert rows == [("learning rate", f"{found.optim.lr:g}: the preset's 0.0056, {how}")]

@@ -106,7 +106,9 @@ def test_a_healthy_run_has_no_symptoms():
         ("gradient", np.s_[-2:, 3], 1e-5, ("dead layer", "layers/2")),
         ("added", np.s_[-2:, 5], 1e-3, ("dead layer", "layers/5")),
         ("entropy", np.s_[-2:, 1:3], 0.1, ("loss of entropy", "layers/1 to layers/2")),
+        ("rms", np.s_[-2:, 2:9], 50.0, ("activations blow up", "layers/1")),
         ("rms", np.s_[-2:, 5:9], 50.0, ("activations blow up", "layers/4")),
+        ("rms", np.s_[-2:, 8], 50.0, ("activations blow up", "layers/7")),
     ],
 )
 def test_each_planted_fault_is_named(field, at, value, expected):
@@ -115,6 +117,23 @@ def test_each_planted_fault_is_named(field, at, value, expected):
         if field in arrays:
             arrays[field][at] = value
     assert expected in found_in(watched)
+
+
+def test_of_several_the_worst_is_given_with_its_figure():
+    watched = healthy()
+    watched.of_rows["rms"][:] = 1.0
+    watched.of_layers["added"][-2:, [3, 5]] = 4e-3, 2e-3
+    watched.of_layers["entropy"][-2:, [1, 6]] = 0.13, 0.052  # of 2.6
+    dead, lost = find_symptoms(watched)
+    assert dead.where == "layers/3, layers/5" and lost.where == "layers/1, layers/6"
+    assert dead.figures.startswith("layers/5 adds 0.20% ")
+    assert lost.figures.startswith("the attention of layers/6 has 0.052 nats, 2% of what")
+
+
+def test_a_gradient_is_held_against_the_others_of_its_update():
+    watched = healthy()
+    watched.of_rows["gradient"][-2:] *= 1e-4  # of all layers: the loss has become flat
+    assert found_in(watched) == []
 
 
 def test_growth_leaves_a_seam():
