@@ -62,6 +62,7 @@ def untrained(cache, trunk):
     """The trunk, grown as the command grows by default, and what the command said."""
     folder, out = cache / "grow-untrained", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(stacking.rewrite, "code_version", lambda: {"commit": "that grew it"})
         patch.setattr(sys, "argv", ["grow", str(trunk), "--out", str(folder)])
         assert command.main() == 0
     return folder, out.getvalue()
@@ -171,10 +172,10 @@ def test_the_command_says_what_it_did_and_records_it(untrained, trunk):
     assert [model["n_layers"] for model in entry["model"]] == [3, 6]
     small = ModelConfig(**entry["model"][0])
     assert entry["flops"] == GROWN_AT * 4 * 32 * small.flops_per_token()
-    assert all(np.isfinite(entry["probe"]["loss"]))
+    assert all(np.isfinite(entry["probe"]["loss"])) and entry["probe"]["tokens"] == small.context
     for counter in ("step", "sequences", "tokens"):
         assert getattr(manifest, counter) == getattr(source, counter)
-    assert manifest.data == source.data
+    assert manifest.data == source.data and manifest.code == {"commit": "that grew it"}
 
 
 @pytest.mark.slow
@@ -232,6 +233,8 @@ def test_a_preset_is_named_where_the_grown_model_is_one():
     deeper = with_model(run_config, dataclasses.replace(model, n_layers=24))
     assert (deeper.preset, deeper.model.n_layers) == ("mtlm1-200m", None)
     assert model_config(deeper, 32_000).n_params == 201_560_832
+    given = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, n_layers=12))
+    assert with_model(given, dataclasses.replace(model, n_layers=24)) == deeper
     other = with_model(run_config, dataclasses.replace(model, n_layers=18))
     assert (other.preset, other.model.n_layers) == ("mtlm1-88m", 18)
 
@@ -255,6 +258,7 @@ def test_what_to_type_behind_grown_parameters(grow_here, imported, tmp_path, cap
     assert run_config.init_from == out and run_config.tokenizer == "bytes"
     made, grown = model_config(run_config, 258), source_model(out, load_manifest(out))
     assert made.function() == grown.function() and grown.n_layers == 6
+    assert load_manifest(out).lineage[-1]["probe"]["tokens"] == grown.context
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ def test_a_budget_leaves_out_what_does_not_fit_and_what_needs_it(tmp_path):
 
 
 def test_at_the_end_of_the_time_what_runs_is_told_to_end(tmp_path, monkeypatch):
-    """It gets a SIGTERM, after which training saves, and later a SIGKILL; what had not begun is left."""
+    """It gets a SIGTERM, after which training saves, and later a SIGKILL; what had not begun is left. One
+    that is done by then has ended as any other, with the seconds that it took."""
     monkeypatch.setattr(stacking.jobs, "GRACE", 2.0)
     told = tmp_path / "told"
     (tmp_path / "patient.py").write_text(
@@ -91,11 +92,21 @@ def test_at_the_end_of_the_time_what_runs_is_told_to_end(tmp_path, monkeypatch):
         "time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    (tmp_path / "prompt.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1], 'w').close()))\n"
+        "time.sleep(600)\n"
+    )
+    saved, took = tmp_path / "saved", []
     patient = Job("patient", ("patient",), lambda: False, (), 1.0)
+    prompt = Job("prompt", ("prompt", str(saved)), saved.exists, (), 1.0, after=took.append)
     began = time.monotonic()
-    assert not run([patient, make_job(tmp_path, "later")], tmp_path, budget=Budget(minutes=0.1))
+    later = make_job(tmp_path, "later")
+    assert not run([patient, prompt, later], tmp_path, 2, budget=Budget(minutes=0.1))
     assert told.exists() and not (tmp_path / "later.zip").exists()
-    assert time.monotonic() - began < 60  # not 600
+    whole = time.monotonic() - began
+    assert whole < 60  # not 600
+    assert len(took) == 1 and 1 < took[0] < whole
 
 
 def test_jobs_are_dealt_to_the_gpus_in_turn(tmp_path, monkeypatch):
@@ -150,6 +161,15 @@ def test_gpus_that_are_asked_for_must_be_there():
         visible_gpus({"CUDA_VISIBLE_DEVICES": "1,2"}, (1, 3))
     with pytest.raises(UserError, match=r"--gpus 0: the GPUs here are none;"):
         visible_gpus({"JAX_PLATFORMS": "cpu"}, (0,))
+
+
+def test_all_gpus_are_used_where_jax_is_not_told_otherwise(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 0\necho 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert visible_gpus({}) == visible_gpus({"JAX_PLATFORMS": "cuda,cpu"}) == ("0", "1")
+    assert visible_gpus({"JAX_PLATFORMS": "cpu"}) == visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
 
 
 def test_jobs_end_with_the_process_that_started_them(tmp_path):

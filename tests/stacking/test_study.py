@@ -407,6 +407,9 @@ def test_a_trunk_goes_back_to_where_it_is_to_branch(text_of_a_study, tmp_path):
     (folder / "config.json").touch()
     jobs = {job.name: job for job in runs.jobs()}
     assert not jobs["a/trunk@27"].done() and not jobs["a/trunk@36"].done()
+    # Each costs what it trains itself: the second decay from step 36 to 45.
+    costs = [jobs[f"a/{name}"].cost for name in ("trunk@27", "trunk@36", "decayed-0.2@45")]
+    assert costs == [updates * trunk.settings.flops_per_step for updates in (27, 9, 9)]
     assert jobs["a/decayed-0.2@45"].needs == ("a/trunk@36",) and jobs["a/trunk@36"].needs == ("a/trunk@27",)
     jobs["a/trunk@27"].before()
     assert list_steps(folder / "checkpoints") == [18]
@@ -495,6 +498,14 @@ def test_a_run_in_the_folder_of_another_is_refused(text_of_a_study, tmp_path, mo
         other = StudyConfig(str(study), out=out, results=tmp_path / f"{kind}-{old}.json")
         with pytest.raises(UserError, match=f"holds a run with {old}.*and the study asks for"):
             run_study(other, make_console())
+
+
+def test_the_folder_of_a_run_of_other_steps_is_refused(text_of_a_study, tmp_path, monkeypatch):
+    run_fake(monkeypatch, tmp_path, 'name = "a"\nlr = 0.01\nsteps = 12\n', text_of_a_study)
+    study = study_file(tmp_path, "tuning", 'name = "a"\nlr = 0.01\nsteps = 13\n', text_of_a_study)
+    other = StudyConfig(str(study), out=tmp_path / "out", results=tmp_path / "other.json")
+    with pytest.raises(UserError, match="holds a run with steps 12, and the study asks for 13"):
+        run_study(other, make_console())
 
 
 def test_the_folder_of_a_run_from_before_decays_had_shapes_is_not_one_of_another_shape(
@@ -996,7 +1007,8 @@ def test_of_an_interrupted_run_only_the_rest_is_expected(text_of_a_study, tmp_pa
     runs = RUNS(tmp_path, [one], lambda _: False, lambda *_: None, lambda _, flops: flops)
     (job,) = runs.jobs()
     assert job.seconds() == one.flops(12)
-    step_path(tmp_path / one.name / "checkpoints", 9).mkdir(parents=True)
+    for step in (6, 9):
+        step_path(tmp_path / one.name / "checkpoints", step).mkdir(parents=True)
     assert job.seconds() == one.flops(12) - one.flops(9)
 
 

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from core.data.pieces import TRAIN, Dealer, Job, Part
 from core.data.source import Source
 
@@ -20,13 +17,11 @@ class Text(Source):
         return ""
 
 
-def dealt(
-    folder: Path, in_order: bool, *one_reader: bool, processes: int = 3
-) -> list[tuple[int, int] | None]:
-    """The first task of each process in turn; nothing is made meanwhile."""
+def dealt(folder: Path, in_order: bool, *one_reader: bool) -> list[tuple[int, int] | None]:
+    """The first task of each of three processes in turn; nothing is made meanwhile."""
     parts = [Part(Text(one), TRAIN, None) for one in one_reader]
     dealer = Dealer(Job(folder, "bytes", parts, [f"{n}" for n in range(len(parts))], 1, None), in_order)
-    return [dealer.next_task(process) for process in range(processes)]
+    return [dealer.next_task(process) for process in range(3)]
 
 
 def test_each_process_has_a_part_of_its_own_while_there_is_one(tmp_path):
