@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eval.evaluate import _rolling
+from eval.perplexity import measure_wikitext_words
 from tests.eval.conftest import Evaluated, Made
 from tests.eval.small_sets import Choice, Sets
 from tests.models import flat
@@ -161,6 +162,20 @@ def test_rolling_perplexities(adapter, reference, sets, request):
     assert entry["bos_nats"] == pytest.approx(bos, abs=LOGPROB) and bos > 1
     assert entry["word_perplexity_without_bos"] == pytest.approx(math.exp((nats - bos) / words), rel=1e-4)
     assert entry["bits_per_byte_without_bos"] == pytest.approx((nats - bos) / n_bytes / math.log(2), rel=1e-5)
+
+
+def test_words_of_wikitext_are_those_of_the_original_pages(torched, reference, sets):
+    """eval.perplexity's figures: of detokenised pages, per word of the original."""
+    found = measure_wikitext_words(torched.model, sets.folder)
+    scores = [reference.document(page.detokenised) for page in sets.pages]
+    nats, bos = -sum(score for score, _ in scores), -sum(of_bos for _, of_bos in scores)
+    words = sum(len(re.split(r"\s+", page.raw)) for page in sets.pages)
+    n_bytes = sum(len(page.raw.encode()) for page in sets.pages)
+    assert (found["words"], found["bytes"]) == (words, n_bytes)
+    assert (found["nats"], found["bos_nats"]) == pytest.approx((nats, bos), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert found["perplexity_without_bos"] == pytest.approx(math.exp((nats - bos) / words), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
 
 
 def test_the_error_of_bits_a_byte_is_the_jackknife_s():

@@ -292,11 +292,11 @@ def test_a_sentencepiece_model_next_to_its_tokenizer_json(tmp_path: Path):
     write_folder(folder, config, tensors_of(config, random_params(config)))
     file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
 
-    def train(text: str) -> bytes:
+    def train(text: str, normalized: str = "identity") -> bytes:
         made = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text] * 50), model_writer=made, model_type="bpe", byte_fallback=True,
-            vocab_size=300, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            vocab_size=300, normalization_rule_name=normalized, remove_extra_whitespaces=False,
             minloglevel=2,
         )  # fmt: skip
         return made.getvalue()
@@ -306,6 +306,10 @@ def test_a_sentencepiece_model_next_to_its_tokenizer_json(tmp_path: Path):
     assert f"there is no {model_file}" in refusal_here(folder, tmp_path / "a", module="port_torch.gguf")
     model_file.write_bytes(train("The 3 quick brown foxes jumped over it"))
     assert "gives other ids than the tokenizer.model" in refusal_here(
+        folder, tmp_path / "a", module="port_torch.gguf"
+    )
+    model_file.write_bytes(train("The 3 quick brown foxes jumped over it", "nmt_nfkc"))
+    assert "changes a text before it is split" in refusal_here(
         folder, tmp_path / "a", module="port_torch.gguf"
     )
     model_file.write_bytes(b"\x0a\xff")

@@ -110,6 +110,26 @@ def test_what_is_written_is_read_again():
         assert model_config(hf_config(config, 256, 257, "float32")) == config, change
 
 
+def test_both_releases_of_transformers_find_theta():
+    written = hf_config(dataclasses.replace(LLAMA, rope_theta=5e5), 256, 257, "float32")
+    assert (written["rope_theta"], written["rope_parameters"]) == (5e5, DEFAULT | {"rope_theta": 5e5})
+    assert "rope_parameters" not in GIVEN["gpt"]  # whose positions are learned
+
+
+def test_our_older_exports_have_no_key_for_what_came_later():
+    older = {name: value for name, value in GIVEN["gpt"].items() if name not in ("qkv_bias", "qk_norm")}
+    assert model_config(older) == model_config(GIVEN["gpt"])
+
+
+def test_a_window_that_qwen_does_not_use_is_none():
+    """As the folders of Qwen2.5 have it."""
+    config = dataclasses.replace(LLAMA, qkv_biases=True)
+    unused = {"sliding_window": 32768, "use_sliding_window": False}
+    assert model_config(hf_config(config, 256, 257, "float32") | unused) == config
+    with pytest.raises(UserError, match="asks for sliding_window 32768"):
+        model_config(GIVEN["llama"] | unused)
+
+
 def test_a_llama_may_leave_out_what_has_a_default(capsys):
     sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads")  # fmt: skip

@@ -283,6 +283,12 @@ def test_what_is_not_merged(saved: Saved, tmp_path: Path, monkeypatch):
     refused(tmp_path / "none", "is not there")
     bare = shutil.copytree(saved.folder, tmp_path / "bare")
     (bare / EXPORT_MANIFEST).unlink()
+    named = (bare / "adapter_config.json").read_text()
+    for gone in ("/nowhere/base", "./base", "base", "runs/base/export"):  # none is OWNER/NAME on the Hub
+        changed = json.loads(named) | {"base_model_name_or_path": gone}
+        (bare / "adapter_config.json").write_text(json.dumps(changed))
+        refused(bare, f"the base of .*, {gone}, is not there: give it with --base")
+    (bare / "adapter_config.json").write_text(named)
     narrow = dataclasses.replace(saved.config, d_mlp=40)
     small = write_export(tmp_path / "narrow", narrow, random_params(narrow))
     refused(bare, "does not fit its base, by what peft says: .*size mismatch", "--base", small)
