@@ -196,7 +196,15 @@ def test_temperature_0_is_greedy_whatever_else():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}]
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": -1},
+    ],
 )
 def test_bad_settings(bad):
     with pytest.raises(UserError):

@@ -29,6 +29,7 @@ def test_defaults():
     ("given", "message"),
     [
         ({"lora_rank": 0}, "--lora-rank is 0; it must be positive"),
+        ({"lora_rank": 4, "lora_alpha": 0.0}, "--lora-alpha is 0.0; it must be positive"),
         ({"lora_alpha": 1.0}, "--lora-alpha is a setting of adapters: give --lora-rank with it"),
         ({"lora_dropout": 0.0}, "--lora-dropout is a setting of adapters: give --lora-rank with it"),
         ({"lora_targets": ("q",)}, "--lora-targets is a setting of adapters: give --lora-rank with it"),
