@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from core.chat import ChatFormat, find_contents, folder_template, open_chat
+from core.chat import ChatFormat, find_contents, folder_template, open_chat, render
 from core.data.conversations import Conversation, Turn
 from core.errors import UserError
 from core.leaves import model_leaves
@@ -289,3 +290,11 @@ def test_contents_that_could_be_stripped_in_many_ways_take_no_time():
     said, after, text = ["q\n", "\na"] * 60, ["\n", ""] * 60, "q\n\na" * 60
     assert find_contents(text, "", said, after) is not None
     assert find_contents(f"{text}b", "", said, after) is None
+
+
+def test_values_and_dates_in_a_template_are_as_transformers_writes_them():
+    """JSON with letters as they are and no escapes for HTML, which Jinja's own filter has."""
+    template = "{{ strftime_now('%Y') }} {{ messages | tojson }}{{ messages[0] | tojson(indent=1) }}"
+    turn = Turn("user", "<é> & '日本'")
+    theirs = _compile_jinja_template(template).render(messages=[{"role": turn.role, "content": turn.content}])
+    assert render(template, "t", [turn], False, {}) == theirs
