@@ -7,14 +7,14 @@ import pytest
 
 from core.data.dataset import Dataset, Split
 from core.errors import UserError
-from core.run.presets import count_steps
+from core.run.presets import Trained, count_steps
 from train_tpu.config import defaults
 
 
 def steps(windows: int, preset: str = "mtlm1-tiny", **given) -> int:
     split = Split("train", 1, 1, windows * 128 + 1, windows)
     data = Dataset(Path(), 128, {}, "", {"train": split}, {}, [], True)
-    return count_steps(dataclasses.replace(defaults(preset), **given), data)
+    return count_steps(dataclasses.replace(defaults(preset), **given), data, Trained())
 
 
 def test_epochs_are_whole_batches_over_all_of_them():
