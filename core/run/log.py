@@ -38,7 +38,8 @@ class RunLog:
     """Appends to a run folder's metrics.jsonl, watch.jsonl, TensorBoard events and samples.txt.
 
     A line of metrics.jsonl is an object with "step" and "kind": "train" (one per update), "eval", "task",
-    "sample", "skip" (an update that was not applied) or "event" (start, resume, halt, end).
+    "sample", "skip" (an update that was not applied) or "event" (start; resume, with the settings that it
+    `changed`, see core/run/changes.py; halt; end).
     """
 
     def __init__(self, folder: Path, resume_step: int):

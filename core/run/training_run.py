@@ -9,16 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from core.checkpoint.manifest import CHANGE, Manifest, load_manifest
-from core.checkpoint.steps import find_start, leave_newer
+from core.checkpoint.steps import find_start, leave_newer, step_path
 from core.errors import UserError
+from core.run import changes
 from core.run.engine import Engine, LoadedBatch
+from core.run.folder import recorded_run
 from core.run.interrupt import Interrupt
 from core.run.log import END, NoLog, RunLog, read_log
 from core.run.loop import Loop
 from core.run.profiling import require_among
 from core.run.schedule import require_continuous
 from core.run.settings import TrainingSettings
-from core.run.steering import resumed
+from core.run.steering import Record, resumed
 from core.run.steering_queue import Inbox, read_record, write_record
 from core.tokenizer import Tokenizer
 
@@ -27,6 +29,8 @@ class TrainingRun:
     """What is trained and how long; the descriptions of a run in train_tpu and port_torch extend it."""
 
     config: TrainingSettings
+    defaults: TrainingSettings
+    """Those of the command, which older records that lack one had."""
     out: Path
     record: dict[str, Any]
     """What config.json and the manifests say: `core.run.folder.run_record`."""
@@ -82,6 +86,10 @@ class TrainingRun:
         steering = resumed(old.steering or [], kept, *settings, old.step)
         return dataclasses.replace(new.resumed_from(old), steering=steering)
 
+    def changed(self, old: Manifest, steering: list[Record]) -> changes.Difference:
+        """What this start changes of the settings with which the checkpoint of `old` was made."""
+        return changes.difference(recorded_run(old), self.record, self.defaults, steering, old.step)
+
     def how_resumed(self, old: Manifest, new: Manifest) -> str:
         """Where the run continues from, in words.
 
@@ -92,10 +100,12 @@ class TrainingRun:
         at = f"{self.out} at step {old.step} ({old.sequences:,} sequences read)"
         steered = ", ".join(f"{record['command']} at step {record['step']}" for record in new.steering or [])
         steered = f"; steered: {steered}" if steered else ""
+        changed = changes.describe(self.changed(old, new.steering or []))
+        changed = f"; from here on with {changed}" if changed else ""
         if old.engine == new.engine:
-            return f"resuming {at}{steered}"
+            return f"resuming {at}{changed}{steered}"
         masks = "; dropout draws other masks than there" if self.record["model"]["dropout"] else ""
-        return f"resuming in {new.engine} {at}, which {old.engine} wrote{masks}{steered}"
+        return f"resuming in {new.engine} {at}, which {old.engine} wrote{masks}{changed}{steered}"
 
     def leave_newer(self, say: Callable[[str], None]) -> None:
         """Renames the checkpoints after --from-step, if it is given; to be called by the first process."""
@@ -153,7 +163,8 @@ def run_loop(
     Args:
         engine, batches, manifest, interrupt, console: as `Loop` has them.
         first: whether this process is the first of the run, which alone writes the log.
-        how: where the state comes from. The log begins with it, the engine's device and `event`.
+        how: where the state comes from. The log begins with it, the engine's device, what a resume changes
+            and `event`.
     """
     log = RunLog(run.out, manifest.step) if first else NoLog()
     steering = manifest.steering
@@ -166,6 +177,8 @@ def run_loop(
         if log.notice:
             console.print(log.notice, highlight=False)
         device = engine.device
+        if first and (step_dir := step_path(run.checkpoints, manifest.step)).is_dir():
+            event[changes.FIELD] = run.changed(load_manifest(step_dir), steering)
         log.write(manifest.step, "event", what=how, device=device.kind, n=device.n, **event)
         return Loop(
             settings=run.config,

@@ -305,6 +305,101 @@ def test_a_branch_has_the_length_that_the_run_was_steered_to_later(made, tmp_pat
     assert open_recorded(folder, 4).steps == 12
 
 
+@pytest.fixture(scope="module")
+def changed(cache, text):
+    """A run that resumed with other settings at step 4, whose checkpoint is gone; and what it said."""
+    folder = cache / "changed"
+    run_here(*RUN, "--keep-every", "3", "--data", text, "--out", folder, "--stop-at", "4")
+    other = ("--batch", "8", "--weight-decay", "0.9", "--dropout", "0")
+    said, _ = run_here("--out", folder, *other, "--allow-change", "batch", "weight_decay", "dropout")
+    assert list_steps(folder / "checkpoints") == [3, 6, 9, 12]
+    return folder, said
+
+
+CHANGED = "--batch 8 (4 before), --dropout 0.0 (0.1 before), --weight-decay 0.9 (0.1 before)"
+
+
+def without_changes(folder: Path, target: Path, *more_starts: int) -> Path:
+    """A copy of a run whose log does not say what changed, as older ones; with more starts of it."""
+    folder = shutil.copytree(folder, target)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("changed", None)
+    (start,) = [row for row in rows if "device" in row and row["step"] == 4]
+    rows += [start | {"step": step} for step in more_starts]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_resume_says_and_logs_which_settings_it_changes(changed, tmp_path):
+    folder, said = changed
+    assert f"; from here on with {CHANGED}" in said
+    (start, resumed) = [row for row in read_log(folder, "event") if "device" in row]
+    assert "changed" not in start and resumed["step"] == 4
+    changes = resumed["changed"]["run"]
+    assert changes == {"batch": [4, 8], "weight_decay": [0.1, 0.9], "dropout": [0.1, 0.0]}
+    folder = shutil.copytree(folder, tmp_path / "back")  # before the change, with the newest settings
+    said, _ = run_here("--out", folder, "--from-step", "3", "--stop-at", "4")
+    assert f"resuming {folder} at step 3" in said and f"; from here on with {CHANGED}" in said
+    said, _ = run_here("--out", folder, "--stop-at", "5")
+    *_, resumed = (row for row in read_log(folder, "event") if "device" in row)
+    assert "from here on" not in said and resumed["changed"] == {}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_update_before_a_change_has_the_settings_of_then(changed, tmp_path, older):
+    """Where the next checkpoint was saved after it. An older log has one start that can have made it."""
+    folder = without_changes(changed[0], tmp_path / "older") if older else changed[0]
+    out, _ = run_here(folder, "--step", "3", module=REPLAY)
+    assert EQUAL in out and "equality cannot" not in out
+    out, _ = run_here(folder, "--step", "7", module=REPLAY)
+    assert f"{EQUAL}, and so are the 1 before" in out
+    said = refusal_here(folder, "--step", "5", module=REPLAY)
+    assert f"changed at step 4, and no checkpoint from there to update 5 is left: {CHANGED}" in said
+    assert "replay an update up to 3, or one after a newer checkpoint" in said
+
+
+def test_a_branch_across_a_change_is_refused(changed, tmp_path):
+    folder, out = changed[0], tmp_path / "branch"
+    said = refusal_here(folder, "--step", "2", "--until", "5", "--out", out, module=REPLAY)
+    assert f"changed at step 4, and a branch has the same ones throughout: {CHANGED}" in said
+    assert "--until can go up to 3" in said and not out.exists()
+    said, _ = run_here(folder, "--step", "2", "--until", "3", "--out", out, module=REPLAY)
+    assert "the branch is equal to the run to the bit" in said
+
+
+def test_a_change_that_an_older_log_cannot_place_is_said(changed, tmp_path):
+    folder = without_changes(changed[0], tmp_path / "older", 5)
+    assert list(open_recorded(folder, 7).notes(8)) == []
+    assert list(open_recorded(folder, 3).notes(3)) == []
+    (note,) = open_recorded(folder, 3).notes(4)
+    assert note.startswith("settings changed somewhere between steps 4 and 5, which this older log does")
+    assert note.endswith(f"equality cannot be expected: {CHANGED}")
+    out, _ = run_here(folder, "--step", "3", module=REPLAY)
+    assert EQUAL in out
+    said = refusal_here(folder, "--step", "4", module=REPLAY)
+    assert "the batch size" in said and "changed after step 3, and its log does not say at which" in said
+    assert "changed somewhere between steps 4 and 5" in refusal_here(folder, "--step", "5", module=REPLAY)
+
+
+def test_limits_and_schedule_that_changed_hold_from_their_step(cache, text):
+    """They are inputs of the compiled step, so that a stretch across their change can be made again."""
+    folder = cache / "changed-limits"
+    noisy = ("--lr", "0.5", "--sigma", "0.01", "--halt-after", "99")
+    kept = ("--keep-every", "6")
+    run_here(*RUN, *kept, *noisy, "--data", text, "--out", folder, "--stop-at", "8")
+    run_here("--out", folder, "--sigma", "99", "--steps", "14", "--allow-change", "sigma", "steps")
+    refused = {row["step"] for row in read_log(folder, "skip")}
+    assert refused & {6, 7} and not [step for step in refused if step >= 8]
+    recorded = open_recorded(folder, 8)
+    assert [recorded.settings(step).guard.sigma for step in (6, 7, 8)] == [0.01, 0.01, 99]
+    assert [recorded.settings(step).steps for step in (7, 8)] == [12, 14]
+    out, _ = run_here(folder, "--step", "8", module=REPLAY)
+    assert f"{EQUAL}, and so are the 2 before it" in out
+    said = refusal_here(folder, "--step", "7", "--until", "9", "--out", cache / "no", module=REPLAY)
+    assert "--until can go up to 7" in said and "--sigma 99.0 (0.01 before)" in said
+
+
 def unread(folder: Path) -> int:
     """A training record that the updates 3 and 4 do not read: one that the last update does."""
     data = json.loads((folder / "config.json").read_text())["run"]["data"]

@@ -54,6 +54,8 @@ def main() -> int:
     until = config.step if config.until is None else config.until
     what = f"update {until}" if until == config.step else f"updates {config.step} to {until}"
     print(f"{what} of {config.run}, {recorded.cost(until)}", flush=True)
+    for note in recorded.notes(until):
+        print(note, flush=True)
     tokenizer = open_tokenizer(recorded)
     dataset = open_data(recorded, tokenizer, config.data)
     if branch:

@@ -11,6 +11,8 @@ from pathlib import Path
 from core.data.batches import Data, Record, record_of, require_records
 from core.errors import UserError
 from core.folders import require_new
+from core.run.changes import describe
+from core.run.other_engine import ENGINE_SETTINGS
 from core.run.steering import Record as SteeringRecord
 from core.run.steering import overridden
 from train_tpu.config import RunConfig
@@ -93,11 +95,21 @@ def plan_branch(
     """The branch that is asked for.
 
     Raises:
-        UserError: a value is out of range, or something other than this branch is at `out` already.
+        UserError: a value is out of range, the run's settings changed on the way, or something other than
+            this branch is at `out` already.
     """
     if not recorded.step <= until < recorded.steps:
         last = recorded.steps - 1
         raise UserError(f"--until {until} is out of range: give an update from {recorded.step} to {last}")
+    for change in recorded.changes:
+        changed = describe(change.difference, ENGINE_SETTINGS)
+        if changed and change.lies_between(recorded.first, until):
+            last = change.step - 1
+            way = f"--until can go up to {last}" if last >= recorded.step else f"give --step {last} or less"
+            raise UserError(
+                f"the settings of the run in {recorded.folder} changed {change.where}, and a branch has the "
+                f"same ones throughout: {changed}; {way}, or branch from a newer checkpoint"
+            )
     old = recorded.config
     was = peak_of(recorded)
     rate = was if lr is None else typed_peak(lr, was)

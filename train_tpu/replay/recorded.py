@@ -4,7 +4,9 @@ Nothing here is written, and nothing needs JAX: what cannot be replayed is refus
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +17,22 @@ from core.data.batches import Data
 from core.data.mixture_options import data_paths
 from core.errors import UserError
 from core.folder_kinds import Kind, require_kind
+from core.run.changes import FIELD, Change, describe, difference, taken_back
 from core.run.data import open_recorded_data
-from core.run.folder import command_of, data_name, newest_manifest, recorded_data, require_run
+from core.run.folder import command_of, data_name, newest_manifest, recorded_run, require_run
 from core.run.guard import GuardConfig
 from core.run.log import CARRIED, read_log
-from core.run.other_engine import KEPT, engine_of, settings_for
+from core.run.other_engine import ENGINE_SETTINGS, KEPT, engine_of, settings_for
 from core.run.phases import phase_limits
+from core.run.schedule import SHAPE
 from core.run.settings import unflatten
 from core.run.steering import Record, Steered, steered, steered_length
 from core.run.steering_queue import find_record
 from core.tokenizer import Tokenizer, load_tokenizer_of
 from train_tpu.config import RunConfig
+
+BY_UPDATE = frozenset((*SHAPE, "lr", "sigma", "halt_after"))
+"""Settings that the compiled step takes with every update: an update has its own, whatever the others had."""
 
 
 class Start(NamedTuple):
@@ -63,6 +70,8 @@ class Recorded:
     """What was changed while it trained."""
     starts: list[Start]
     """Of the run, in order."""
+    changes: list[Change]
+    """Of its settings, in order, from the first update to make again on."""
 
     @property
     def first(self) -> int:
@@ -101,7 +110,11 @@ class Recorded:
 
     def settings(self, step: int) -> Steered:
         """Those of an update, as it was steered."""
-        start = Steered(self.config.optim, self.config.guard, self.steps)
+        config, steps = self.config, self.steps
+        if later := [change for change in self.changes if step < change.step <= self.step]:
+            record = taken_back(self.record, later)
+            config, steps = unflatten(settings_for(JAX, record), RunConfig), record["run"]["steps"]
+        start = Steered(config.optim, config.guard, steps)
         return steered(start, self.steering, step)
 
     def limits(self, guard: GuardConfig, first: int) -> GuardConfig:
@@ -112,6 +125,19 @@ class Recorded:
         """The rate of an update: what the log has, since a resume may have changed it, else what it was."""
         line = self.lines.get(step)
         return line["lr"] if line and "lr" in line else self.settings(step).lr(step)
+
+    def notes(self, until: int) -> Iterator[str]:
+        """Why the updates up to `until` may differ from the run's, where it is known before they are made."""
+        for change in self.changes:
+            if not (describe(change.difference) and change.may_lie_between(self.first, until)):
+                continue
+            if not change.lies_between(self.first, until):
+                yield (
+                    f"settings changed {change.where}, which this older log does not say, so equality cannot "
+                    f"be expected: {describe(change.difference)}"
+                )
+            elif changed := describe(change.difference, BY_UPDATE):  # what changes an update is refused
+                yield f"the run changed {change.where}: {changed}; that sums in another order"
 
     def cost(self, until: int) -> str:
         """What making the updates up to `until` again takes, in words."""
@@ -148,39 +174,78 @@ def open_recorded(folder: Path, step: int) -> Recorded:
         since = f" since it was grown at step {least}" if grown else ""
         raise UserError(f"the run in {folder} {there}{since}: --step {step} is not among them")
     steering = find_record(folder)
-    record = _record_at(folder, newest, step, steering)
-    config = unflatten(settings_for(JAX, record), RunConfig)
     earlier = [saved for saved in list_steps(checkpoints) if saved <= step]
     start = step_path(checkpoints, earlier[-1]) if earlier else None
     start_manifest = load_manifest(start) if start else None
-    source = None if start else _source(folder, record, manifest, step)
     first = start_manifest.step if start_manifest else 0
+    changes = _changes(folder, newest, start_manifest, steering, made)
+    for change in changes:
+        changed = describe(change.difference, BY_UPDATE | ENGINE_SETTINGS)
+        if changed and change.lies_between(first, step):
+            raise UserError(
+                f"the settings of the run in {folder} changed {change.where}, and no checkpoint from there "
+                f"to update {step} is left: {changed}; replay an update up to {change.step - 1}, or one "
+                "after a newer checkpoint"
+            )
+    record = _record_at(folder, newest, step, steering, changes)
+    config = unflatten(settings_for(JAX, record), RunConfig)
+    source = None if start else _source(folder, record, manifest, step)
     context = record["model"]["context"]
     _require_same_batches(folder, config.batch * context, start_manifest, lines.get(step), step)
     recorded = Recorded(
         folder, step, record, config, start, start_manifest, source,
-        {at: line for at, line in lines.items() if at >= first}, steering, _starts(folder),
+        {at: line for at, line in lines.items() if at >= first}, steering, _starts(folder), changes,
     )  # fmt: skip
     if recorded.settings(step).leaves_out(step):
         raise UserError(f"update {step} of the run in {folder} was left out, as asked: give another --step")
     return recorded
 
 
-def _record_at(folder: Path, newest: dict[str, Any], step: int, steering: Sequence[Record]) -> dict[str, Any]:
-    """The record under which an update was made: that of the next checkpoint, else the newest.
+def _record_at(
+    folder: Path, newest: dict[str, Any], step: int, steering: Sequence[Record], changes: Sequence[Change]
+) -> dict[str, Any]:
+    """The record under which an update was made: that of the next checkpoint, else the newest, without what
+    changed before that and after the update.
 
     Its length is that which the run was steered to since: it changes the rate of no update that was made, but
     those of updates to come, which a branch trains, too (`core.run.steering.settle`).
     """
-    later = [saved for saved in list_steps(folder / "checkpoints") if saved > step]
-    if not later:
-        return newest
-    manifest = load_manifest(step_path(folder / "checkpoints", later[0]))
-    record = newest | manifest.config | {"tokenizer": manifest.tokenizer, "data": recorded_data(manifest)}
+    later = next((saved for saved in list_steps(folder / "checkpoints") if saved > step), None)
+    following = [change for change in changes if change.step > step]
+    if later is None:
+        return taken_back(newest, following)
+    manifest = load_manifest(step_path(folder / "checkpoints", later))
+    record = newest | recorded_run(manifest)
+    record = taken_back(record, [change for change in following if change.step < later])
     if engine_of(record["run"]) != engine_of(newest["run"]):
         record.pop(KEPT, None)  # it is of the engine that made this update
-    steps = steered_length(steering, later[0])
+    other = (change.step for change in following if "steps" in change.difference.get("run", {}))
+    end = next(other, math.inf)
+    steps = steered_length([steered for steered in steering if steered["step"] < end], later)
     return record if steps is None else record | {"run": record["run"] | {"steps": steps}}
+
+
+def _changes(
+    folder: Path, newest: dict[str, Any], start: Manifest | None, steering: Sequence[Record], made: int
+) -> list[Change]:
+    """Where settings changed since the checkpoint `start`; `made` updates have been made.
+
+    A log says it. One that is older does not: then the records of its checkpoints tell what has changed from
+    one to the next, at one of the starts between them.
+    """
+    starts = [row for row in read_log(folder, "event") if "device" in row]
+    changes = [Change(row["step"], row[FIELD], row["step"]) for row in starts if row.get(FIELD)]
+    silent = {row["step"] for row in starts if FIELD not in row} - {0}
+    saved = [(start.step, recorded_run(start))] if start else []
+    for step in list_steps(folder / "checkpoints") if silent else []:
+        if not start or step > start.step:
+            saved.append((step, recorded_run(load_manifest(step_path(folder / "checkpoints", step)))))
+    for (low, old), (high, new) in itertools.pairwise([*saved, (made + 1, newest)]):
+        at = sorted(step for step in silent if low <= step < high)
+        said = [change for change in changes if low <= change.step < high]
+        if at and (found := difference(old, taken_back(new, said), RunConfig(), steering, low)):
+            changes.append(Change(at[0], found, at[-1]))
+    return sorted(changes, key=lambda change: change.step)
 
 
 def _source(folder: Path, record: dict[str, Any], manifest: Manifest | None, step: int) -> Path | None:
@@ -205,12 +270,13 @@ def _source(folder: Path, record: dict[str, Any], manifest: Manifest | None, ste
 def _require_same_batches(
     folder: Path, batch: int, start: Manifest | None, line: dict[str, Any] | None, step: int
 ) -> None:
-    """Refuses a stretch in which the batch, of `batch` tokens at its end, was another at its beginning."""
+    """Refuses a stretch in which the batch, of `batch` tokens at its end, was another at its beginning; for
+    logs that do not say where it changed."""
     first, tokens = (start.step, start.tokens) if start else (0, 0)
     if line is not None and line["tokens"] != tokens + (step - first) * batch:
         raise UserError(
-            f"the batch size of the run in {folder} changed between steps {first} and {step}, and no "
-            "checkpoint is left from then: replay an update after a newer checkpoint"
+            f"the batch size of the run in {folder} changed after step {first}, and its log does not say at "
+            "which step: replay an update after a newer checkpoint"
         )
 
 
