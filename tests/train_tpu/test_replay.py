@@ -225,7 +225,7 @@ def test_nonsense_and_one_poisoned_record_are_named(tmp_path):
     # Three records are left of four; the table has four digits, the list of the records as many figures.
     assert float(row[2]) == pytest.approx(np.mean(rest), rel=1e-3)
     assert float(row[1]) == pytest.approx(np.mean([worst, *rest]), rel=1e-3)
-    (event,) = [row for row in read_log(tmp_path / "branch", "event") if "--leave-out" in row["what"]]
+    (event,) = [row for row in read_log(tmp_path / "branch", "event") if "records" in row]
     assert (event["step"], event["records"]) == (36, [records[4]])
 
 
