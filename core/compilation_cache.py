@@ -8,7 +8,7 @@ from pathlib import Path
 import filelock
 import jax
 
-from core.folders import CACHE
+from core.cache import CACHE
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own
 MOST_BYTES = 4 * 2**30  # beyond it, what has not been used for longest goes

@@ -9,7 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+from core.cache import CACHE, VARIABLE
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell has it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,8 +31,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs `main` as a process: exit code 0 or what it returns; 2 and one sentence for a `UserError`.
 
     What the operating system refuses is a user's matter wherever it is met (`os_error`); Ctrl-C ends with
-    130 and no traceback. A character that the terminal's encoding lacks is printed as its escape, as on
-    stderr: a sample's must not end a training run.
+    130, at once and with no traceback. A character that the terminal's encoding lacks is printed as its
+    escape, as on stderr: a sample's must not end a training run.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -42,7 +45,17 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = tell(error)
         if code is None:
             raise
+    if code == EXIT_INTERRUPTED:  # while XLA compiles, Python's own end crashes under the compiler's threads
+        end_at_once(code)
     sys.exit(code or 0)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process without Python's own end, which waits for threads and calls what asked for it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def tell(error: BaseException) -> int | None:
@@ -91,9 +104,20 @@ def os_error(error: OSError) -> str | None:
         return f"the machine is out of memory ({error.strerror}): free some and run the command again"
     if name is None or error.errno is None:
         return None
+    if error.errno in FORBIDDEN and _is_of_cache(Path(name)):
+        where = f"the cache is {CACHE}: set {VARIABLE} to a folder that you may write to"
+        return f"{name}: {error.strerror}: {where}"
     if error.errno in FORBIDDEN:
         return f"{name}: {error.strerror}: give a path that you may read or write, or change its permissions"
     return f"{name}: {error.strerror}: check the path, and that its disk is there and works"
+
+
+def _is_of_cache(path: Path) -> bool:
+    """Whether a path is in the cache, or is a folder that would have had to be made for it."""
+    path = path.absolute()
+    if path.is_relative_to(CACHE.absolute()):
+        return True
+    return CACHE.absolute().is_relative_to(path) and not os.path.lexists(path)
 
 
 @contextlib.contextmanager
@@ -104,6 +128,23 @@ def noted(say: Callable[[str], None]) -> Iterator[None]:
         yield
     except UserError as error:
         say(f"note: without --dry-run this would be refused now: {error}")
+
+
+def open_missing_streams() -> None:
+    """Opens the null device as each of standard input, output and error that this process was started without
+    (`>&-`). To be called before anything else opens a file.
+
+    Otherwise the next file that is opened gets the number, and what a library prints goes into it.
+    """
+    missing = []
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+        missing.append(descriptor)
+    os.close(descriptor)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if number in missing and getattr(sys, name) is None:
+            stream = io.FileIO(number, "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(stream, encoding="utf-8", write_through=True))
 
 
 def quiet_imports() -> None:

@@ -1,7 +1,6 @@
 """Folders and files that appear whole, under their own names, or not at all."""
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +9,6 @@ from typing import Any
 
 from core.checkpoint.manifest import sync_path
 from core.errors import UserError
-
-CACHE = Path(os.environ.get("MTLM_CACHE", Path.home() / ".cache" / "mtlm"))
-"""Where is kept what can be made again: prepared text, compiled programs, kernels."""
 
 
 def require_place(out: Path) -> None:

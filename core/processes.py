@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import hashlib
 import itertools
-import os
 import re
 import socket
 import sys
@@ -26,7 +25,7 @@ from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
 import core.run.folder
-from core.errors import UserError, tell
+from core.errors import UserError, end_at_once, tell
 from core.progress import Activity
 from core.watch import PATIENCE, WAY_OUT, Watch
 
@@ -159,10 +158,7 @@ def _connect(address: dict[str, str], num_processes: int | None, process_id: int
 
 def _give_up(error: BaseException) -> NoReturn:
     """Ends this process, whose `_connect` still waits: Python's own end would wait with it."""
-    code = tell(error)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    end_at_once(tell(error))
 
 
 def _client() -> Any:

@@ -6,11 +6,12 @@ Here they finish a commit that is under way, say in one sentence what has happen
 """
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from typing import Any
+
+from core.errors import end_at_once
 
 PERIOD = 1.0  # seconds between two looks
 GOODBYE = 5.0  # seconds that the first, whose end takes the others' connection away, waits for them to end
@@ -104,7 +105,4 @@ class Watch:
                 if len(self._client.key_value_dir_get(ENDS)) == self._size:
                     break
                 time.sleep(0.1)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
-                stream.flush()
-        os._exit(code)
+        end_at_once(code)

@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from core.cache import CACHE
 from core.errors import UserError
-from core.folders import CACHE
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "csrc"

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.cache import CACHE
 from core.checkpoint.manifest import Manifest, load_manifest
 from core.checkpoint.steps import list_steps, step_path
 from core.data.batches import Data
@@ -19,7 +20,6 @@ from core.data.mixture_options import Asked, data_paths, parse_data, parse_mixtu
 from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
 from core.data.sources import open_sources as find_text
 from core.errors import UserError
-from core.folders import CACHE
 from core.run.folder import begun_record, newest_manifest
 from core.run.presets import Trained, count_steps
 from core.run.settings import current_names

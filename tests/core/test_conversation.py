@@ -189,6 +189,7 @@ def test_ctrl_c_at_the_prompt_is_130(tmp_path: Path, monkeypatch, capfd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
+    monkeypatch.setattr("core.errors.end_at_once", sys.exit)  # else pytest ends, too
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: converse(told.session, "a model"))
     os.close(ours)

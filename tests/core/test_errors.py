@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from core.cache import CACHE
 from core.errors import os_error, tell
 from tests.several_devices import ROOT
 
@@ -108,6 +109,17 @@ def test_what_the_system_refuses_is_one_sentence_with_the_path(number: int):
     assert sentence.startswith(f"some/file: {os.strerror(number)}: ") and "\n" not in sentence
 
 
+def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path: Path, monkeypatch):
+    def said(path: Path) -> str:
+        return os_error(OSError(errno.EROFS, os.strerror(errno.EROFS), str(path)))
+
+    assert "MTLM_CACHE" in said(CACHE / "text") and "MTLM_CACHE" in said(CACHE)
+    monkeypatch.setattr("core.errors.CACHE", tmp_path / "home/.cache/mtlm")
+    assert "MTLM_CACHE" in said(tmp_path / "home/.cache")  # to be made for it
+    assert "MTLM_CACHE" not in said(tmp_path)  # is there
+    assert "MTLM_CACHE" not in said(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("number", "advice"),
     [(errno.EMFILE, "ulimit -n"), (errno.ENOMEM, "out of memory"), (errno.EDQUOT, "the disk is full")],
@@ -137,6 +149,57 @@ def test_what_the_system_refuses_a_library_in_rust(tmp_path: Path, capsys):
 def test_an_os_error_that_says_nothing_to_a_user_keeps_its_traceback():
     assert os_error(OSError("a library's own")) is None
     assert os_error(OSError(errno.EPIPE, "Broken pipe")) is None
+
+
+STARTED_WITHOUT = """
+import os, sys
+
+for descriptor in map(int, sys.argv[2:]):
+    os.close(descriptor)
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+OPENS_A_FILE = """
+import core, os, sys
+
+file = open("made", "w")
+print("to stdout", flush=True)
+print("to stderr", file=sys.stderr, flush=True)
+os.write(1, b"a library's\\n")
+os.write(2, b"a library's\\n")
+file.write(f"{file.fileno() > 2} {sys.stdout.isatty()} {sys.stderr.isatty()}")
+"""
+
+
+@pytest.mark.parametrize("closed", [("1",), ("2",), ("0", "1", "2")])
+def test_a_process_without_standard_streams_writes_into_none_of_its_files(tmp_path: Path, closed):
+    command = [sys.executable, "-c", STARTED_WITHOUT, OPENS_A_FILE, *closed]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "made").read_text() == "True False False"
+    assert done.returncode == 0
+    assert done.stdout == ("" if "1" in closed else "to stdout\na library's\n")
+    assert done.stderr == ("" if "2" in closed else "to stderr\na library's\n")
+
+
+INTERRUPTED_BESIDE_A_THREAD = """
+import threading, time
+from core.errors import run_command
+
+threading.Thread(target=time.sleep, args=(100,)).start()  # as a compiler's, which Python's end would wait for
+
+def main():
+    print("said")
+    raise KeyboardInterrupt
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_ends_a_command_without_pythons_own_end():
+    """While XLA compiles in threads of its own, that ends in a segmentation fault."""
+    command = [sys.executable, "-c", INTERRUPTED_BESIDE_A_THREAD]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "interrupted\n")
 
 
 INTERRUPTED_IMPORT = """

@@ -15,6 +15,7 @@ import pytest
 
 import stacking.rewrite
 from core import cli
+from core.cache import CACHE
 from core.checkpoint.checkpointer import flatten, restore, save_params
 from core.checkpoint.manifest import load_manifest, seal
 from core.checkpoint.steps import find_step, step_path
@@ -22,7 +23,6 @@ from core.config import ModelConfig
 from core.data.batches import train_batches
 from core.data.dataset import open_dataset
 from core.errors import UserError
-from core.folders import CACHE
 from core.keys import Purpose, make_key
 from core.model import init_params
 from core.run.log import read_log

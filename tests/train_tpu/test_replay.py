@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from core.cache import CACHE
 from core.checkpoint.manifest import JAX, load_manifest, seal
 from core.checkpoint.steps import list_steps, step_path
 from core.data.batches import Batch, record_at
 from core.data.prepare import open_or_prepare, prepare
-from core.folders import CACHE
 from core.loss import IGNORE
 from core.run.engine import Device
 from core.run.interrupt import EXIT_SAVED
