@@ -18,6 +18,9 @@ from core.data.hub_source import HubSource
 from core.data.rows import MISSING, RowText, find
 from core.data.source import Source
 from core.errors import UserError
+from core.hub_models import PREFIX as HUB
+
+TFDS = "tfds:"
 
 
 def open_sources(
@@ -47,6 +50,11 @@ def open_sources(
     return list(found.values())
 
 
+def names_data_set(name: str) -> bool:
+    """Whether --data names a data set of TFDS or the Hugging Face Hub, not files."""
+    return name.startswith((TFDS, HUB))
+
+
 def _what_it_is(source: Source) -> str:
     """The same for sources that hold the same documents, by their names."""
     if isinstance(source, FileSource):
@@ -59,9 +67,9 @@ def _open(
 ) -> list[Source]:
     if name == "builtin":
         return [BuiltinSource()]
-    if name.startswith("tfds:"):
+    if name.startswith(TFDS):
         return [TfdsSource(name, rows)]
-    if name.startswith("hf:"):
+    if name.startswith(HUB):
         return [HubSource(name, rows, form, heldout, say)]
     path = Path(name)
     if path.is_dir():
@@ -134,7 +142,7 @@ class TfdsSource(Source):
         import tensorflow_datasets as tfds
 
         self.name, self._rows = name, rows
-        dataset = name.removeprefix("tfds:")
+        dataset = name.removeprefix(TFDS)
         try:
             builder = tfds.builder(dataset, file_format="array_record")
         except tfds.core.registered.DatasetNotFoundError as error:

@@ -18,6 +18,7 @@ from core.data.dataset import TRAIN, Dataset, Split, open_dataset
 from core.data.mixture import BLOCK, Mixture, Phase, describe_phases, phases_of
 from core.data.mixture_options import Asked, data_paths, parse_data, parse_mixture
 from core.data.prepare import choose_tokenizer, is_prepared, open_or_prepare
+from core.data.sources import names_data_set
 from core.data.sources import open_sources as find_text
 from core.errors import UserError
 from core.run.folder import begun_record, newest_manifest
@@ -72,7 +73,7 @@ def is_ready(data: str | Sequence[str]) -> bool:
     """
     texts = [path for path in data_paths(data) if not is_prepared(path)]
     for text in texts:
-        if text != "builtin" and not text.startswith(("tfds:", "hf:")):
+        if text != "builtin" and not names_data_set(text):
             find_text([text], say=lambda _: None)
     return not texts
 

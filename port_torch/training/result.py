@@ -19,6 +19,7 @@ from torch import Tensor
 from core.checkpoint.manifest import EXPORT_MANIFEST, Manifest, load_manifest, verify
 from core.checkpoint.steps import set_aside
 from core.errors import UserError
+from core.folder_kinds import RESULT
 from core.folders import new_folder
 from port_torch.card import held_out_scores, model_card
 from port_torch.export import disk_errors, write_rest, write_weights
@@ -27,8 +28,6 @@ from port_torch.names import exported_tensors
 from port_torch.training.lora import adapters_of, base_weights, merged
 from port_torch.training.setup import Job
 
-FOLDER = "model"
-"""Of a run folder: where the result lies."""
 ADAPTER = "adapter"
 """Where the adapters of a LoRA run lie."""
 
@@ -44,7 +43,7 @@ def write_result(job: Job, step_dir: Path, manifest: Manifest) -> Path:
     """
     if job.lora is not None:
         renew(job.out / ADAPTER, manifest, lambda partial: write_adapters(partial, job, manifest))
-    folder = job.out / FOLDER
+    folder = job.out / RESULT
     renew(folder, manifest, lambda partial: write_model(partial, job, step_dir, manifest))
     return folder
 

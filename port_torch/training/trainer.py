@@ -13,6 +13,7 @@ from core.checkpoint.steps import find_step, list_steps
 from core.console import make_console
 from core.errors import UserError
 from core.extras import install_command
+from core.folder_kinds import RESULT
 from core.progress import Activity
 from core.run.curve import plot_curve
 from core.run.folder import check_run_folder, hold_folder, write_config
@@ -25,7 +26,7 @@ from core.tokenizer import Tokenizer
 from port_torch.training import checkpoint
 from port_torch.training.distributed import Distributed
 from port_torch.training.engine import TorchEngine
-from port_torch.training.result import ADAPTER, FOLDER, why_damaged, write_result
+from port_torch.training.result import ADAPTER, why_damaged, write_result
 from port_torch.training.settings import TrainerConfig
 from port_torch.training.setup import Job, describe, is_compiled, load_kernels
 from port_torch.training.step import TrainStep
@@ -47,14 +48,14 @@ def train(job: Job, ranks: Distributed) -> int:
         interrupt = stack.enter_context(Interrupt())
         train_step = make_train_step(job, ranks)
         if model_alone(out):
-            console.print(f"the run in {out} has finished; its model: {out / FOLDER}")
+            console.print(f"the run in {out} has finished; its model: {out / RESULT}")
             return EXIT_FINISHED
         with Activity("making the state to start from", console=console):
             manifest, how = starting_state(job, train_step, console)
         if is_done(job, manifest.step):
             if ranks.first:
                 write_result(job, find_step(out), manifest)
-            made = f"the run in {out} has made its {manifest.step} updates; its model: {out / FOLDER}"
+            made = f"the run in {out} has made its {manifest.step} updates; its model: {out / RESULT}"
             console.print(made)
             return EXIT_FINISHED
         job.require_profile(manifest.step)
@@ -198,7 +199,7 @@ def model_alone(out: Path) -> bool:
     """
     if list_steps(out / "checkpoints") or not any(row["what"] == END for row in read_log(out, "event")):
         return False
-    damage = why_damaged(out / FOLDER)
+    damage = why_damaged(out / RESULT)
     if damage:
         raise UserError(
             f"the run in {out} has finished, its checkpoints were removed, and of its model {damage}; or "
